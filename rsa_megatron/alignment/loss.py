@@ -1,0 +1,189 @@
+"""The RSA loss: how far the geometry of the image vectors is from that of the caption vectors.
+
+    L_RSA = 1/N^2 sum_ij (K^V_ij - K^T_ij)^2                                    (paper, eq. 5)
+
+`rsa_loss_reference` is that line. `rsa_loss` gives the same value and gradient in blocks: memory grows with
+N, not N^2, the symmetric half is computed once, and the gradient is in closed form, so that autograd holds
+nothing but the two gradients. `rsa_loss_of_rows` is the same again for one rank of many: the sum over its own
+rows i against everyone's rows j, with the gradient of the WHOLE loss with respect to its own rows. The shares
+of all ranks add up to L_RSA, and no rank needs anything from another in the backward pass.
+
+Shapes: N pairs in all, n of them this rank's own; D width of the image vectors, E of the caption vectors.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsa_megatron.alignment.similarity import PairwiseKernel, at_least_fp32, check_distance, pairwise_distance, unit_rows
+
+NORMALIZATIONS = ("none", "mean-distance")
+
+# Rows of a block: 512 x 512 floats are 1 MiB, so that the dozen passes over a block's distances stay in cache.
+_BLOCK_ROWS = 512
+
+
+def rsa_loss_reference(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
+    """Eq. 5 as it stands, differentiated by autograd: the specification of all that follows. Scalar."""
+    num_pairs = v_ND.shape[0]
+    if num_pairs < 2:
+        return 0.0 * (at_least_fp32(v_ND).sum() + at_least_fp32(t_NE).sum())
+    kernels = [pairwise_distance(x, distance=distance) for x in (v_ND, t_NE)]
+    if normalize == "mean-distance":
+        kernels = [k_NN / mean if (mean := _off_diagonal_mean(k_NN.sum(), num_pairs)) > 0 else k_NN for k_NN in kernels]
+    return (kernels[0] - kernels[1]).square().sum() / num_pairs**2
+
+
+def rsa_loss(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
+    """L_RSA of N image-caption pairs held by one process (paper, eq. 5).
+
+    Args:
+        v_ND: image vectors, one row a pair. Any float type; computed in float32 (float64 stays float64).
+        t_NE: caption vectors of the same pairs in the same order. D and E may differ.
+        distance: euclidean (the paper's), sqeuclidean, cosine or manhattan.
+        normalize: "mean-distance" divides each kernel by its own mean over the pairs i != j, which makes the
+            loss free of either space's scale. The mean is differentiated too: with a constant one, shrinking
+            all distances would still look like an improvement.
+
+    Returns:
+        A scalar, 0 with zero gradients for fewer than two pairs. Equal and zero rows give no NaN.
+    """
+    return rsa_loss_of_rows(v_ND, t_NE, v_ND.detach(), t_NE.detach(), 0, distance=distance, normalize=normalize).loss
+
+
+class RSALossOfRows(NamedTuple):
+    """What one rank knows of the loss. Each is a scalar that adds up over ranks to that of all N pairs."""
+
+    #: this rank's rows of L_RSA; differentiable, with the gradient of the whole L_RSA to its own rows
+    loss: Tensor
+    #: sum over own i, all j of K^V_ij
+    distance_sum_v: Tensor
+    #: sum over own i, all j of K^T_ij
+    distance_sum_t: Tensor
+
+
+def rsa_loss_of_rows(
+    v_nD: Tensor,
+    t_nE: Tensor,
+    v_ND: Tensor,
+    t_NE: Tensor,
+    first_row: int,
+    *,
+    distance: str = "euclidean",
+    normalize: str = "none",
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> RSALossOfRows:
+    """One rank's rows of L_RSA.
+
+    Args:
+        v_nD, t_nE: this rank's rows, with gradient.
+        v_ND, t_NE: all ranks' rows, gathered without gradient; rows first_row .. first_row + n are v_nD, t_nE.
+        first_row: where the own rows begin.
+        distance, normalize: as in `rsa_loss`.
+        group: the ranks that hold the other rows. Used by normalize="mean-distance" alone, for the sums of
+            five numbers that the normalisation needs (one all-reduce, in the forward pass).
+    """
+    check_distance(distance)
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"unknown normalize {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}")
+    if v_ND.shape[0] != t_NE.shape[0] or v_nD.shape[0] != t_nE.shape[0]:
+        raise ValueError(f"image and caption vectors must pair up: {tuple(v_ND.shape)} against {tuple(t_NE.shape)}")
+    v_nD, t_nE, v_ND, t_NE = (at_least_fp32(x) for x in (v_nD, t_nE, v_ND, t_NE))
+    if distance == "cosine":
+        v_nD, t_nE, v_ND, t_NE = (unit_rows(x) for x in (v_nD, t_nE, v_ND, t_NE))
+    return RSALossOfRows(*_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group))
+
+
+class _RowsOfRSA(torch.autograd.Function):
+    """Forward: the rows' sums, and in the same pass over blocks the gradient. Backward: one multiplication."""
+
+    @staticmethod
+    def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group):
+        num_pairs = v_ND.shape[0]
+        zero = v_ND.new_zeros((), dtype=torch.float64)
+        if num_pairs < 2:  # eq. 5 compares pairs: there is none
+            ctx.save_for_backward(torch.zeros_like(v_nD), torch.zeros_like(t_nE))
+            sums = (zero, zero, zero)
+        else:
+            rows = slice(first_row, first_row + v_nD.shape[0])
+            kernels = PairwiseKernel(v_ND, distance), PairwiseKernel(t_NE, distance)
+            normal = _normalization(*kernels, rows, num_pairs, group) if normalize == "mean-distance" else None
+            # Whether a gradient is wanted is known now; for a stopped side or in evaluation none is computed.
+            gradients = [k.gradient(rows) if need else None for k, need in zip(kernels, ctx.needs_input_grad)]
+            sums = _sweep(*kernels, rows, num_pairs, normal, *gradients)
+            # dL/dK^V_ij = 2/N^2 r_ij and dL/dK^T_ij = -2/N^2 r_ij; _sweep has added up the r part.
+            scale_v, scale_t = (normal.scale_v, normal.scale_t) if normal else (1.0, 1.0)
+            factors = (2 * scale_v / num_pairs**2, -2 * scale_t / num_pairs**2)
+            ctx.save_for_backward(*(g and g.result().mul_(f) for g, f in zip(gradients, factors)))
+            sums = (sums[0] / num_pairs**2, sums[1], sums[2])
+        sums = tuple(s.to(v_nD.dtype) for s in sums)
+        ctx.mark_non_differentiable(sums[1], sums[2])
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_gradient, *_):
+        return *(g if g is None else g * loss_gradient for g in ctx.saved_tensors), *(None,) * 6
+
+
+class _Normalization(NamedTuple):
+    """Scales 1/m of the two kernels, and what differentiating the means m takes off r in dL/dK.
+
+    With a = K^V / m_V and b = K^T / m_T, m the mean over the P = N (N - 1) ordered pairs i != j,
+        d a_kl / d K^V_ij = [kl = ij] / m_V - a_kl / (P m_V)
+        dL / dK^V_ij = 2/N^2 / m_V ((a - b)_ij - 1/P sum_kl (a - b)_kl a_kl)
+    and the same for K^T with b in place of the last a and the sign turned.
+    """
+
+    scale_v: Tensor
+    scale_t: Tensor
+    shift_v: Tensor
+    shift_t: Tensor
+
+
+def _normalization(kernel_v, kernel_t, rows, num_pairs, group) -> _Normalization:
+    sums = kernel_v.x_ND.new_zeros(5, dtype=torch.float64)
+    for i, j, mirrored in _block_pairs(rows, num_pairs):
+        v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
+        parts = torch.stack([x.sum() for x in (v_bc, t_bc, v_bc * v_bc, v_bc * t_bc, t_bc * t_bc)])
+        sums += parts.double() * (2 if mirrored else 1)
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    means = _off_diagonal_mean(sums, num_pairs)
+    # All rows equal: the kernel is 0 whatever the scale; leave it so.
+    scale_v, scale_t = (torch.where(m > 0, 1 / m, 1.0) for m in means[:2])
+    aa, ab, bb = means[2] * scale_v**2, means[3] * scale_v * scale_t, means[4] * scale_t**2
+    return _Normalization(*(x.to(kernel_v.x_ND.dtype) for x in (scale_v, scale_t, aa - ab, ab - bb)))
+
+
+def _sweep(kernel_v, kernel_t, rows, num_pairs, normal, gradient_v, gradient_t):
+    """Over own i, all j: the sums of r_ij^2, K^V_ij and K^T_ij, in float64; adds to the gradients that are given."""
+    sums = kernel_v.x_ND.new_zeros(3, dtype=torch.float64)
+    for i, j, mirrored in _block_pairs(rows, num_pairs):
+        v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
+        r_bc = v_bc - t_bc if normal is None else v_bc * normal.scale_v - t_bc * normal.scale_t
+        parts = torch.stack([x.sum() for x in (r_bc.square(), v_bc, t_bc)])
+        sums += parts.double() * (2 if mirrored else 1)
+        if gradient_v is not None:
+            gradient_v.add(r_bc if normal is None else r_bc - normal.shift_v, v_bc, i, j, mirrored)
+        if gradient_t is not None:
+            gradient_t.add(r_bc if normal is None else r_bc - normal.shift_t, t_bc, i, j, mirrored)
+    return sums
+
+
+def _off_diagonal_mean(total, num_pairs):
+    return total / (num_pairs * (num_pairs - 1))
+
+
+def _block_pairs(rows: slice, num_pairs: int):
+    """Blocks (i, j, mirrored) that cover own i x all j once: of two that mirror each other, only the upper."""
+    own = _blocks(rows.start, rows.stop)
+    others = _blocks(0, rows.start) + _blocks(rows.stop, num_pairs)
+    for index, i in enumerate(own):
+        yield from ((i, j, j != i) for j in own[index:])
+        yield from ((i, j, False) for j in others)
+
+
+def _blocks(start: int, stop: int) -> list[slice]:
+    return [slice(a, min(a + _BLOCK_ROWS, stop)) for a in range(start, stop, _BLOCK_ROWS)]

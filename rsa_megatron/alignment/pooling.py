@@ -1,0 +1,35 @@
+"""From tokens to one vector a sample: masked means (paper, eq. 1 and 2), in parts that add up over ranks.
+
+Sums are taken in float32 of unrounded products (a 0/1 mask multiplies exactly), so that bf16 activations
+are read once and no float32 copy of them is made.
+
+Shapes: T tiles of P patch tokens, width D, for B samples; S sequence positions, width E.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pool_tiles(tokens_TPD: Tensor, tile_weight_BT: Tensor) -> Tensor:
+    """v_i: mean over the tokens of the tiles that a sample counts, [B, D] in float32 (paper, eq. 1).
+
+    Args:
+        tokens_TPD: last-layer tokens of the vision encoder, before the projector.
+        tile_weight_BT: what part each tile has in each sample's mean; rows sum to 1, or to 0 where a sample
+            has no image (its row of v is then 0). One 1 a row selects the base image.
+    """
+    tile_mean_TD = tokens_TPD.mean(dim=1, dtype=torch.float32)
+    return tile_weight_BT.to(tile_mean_TD) @ tile_mean_TD
+
+
+def pool_text(hidden_SBE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the masked positions, [B, E], and how many there are, [B]; both float32.
+
+    The mean is sum / count.clamp(min=1) after both have been added up over the ranks that share the sequence.
+
+    Args:
+        hidden_SBE: last-layer hidden states after the final norm; a row is the state OF its token.
+        mask_BS: 1 where the row's own token belongs to the caption.
+    """
+    masked_SBE = hidden_SBE * mask_BS.T[..., None].to(hidden_SBE.dtype)
+    return masked_SBE.sum(dim=0, dtype=torch.float32), mask_BS.sum(dim=1, dtype=torch.float32)

@@ -1,0 +1,158 @@
+"""Distances between rows, in two forms: the definition, and blocks by matrix multiplication.
+
+`pairwise_distance` is what eq. 3 and 4 of the RSA paper say, written for reading and for checking.
+`PairwiseKernel` gives the same numbers a block at a time, with the derivative that the loss needs; no
+N x N matrix exists anywhere in it.
+
+Three of the four distances come from one product of rows. With s_ij = |x_i - x_j|^2
+= |x_i|^2 + |x_j|^2 - 2 x_i.x_j:
+    euclidean    K = sqrt(s)
+    sqeuclidean  K = s
+    cosine       K = 1 - u_i.u_j = s/2 of the unit rows u = x / |x|
+and in all three dK_ij/dx_i = slope_ij (x_i - x_j), the slope being 1/K, 2 and 1 (for u).
+The subtraction in s loses digits when rows are far from the origin and close to each other. A common
+shift changes no distance, so rows are centred first; what is left is noise of a few rounding errors of
+|x|^2 in s. Pairs closer than that noise cannot be told apart and count as equal: distance and gradient 0.
+
+Shapes: N rows, D width; b rows of one block, c rows of another.
+"""
+
+import torch
+from torch import Tensor
+
+DISTANCES = ("euclidean", "sqeuclidean", "cosine", "manhattan")
+
+# s below this many rounding errors of |x_i|^2 + |x_j|^2 is noise. A dot product of 3584 terms was seen to
+# err by up to 3 of them (tests/alignment/test_loss.py, duplicate rows).
+_NOISE_ROUNDING_ERRORS = 8
+
+
+def check_distance(distance: str) -> None:
+    """Raise ValueError, naming the choices, for an unknown distance."""
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}; choose one of {', '.join(DISTANCES)}")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """float64 stays; all else becomes float32. Distances of nearby bf16 rows need the digits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit_rows(x_ND: Tensor) -> Tensor:
+    """Rows divided by their length. A zero row has no direction: it stays zero and gets gradient zero."""
+    norm_N1 = x_ND.norm(dim=-1, keepdim=True)
+    is_zero_N1 = norm_N1 == 0
+    return x_ND * (1 / norm_N1.masked_fill(is_zero_N1, 1.0)).masked_fill(is_zero_N1, 0.0)
+
+
+def pairwise_distance(x_ND: Tensor, *, distance: str = "euclidean") -> Tensor:
+    """K_ij = d(x_i, x_j) from differences of rows, [N, N] (paper, eq. 3 and 4).
+
+    Needs N*N*D memory: a definition to check against. A zero row has cosine distance 1 to all others,
+    and every row has distance 0 to itself.
+    """
+    check_distance(distance)
+    x_ND = at_least_fp32(x_ND)
+    if distance == "cosine":
+        u_ND = unit_rows(x_ND)
+        k_NN = 1 - u_ND @ u_ND.T
+        return k_NN - torch.diag_embed(k_NN.diagonal())
+    difference_NND = x_ND[:, None, :] - x_ND[None, :, :]
+    if distance == "manhattan":
+        return difference_NND.abs().sum(-1)
+    s_NN = difference_NND.square().sum(-1)
+    if distance == "sqeuclidean":
+        return s_NN
+    # The square root has no derivative at 0: take it where s > 0 only, so that no NaN is multiplied by 0.
+    positive_NN = s_NN > 0
+    return torch.where(positive_NN, s_NN.where(positive_NN, torch.ones_like(s_NN)).sqrt(), 0.0)
+
+
+class PairwiseKernel:
+    """One modality's kernel K_ij = d(x_i, x_j), block by block.
+
+    Args:
+        x_ND: the rows, float32 or float64, without gradient; unit rows for `cosine`.
+        distance: one of DISTANCES.
+    """
+
+    def __init__(self, x_ND: Tensor, distance: str):
+        check_distance(distance)
+        self.distance = distance
+        # The cosine of a zero row is taken as 0, so its distances are 1: s/2 gives 1/2 there, the offset adds the rest.
+        self.offset_N = 0.5 * (1 - x_ND.square().sum(-1).round()) if distance == "cosine" else None
+        self.x_ND = x_ND - x_ND.mean(0)
+        self.square_N = self.x_ND.square().sum(-1)
+
+    def block(self, i: slice, j: slice) -> Tensor:
+        """K of rows i against rows j, [b, c]; exactly 0 on the diagonal of K."""
+        if self.distance == "manhattan":
+            return torch.cdist(self.x_ND[i], self.x_ND[j], p=1.0)
+        base_bc = self.square_N[i, None] + self.square_N[None, j]
+        s_bc = torch.addmm(base_bc, self.x_ND[i], self.x_ND[j].T, alpha=-2)
+        noise = _NOISE_ROUNDING_ERRORS * torch.finfo(s_bc.dtype).eps
+        s_bc.masked_fill_(s_bc <= base_bc.mul_(noise), 0.0)
+        if self.distance == "euclidean":
+            k_bc = s_bc.sqrt_()
+        elif self.distance == "sqeuclidean":
+            k_bc = s_bc
+        else:
+            k_bc = s_bc.mul_(0.5).add_(self.offset_N[i, None]).add_(self.offset_N[None, j])
+        if i == j:
+            k_bc.fill_diagonal_(0.0)
+        return k_bc
+
+    def gradient(self, rows: slice) -> "KernelGradient":
+        """An accumulator for the derivative of sum_ij g_ij K_ij with respect to `rows`."""
+        return KernelGradient(self, rows)
+
+
+class KernelGradient:
+    """Adds up, block by block, dF/dx_i = 2 sum_j g_ij dK_ij/dx_i for the rows it was made for.
+
+    The factor 2 is the symmetry of K: x_i moves K_ij and K_ji. With w_ij = 2 g_ij slope_ij,
+        dF/dx_i = sum_j w_ij (x_i - x_j) = (sum_j w_ij) x_i - (w x)_i :
+    a row sum and one matrix product a block.
+    """
+
+    def __init__(self, kernel: PairwiseKernel, rows: slice):
+        self.kernel, self.rows = kernel, rows
+        num_rows = rows.stop - rows.start
+        self.product_nD = kernel.x_ND.new_zeros(num_rows, kernel.x_ND.shape[1])
+        self.row_sum_n = kernel.x_ND.new_zeros(num_rows)
+
+    def add(self, g_bc: Tensor, k_bc: Tensor, i: slice, j: slice, mirrored: bool) -> None:
+        """Add a block of g = dF/dK. `mirrored`: block (j, i) is this one transposed; take it along."""
+        x_ND = self.kernel.x_ND
+        if self.kernel.distance == "manhattan":
+            self._add_manhattan(g_bc, i, j, mirrored)
+            return
+        if self.kernel.distance == "euclidean":
+            w_bc = (g_bc / k_bc).masked_fill_(k_bc == 0, 0.0).mul_(2)
+        else:
+            w_bc = g_bc * (4 if self.kernel.distance == "sqeuclidean" else 2)
+        own_i = self._own(i)
+        self.row_sum_n[own_i] += w_bc.sum(1)
+        self.product_nD[own_i].addmm_(w_bc, x_ND[j])
+        if mirrored:
+            own_j = self._own(j)
+            self.row_sum_n[own_j] += w_bc.sum(0)
+            self.product_nD[own_j].addmm_(w_bc.T, x_ND[i])
+
+    def result(self) -> Tensor:
+        """dF/dx of the rows, [n, D]. The accumulator is used up."""
+        own_nD = self.kernel.x_ND[self.rows]
+        return self.product_nD.neg_().addcmul_(self.row_sum_n[:, None], own_nD)
+
+    def _own(self, i: slice) -> slice:
+        return slice(i.start - self.rows.start, i.stop - self.rows.start)
+
+    def _add_manhattan(self, g_bc: Tensor, i: slice, j: slice, mirrored: bool) -> None:
+        # dK_ij/dx_i = sign(x_i - x_j), a sum over [b, c, D] that torch's own backward does without holding it.
+        with torch.enable_grad():
+            x_bD, x_cD = (self.kernel.x_ND[rows].detach().requires_grad_() for rows in (i, j))
+            k_bc = torch.cdist(x_bD, x_cD, p=1.0)
+            gradients = torch.autograd.grad(k_bc, (x_bD, x_cD) if mirrored else (x_bD,), 2 * g_bc)
+        self.product_nD[self._own(i)] -= gradients[0]
+        if mirrored:
+            self.product_nD[self._own(j)] -= gradients[1]

@@ -1,0 +1,56 @@
+"""The settings of the RSA loss. Everything else a run needs is a Megatron flag."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(frozen=True)
+class RSAConfig:
+    """How the RSA loss is taken. The defaults are the paper's; each field is the flag --rsa-<field>."""
+
+    weight: float = field(default=0.01, metadata={"help": "lambda of eq. 6; 0 turns RSA off, at no cost"})
+    """lambda_RSA of eq. 6. 0 turns the loss off: no pooling, no carrier, no communication."""
+
+    distance: str = field(
+        default="euclidean",
+        metadata={
+            "choices": ("euclidean", "sqeuclidean", "cosine", "manhattan"),
+            "help": "d of eq. 3 and 4; the scales differ, so the weight must go with it (paper, table G.1)",
+        },
+    )
+    """d(., .) of eq. 3 and 4."""
+
+    image_pooling: str = field(
+        default="base",
+        metadata={"choices": ("base", "full"), "help": "image tokens in the mean: the base image's, or all tiles'"},
+    )
+    """Tokens in v_i: of the base image (the whole picture at low resolution), or of all its tiles (table 2)."""
+
+    base_tile: str = field(
+        default="first",
+        metadata={"choices": ("first", "last"), "help": "where the base image stands among the tiles: first in "
+                  "Hugging Face and LLaVA-NeXT, last (the thumbnail) in Megatron's own tiler"},
+    )  # fmt: skip
+    """Which of an image's tiles is the base image."""
+
+    stop_gradient: str = field(
+        default="none",
+        metadata={"choices": ("none", "text", "vision"), "help": "the side that RSA reads and does not move"},
+    )
+    """The side whose vectors are constants: with "text", RSA leaves the language model alone (table 2)."""
+
+    normalize: str = field(
+        default="none",
+        metadata={"choices": ("none", "mean-distance"), "help": "mean-distance divides each kernel by its own mean, "
+                  "which makes the weight independent of the two spaces' scales"},
+    )  # fmt: skip
+    """Whether each kernel is divided by its own mean distance. Not in the paper."""
+
+    def __post_init__(self):
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"--rsa-weight must be 0 or more, not {self.weight}")
+        for setting in fields(self):
+            choices = setting.metadata.get("choices")
+            if choices and getattr(self, setting.name) not in choices:
+                flag = "--rsa-" + setting.name.replace("_", "-")
+                raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {getattr(self, setting.name)!r}")

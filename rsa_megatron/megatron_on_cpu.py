@@ -1,0 +1,217 @@
+"""Megatron without CUDA: the same code on the CPU, over gloo, for debugging, tests and the demo.
+
+`enable()` does nothing where a CUDA device is present. Where there is none it stands in, from outside and in
+this process only, for what Megatron takes from CUDA. It is the one place of this project that replaces
+anything; nothing on disk is touched.
+
+    what Megatron does                                    what stands in
+    --------------------------------------------------    ------------------------------------------------------
+    torch.cuda.is_available(), device_count(),            True, the local world size, the CPU, fixed values
+      current_device(), properties and capability
+    streams, events, synchronize, nvtx, memory figures    objects and functions that do nothing
+    x.cuda(), module.cuda(), x.pin_memory(), x.to("cuda") x itself
+    torch.zeros(..., device="cuda") and its like          the same on the CPU
+    type names: grad.type() == "torch.cuda.FloatTensor"   Tensor.type() reports the cuda name
+    the CUDA generator's state                            the CPU generator's
+    torch.compile of fused helpers                        the functions themselves
+    Transformer Engine's check in LLaVAModel and torch    Megatron's own attention passes the check (sequence
+      norms' refusal of sequence parallelism                parallelism is plain collectives); norms that mark their
+                                                            parameters, whose gradients Megatron then sums over TP
+    SigLIP's default norm without Transformer Engine,     WrappedTorchNorm
+      torch.nn.LayerNorm, which rejects Megatron's arguments
+
+Context parallelism is not among them: it needs Transformer Engine's attention.
+Call it before megatron is imported; `MEGATRON_ARGUMENTS` are the settings that the CPU path needs.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+from types import SimpleNamespace
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Megatron arguments, by their names in the parsed namespace, that have no CPU kernel behind their default.
+MEGATRON_ARGUMENTS = dict(
+    transformer_impl="local",
+    distributed_backend="gloo",
+    use_cpu_initialization=True,
+    gradient_accumulation_fusion=False,
+    masked_softmax_fusion=False,
+    bias_gelu_fusion=False,
+    bias_swiglu_fusion=False,
+    bias_dropout_fusion=False,
+    apply_rope_fusion=False,
+    no_persist_layer_norm=True,
+    attention_softmax_in_fp32=True,
+)
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like "
+    "randperm tensor zeros zeros_like as_tensor empty_strided"
+).split()
+_enabled = False
+
+
+def enable() -> bool:
+    """Make Megatron run on the CPU of this process if there is no CUDA device.
+
+    Returns:
+        True if Megatron now runs on the CPU; False if there is a CUDA device and nothing was changed.
+    """
+    global _enabled
+    if _enabled:
+        return True
+    if torch.cuda.is_available():
+        return False
+    # Tensor parallelism asserts it, to order communication after computation on a GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _stand_in_for_torch_cuda()
+    _stand_in_for_placement()
+    _stand_in_for_compilation()
+    _stand_in_inside_megatron()
+    _enabled = True
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning("no CUDA device: Megatron runs on the CPU (rsa_megatron.megatron_on_cpu)")
+    return True
+
+
+class _NoStream:
+    """A CUDA stream or event with nothing behind it: every method returns at once."""
+
+    device = _CPU
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait = record = synchronize = wait_stream = wait_event = record_event = _nothing
+
+
+def _stand_in_for_torch_cuda():
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    no_stream = _NoStream()
+    values = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": local_world_size,
+        "current_device": _CPU,
+        "current_stream": no_stream,
+        "default_stream": no_stream,
+        "get_device_capability": (8, 0),
+        "get_device_name": "cpu",
+        "get_device_properties": SimpleNamespace(name="cpu", major=8, minor=0, multi_processor_count=1, total_memory=0),
+        "memory_stats": {"reserved_bytes.all.current": 0, "allocated_bytes.all.current": 0,
+                         "allocated_bytes.all.peak": 0, "allocation.all.current": 0},
+        "memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_allocated": 0,
+        "max_memory_reserved": 0,
+        "device_memory_used": 0,
+        "is_current_stream_capturing": False,
+    }  # fmt: skip
+    for name, value in values.items():
+        setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed",
+                 "manual_seed_all", "_lazy_init", "check_error"):  # fmt: skip
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    torch.cuda.Stream = torch.cuda.Event = torch.cuda.ExternalStream = _NoStream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.cuda.nvtx = SimpleNamespace(range_push=lambda *a: None, range_pop=lambda *a: None, mark=lambda *a: None)
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.cuda.random.manual_seed = torch.manual_seed
+
+
+def _on_cuda(device) -> bool:
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+def _stand_in_for_placement():
+    def on_cpu(factory):
+        @functools.wraps(factory)
+        def build(*args, **kwargs):
+            if "device" in kwargs and _on_cuda(kwargs["device"]):
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return build
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    for owner in (torch.Tensor, torch.nn.Module):
+        owner.cuda = lambda self, *args, **kwargs: self
+        owner.to = _to_with_cuda_as_cpu(owner.to)
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor_type = torch.Tensor.type
+    torch.Tensor.type = lambda self, dtype=None, *args, **kwargs: (
+        tensor_type(self).replace("torch.", "torch.cuda.") if dtype is None else tensor_type(self, dtype, *args, **kwargs)
+    )
+    for name in ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Byte"):
+        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+
+
+def _to_with_cuda_as_cpu(to):
+    @functools.wraps(to)
+    def move(self, *args, **kwargs):
+        if args and (isinstance(args[0], (str, torch.device)) or type(args[0]) is int) and _on_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if kwargs.get("device") is not None and _on_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        return to(self, *args, **kwargs)
+
+    return move
+
+
+def _stand_in_for_compilation():
+    # Fused helpers are decorated when megatron is imported. Without a GPU compiling them costs seconds and wins nothing.
+    torch.compile = lambda model=None, *args, **kwargs: (lambda fn: fn) if model is None else model
+    # The optimizer asks the accelerator whether a graph is being captured.
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
+    torch.optim.Optimizer._cuda_graph_capture_health_check = lambda self: None
+
+
+def _stand_in_inside_megatron():
+    from megatron.core.models.multimodal import llava_model
+    from megatron.core.models.vision import clip_vit_model
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if not llava_model.HAVE_TE:
+        llava_model.TEDotProductAttention, llava_model.HAVE_TE = DotProductAttention, True
+        torch_norm.WrappedTorchNorm.__new__ = staticmethod(_norm_for_sequence_parallelism)
+        init = clip_vit_model.CLIPViTModel.__init__
+        init.__defaults__ = tuple(
+            torch_norm.WrappedTorchNorm if default is torch.nn.LayerNorm else default for default in init.__defaults__
+        )
+
+
+def _norm_for_sequence_parallelism(cls, config, hidden_size, eps=1e-5, *args, **kwargs):
+    norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        # finalize_model_grads adds up the gradients of marked parameters over the ranks that share the sequence.
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
