@@ -17,8 +17,6 @@ anything; nothing on disk is touched.
     Transformer Engine's check in LLaVAModel and torch    Megatron's own attention passes the check (sequence
       norms' refusal of sequence parallelism                parallelism is plain collectives); norms that mark their
                                                             parameters, whose gradients Megatron then sums over TP
-    SigLIP's default norm without Transformer Engine,     WrappedTorchNorm
-      torch.nn.LayerNorm, which rejects Megatron's arguments
 
 Context parallelism is not among them: it needs Transformer Engine's attention.
 Call it before megatron is imported; `MEGATRON_ARGUMENTS` are the settings that the CPU path needs.
@@ -27,6 +25,7 @@ Call it before megatron is imported; `MEGATRON_ARGUMENTS` are the settings that 
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
 from types import SimpleNamespace
 
@@ -34,20 +33,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Megatron arguments, by their names in the parsed namespace, that have no CPU kernel behind their default.
-MEGATRON_ARGUMENTS = dict(
-    transformer_impl="local",
-    distributed_backend="gloo",
-    use_cpu_initialization=True,
-    gradient_accumulation_fusion=False,
-    masked_softmax_fusion=False,
-    bias_gelu_fusion=False,
-    bias_swiglu_fusion=False,
-    bias_dropout_fusion=False,
-    apply_rope_fusion=False,
-    no_persist_layer_norm=True,
-    attention_softmax_in_fp32=True,
-)
+#: Megatron arguments, by their names in the parsed namespace, that the CPU needs beside those of local layers.
+MEGATRON_ARGUMENTS = dict(distributed_backend="gloo", use_cpu_initialization=True)
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -75,7 +62,7 @@ def enable() -> bool:
     _stand_in_for_compilation()
     _stand_in_inside_megatron()
     _enabled = True
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0 and multiprocessing.parent_process() is None:
         logger.warning("no CUDA device: Megatron runs on the CPU (rsa_megatron.megatron_on_cpu)")
     return True
 
@@ -140,6 +127,8 @@ def _stand_in_for_torch_cuda():
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.cuda.random.manual_seed = torch.manual_seed
+    # Data loaders ask here whether there is anything to pin memory for.
+    torch.accelerator.is_available = lambda: False
 
 
 def _on_cuda(device) -> bool:
@@ -193,7 +182,6 @@ def _stand_in_for_compilation():
 
 def _stand_in_inside_megatron():
     from megatron.core.models.multimodal import llava_model
-    from megatron.core.models.vision import clip_vit_model
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer import torch_norm
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -203,10 +191,6 @@ def _stand_in_inside_megatron():
     if not llava_model.HAVE_TE:
         llava_model.TEDotProductAttention, llava_model.HAVE_TE = DotProductAttention, True
         torch_norm.WrappedTorchNorm.__new__ = staticmethod(_norm_for_sequence_parallelism)
-        init = clip_vit_model.CLIPViTModel.__init__
-        init.__defaults__ = tuple(
-            torch_norm.WrappedTorchNorm if default is torch.nn.LayerNorm else default for default in init.__defaults__
-        )
 
 
 def _norm_for_sequence_parallelism(cls, config, hidden_size, eps=1e-5, *args, **kwargs):

@@ -22,14 +22,14 @@ def pool_tiles(tokens_TPD: Tensor, tile_weight_BT: Tensor) -> Tensor:
     return tile_weight_BT.to(tile_mean_TD) @ tile_mean_TD
 
 
-def pool_text(hidden_SBE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over the masked positions, [B, E], and how many there are, [B]; both float32.
+def pool_text(hidden_SBE: Tensor, mask_BS: Tensor) -> Tensor:
+    """Sum over the masked positions, [B, E] in float32; divided by the count it is t_i (paper, eq. 2).
 
-    The mean is sum / count.clamp(min=1) after both have been added up over the ranks that share the sequence.
+    A sum and not the mean, because the rows of one sample may lie on several ranks.
 
     Args:
         hidden_SBE: last-layer hidden states after the final norm; a row is the state OF its token.
         mask_BS: 1 where the row's own token belongs to the caption.
     """
     masked_SBE = hidden_SBE * mask_BS.T[..., None].to(hidden_SBE.dtype)
-    return masked_SBE.sum(dim=0, dtype=torch.float32), mask_BS.sum(dim=1, dtype=torch.float32)
+    return masked_SBE.sum(dim=0, dtype=torch.float32)

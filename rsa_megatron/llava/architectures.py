@@ -1,5 +1,7 @@
 """Sizes of the models that --model names: a SigLIP-shaped vision tower, a 2-layer projector, a Qwen2-shaped decoder."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -68,14 +70,65 @@ class Architecture:
             attention_dropout=0.0,
         )
 
+    def with_arguments(self, arguments: Mapping[str, object]) -> "Architecture":
+        """The architecture that is built once flags have overridden the decoder's sizes."""
+        names = ("num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
+                 "max_position_embeddings").split()  # fmt: skip
+        sizes = {name: arguments[name] for name in names}
+        sizes["tie_word_embeddings"] = not arguments["untie_embeddings_and_output_weights"]
+        return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, **sizes))
+
+    def parameter_counts(self, vocab_size: int) -> dict[str, int]:
+        """Parameters of each part, as --trainable names them; vocab_size counts padding rows."""
+        vision, decoder = self.vision, self.decoder
+        width, ffn = vision.hidden_size, vision.ffn_hidden_size
+        patches = 3 * vision.patch_size**2 * width + width
+        # attention: q, k, v, out with biases; MLP: two matrices with biases; two norms of weight and bias
+        vision_layer = 4 * (width**2 + width) + (2 * width * ffn + ffn + width) + 4 * width
+        hidden = decoder.hidden_size
+        projector = width * hidden + hidden + hidden**2 + hidden
+        head = hidden // decoder.num_attention_heads
+        qkv = hidden + 2 * decoder.num_query_groups * head
+        # q, k, v with biases, out without; gate, up, down; two norms of one weight
+        decoder_layer = qkv * (hidden + 1) + hidden**2 + 3 * hidden * decoder.ffn_hidden_size + 2 * hidden
+        output_layer = 0 if decoder.tie_word_embeddings else vocab_size * hidden
+        return {
+            "vision": patches + vision.num_tokens * width + vision.num_layers * vision_layer,
+            "projector": projector,
+            "embeddings": vocab_size * hidden,
+            "language": decoder.num_layers * decoder_layer + hidden + output_layer,
+        }
+
+    def check_layout(self, *, tensor: int, pipeline: int, chunks: int = 1) -> None:
+        """Raise ValueError, naming flag and remedy, if the model cannot be split so.
+
+        Args:
+            tensor, pipeline: sizes of tensor and pipeline parallelism.
+            chunks: chunks of each pipeline stage (virtual stages).
+        """
+        for what, size in (
+            ("the tower's attention heads", self.vision.num_attention_heads),
+            ("the tower's FFN width", self.vision.ffn_hidden_size),
+            ("the decoder's attention heads", self.decoder.num_attention_heads),
+            ("the decoder's query groups", self.decoder.num_query_groups),
+            ("the decoder's FFN width", self.decoder.ffn_hidden_size),
+        ):
+            if size % tensor:
+                raise ValueError(f"--tensor-model-parallel-size {tensor} does not divide {what}, {size}")
+        if self.decoder.num_layers < pipeline * chunks:
+            raise ValueError(
+                f"--pipeline-model-parallel-size {pipeline} with {chunks} chunk(s) a stage needs as many decoder "
+                f"layers as chunks; {self.name} has {self.decoder.num_layers}"
+            )
+
 
 _ARCHITECTURES = [
-    # Small enough to train in minutes on two CPU cores; 8 decoder layers so that two interleaved pipeline
-    # stages of two chunks each hold two, heads and groups even so that tensor parallelism can halve them.
+    # Small enough to train in minutes on two CPU cores. Two pipeline stages of two chunks hold a layer each, tensor
+    # parallelism can halve heads and groups, and the tower is wider than the decoder: v takes two carrier rows.
     Architecture(
         name="demo",
         vision=VisionTower(
-            num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4, image_size=84, patch_size=14
+            num_layers=4, hidden_size=160, ffn_hidden_size=640, num_attention_heads=4, image_size=84, patch_size=14
         ),
         decoder=Decoder(
             num_layers=4,

@@ -23,6 +23,20 @@ _STORED_NAMES = {
 }
 
 
+#: Megatron arguments, by their names in the parsed namespace, whose defaults need kernels of Transformer Engine or apex.
+LOCAL_ARGUMENTS = dict(
+    transformer_impl="local",
+    gradient_accumulation_fusion=False,
+    masked_softmax_fusion=False,
+    bias_gelu_fusion=False,
+    bias_swiglu_fusion=False,
+    bias_dropout_fusion=False,
+    apply_rope_fusion=False,
+    no_persist_layer_norm=True,
+    attention_softmax_in_fp32=True,
+)
+
+
 def layer_specs(transformer_impl: str) -> tuple[ModuleSpec, ModuleSpec, MLPSubmodules]:
     """Specs of a vision layer, a decoder layer and the projector for --transformer-impl.
 

@@ -1,11 +1,19 @@
-"""LLaVA on Megatron's LLaVAModel: a SigLIP tower, an MLP projector and a Qwen2 decoder."""
+"""LLaVA on Megatron's LLaVAModel: a SigLIP tower, an MLP projector and a Qwen2 decoder.
+
+LLaVAModel would build the tower itself, with a norm at its end that needs Transformer Engine and that
+LLaVA-OneVision does not use. So it is built without an encoder and given ours, of Megatron's own classes.
+"""
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rsa_megatron.llava.architectures import Architecture, VisionTower
@@ -38,6 +46,8 @@ def build_llava(
         post_process: this is the last one: it holds the output layer.
     """
     vision_spec, decoder_spec, projector_spec = layer_specs(decoder_config.transformer_impl)
+    vision, vision_config = architecture.vision, _vision_config(decoder_config, architecture.vision)
+    projector_config = _projector_config(decoder_config)
     model = LLaVAModel(
         language_transformer_config=decoder_config,
         language_transformer_layer_spec=decoder_spec,
@@ -46,33 +56,68 @@ def build_llava(
         language_position_embedding_type="rope",
         language_rotary_base=rotary_base,
         share_embeddings_and_output_weights=tie_word_embeddings,
-        vision_transformer_config=_vision_config(decoder_config, architecture.vision),
+        vision_transformer_config=vision_config,
         vision_transformer_layer_spec=vision_spec,
         drop_vision_class_token=False,
-        vision_projection_config=_projector_config(decoder_config),
+        vision_projection_config=projector_config,
         vision_projection_layer_spec=projector_spec,
-        vision_projection_type="mlp",
         pre_process=pre_process,
         post_process=post_process,
-        # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
-        add_encoder=pre_process,
-        add_decoder=True,
-        img_h=architecture.vision.image_size,
-        img_w=architecture.vision.image_size,
-        patch_dim=architecture.vision.patch_size,
+        add_encoder=False,
+        img_h=vision.image_size,
+        img_w=vision.image_size,
+        patch_dim=vision.patch_size,
         image_token_index=image_token_index,
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
+    model.add_encoder = pre_process
     if pre_process:
-        # LLaVA-OneVision takes the last layer's tokens as they leave it, before SigLIP's final norm.
-        model.vision_model.ln_post = None
+        model._drop_vision_class_token = False
+        model.vision_model = CLIPViTModel(
+            vision_config,
+            vision_spec,
+            ln_post_impl=IdentityOp,  # LLaVA-OneVision takes the last layer's tokens as they leave it
+            add_class_token=False,
+            class_token_len=0,
+            patch_dim=vision.patch_size,
+            img_h=vision.image_size,
+            img_w=vision.image_size,
+            model_subtype="siglip",
+            pg_collection=model.pg_collection,
+        )
+        model.vision_projection = MultimodalProjector(
+            projector_config, projector_spec, "mlp", vision.hidden_size, tp_group=model.pg_collection.tp
+        )
         num_built = len(model.vision_model.decoder.layers)
-        assert num_built == architecture.vision.num_layers, (
-            f"the vision tower has {num_built} layers instead of {architecture.vision.num_layers}: "
+        assert num_built == vision.num_layers, (
+            f"the vision tower has {num_built} layers instead of {vision.num_layers}: "
             "a pipeline setting of the decoder reached its config"
         )
     return model
+
+
+#: The parts that --trainable names, and where they are in the model.
+PARTS = {
+    "vision": ("vision_model.",),
+    "projector": ("vision_projection.",),
+    "embeddings": ("language_model.embedding.",),
+    "language": ("language_model.decoder.", "language_model.output_layer."),
+}
+
+
+def part_of(parameter_name: str, parameter: torch.nn.Parameter) -> str:
+    """The part that a parameter of the model belongs to."""
+    if getattr(parameter, "shared_embedding", False):
+        return "embeddings"  # the last stage's copy of tied word embeddings is called output_layer
+    return next(part for part, prefixes in PARTS.items() if parameter_name.startswith(prefixes))
+
+
+def set_trainable(model: LLaVAModel, trainable: Iterable[str]) -> None:
+    """Freeze all parts but those named."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = part_of(name, parameter) in trainable
 
 
 # Whatever lays the decoder's layers out over pipeline stages, or its sequence over ranks, must not reach the

@@ -1,0 +1,123 @@
+"""Write the demo's data: rendered scenes as Energon data sets, and a tokenizer trained on their captions.
+
+    python examples/prepare_demo.py --out demo
+
+    demo/data/captions     images with dense captions, for the RSA loss (subflavor rsa: true)
+    demo/data/questions    images with questions and answers
+    demo/data/texts        texts alone
+    demo/tokenizer         in Hugging Face format
+
+What is there already is not made again. A data set appears under its name only when it is whole.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import webdataset
+import yaml
+from tqdm import tqdm
+
+from rsa_megatron.data import scenes
+from rsa_megatron.data.demo_tokenizer import train_tokenizer
+
+PROMPT = "<image>\nPlease generate detailed descriptions of the given image."
+KINDS = ("captions", "questions", "texts")
+
+
+def main():
+    args = parse()
+    for kind in KINDS:
+        write_data_set(args.out / "data" / kind, kind, args)
+    write_tokenizer(args.out / "tokenizer", args)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--train", type=int, default=8000, help="training scenes of each data set")
+    parser.add_argument("--validation", type=int, default=1024, help="validation scenes of each data set")
+    parser.add_argument("--image-size", type=int, default=112, help="side of a picture, pixels")
+    parser.add_argument("--shard-size", type=int, default=500, help="samples of a tar")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def write_data_set(folder: Path, kind: str, args) -> None:
+    if folder.exists():
+        print(f"{folder}: there already")
+        return
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for split, count in (("train", args.train), ("val", args.validation)):
+        with webdataset.ShardWriter(f"{unfinished}/{split}-%05d.tar", maxcount=args.shard_size, verbose=0) as writer:
+            for index in tqdm(range(count), desc=f"{folder} {split}", unit="scene", mininterval=1):
+                writer.write(stored_sample(kind, index, split, args))
+    prepare(unfinished, kind)
+    unfinished.rename(folder)
+
+
+def stored_sample(kind: str, index: int, split: str, args) -> dict:
+    """A sample as webdataset writes it: LLaVA's conversations, what is in the scene, and the picture."""
+    # Each data set has scenes of its own.
+    scene = scenes.make_scene(args.seed + KINDS.index(kind), index, validation=split == "val")
+    seed = f"{args.seed}/{kind}/{split}/{index}"
+    record = {"id": f"{kind}-{split}-{index:06d}", "conversations": conversations(kind, scene, seed)}
+    sample = {"__key__": record["id"]}
+    if kind != "texts":
+        record["contents"] = scene.contents
+        picture = io.BytesIO()
+        scenes.render(scene, args.image_size, seed).save(picture, "PNG")
+        sample["png"] = picture.getvalue()
+    return sample | {"json": json.dumps(record).encode()}
+
+
+def conversations(kind: str, scene: scenes.Scene, seed) -> list[dict]:
+    if kind == "captions":
+        return turns([(PROMPT, scenes.caption(scene, seed))])
+    if kind == "questions":
+        (first, *others) = scenes.questions(scene, seed)
+        return turns([("<image>\n" + first[0], first[1]), *others])
+    return turns([(f"Tell me about {scene.theme.name} pictures.", scenes.text(scene, seed))])
+
+
+def turns(pairs: list[tuple[str, str]]) -> list[dict]:
+    return [{"from": who, "value": value} for pair in pairs for who, value in zip(("human", "gpt"), pair)]
+
+
+def prepare(folder: Path, kind: str) -> None:
+    """Energon's own index; then the subflavors that the task encoder reads."""
+    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", "--non-interactive", "--no-progress",
+               "--num-workers", "2", "--sample-type", "CrudeWebdataset",
+               "--split-parts", "train:train-.*", "--split-parts", "val:val-.*", str(folder)]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"energon prepare {folder} failed:\n{result.stdout}{result.stderr}")
+    dataset_yaml = folder / ".nv-meta" / "dataset.yaml"
+    settings = yaml.safe_load(dataset_yaml.read_text())
+    dataset_yaml.write_text(yaml.safe_dump(settings | {"subflavors": {"kind": kind, "rsa": kind == "captions"}}))
+
+
+def write_tokenizer(folder: Path, args) -> None:
+    if folder.exists():
+        print(f"{folder}: there already")
+        return
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    texts = [
+        turn["value"]
+        for kind in KINDS
+        for index in tqdm(range(min(args.train, 2000)), desc=f"{folder} {kind}", unit="text", mininterval=1)
+        for turn in conversations(kind, scenes.make_scene(args.seed + KINDS.index(kind), index, validation=False), index)
+    ]
+    train_tokenizer(texts, unfinished)
+    unfinished.rename(folder)
+    print(f"{folder}: trained on the texts of the data")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Train a LLaVA model with the RSA loss, on Megatron's own pretrain().
+
+    torchrun --nproc-per-node 2 examples/pretrain_llava_rsa.py --model demo --stage 1 --data-path demo/data/captions
+
+--model and --stage set Megatron's arguments; every Megatron flag still works and overrides them. --dry-run prints
+what would run and stops. Without a CUDA device the same script runs on the CPU.
+"""
+
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+
+from rsa_megatron import megatron_on_cpu
+
+ON_CPU = megatron_on_cpu.enable()  # before megatron is imported: its modules look for CUDA as they load
+
+import megatron.core.datasets.utils
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.energon import WorkerConfig
+from megatron.training import get_args, get_tokenizer, get_wandb_writer, pretrain, print_rank_0
+from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import is_last_rank, print_rank_last
+from transformers import AutoTokenizer
+
+from recipes import recipe
+from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES
+from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, find_train_state
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+from rsa_megatron.llava.architectures import Architecture, get_architecture
+from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS
+from rsa_megatron.llava.measure import measure_mutual_knn
+from rsa_megatron.llava.model import PARTS, build_llava, set_trainable
+from rsa_megatron.llava.train_step import forward_step
+from rsa_megatron.plugin import RSAPlugin
+
+
+def main():
+    rsa = RSAPlugin()
+    args = parse(rsa)
+    if args.dry_run:
+        return dry_run(args, rsa)
+    skip_helper_build_without_makefile()
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        rsa.wrap_forward_step(forward_step),
+        rsa.wrap_model_provider(model_provider),
+        non_loss_data_func=mutual_knn if args.mutual_knn_samples else None,
+        process_non_loss_data_func=write_mutual_knn if args.mutual_knn_samples else None,
+    )
+
+
+def parse(rsa: RSAPlugin):
+    """The run's arguments: Megatron's, with --model and --stage as their defaults, ours and the plugin's."""
+    try:
+        args = parse_and_validate_args(extra_args_provider=functools.partial(add_arguments, rsa=rsa))
+        check_layout(args)
+    except (ValueError, AssertionError, OSError) as error:
+        # One line and the exit status of a wrong command line, from one rank; the traceback shows no more.
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.virtual_pipeline_model_parallel_size:
+        print_rank_0("WARNING: megatron-core cannot save the data position of interleaved pipelines; "
+                     "a resumed run will need --restart-data")  # fmt: skip
+    elif args.save:
+        args.dataloader_save = dataloader_folder(args.save)
+    return args
+
+
+def add_arguments(parser, rsa: RSAPlugin):
+    """Megatron's extra_args_provider."""
+    group = parser.add_argument_group("LLaVA with RSA")
+    group.add_argument("--model", default="demo", help="architecture; sets the model's Megatron arguments")
+    group.add_argument("--stage", default="1", help="training stage; sets the run's Megatron arguments")
+    group.add_argument("--trainable", nargs="+", choices=list(PARTS), help="parts that learn; the others are frozen")
+    group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
+    group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
+    group.add_argument("--mutual-knn-samples", type=int, default=1000,
+                       help="validation pairs for mutual-knn at each evaluation; 0: none")  # fmt: skip
+    group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours")
+    group.add_argument("--restart-data", action="store_true",
+                       help="resume from a checkpoint with the data from its beginning")  # fmt: skip
+    group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    rsa.add_arguments(parser)
+    known, _ = parser.parse_known_args()
+    parser.set_defaults(
+        **get_architecture(known.model).megatron_defaults(),
+        **recipe(known.model, known.stage),
+        **(LOCAL_ARGUMENTS if ON_CPU or not HAVE_TE else {}),
+        **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
+        tokenizer_type="HuggingFaceTokenizer",
+        dataloader_type="external",
+        split="1,0,0",  # Energon's own splits count; this silences Megatron's
+    )
+    return parser
+
+
+def check_layout(args) -> None:
+    if not args.data_path:
+        raise ValueError("--data-path: name a prepared Energon data set or a mixture (.yaml)")
+    if not Path(args.data_path[0]).exists():
+        raise ValueError(f"--data-path {args.data_path[0]}: no such file or folder")
+    architecture_of(args).check_layout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        chunks=args.virtual_pipeline_model_parallel_size or 1,
+    )
+    if args.sequence_parallel and args.seq_length % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--seq-length {args.seq_length} must be a multiple of --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} under --sequence-parallel"
+        )
+
+
+def architecture_of(args) -> Architecture:
+    return get_architecture(args.model).with_arguments(vars(args))
+
+
+def dry_run(args, rsa: RSAPlugin) -> None:
+    """Print the settings (Megatron has printed its own), the parameters of each part, and which learn."""
+    counts = architecture_of(args).parameter_counts(args.padded_vocab_size)
+    print_rank_0(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
+    print_rank_0(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
+    print_rank_0(f"{'part':<12}{'parameters':>16}  learns")
+    for part, count in counts.items():
+        print_rank_0(f"{part:<12}{count:>16,}  {'yes' if part in args.trainable else 'no'}")
+    learns = sum(count for part, count in counts.items() if part in args.trainable)
+    print_rank_0(f"{'all':<12}{sum(counts.values()):>16,}  {learns:,} learn")
+
+
+def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    """Megatron's model provider: one chunk of the model."""
+    args = get_args()
+    model = build_llava(
+        get_architecture(args.model),
+        config or core_transformer_config_from_args(args),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.seq_length,
+        image_token_index=load_tokenizer(args).convert_tokens_to_ids(IMAGE_TOKEN),
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        rotary_base=args.rotary_base,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+    set_trainable(model, args.trainable)
+    return model
+
+
+@functools.cache
+def _tokenizer(path: str):
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_tokenizer(args):
+    """The Hugging Face tokenizer; Megatron's own wrapper of it hides the special tokens."""
+    return _tokenizer(args.tokenizer_model)
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    """Megatron's data provider: loaders on the first tensor rank of the first and the last stage."""
+    args = get_args()
+    is_first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    is_last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    if mpu.get_tensor_model_parallel_rank() != 0 or not (is_first or is_last):
+        return None, None, None
+    train = None
+    if not args.skip_train:
+        train = TrainLoader(
+            args.data_path[0],
+            task_encoder(args, say_skipped=is_last),
+            worker_config(args),
+            args.micro_batch_size,
+            args.shuffle_buffer_size,
+        )
+        if args.iteration > 0 and not args.restart_data:
+            rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+            train.restore_state(find_train_state(dataloader_folder(args.load), args.iteration, rank, size))
+    validation = validation_loader(args, say_skipped=is_last) if args.eval_iters else None
+    return train, validation, None
+
+
+datasets_provider.is_distributed = True
+
+
+def validation_loader(args, *, say_skipped: bool) -> ValidationLoader:
+    encoder = task_encoder(args, say_skipped=say_skipped)
+    return ValidationLoader(args.data_path[0], encoder, worker_config(args), args.eval_micro_batch_size)
+
+
+def task_encoder(args, *, say_skipped: bool) -> LlavaTaskEncoder:
+    vision = get_architecture(args.model).vision
+    return LlavaTaskEncoder(
+        load_tokenizer(args),
+        image_size=vision.image_size,
+        image_tokens=vision.num_tokens,
+        max_sequence_length=args.seq_length,
+        template=args.template,
+        say_skipped=say_skipped and mpu.get_data_parallel_rank() == 0,
+    )
+
+
+def worker_config(args) -> WorkerConfig:
+    return WorkerConfig(
+        rank=mpu.get_data_parallel_rank(),
+        world_size=mpu.get_data_parallel_world_size(),
+        num_workers=args.num_workers,
+        data_parallel_group=mpu.get_data_parallel_group(),
+        seed_offset=args.seed,
+    )
+
+
+def dataloader_folder(checkpoint_folder: str) -> str:
+    return str(Path(checkpoint_folder) / "dataloader")
+
+
+def mutual_knn(model) -> dict[str, float]:
+    """Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on validation pairs."""
+    args = get_args()
+    reads = mpu.get_tensor_model_parallel_rank() == 0 and (
+        mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+    )
+    result = measure_mutual_knn(
+        model,
+        validation_loader(args, say_skipped=False).one_pass() if reads else None,
+        num_samples=args.mutual_knn_samples,
+        micro_batch_size=args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        k=args.mutual_knn_k,
+    )
+    if result is None:
+        return {}
+    score, num_pairs = result
+    iteration = args.iteration if args.skip_train else args.curr_iteration + 1
+    chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
+    print_rank_last(
+        f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | mutual-knn value: {score:.4f} | "
+        f"{num_pairs} pairs, image alone against caption alone | chance {chance:.4f} |"
+    )
+    return {"mutual-knn": score}
+
+
+def write_mutual_knn(scores: dict[str, float], iteration: int, writer) -> None:
+    """Megatron's process_non_loss_data_func: to TensorBoard and, where it is on, wandb."""
+    for key, score in scores.items():
+        writer.add_scalar(f"{key} validation", score, iteration)
+        if get_wandb_writer() and is_last_rank():
+            get_wandb_writer().log({f"{key} validation": score}, iteration)
+
+
+def skip_helper_build_without_makefile() -> None:
+    """pretrain() runs `make` for a helper of Megatron's text data sets, and the process ends where make fails.
+
+    megatron-core's wheel holds the helper built already, but not the Makefile.
+    """
+    utils = megatron.core.datasets.utils
+    if not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = lambda: None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Training settings of a stage, as defaults of Megatron's arguments: any of them is overridden by its flag.
+
+A recipe is a function; a variant is the base and its changes.
+"""
+
+
+def stage_1() -> dict:
+    """Stage 1, language-image alignment: the tower and the projector learn, the language model is frozen.
+
+    (paper, section 3.3 and table B.1: batch 256, one epoch, cosine, warm-up 0.03)
+    """
+    return dict(
+        trainable=["vision", "projector"],
+        template="plain",
+        micro_batch_size=8,
+        global_batch_size=256,
+        lr=2e-6,
+        min_lr=0.0,
+        lr_decay_style="cosine",
+        lr_warmup_fraction=0.03,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_eps=1e-8,
+        clip_grad=1.0,
+        num_workers=2,
+        log_interval=1,
+        eval_interval=100,
+        eval_iters=10,
+        save_interval=500,
+    )
+
+
+def demo_stage_1() -> dict:
+    """Stage 1 of the demo model on rendered scenes: two processes on two CPU cores, about three minutes.
+
+    The towers are small and have seen little: they take a larger rate than the paper's. The weight is chosen for
+    this model's distances; how is told in the README ("What the demo shows").
+    """
+    return stage_1() | dict(
+        seq_length=160,
+        micro_batch_size=16,
+        global_batch_size=32,
+        train_iters=300,
+        lr=5e-4,
+        eval_interval=50,
+        eval_iters=5,
+        log_interval=10,
+        save_interval=100,
+    )
+
+
+RECIPES = {("demo", "1"): demo_stage_1}
+
+
+def recipe(model: str, stage: str) -> dict:
+    """The settings of a stage for a model; ValueError names what there is."""
+    if (model, stage) not in RECIPES:
+        known = ", ".join(f"--model {m} --stage {s}" for m, s in RECIPES)
+        raise ValueError(f"--model {model} --stage {stage}: no such recipe; there is {known}")
+    return RECIPES[model, stage]()

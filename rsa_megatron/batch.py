@@ -1,0 +1,46 @@
+"""What a batch holds: the contract between data/, which makes it, and llava/, which trains on it.
+
+Shapes: B samples, S text positions (an image is one position), T image tiles in the whole batch.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class RSASamples:
+    """What the RSA loss must know of a batch: who takes part, and where the caption and the image are. int64."""
+
+    #: 1 for a sample that is one image with its caption and may enter the kernels, [B]
+    eligible: Tensor
+    #: 1 where the token AT this position is the caption's (not where it is the next one's label), [B, S]
+    caption_mask: Tensor
+    #: tiles of each sample, [B]; the tiles of sample 0 come first in LlavaBatch.images, then those of sample 1, ...
+    num_tiles: Tensor
+    #: the same number for the same sample on every pipeline stage, [B]; non-negative
+    sample_id: Tensor
+
+
+@dataclass
+class LlavaBatch:
+    """One micro-batch, as LLaVAModel.forward takes it."""
+
+    #: token ids, [B, S] int64; the image token's id stands once for each image
+    tokens: Tensor
+    #: the token that follows each position, [B, S] int64
+    labels: Tensor
+    #: 1 where that next token is to be predicted, [B, S] float32
+    loss_mask: Tensor
+    #: tiles of all images in order, [T, 3, height, width] float32
+    images: Tensor
+    #: tiles of each image, [number of images] int32
+    num_image_tiles: Tensor
+    #: who takes part in the RSA loss
+    rsa: RSASamples
+    #: where each sample comes from, B strings, for messages
+    keys: list[str]
+    #: samples that were skipped as unusable since the batch before this one
+    num_skipped: int = 0
+    #: Energon's key by which the batch can be rebuilt; Energon sets it
+    __restore_key__: tuple = ()

@@ -1,0 +1,155 @@
+"""Energon loaders as Megatron's `--dataloader-type external` takes them, and their state on disk.
+
+The state of the training loader is written by Megatron beside each checkpoint, one file a data-parallel rank,
+and says exactly which sample comes next. It holds for the same number of data-parallel ranks, data workers and
+the same micro-batch; anything else is refused with the remedy, never answered with data from the beginning.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.energon import TaskEncoder, WorkerConfig, get_loader, get_savable_loader, get_train_dataset, get_val_dataset
+from megatron.energon.rng import SystemRngState
+from megatron.energon.savable_loader import (
+    FlexState,
+    SavableDataLoader,
+    SavableDataLoaderState,
+    SavableDatasetCheckpoint,
+    SavableDatasetState,
+)
+
+from rsa_megatron.batch import LlavaBatch
+
+# What an Energon state is made of: the only classes that may be read from a state file.
+_STATE_CLASSES = [SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, FlexState]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataLayout:
+    """What must be the same for a saved position to mean the same samples."""
+
+    data_parallel_size: int
+    num_workers: int
+    micro_batch_size: int
+
+    #: The Megatron flag behind each, for messages.
+    FLAGS = {
+        "data_parallel_size": "the data-parallel size (processes / TP / PP / CP)",
+        "num_workers": "--num-workers",
+        "micro_batch_size": "--micro-batch-size",
+    }
+
+
+class TrainLoader:
+    """Endless batches of the training part, with a position that can be saved and taken up again."""
+
+    def __init__(
+        self,
+        path: str,
+        task_encoder: TaskEncoder,
+        worker_config: WorkerConfig,
+        micro_batch_size: int,
+        shuffle_buffer_size: int,
+    ):
+        self.layout = DataLayout(worker_config.world_size, worker_config.num_workers, micro_batch_size)
+        dataset = get_train_dataset(
+            path,
+            worker_config=worker_config,
+            batch_size=micro_batch_size,
+            shuffle_buffer_size=shuffle_buffer_size,
+            max_samples_per_sequence=None,
+            task_encoder=task_encoder,
+        )
+        self._loader: SavableDataLoader = get_savable_loader(dataset)
+        self._batches: Iterator[LlavaBatch] | None = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> LlavaBatch:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        return next(self._batches)
+
+    def save_state(self) -> dict:
+        """Called by Megatron when it writes a checkpoint."""
+        return {"layout": dataclasses.asdict(self.layout), "energon": self._loader.save_state_rank()}
+
+    def restore_state(self, state_file: Path) -> None:
+        """Take up the position of a state file; before the first batch.
+
+        Raises:
+            ValueError: when the file is of another layout.
+        """
+        with torch.serialization.safe_globals([*_STATE_CLASSES, *_numpy_rng_classes()]):
+            state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
+        then = DataLayout(**state["layout"])
+        for name, what in DataLayout.FLAGS.items():
+            saved, current = getattr(then, name), getattr(self.layout, name)
+            if saved != current:
+                raise ValueError(
+                    f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "
+                    f"resume is impossible. Set it back to {saved}, or pass --restart-data to begin the data anew"
+                )
+        self._loader.restore_state_rank(state["energon"])
+
+
+class ValidationLoader:
+    """The validation part over and over, each time in the same order."""
+
+    def __init__(self, path: str, task_encoder: TaskEncoder, worker_config: WorkerConfig, micro_batch_size: int):
+        dataset = get_val_dataset(
+            path,
+            worker_config=worker_config,
+            batch_size=micro_batch_size,
+            batch_drop_last=True,
+            task_encoder=task_encoder,
+        )
+        self._loader = get_loader(dataset)
+        self._batches: Iterator[LlavaBatch] = iter(())
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> LlavaBatch:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = iter(self._loader)
+            batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError("the validation part holds fewer samples than one micro-batch a data-parallel rank")
+        return batch
+
+    def one_pass(self) -> Iterator[LlavaBatch]:
+        """Each batch of the part once; for a loader that has not been read from."""
+        return iter(self._loader)
+
+
+def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: int) -> Path:
+    """The state file of a data-parallel rank, as Megatron has laid it down for that iteration.
+
+    Raises:
+        FileNotFoundError: there is none, or there are files of another number of ranks.
+    """
+    # Megatron puts them under the name of the first model-parallel rank, whose digits depend on the layout.
+    files = sorted(Path(folder).glob(f"iter_{iteration:07d}/mp_rank_*/train_dataloader_dprank*.pt"))
+    ranks = {int(re.search(r"dprank(\d+)", file.name)[1]): file for file in files}
+    remedy = "pass --restart-data to begin the data anew"
+    if not ranks:
+        raise FileNotFoundError(f"{folder}: no data position is saved for iteration {iteration}; {remedy}")
+    if len(ranks) != world_size:
+        raise FileNotFoundError(
+            f"{folder}: the data position of iteration {iteration} was saved with a data-parallel size of {len(ranks)}, "
+            f"this run has {world_size}; an exact resume is impossible. Set it back to {len(ranks)}, or {remedy}"
+        )
+    return ranks[rank]
+
+
+def _numpy_rng_classes() -> list[Callable]:
+    # The state of numpy's generator is a tuple with an array in it.
+    import numpy
+
+    return [numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32")), numpy._core.multiarray._reconstruct]

@@ -1,0 +1,106 @@
+"""One training step of LLaVA, as Megatron's schedules call it. It knows nothing of RSA: that is the plugin's.
+
+Only the first pipeline stage needs images, only the last labels; the stages between read no data. Within a stage
+one tensor-parallel rank reads and the others receive.
+
+Shapes: B samples, S text positions, L positions of the spliced row, T tiles.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import broadcast_data
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from rsa_megatron.batch import LlavaBatch
+
+
+@dataclass
+class StepBatch:
+    """What one rank's forward pass is given."""
+
+    images: Tensor | None
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    num_image_tiles: Tensor
+    #: where the samples come from and how many were skipped before them: known where the data is read
+    keys: list[str]
+    num_skipped: Tensor
+
+
+def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> StepBatch:
+    """The next micro-batch, on every tensor-parallel rank of a stage that needs one."""
+    tp_group = model.pg_collection.tp
+    batch = next(data_iterator) if tp_group.rank() == 0 else None
+
+    def broadcast(dtype, *names):
+        data = batch and {name: _as_tensor(getattr(batch, name), dtype) for name in names}
+        return broadcast_data(list(names), data, dtype, tp_group=tp_group)
+
+    integers = broadcast(torch.int64, "tokens", "labels", "num_image_tiles", "num_skipped")
+    return StepBatch(
+        images=broadcast(torch.float32, "images")["images"] if model.pre_process else None,
+        tokens=integers["tokens"],
+        labels=integers["labels"],
+        loss_mask=broadcast(torch.float32, "loss_mask")["loss_mask"],
+        num_image_tiles=integers["num_image_tiles"].int(),
+        keys=batch.keys if batch else [],
+        num_skipped=integers["num_skipped"],
+    )
+
+
+def forward_step(data_iterator: Iterator[LlavaBatch] | None, model: torch.nn.Module):
+    """Megatron's forward step: the chunk's output, and the function from it to the loss."""
+    llava = get_attr_wrapped_model(model, "image_token_index", return_model_obj=True)
+    if not (llava.pre_process or llava.post_process):
+        output, _ = model(None, None, None, None)
+        return output, None
+    batch = get_batch(data_iterator, llava)
+    output, loss_mask = model(
+        batch.images,
+        batch.tokens,
+        torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens),
+        None,  # causal by the layers' own mask type; padding stands at the end
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        num_image_tiles=batch.num_image_tiles,
+        sound_clips=_no_sound(batch),
+    )
+    return output, partial(loss_func, loss_mask, batch, training=llava.training)
+
+
+def loss_func(
+    loss_mask_BL: Tensor, batch: StepBatch, output_BL: Tensor, *, training: bool
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's triple: the sum of the tokens' losses, how many tokens, and (sum, count) pairs to report."""
+    loss_sum = (output_BL.float() * loss_mask_BL).sum()
+    num_tokens = loss_mask_BL.sum().int()
+    get_rerun_state_machine().validate_result(
+        result=loss_sum,
+        rejection_func=lambda loss: not bool(torch.isfinite(loss)),
+        message=f"lm loss is not finite; samples of the batch: {', '.join(batch.keys) or 'read by tensor rank 0'}",
+        fatal=True,
+    )
+    report = {"lm loss": torch.stack([loss_sum.detach(), num_tokens.float()])}
+    if training:
+        # A count for the step: the denominators of all its micro-batches on all ranks add up to 1.
+        part = len(batch.tokens) / get_current_global_batch_size()
+        num_skipped = batch.num_skipped.float()
+        report["unusable samples"] = torch.cat([num_skipped, num_skipped.new_tensor([part])])
+    return loss_sum, num_tokens, report
+
+
+def _as_tensor(value: Tensor | int, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor([value], dtype=dtype)
+
+
+def _no_sound(batch: StepBatch) -> Tensor:
+    # None would make LLaVAModel ask for the CUDA device.
+    return torch.zeros(0, device=batch.tokens.device)
