@@ -56,10 +56,11 @@ def main():
     )
 
 
-def parse(rsa: RSAPlugin):
-    """The run's arguments: Megatron's, with --model and --stage as their defaults, ours and the plugin's."""
+def parse(rsa: RSAPlugin, settings: dict | None = None):
+    """The run's arguments: Megatron's, ours and the plugin's, with `settings` or else --stage's as their defaults."""
     try:
-        args = parse_and_validate_args(extra_args_provider=functools.partial(add_arguments, rsa=rsa))
+        provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
+        args = parse_and_validate_args(extra_args_provider=provider)
         check_layout(args)
     except (ValueError, AssertionError, OSError) as error:
         # One line and the exit status of a wrong command line, from one rank; the traceback shows no more.
@@ -74,7 +75,7 @@ def parse(rsa: RSAPlugin):
     return args
 
 
-def add_arguments(parser, rsa: RSAPlugin):
+def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
     group = parser.add_argument_group("LLaVA with RSA")
     group.add_argument("--model", default="demo", help="architecture; sets the model's Megatron arguments")
@@ -92,7 +93,7 @@ def add_arguments(parser, rsa: RSAPlugin):
     known, _ = parser.parse_known_args()
     parser.set_defaults(
         **get_architecture(known.model).megatron_defaults(),
-        **recipe(known.model, known.stage),
+        **(settings or recipe(known.model, known.stage)),
         **(LOCAL_ARGUMENTS if ON_CPU or not HAVE_TE else {}),
         **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
         tokenizer_type="HuggingFaceTokenizer",

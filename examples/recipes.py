@@ -50,6 +50,18 @@ def demo_stage_1() -> dict:
     )
 
 
+def demo_parts() -> dict:
+    """Before stage 1: the demo's decoder and tower, each for itself (pretrain_demo_parts.py); about a minute."""
+    return demo_stage_1() | dict(
+        trainable=["vision", "embeddings", "language"],
+        train_iters=200,
+        lr=2e-3,
+        eval_interval=1000,
+        eval_iters=0,
+        mutual_knn_samples=0,
+    )
+
+
 RECIPES = {("demo", "1"): demo_stage_1}
 
 

@@ -40,6 +40,8 @@ class LlavaBatch:
     rsa: RSASamples
     #: where each sample comes from, B strings, for messages
     keys: list[str]
+    #: what the data set says of each sample beside text and image, B records as they are stored
+    records: list[dict]
     #: samples that were skipped as unusable since the batch before this one
     num_skipped: int = 0
     #: Energon's key by which the batch can be rebuilt; Energon sets it

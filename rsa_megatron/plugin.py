@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
-import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
@@ -32,7 +31,6 @@ class RSAPlugin:
     def __init__(self, config: RSAConfig = RSAConfig(), select: Callable[[object], RSASamples] | None = None):
         self.config = config
         self._select = select or (lambda batch: batch.rsa)
-        self._vision_width = 0
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add the --rsa-* flags, one a field of RSAConfig; a flag that is given changes this plugin's config.
@@ -52,10 +50,10 @@ class RSAPlugin:
         return parser
 
     def attach(self, model: LLaVAModel | list[LLaVAModel]) -> LLaVAModel | list[LLaVAModel]:
-        """Put the taps on a model chunk, or on each of a list of chunks, and return it.
+        """Put the taps on a model chunk, or on each of a list of chunks, and return it; with weight 0, nothing.
 
-        Every rank of a pipeline must call it for each of its chunks, as model providers do: the ranks without a
-        tower learn its width from the one that has it. With weight 0 nothing is done.
+        Every rank of a pipeline must do it to each of its chunks, as model providers do: a stage without taps would
+        take the carrier rows for tokens.
         """
         for chunk in model if isinstance(model, list) else [model]:
             if self.config.weight > 0:
@@ -102,15 +100,11 @@ class RSAPlugin:
             raise ValueError("RSAPlugin.attach: this model has its taps already; attach it once")
         if chunk.config.mtp_num_layers:
             raise ValueError("RSA needs the last decoder layer's states on the last stage: set --mtp-num-layers 0")
-        own_width = chunk.vision_model.config.hidden_size if chunk.pre_process else 0
-        width = torch.tensor([own_width], device=torch.cuda.current_device())
-        torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX, group=chunk.pg_collection.pp)
-        self._vision_width = max(self._vision_width, int(width))
         if chunk.config.pipeline_model_parallel_size > 1:
             # The hidden state with its carrier rows is longer than the sequence: let the stages tell each other.
             # (Set here because TransformerConfig refuses it together with a default of its expert layers.)
             chunk.config.variable_seq_lengths = True
-        chunk.rsa_taps = Taps(chunk, self.config, self._vision_width)
+        chunk.rsa_taps = Taps(chunk, self.config)
 
 
 class _Reader:

@@ -140,6 +140,16 @@ class Scene:
         return hashlib.sha256(content.encode()).digest()[0] < 26
 
 
+def all_labels() -> list[str]:
+    """Every label that `Scene.contents` can hold, sorted."""
+    nouns = {noun for theme in THEMES for noun in theme.things}
+    words = {word for theme in THEMES for word in theme.words} | {None}
+    labels = {f"theme {theme.name}" for theme in THEMES} | {f"count {count}" for count in NUMBERS}
+    labels |= {f"word {word}" for word in words} | {f"thing {noun}" for noun in nouns}
+    labels |= {f"colour {colour}" for colour in COLOURS} | {f"{c} {noun}" for c in COLOURS for noun in nouns}
+    return sorted(labels | {f"{noun} {place}" for noun in nouns for place in PLACES.values()})
+
+
 def make_scene(seed: int, index: int, *, validation: bool) -> Scene:
     """Scene number `index` of the training or the validation part of the data set that `seed` names."""
     rng = random.Random(f"{seed}/{index}/{validation}")
@@ -174,7 +184,7 @@ def _likely(rng: random.Random, choices: list[str], count: int) -> list[str]:
     return taken
 
 
-def caption(scene: Scene, seed: int) -> str:
+def caption(scene: Scene, seed: int | str) -> str:
     """A dense caption of some 40 to 80 words: ground, every thing with size, colour, place and relation, the word."""
     rng = random.Random(f"{seed}/caption")
     opening = rng.choice(("This is a picture of a {}, with {}.", "We see a {} scene, with {}.", "A {} is shown: {}."))
@@ -201,7 +211,7 @@ def _relation(cell: tuple[int, int], other: tuple[int, int]) -> str:
     return "below" if down > 0 else "above"
 
 
-def questions(scene: Scene, seed: int) -> list[tuple[str, str]]:
+def questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
     """Questions with short answers, in a random order."""
     rng = random.Random(f"{seed}/questions")
     thing = rng.choice(scene.things)
@@ -216,7 +226,7 @@ def questions(scene: Scene, seed: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def text(scene: Scene, seed: int) -> str:
+def text(scene: Scene, seed: int | str) -> str:
     """A text without a picture: what belongs to such a scene."""
     rng = random.Random(f"{seed}/text")
     things = rng.sample(list(scene.theme.things), 3)
@@ -227,7 +237,7 @@ def text(scene: Scene, seed: int) -> str:
     )
 
 
-def render(scene: Scene, size: int = 168, seed: int = 0) -> Image.Image:
+def render(scene: Scene, size: int, seed: int | str) -> Image.Image:
     """The picture, size x size pixels; `seed` jitters places and shades a little."""
     rng = random.Random(f"{seed}/render")
     scale = 2  # drawn twice as large and reduced, for smooth edges

@@ -133,6 +133,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
                 sample_id=torch.tensor([sample_id(sample.__key__) for sample in samples]),
             ),
             keys=[sample.__key__ for sample in samples],
+            records=[sample.record for sample in samples],
             num_skipped=num_skipped,
         )
 

@@ -48,10 +48,10 @@ class Representations:
 class Taps:
     """The hooks of one model chunk, and what they have read of the micro-batch in hand."""
 
-    def __init__(self, model: LLaVAModel, config: RSAConfig, vision_width: int):
+    def __init__(self, model: LLaVAModel, config: RSAConfig):
         self.config = config
         self.is_first, self.is_last = model.pre_process, model.post_process
-        self.vision_width = vision_width
+        self.vision_width: int | None = model.vision_model.config.hidden_size if self.is_first else None
         self.samples: RSASamples | None = None
         self._model_config, self._pg_collection = model.config, model.pg_collection
         self._signature = inspect.signature(model.forward)
@@ -87,6 +87,7 @@ class Taps:
     def _take_off_carrier(self, input_tensor):
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if received is not None:
+            self.vision_width = self.vision_width or carrier.vector_width(received)
             k = carrier.num_rows(self.vision_width, received.shape[2], received.dtype)
             # Slices along dim 0 of what was received: no copy, and both parts' gradients return through it.
             self._carried, received = received[-k:], received[:-k]
