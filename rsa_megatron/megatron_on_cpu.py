@@ -94,12 +94,10 @@ class _NoStream:
 
 
 def _stand_in_for_torch_cuda():
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     no_stream = _NoStream()
     values = {
         "is_available": True,
         "is_initialized": True,
-        "device_count": local_world_size,
         "current_device": _CPU,
         "current_stream": no_stream,
         "default_stream": no_stream,
@@ -117,6 +115,7 @@ def _stand_in_for_torch_cuda():
     }  # fmt: skip
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
+    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed",
                  "manual_seed_all", "_lazy_init", "check_error"):  # fmt: skip
         setattr(torch.cuda, name, lambda *args, **kwargs: None)

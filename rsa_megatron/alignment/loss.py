@@ -92,39 +92,39 @@ def rsa_loss_of_rows(
     v_nD, t_nE, v_ND, t_NE = (at_least_fp32(x) for x in (v_nD, t_nE, v_ND, t_NE))
     if distance == "cosine":
         v_nD, t_nE, v_ND, t_NE = (unit_rows(x) for x in (v_nD, t_nE, v_ND, t_NE))
-    return RSALossOfRows(*_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group))
+    # Inside the function autograd's switch is off: whether a gradient is wanted is asked here.
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (v_nD, t_nE)]
+    return RSALossOfRows(*_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, wanted))
 
 
 class _RowsOfRSA(torch.autograd.Function):
     """Forward: the rows' sums, and in the same pass over blocks the gradient. Backward: one multiplication."""
 
     @staticmethod
-    def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group):
+    def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, wanted):
         num_pairs = v_ND.shape[0]
-        zero = v_ND.new_zeros((), dtype=torch.float64)
+        sums = v_ND.new_zeros(3)
         if num_pairs < 2:  # eq. 5 compares pairs: there is none
             ctx.save_for_backward(torch.zeros_like(v_nD), torch.zeros_like(t_nE))
-            sums = (zero, zero, zero)
         else:
             rows = slice(first_row, first_row + v_nD.shape[0])
             kernels = PairwiseKernel(v_ND, distance), PairwiseKernel(t_NE, distance)
             normal = _normalization(*kernels, rows, num_pairs, group) if normalize == "mean-distance" else None
-            # Whether a gradient is wanted is known now; for a stopped side or in evaluation none is computed.
-            gradients = [k.gradient(rows) if need else None for k, need in zip(kernels, ctx.needs_input_grad)]
+            gradients = [k.gradient(rows) if is_wanted else None for k, is_wanted in zip(kernels, wanted)]
             sums = _sweep(*kernels, rows, num_pairs, normal, *gradients)
             # dL/dK^V_ij = 2/N^2 r_ij and dL/dK^T_ij = -2/N^2 r_ij; _sweep has added up the r part.
             scale_v, scale_t = (normal.scale_v, normal.scale_t) if normal else (1.0, 1.0)
             factors = (2 * scale_v / num_pairs**2, -2 * scale_t / num_pairs**2)
             ctx.save_for_backward(*(g and g.result().mul_(f) for g, f in zip(gradients, factors)))
-            sums = (sums[0] / num_pairs**2, sums[1], sums[2])
-        sums = tuple(s.to(v_nD.dtype) for s in sums)
-        ctx.mark_non_differentiable(sums[1], sums[2])
-        return sums
+            sums[0] /= num_pairs**2
+        loss, distance_sum_v, distance_sum_t = (total.to(v_nD.dtype, copy=True) for total in sums)
+        ctx.mark_non_differentiable(distance_sum_v, distance_sum_t)
+        return loss, distance_sum_v, distance_sum_t
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_gradient, *_):
-        return *(g if g is None else g * loss_gradient for g in ctx.saved_tensors), *(None,) * 6
+        return *(g if g is None else g * loss_gradient for g in ctx.saved_tensors), *(None,) * 7
 
 
 class _Normalization(NamedTuple):
