@@ -25,8 +25,10 @@ def run(function: Callable, world_size: int, *args, timeout: float = 120.0) -> l
         RuntimeError: with the traceback of the rank that failed first, or naming the ranks that did not end.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # By file: as arguments of a process, each tensor would take a file descriptor.
+        torch.save(args, Path(folder) / "arguments")
         processes = [
-            _CONTEXT.Process(target=_rank, args=(function, rank, world_size, folder, args))
+            _CONTEXT.Process(target=_rank, args=(function, rank, world_size, folder))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -57,13 +59,15 @@ def _wait(processes, folder, timeout):
         raise RuntimeError(f"exit codes {codes}")
 
 
-def _rank(function, rank, world_size, folder, args):
+def _rank(function, rank, world_size, folder):
+    log = open(Path(folder) / f"output-{rank}", "w")
+    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
         )
-        result = function(*args)
+        result = function(*torch.load(Path(folder) / "arguments", weights_only=False))
         torch.save(result, Path(folder) / f"result-{rank}.part")
         Path(folder, f"result-{rank}.part").rename(Path(folder) / f"result-{rank}")
         torch.distributed.barrier()

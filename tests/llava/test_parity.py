@@ -1,0 +1,200 @@
+"""The loss, its figures and every parameter's gradient do not depend on how the run is split over processes.
+
+Megatron's own train_step, optimizer and schedules; each kernel holds the same samples in each layout (micro-batch 4
+alone, 2 on two data-parallel ranks). The tolerances and the largest differences seen are in tests/README.md.
+"""
+
+import layouts
+import processes
+import pytest
+import tiny
+import torch
+from layouts import LAYOUTS, SINGLE, largest_difference
+
+# Gradients and parameters in fp32: about a hundred roundings of 6e-8 between a weight and the loss, in another order
+# in each layout. Largest seen: tests/README.md. A wrong factor is off by 0.1 and more.
+TOLERANCE = 2e-5
+NUM_ITERATIONS = 10
+
+# Which of a micro-batch's four samples take part: all; all but one; none of the first rank's; all but the last.
+ELIGIBLE = [(1, 0, 1, 1), (1, 1, 1, 1), (0, 0, 1, 1), (1, 1, 1, 0)]
+CASES = [
+    (layout, num_micro_batches, per_token, distributed_optimizer)
+    for layout in LAYOUTS
+    for num_micro_batches in (1, 4)
+    for per_token in (False, True)
+    for distributed_optimizer in (False, True)
+    # Interleaved schedules take a multiple of the pipeline size.
+    if not (num_micro_batches == 1 and "VPP" in layout.name)
+]
+
+
+def case_name(case) -> str:
+    layout, num_micro_batches, per_token, distributed_optimizer = case
+    names = [layout.name, f"M={num_micro_batches}"]
+    names += ["per-token"] * per_token + ["distributed optimizer"] * distributed_optimizer
+    return ", ".join(names)
+
+
+def batches(num_micro_batches: int, per_token: bool) -> list[list]:
+    # Without per-token loss Megatron averages over ranks, each divided by its own tokens: equal only for equal counts.
+    num_targets = (9, 5, 7, 8) if per_token else (9, 9, 9, 9)
+    return [
+        [tiny.batch(100 * i + m, ELIGIBLE[m % 4], num_targets=num_targets) for m in range(num_micro_batches)]
+        for i in range(NUM_ITERATIONS)
+    ]
+
+
+def flags(demo, num_micro_batches, per_token, distributed_optimizer, data_parallel_size, save) -> list[str]:
+    flags = ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer")]
+    flags += ["--rsa-weight", "0.3", "--micro-batch-size", str(4 // data_parallel_size)]
+    flags += ["--global-batch-size", str(4 * num_micro_batches)]
+    flags += ["--calculate-per-token-loss"] * per_token
+    if distributed_optimizer:
+        flags += ["--use-distributed-optimizer", "--save", str(save), "--save-interval", "1000"]
+    return flags
+
+
+class Parity:
+    """Runs of the one-process reference, each made once, and comparisons with them."""
+
+    def __init__(self, demo, folder):
+        self.demo, self.folder, self.references = demo, folder, {}
+        self.initial = folder / "initial"
+        processes.run(_save_initial_weights, 1, flags(demo, 1, False, False, 1, None), str(self.initial))
+
+    def run(self, case, sabotage=None) -> layouts.Run:
+        layout, num_micro_batches, per_token, distributed_optimizer = case
+        return layouts.run(
+            layout,
+            batches(num_micro_batches, per_token),
+            flags(self.demo, num_micro_batches, per_token, distributed_optimizer, layout.data_parallel_size, self.folder),
+            load=self.initial,
+            sabotage=sabotage,
+        )
+
+    def reference(self, case) -> layouts.Run:
+        _, num_micro_batches, per_token, _ = case
+        key = (num_micro_batches, per_token)
+        if key not in self.references:
+            self.references[key] = self.run((SINGLE, *key, False))
+        return self.references[key]
+
+    def differences(self, case, sabotage=None) -> dict[str, float]:
+        """Largest relative differences between a layout and one process."""
+        actual, expected = self.run(case, sabotage), self.reference(case)
+        found = {
+            name: max(abs(a[name] - e[name]) / max(abs(e[name]), 1e-30) for a, e in zip(actual.losses, expected.losses))
+            for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text")
+        }
+        found["gradients"], _ = largest_difference(actual.gradients, expected.gradients)
+        found["parameters"], _ = largest_difference(actual.parameters, expected.parameters)
+        return found
+
+
+def _save_initial_weights(argv, folder):
+    from megatron.training.checkpointing import save_checkpoint
+
+    trainer = layouts.Trainer([*argv, "--save", folder, "--save-interval", "1000", "--no-save-optim", "--no-save-rng"])
+    save_checkpoint(0, trainer.model, None, None, 0)
+
+
+@pytest.fixture(scope="module")
+def parity(demo, tmp_path_factory) -> Parity:
+    return Parity(demo, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_layout_equals_one_process(parity, case):
+    differences = parity.differences(case)
+    assert differences["rsa pairs"] == 0
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+def scale_without_data_parallel_size():
+    from rsa_megatron import plugin
+
+    right = plugin.add_to_loss
+
+    class OneRank:
+        def __init__(self, groups):
+            self.__dict__.update(dp_cp=groups.dp_cp, cp=groups.cp, dp=type("Size1", (), {"size": lambda self: 1})())
+
+    plugin.add_to_loss = lambda *args: right(*args[:-1], OneRank(args[-1]))
+
+
+def carrier_without_gradient():
+    from rsa_megatron.llava import carrier
+
+    right = carrier.pack
+    carrier.pack = lambda v_BD, *args: right(v_BD.detach(), *args)
+
+
+def caption_mask_of_the_next_token():
+    from rsa_megatron.llava import taps
+
+    right = taps.Taps._broadcast_samples
+
+    def shifted(self):
+        samples = right(self)
+        if samples is not None:
+            samples.caption_mask = samples.caption_mask.roll(-1, dims=1)
+        return samples
+
+    taps.Taps._broadcast_samples = shifted
+
+
+def unsummed_sequence_parallel_text():
+    from rsa_megatron.llava import objective
+
+    objective.reduce_from_tensor_model_parallel_region = lambda x, group: x
+
+
+@pytest.mark.parametrize("name, sabotage", [
+    ("DP=2", scale_without_data_parallel_size),
+    ("PP=2", carrier_without_gradient),
+    ("TP=2", caption_mask_of_the_next_token),
+    ("TP=2 SP", unsummed_sequence_parallel_text),
+])  # fmt: skip
+def test_a_mistake_would_be_seen(parity, name, sabotage):
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    assert parity.differences((layout, 1, False, False), sabotage)["gradients"] > 1000 * TOLERANCE
+
+
+def test_one_process_is_equation_6(parity, demo):
+    """The reference of all others against LM loss + weight * eq. 5, written down anew and left to autograd."""
+    (result,) = processes.run(_gradients_by_plain_autograd, 1, flags(demo, 1, False, False, 1, None), str(parity.initial))
+    reference = parity.reference((SINGLE, 1, False, False))
+    assert reference.losses[0]["rsa loss"] == pytest.approx(result["rsa"], rel=1e-5)
+    assert reference.losses[0]["lm loss"] == pytest.approx(result["lm"], rel=1e-5)
+    assert largest_difference(reference.gradients, layouts._assemble([result["gradients"]]))[0] < TOLERANCE
+
+
+def _gradients_by_plain_autograd(argv, initial):
+    from megatron.core.utils import unwrap_model
+
+    from rsa_megatron.alignment.loss import rsa_loss_reference
+
+    trainer = layouts.Trainer([*argv, "--rsa-weight", "0", "--pretrained-checkpoint", initial])
+    batch = batches(1, False)[0][0]
+    (model,) = unwrap_model(trainer.model)
+    seen = {}
+    model.vision_model.register_forward_hook(lambda m, a, out: seen.update(vision=out))
+    model.language_model.decoder.register_forward_hook(lambda m, a, out: seen.update(text=out))
+    token_loss, _ = model(
+        batch.images, batch.tokens, None, None, labels=batch.labels, loss_mask=batch.loss_mask,
+        num_image_tiles=batch.num_image_tiles, sound_clips=torch.zeros(0),
+    )  # fmt: skip
+    # The image token at position 0 became 4 rows: text position p is row p + 3.
+    mask = torch.nn.functional.pad(batch.loss_mask, (3, 0))
+    lm = (token_loss * mask).sum() / mask.sum()
+    takes_part = batch.rsa.eligible > 0
+    v_ND = seen["vision"].mean(1)[takes_part]
+    t_NE = torch.stack([
+        seen["text"][3 + torch.nonzero(batch.rsa.caption_mask[b]).flatten(), b].mean(0) for b in range(4)
+    ])[takes_part]  # fmt: skip
+    rsa = rsa_loss_reference(v_ND, t_NE)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(lm + 0.3 * rsa, list(parameters.values()))
+    by_parameter = dict(zip(parameters.values(), gradients))
+    return {"lm": lm.item(), "rsa": rsa.item(), "gradients": trainer.shards(by_parameter.__getitem__)}

@@ -1,0 +1,102 @@
+"""A model so small that a training step takes milliseconds, and batches made up for it."""
+
+import torch
+
+from rsa_megatron.batch import LlavaBatch, RSASamples
+from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower
+
+# Wider tower than decoder, so that v takes several carrier rows; 4 layers for 2 stages of 2 chunks.
+TINY = Architecture(
+    name="tiny",
+    vision=VisionTower(
+        num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, image_size=28, patch_size=14
+    ),
+    decoder=Decoder(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    ),
+)
+VOCAB_SIZE = 1024
+IMAGE_TOKEN = 3  # the demo tokenizer's
+
+
+def settings() -> dict:
+    """A recipe: the paper's stage with everything trainable."""
+    return dict(
+        trainable=["vision", "projector", "embeddings", "language"],
+        template="plain",
+        seq_length=32,
+        micro_batch_size=4,
+        global_batch_size=4,
+        train_iters=10,
+        lr=1e-3,
+        min_lr=1e-3,
+        lr_decay_style="constant",
+        clip_grad=0.0,
+        # Adam divides by sqrt(v) + eps: with a small eps a gradient that is 0 but for rounding moves its parameter
+        # by a whole step in the direction of the rounding, and no two layouts would agree.
+        adam_eps=1e-2,
+        weight_decay=0.0,
+        init_method_std=0.1,
+        num_workers=0,
+        eval_iters=0,
+        eval_interval=1000,
+        mutual_knn_samples=0,
+    )
+
+
+def register() -> None:
+    """Make --model tiny known in this process."""
+    import recipes
+
+    ARCHITECTURES["tiny"] = TINY
+    recipes.RECIPES["tiny", "1"] = settings
+
+
+def batch(seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9, 9, 9, 9)) -> LlavaBatch:
+    """Samples of one image and a caption, the image token first; num_targets tokens of each are learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    num_samples = len(eligible)
+    text = torch.randint(10, VOCAB_SIZE, (num_samples, num_tokens + 1), generator=generator)
+    text[:, 0] = IMAGE_TOKEN
+    position = torch.arange(num_tokens)
+    loss_mask = ((position >= 1) & (position < 1 + torch.tensor(num_targets)[:, None])).float()
+    # Captions of different lengths, none to the end of the row.
+    caption_end = torch.tensor([9, 7, 10, 8])[torch.arange(num_samples) % 4]
+    caption_mask = ((position >= 1) & (position < caption_end[:, None])).long()
+    return LlavaBatch(
+        tokens=text[:, :-1],
+        labels=text[:, 1:],
+        loss_mask=loss_mask,
+        images=torch.randn(num_samples, 3, 28, 28, generator=generator),
+        num_image_tiles=torch.ones(num_samples, dtype=torch.int32),
+        rsa=RSASamples(
+            eligible=torch.tensor(eligible),
+            caption_mask=caption_mask,
+            num_tiles=torch.ones(num_samples, dtype=torch.int64),
+            sample_id=torch.randint(0, 2**62, (num_samples,), generator=generator),
+        ),
+        keys=[f"sample-{seed}-{i}" for i in range(num_samples)],
+        records=[{} for _ in range(num_samples)],
+    )
+
+
+def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
+    """Part `index` of `count` equal parts: what one of several data-parallel ranks reads."""
+    size = len(whole.keys) // count
+    rows = slice(index * size, (index + 1) * size)
+    return LlavaBatch(
+        tokens=whole.tokens[rows],
+        labels=whole.labels[rows],
+        loss_mask=whole.loss_mask[rows],
+        images=whole.images[rows],
+        num_image_tiles=whole.num_image_tiles[rows],
+        rsa=RSASamples(*(getattr(whole.rsa, name)[rows] for name in RSASamples.__dataclass_fields__)),
+        keys=whole.keys[rows],
+        records=whole.records[rows],
+    )
