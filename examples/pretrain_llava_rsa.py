@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from recipes import recipe
 from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES
-from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, find_train_state
+from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.llava.architectures import Architecture, get_architecture
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS
@@ -61,10 +61,10 @@ def parse(rsa: RSAPlugin, settings: dict | None = None):
     try:
         provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
         args = parse_and_validate_args(extra_args_provider=provider)
-        check_layout(args)
+        check_arguments(args)
     except (ValueError, AssertionError, OSError) as error:
-        # One line and the exit status of a wrong command line, from one rank; the traceback shows no more.
-        if int(os.environ.get("RANK", "0")) == 0:
+        # One line, from one rank, and the exit status of a wrong command line.
+        if is_rank_0():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if args.virtual_pipeline_model_parallel_size:
@@ -103,11 +103,12 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     return parser
 
 
-def check_layout(args) -> None:
-    if not args.data_path:
-        raise ValueError("--data-path: name a prepared Energon data set or a mixture (.yaml)")
-    if not Path(args.data_path[0]).exists():
-        raise ValueError(f"--data-path {args.data_path[0]}: no such file or folder")
+def is_rank_0() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_arguments(args) -> None:
+    """What would otherwise fail later, on every rank, and in other words."""
     architecture_of(args).check_layout(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
@@ -118,6 +119,10 @@ def check_layout(args) -> None:
             f"--seq-length {args.seq_length} must be a multiple of --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size} under --sequence-parallel"
         )
+    if not args.data_path:
+        raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
+    if is_rank_0():
+        check_data(args.data_path[0], (["train"] if not args.skip_train else []) + (["val"] if args.eval_iters else []))
 
 
 def architecture_of(args) -> Architecture:

@@ -17,7 +17,7 @@ TINY = Architecture(
         ffn_hidden_size=64,
         num_attention_heads=4,
         num_query_groups=2,
-        max_position_embeddings=64,
+        max_position_embeddings=160,
         tie_word_embeddings=True,
     ),
 )

@@ -7,11 +7,15 @@ the same micro-batch; anything else is refused with the remedy, never answered w
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy
 import torch
 from megatron.energon import TaskEncoder, WorkerConfig, get_loader, get_savable_loader, get_train_dataset, get_val_dataset
+from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.metadataset import load_dataset
 from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import (
     FlexState,
@@ -23,8 +27,11 @@ from megatron.energon.savable_loader import (
 
 from rsa_megatron.batch import LlavaBatch
 
-# What an Energon state is made of: the only classes that may be read from a state file.
-_STATE_CLASSES = [SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, FlexState]
+# What an Energon state is made of beside plain values.
+_STATE_CLASSES = {
+    cls.__name__: cls
+    for cls in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState, FlexState)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ class TrainLoader:
 
     def save_state(self) -> dict:
         """Called by Megatron when it writes a checkpoint."""
-        return {"layout": dataclasses.asdict(self.layout), "energon": self._loader.save_state_rank()}
+        return {"layout": dataclasses.asdict(self.layout), "energon": _to_plain(self._loader.save_state_rank())}
 
     def restore_state(self, state_file: Path) -> None:
         """Take up the position of a state file; before the first batch.
@@ -84,8 +91,7 @@ class TrainLoader:
         Raises:
             ValueError: when the file is of another layout.
         """
-        with torch.serialization.safe_globals([*_STATE_CLASSES, *_numpy_rng_classes()]):
-            state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
+        state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
         then = DataLayout(**state["layout"])
         for name, what in DataLayout.FLAGS.items():
             saved, current = getattr(then, name), getattr(self.layout, name)
@@ -94,7 +100,7 @@ class TrainLoader:
                     f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "
                     f"resume is impossible. Set it back to {saved}, or pass --restart-data to begin the data anew"
                 )
-        self._loader.restore_state_rank(state["energon"])
+        self._loader.restore_state_rank(_from_plain(state["energon"]))
 
 
 class ValidationLoader:
@@ -128,6 +134,31 @@ class ValidationLoader:
         return iter(self._loader)
 
 
+def check_data(path: str, parts: Iterable[str]) -> None:
+    """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole.
+
+    Args:
+        path: a prepared data set, or a mixture of such.
+        parts: the parts that will be read: train, val.
+    """
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    for part in parts:
+        try:
+            found = load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config)
+            shards = [shard for loaded in found.datasets for shard in getattr(loaded.dataset, "shards", [])]
+        except (ValueError, KeyError, OSError, EmptyDatasetError) as error:
+            raise ValueError(
+                f"--data-path {path}, part {part!r}: {error}; name a folder that `energon prepare` has been run on, or a "
+                "MetadatasetV2 .yaml of such folders"
+            ) from error
+        for shard in shards:
+            if shard.path.is_local() and not shard.path.is_file():
+                raise ValueError(
+                    f"--data-path {path}: shard {shard.path} is missing, which its index lists; restore the file, or "
+                    "run `energon prepare --force-overwrite` to index what is there"
+                )
+
+
 def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: int) -> Path:
     """The state file of a data-parallel rank, as Megatron has laid it down for that iteration.
 
@@ -148,8 +179,31 @@ def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: 
     return ranks[rank]
 
 
-def _numpy_rng_classes() -> list[Callable]:
-    # The state of numpy's generator is a tuple with an array in it.
-    import numpy
+# A state is kept as plain dictionaries, lists and tensors, which torch.load reads without running anybody's code.
 
-    return [numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32")), numpy._core.multiarray._reconstruct]
+
+def _to_plain(value):
+    if isinstance(value, numpy.ndarray):
+        return {"class": "ndarray", "value": torch.from_numpy(value.copy())}
+    name = type(value).__name__
+    if dataclasses.is_dataclass(value):
+        assert name in _STATE_CLASSES, f"an Energon state with a {name} in it, which could not be read back"
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"class": name, "value": {key: _to_plain(v) for key, v in fields.items()}}
+    if isinstance(value, dict):
+        return {"class": name, "value": {key: _to_plain(v) for key, v in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {"class": name, "value": [_to_plain(v) for v in value]}
+    return value
+
+
+def _from_plain(value):
+    if not isinstance(value, dict):
+        return value
+    name, value = value["class"], value["value"]
+    if name == "ndarray":
+        return value.numpy()
+    if name in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[name](_from_plain(v) for v in value)
+    value = {key: _from_plain(v) for key, v in value.items()}
+    return value if name == "dict" else _STATE_CLASSES[name](**value)

@@ -1,0 +1,152 @@
+"""The position of the training data can be saved and taken up exactly; where it cannot, that is said."""
+
+import broken_data
+import processes
+import pytest
+import torch
+from megatron.energon import WorkerConfig
+from transformers import AutoTokenizer
+
+from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+
+
+def make_encoder(demo):
+    tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
+    return LlavaTaskEncoder(tokenizer, image_size=28, image_tokens=4, max_sequence_length=128, template="plain")
+
+
+@pytest.fixture(scope="module")
+def encoder(demo):
+    return make_encoder(demo)
+
+
+def train_loader(demo, encoder, *, num_workers=0, rank=0, world_size=1, micro_batch_size=4):
+    config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
+    return TrainLoader(str(demo / "data" / "captions"), encoder, config, micro_batch_size, shuffle_buffer_size=20)
+
+
+def keys(loader, count):
+    return [next(loader).keys for _ in range(count)]
+
+
+def save(loader, path):
+    # As Megatron does (maybe_save_dataloader_state).
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"dataloader_state_dict": loader.save_state()}, path)
+
+
+def interrupted_and_restored(demo, num_workers, path):
+    encoder = make_encoder(demo)
+    loader = train_loader(demo, encoder, num_workers=num_workers)
+    keys(loader, 5)
+    save(loader, path)
+    expected = keys(loader, 70)  # past the end of the 60 batches of an epoch
+    restored = train_loader(demo, encoder, num_workers=num_workers)
+    restored.restore_state(path)
+    return expected, keys(restored, 70), keys(train_loader(demo, encoder, num_workers=num_workers), 70)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_restored_loader_goes_on_exactly(demo, tmp_path, num_workers):
+    (runs,) = processes.run(interrupted_and_restored, 1, demo, num_workers, tmp_path / "state.pt")
+    expected, restored, from_the_beginning = runs
+    assert restored == expected
+    assert from_the_beginning != expected
+
+
+def test_the_loaders_of_two_pipeline_stages_read_the_same(demo, encoder):
+    first, last = train_loader(demo, encoder), train_loader(demo, encoder)
+    assert keys(first, 30) == keys(last, 30)
+
+
+def test_data_parallel_ranks_read_different_samples(demo, encoder):
+    ranks = [train_loader(demo, encoder, rank=rank, world_size=2) for rank in range(2)]
+    seen = [{key for batch in keys(loader, 20) for key in batch} for loader in ranks]
+    assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(world_size=2), r"data-parallel size .* = 1, this run has 2.*Set it back to 1, or pass --restart-data"),
+    (dict(num_workers=2), "--num-workers = 0, this run has 2"),
+    (dict(micro_batch_size=2), "--micro-batch-size = 4, this run has 2"),
+])  # fmt: skip
+def test_another_layout_is_refused_with_the_remedy(demo, encoder, tmp_path, change, message):
+    loader = train_loader(demo, encoder)
+    next(loader)
+    save(loader, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=message):
+        train_loader(demo, encoder, **change).restore_state(tmp_path / "state.pt")
+
+
+def test_a_state_file_cannot_run_code(demo, encoder, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code of a stranger",))
+
+    torch.save({"dataloader_state_dict": Evil()}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        train_loader(demo, encoder).restore_state(tmp_path / "state.pt")
+
+
+def test_state_files_are_found_whatever_the_model_parallel_layout(tmp_path):
+    for folder in ("mp_rank_00", "mp_rank_00_000"):
+        for rank in range(2):
+            path = tmp_path / folder / "iter_0000010" / folder / f"train_dataloader_dprank{rank:03d}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            if rank == 1:
+                assert find_train_state(tmp_path / folder, 10, 1, 2) == path
+        with pytest.raises(FileNotFoundError, match="data-parallel size of 2, this run has 4.*--restart-data"):
+            find_train_state(tmp_path / folder, 10, 0, 4)
+        with pytest.raises(FileNotFoundError, match="no data position is saved for iteration 20; pass --restart-data"):
+            find_train_state(tmp_path / folder, 20, 0, 2)
+
+
+def test_validation_is_the_same_each_time_and_one_pass_ends(demo, encoder):
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    loaders = [ValidationLoader(str(demo / "data" / "captions"), encoder, config, 8) for _ in range(2)]
+    one_pass = [batch.keys for batch in loaders[0].one_pass()]
+    assert len(one_pass) == 8  # 64 samples
+    assert [next(loaders[1]).keys for _ in range(16)] == one_pass * 2
+
+
+def test_the_subflavor_of_the_data_set_lets_samples_into_rsa(demo, encoder):
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    for kind, eligible in (("captions", 1), ("questions", 0), ("texts", 0)):
+        batch = next(ValidationLoader(str(demo / "data" / kind), encoder, config, 8))
+        assert batch.rsa.eligible.tolist() == [eligible] * 8
+        assert (len(batch.images) == 0) == (kind == "texts")
+
+
+def test_bad_samples_are_passed_over_and_nothing_else_is_lost(demo, encoder, tmp_path, caplog):
+    broken_data.write(tmp_path / "data")
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    loader = TrainLoader(str(tmp_path / "data"), encoder, config, 4, shuffle_buffer_size=1)
+    batches = [next(loader) for _ in range(10)]
+    assert len({key for batch in batches for key in batch.keys}) == 40  # all good ones, in an epoch's ten batches
+    for key, reason in broken_data.REASONS.items():
+        (line,) = {r.message for r in caplog.records if f"/{key} " in r.message or r.message.startswith(f"skipped sample {key} ")}
+        assert reason in line and str(tmp_path / "data") in line
+    assert sum(batch.num_skipped for batch in batches) == len(broken_data.REASONS)
+
+
+def test_data_that_is_not_there_is_named(demo, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--data-path .*empty, part 'train': .*energon prepare"):
+        check_data(str(tmp_path / "empty"), ["train"])
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(
+        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits: {train: {blend: [{weight: 1, path: nowhere}]}}\n"
+    )
+    with pytest.raises(ValueError, match="nowhere"):
+        check_data(str(mixture), ["train"])
+    check_data(str(demo / "data" / "captions"), ["train", "val"])
+
+
+def test_a_missing_shard_is_named_before_training(tmp_path):
+    broken_data.write(tmp_path / "data")
+    (tmp_path / "data" / "val-00000.tar").unlink()
+    check_data(str(tmp_path / "data"), ["train"])
+    with pytest.raises(ValueError, match="shard .*val-00000.tar is missing, which its index lists; restore the file"):
+        check_data(str(tmp_path / "data"), ["train", "val"])
