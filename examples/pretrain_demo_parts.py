@@ -10,6 +10,7 @@ both, each for itself: the decoder predicts captions without seeing an image, th
 from functools import partial
 
 import pretrain_llava_rsa as train  # first: it prepares Megatron for machines without CUDA
+import megatron_repairs
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
@@ -26,7 +27,7 @@ LABELS = scenes.all_labels()
 def main():
     rsa = RSAPlugin()
     args = train.parse(rsa, settings=demo_parts())
-    train.skip_helper_build_without_makefile()
+    megatron_repairs.repair()
     pretrain(
         pretrain_cfg_container_from_args(args),
         train.datasets_provider,

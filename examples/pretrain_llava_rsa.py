@@ -16,7 +16,7 @@ from rsa_megatron import megatron_on_cpu
 
 ON_CPU = megatron_on_cpu.enable()  # before megatron is imported: its modules look for CUDA as they load
 
-import megatron.core.datasets.utils
+import megatron_repairs
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -32,7 +32,7 @@ from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.llava.architectures import Architecture, get_architecture
-from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS
+from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.llava.measure import measure_mutual_knn
 from rsa_megatron.llava.model import PARTS, build_llava, set_trainable
 from rsa_megatron.llava.train_step import forward_step
@@ -44,7 +44,7 @@ def main():
     args = parse(rsa)
     if args.dry_run:
         return dry_run(args, rsa)
-    skip_helper_build_without_makefile()
+    megatron_repairs.repair()
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,
@@ -75,8 +75,13 @@ def parse(rsa: RSAPlugin, settings: dict | None = None):
     return args
 
 
+def raise_value_error(message: str):
+    raise ValueError(message)
+
+
 def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
+    parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     group = parser.add_argument_group("LLaVA with RSA")
     group.add_argument("--model", default="demo", help="architecture; sets the model's Megatron arguments")
     group.add_argument("--stage", default="1", help="training stage; sets the run's Megatron arguments")
@@ -109,6 +114,7 @@ def is_rank_0() -> bool:
 
 def check_arguments(args) -> None:
     """What would otherwise fail later, on every rank, and in other words."""
+    layer_specs(args.transformer_impl)
     architecture_of(args).check_layout(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
@@ -260,16 +266,6 @@ def write_mutual_knn(scores: dict[str, float], iteration: int, writer) -> None:
         writer.add_scalar(f"{key} validation", score, iteration)
         if get_wandb_writer() and is_last_rank():
             get_wandb_writer().log({f"{key} validation": score}, iteration)
-
-
-def skip_helper_build_without_makefile() -> None:
-    """pretrain() runs `make` for a helper of Megatron's text data sets, and the process ends where make fails.
-
-    megatron-core's wheel holds the helper built already, but not the Makefile.
-    """
-    utils = megatron.core.datasets.utils
-    if not Path(utils.__file__).with_name("Makefile").exists():
-        utils.compile_helpers = lambda: None
 
 
 if __name__ == "__main__":

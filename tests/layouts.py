@@ -98,7 +98,7 @@ class Trainer:
         sys.argv = ["pretrain_llava_rsa.py", "--model", "tiny", *argv]
         rsa = script.RSAPlugin()
         self.args = script.parse(rsa)
-        script.skip_helper_build_without_makefile()
+        script.megatron_repairs.repair()
         initialize_megatron()
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

@@ -5,6 +5,7 @@ The processes are forked from one that has Megatron loaded (warm.py): a launch t
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ def run(function: Callable, world_size: int, *args, timeout: float = 120.0, kill
     """Call function(*args) in `world_size` processes that form a gloo group; what each returned, by rank.
 
     Args:
-        kill_when: given what rank 0 has printed so far; once it says True, all ranks are killed (SIGKILL) and the
+        kill_when: given what all ranks have printed so far; once it says True, all ranks are killed (SIGKILL) and the
             outputs of the ranks are returned instead.
 
     Raises:
@@ -49,11 +50,19 @@ def run(function: Callable, world_size: int, *args, timeout: float = 120.0, kill
             killed = _wait(processes, folder, timeout, kill_when)
         finally:
             for process in processes:
-                process.kill()
-                process.join()
+                _kill_with_children(process)
         if killed:
             return [_output(folder, rank) for rank in range(world_size)]
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _kill_with_children(process):
+    # A rank leads a process group: data workers and Megatron's checkpoint writers are in it.
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.join()
 
 
 def output() -> str:
@@ -70,27 +79,34 @@ def _output(folder, rank) -> str:
 def _wait(processes, folder, timeout, kill_when) -> bool:
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
-        _raise_errors(folder)
-        if kill_when and kill_when(_output(folder, 0)):
+        _raise_errors(folder, processes)
+        if kill_when and kill_when("".join(_output(folder, rank) for rank in range(len(processes)))):
             return True
         if time.monotonic() > deadline:
             alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
             raise Failed(f"ranks {alive} did not end within {timeout:.0f} s", _output(folder, 0))
         time.sleep(0.02)
-    _raise_errors(folder)
+    _raise_errors(folder, processes)
     codes = [process.exitcode for process in processes]
     if any(codes):
         raise Failed(f"exit codes {codes}", _output(folder, 0))
     return False
 
 
-def _raise_errors(folder):
-    for error in sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime):
-        rank = error.name.removeprefix("error-")
-        raise Failed(f"rank {rank}:\n{error.read_text()}", _output(folder, rank))
+def _raise_errors(folder, processes):
+    if not list(Path(folder).glob("error-*")):
+        return
+    # The others fail too, or wait for this one: give them a moment to say what they have to say.
+    deadline = time.monotonic() + 1
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first = min(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime)
+    rank = first.name.removeprefix("error-")
+    raise Failed(f"rank {rank}:\n{first.read_text()}", "".join(_output(folder, r) for r in range(len(processes))))
 
 
 def _rank(function, rank, world_size, folder):
+    os.setpgrp()
     log = open(Path(folder) / f"output-{rank}", "w+")
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))

@@ -16,7 +16,6 @@ import torch.distributed
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from rsa_megatron.alignment.gather import gather_rows
 from rsa_megatron.alignment.metrics import mutual_knn
 from rsa_megatron.alignment.pooling import pool_tiles
 from rsa_megatron.batch import LlavaBatch
+from rsa_megatron.llava.broadcast import broadcast_tensors
 from rsa_megatron.llava.objective import caption_vectors
 
 
@@ -68,6 +68,7 @@ def measure_mutual_knn(
     valid_N = (torch.cat([pair.eligible_B for pair in pairs]) > 0) & (count_N > 0)
     gathered, _ = gather_rows(torch.cat([v_ND, t_NE], dim=1), valid_N, groups.dp)
     v_ND, t_NE = gathered.split([v_ND.shape[1], t_NE.shape[1]], dim=1)
+    v_ND, t_NE = v_ND[:num_samples], t_NE[:num_samples]
     num_pairs = v_ND.shape[0]
     return (mutual_knn(v_ND, t_NE, k) if num_pairs > k else float("nan")), num_pairs
 
@@ -96,8 +97,8 @@ def _read(batches, wanted: int, needs_data: bool, groups: ProcessGroupCollection
 
 def _share(batch: LlavaBatch | None, tp_group) -> _Pairs:
     integers, floats = (None, None) if batch is None else _separate(batch)
-    integers = broadcast_data(["tokens", "mask", "eligible"], integers, torch.int64, tp_group=tp_group)
-    images = broadcast_data(["images"], floats, torch.float32, tp_group=tp_group)["images"]
+    integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
+    images = broadcast_tensors(["images"], floats, torch.float32, tp_group)["images"]
     return _Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
 
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
-from megatron.core.tensor_parallel import broadcast_data
 from torch import Tensor
 
 from rsa_megatron.alignment.pooling import pool_tiles
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.llava import carrier
+from rsa_megatron.llava.broadcast import broadcast_tensors
 
 _FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
 
@@ -140,7 +140,7 @@ class Taps:
             return None
         samples = self._captured()
         data = {name: getattr(samples, name) for name in _FIELDS} if samples is not None else None
-        return RSASamples(**broadcast_data(_FIELDS, data, torch.int64, tp_group=self._pg_collection.tp))
+        return RSASamples(**broadcast_tensors(_FIELDS, data, torch.int64, self._pg_collection.tp))
 
     def _tile_weights(self, num_tiles: int) -> Tensor:
         """Part of each tile in each sample's mean, [B, T]: 1 for the base image, or 1/n for each of its n tiles."""

@@ -14,11 +14,11 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from rsa_megatron.batch import LlavaBatch
+from rsa_megatron.llava.broadcast import broadcast_tensors
 
 
 @dataclass
@@ -41,8 +41,8 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
     batch = next(data_iterator) if tp_group.rank() == 0 else None
 
     def broadcast(dtype, *names):
-        data = batch and {name: _as_tensor(getattr(batch, name), dtype) for name in names}
-        return broadcast_data(list(names), data, dtype, tp_group=tp_group)
+        tensors = batch and {name: torch.as_tensor(getattr(batch, name)) for name in names}
+        return broadcast_tensors(names, tensors, dtype, tp_group)
 
     integers = broadcast(torch.int64, "tokens", "labels", "num_image_tiles", "num_skipped")
     return StepBatch(
@@ -93,12 +93,8 @@ def loss_func(
         # A count for the step: the denominators of all its micro-batches on all ranks add up to 1.
         part = len(batch.tokens) / get_current_global_batch_size()
         num_skipped = batch.num_skipped.float()
-        report["unusable samples"] = torch.cat([num_skipped, num_skipped.new_tensor([part])])
+        report["unusable samples"] = torch.stack([num_skipped, num_skipped.new_tensor(part)])
     return loss_sum, num_tokens, report
-
-
-def _as_tensor(value: Tensor | int, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor([value], dtype=dtype)
 
 
 def _no_sound(batch: StepBatch) -> Tensor:

@@ -1,0 +1,66 @@
+"""Two faults of megatron-core 0.19 as it is installed from PyPI, mended from outside, each only where it bites.
+
+Both end a run on GPUs as on the CPU, and no argument of Megatron's gets round them.
+"""
+
+from pathlib import Path
+
+import megatron.core.datasets.utils
+import torch
+from megatron.core.optimizer import distrib_optimizer
+
+
+def repair() -> None:
+    """Mend both; before pretrain()."""
+    _skip_helper_build_without_makefile()
+    _let_distributed_torch_adam_load()
+
+
+def _skip_helper_build_without_makefile() -> None:
+    """pretrain() runs `make` for a helper of Megatron's text data sets, and ends the process where make fails.
+
+    The wheel holds the helper built already, but not the Makefile.
+    """
+    utils = megatron.core.datasets.utils
+    if not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = lambda: None
+
+
+def _let_distributed_torch_adam_load() -> None:
+    """With torch's Adam the step count is part of each parameter's state, which loading a checkpoint gets wrong.
+
+    The distributed optimizer (1) asks for the count before there is any state: an assertion fails; (2) expects it
+    among the tensors that each parameter is given, which leave it out: a KeyError; (3) gives all parameters one and
+    the same count tensor, which each then advances: the bias correction jumps ahead; (4) writes into parameters that
+    record gradients. Transformer Engine's and apex's
+    Adam keep the count elsewhere.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
+    set_states = optimizer_class._set_main_param_and_optimizer_states
+
+    def state_dict_with_state(self):
+        if not self.optimizer.state:
+            # Megatron's own way to make the state is a step on zero gradients; a rate of 0 keeps the weights.
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self._init_optimizer_states_with_dummy_values()
+            for group, rate in zip(self.optimizer.param_groups, rates):
+                group["lr"] = rate
+        return state_dict(self)
+
+    @torch.no_grad()
+    def set_states_but_step(self, model_param, tensors):
+        return set_states(self, model_param, {**tensors, "step": None})  # what is no tensor is passed over
+
+    def load_state_dict_with_steps_apart(self, state):
+        load_state_dict(self, state)
+        for parameter_state in self.optimizer.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
+
+    optimizer_class.state_dict = state_dict_with_state
+    optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
+    optimizer_class.load_state_dict = load_state_dict_with_steps_apart

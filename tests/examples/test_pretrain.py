@@ -1,0 +1,299 @@
+"""The training script, run as a user runs it: log, resume, checkpoints, layouts, and what it says to bad input."""
+
+import re
+
+import broken_data
+import pytest
+import script
+import tiny
+import torch
+from processes import Failed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+TP = ("--tensor-model-parallel-size", 2)
+PP = ("--pipeline-model-parallel-size", 2)
+VPP = (*PP, "--num-virtual-stages-per-pipeline-rank", 2)
+
+
+def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
+    outputs = script.run(
+        2, demo, "--eval-interval", 3, "--eval-iters", 2, "--mutual-knn-samples", 64, "--mutual-knn-k", 5,
+        "--tensorboard-dir", tmp_path, "--global-batch-size", 16,
+    )  # fmt: skip
+    figures = script.iterations(outputs)
+    assert list(figures) == [1, 2, 3, 4, 5, 6]
+    for line in figures.values():
+        assert float(line["rsa pairs"]) == 8  # micro-batch 4 on 2 ranks
+        assert float(line["unusable samples"]) == 0
+        for name in ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text"):
+            assert float(line[name]) > 0
+    found = re.findall(r"mutual-knn@5 at iteration (\d+) \| mutual-knn value: ([\d.]+) \| (\d+) pairs.*chance ([\d.]+)", outputs[1])
+    assert [(i, pairs, chance) for i, _, pairs, chance in found] == [(i, "64", "0.0794") for i in ("3", "6", "6")]
+    assert all(0 < float(score) < 1 for _, score, *_ in found)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "unusable samples"):
+        assert len(events.Scalars(name)) == 6
+    for name in ("lm loss validation", "rsa loss validation", "mutual-knn validation"):
+        assert [event.step for event in events.Scalars(name)][:2] == [3, 6]
+
+
+def test_weight_0_leaves_no_trace(demo):
+    (output,) = script.run(1, demo, "--rsa-weight", 0, sabotage=no_taps_allowed)
+    assert all("rsa loss" not in line and float(line["lm loss"]) > 0 for line in script.iterations([output]).values())
+
+
+def no_taps_allowed():
+    from rsa_megatron import plugin
+
+    plugin.Taps = None  # making one would raise
+
+
+def test_dry_run_prints_what_would_run_and_stops(demo):
+    (output,) = script.run(1, demo, "--dry-run", "--trainable", "projector", "vision")
+    counts = tiny.TINY.parameter_counts(1024)
+    for part, learns in (("vision", "yes"), ("projector", "yes"), ("embeddings", "no"), ("language", "no")):
+        assert re.search(rf"^{part} +{counts[part]:,}  {learns}$", output, flags=re.MULTILINE)
+    assert re.search(rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} learn$", output, re.M)
+    assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
+    assert "iteration        1" not in output
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("lm loss", ["--rsa-weight", 0]),
+    ("rsa loss", ["--rsa-weight", 1, "--trainable", "vision"]),
+])  # fmt: skip
+def test_each_loss_is_learnt(demo, name, flags):
+    flags = ["--train-iters", 60, "--lr", "2e-3", "--adam-eps", "1e-8", *flags]
+    figures = [float(line[name]) for line in script.iterations(script.run(1, demo, *flags)).values()]
+    assert sum(figures[-10:]) < 0.6 * sum(figures[:10])  # ten micro-batches each: single ones differ by a factor
+
+
+def test_only_what_is_to_learn_moves(demo, tmp_path):
+    """Stage 1, language model frozen, on two pipeline stages: nothing on the last stage learns."""
+    flags = ("--trainable", "vision", "projector", "--save-interval", 3, "--save", tmp_path, *PP)
+    script.run(2, demo, "--train-iters", 6, *flags)
+    before, after = (plain_tensors(tmp_path / f"iter_000000{i}") for i in (3, 6))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith(("vision_model.", "vision_projection."))}
+
+
+def plain_tensors(folder):
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(folder)
+    tensors = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(item, "size") and not name.startswith("optimizer")
+    }
+    load(tensors, storage_reader=reader)
+    return tensors
+
+
+# Kill and resume
+
+
+def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
+    flags = ("--train-iters", 40, "--num-workers", 1, "--global-batch-size", 16, "--save-interval", 4)
+    flags_of = {name: (*flags, "--save", tmp_path / name, "--tensorboard-dir", tmp_path / name) for name in "ab"}
+    uninterrupted = script.run(2, demo, *flags_of["a"])
+    killed = script.run(2, demo, *flags_of["b"], kill_when=lambda output: re.search(r"iteration +10/", output))
+    reached = max(script.iterations(killed))
+    assert 10 <= reached < 40
+    resumed = script.run(2, demo, *flags_of["b"], "--load", tmp_path / "b")
+    expected, actual = script.losses(uninterrupted), script.losses(resumed)
+    first, second = sorted(actual)[:2]
+    assert 4 < first <= reached + 1 and max(actual) == 40
+    # Megatron prints the first iteration of a run twice, alone and in the mean with the second.
+    del actual[second]
+    assert actual == {i: expected[i] for i in actual}
+    expected, actual = (scalars(tmp_path / name, first) for name in "ab")
+    assert len(actual["lm loss"]) == 41 - first and actual == expected
+    # It is the data position that does it: with the data from the beginning the same weights see other samples.
+    flags = (*flags, "--exit-interval", first, "--load", tmp_path / "a", "--ckpt-step", first - 1)
+    restarted = script.losses(script.run(2, demo, *flags, "--restart-data"))
+    assert restarted[first] != script.losses(uninterrupted)[first]
+
+
+def scalars(folder, first):
+    """Every figure of the loss that TensorBoard has from iteration `first` on; of a resumed run, the later ones."""
+    events = EventAccumulator(str(folder)).Reload()
+    names = ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "grad-norm")
+    return {name: {e.step: e.value for e in events.Scalars(name) if e.step >= first} for name in names}
+
+
+@pytest.mark.parametrize("world_size, change, message", [
+    (1, [], "data-parallel size of 2, this run has 1; an exact resume is impossible"),
+    (2, ["--num-workers", 1], "--num-workers = 0, this run has 1; an exact resume is impossible"),
+    (2, ["--micro-batch-size", 2], "--micro-batch-size = 4, this run has 2; an exact resume is impossible"),
+])  # fmt: skip
+def test_a_resume_that_cannot_be_exact_is_refused(demo, tmp_path, world_size, change, message):
+    script.run(2, demo, "--exit-interval", 2, "--save", tmp_path, "--save-interval", 2)
+    with pytest.raises(Failed) as failed:
+        script.run(world_size, demo, "--load", tmp_path, *change)
+    assert message in str(failed.value) and "--restart-data" in str(failed.value)
+    resumed = script.run(world_size, demo, "--load", tmp_path, *change, "--restart-data")
+    assert list(script.iterations(resumed)) == [3, 4, 5, 6]
+
+
+def test_interleaved_pipelines_say_that_the_data_position_is_not_saved(demo, tmp_path):
+    flags = (*VPP, "--save", tmp_path, "--save-interval", 2)
+    outputs = script.run(2, demo, "--exit-interval", 2, *flags)
+    assert "cannot save the data position of interleaved pipelines; a resumed run will need --restart-data" in outputs[0]
+    with pytest.raises(Failed, match="no data position is saved for iteration 2"):
+        script.run(2, demo, *flags, "--load", tmp_path)
+    resumed = script.run(2, demo, *flags, "--load", tmp_path, "--restart-data")
+    assert list(script.iterations(resumed)) == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")],
+                         ids=["", "distributed optimizer"])  # fmt: skip
+def test_a_checkpoint_of_tp_2_goes_on_under_pp_2_and_alone(demo, tmp_path, optimizer):
+    flags = (*optimizer, "--save-interval", 3, "--lr", "5e-3")
+    script.run(2, demo, *flags, *TP, "--exit-interval", 3, "--save", tmp_path)
+    load = (*flags, "--load", tmp_path)
+    expected = script.iterations(script.run(2, demo, *load, *TP))
+    for world_size, layout in ((2, PP), (1, ())):
+        actual = script.iterations(script.run(world_size, demo, *load, *layout))
+        assert list(actual) == list(expected) == [4, 5, 6]
+        for iteration in actual:
+            for name in ("lm loss", "rsa loss", "grad norm"):
+                # The noise floor of fp32 in another order, seen through three decimals of the grad norm.
+                a, e = float(actual[iteration][name]), float(expected[iteration][name])
+                assert a == pytest.approx(e, rel=2e-5, abs=1e-3 if name == "grad norm" else 0)
+    # The optimizer's state came along: without it the second step already goes elsewhere.
+    without = script.iterations(script.run(1, demo, *load, "--no-load-optim"))
+    assert float(without[5]["lm loss"]) != pytest.approx(float(expected[5]["lm loss"]), rel=1e-3)
+
+
+# Layouts
+
+
+def validation_figures(outputs):
+    text = "\n".join(outputs)
+    score = re.search(r"mutual-knn value: ([\d.]+)", text)[1]
+    return {"mutual-knn": float(score)} | {
+        name: float(value) for name, value in re.findall(r"\| ([a-z ]+) value: ([\d.E+-]+)", text.split("validation loss")[1])
+    }
+
+
+@pytest.fixture(scope="module")
+def initial_weights(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("initial")
+    script.run(1, demo, "--train-iters", 1, "--save", folder, "--save-interval", 1)
+    return folder
+
+
+@pytest.mark.parametrize("rsa", [(), ("--rsa-weight", 0)], ids=["with RSA", "without"])
+def test_evaluation_gives_the_same_under_every_layout(demo, initial_weights, rsa):
+    flags = ("--skip-train", "--pretrained-checkpoint", initial_weights, "--eval-iters", 2, "--mutual-knn-samples", 64,
+             "--micro-batch-size", 2, *rsa)  # fmt: skip
+    expected = validation_figures(script.run(1, demo, *flags))
+    assert expected["mutual-knn"] > 0 and ("rsa loss" in expected) == (not rsa)
+    for world_size, layout in ((2, TP), (2, (*TP, "--sequence-parallel")), (2, PP), (2, VPP), (4, TP + PP)):
+        actual = validation_figures(script.run(world_size, demo, *flags, *layout))
+        assert actual.pop("mutual-knn") == expected["mutual-knn"]  # a count of neighbours
+        assert all(value == pytest.approx(expected[name], rel=2e-5) for name, value in actual.items())
+    # Two data-parallel ranks read other batches, but all 64 pairs: the measure is the same.
+    assert validation_figures(script.run(2, demo, *flags))["mutual-knn"] == expected["mutual-knn"]
+
+
+def test_a_micro_batch_of_text_alone_trains_on_every_layout(demo):
+    for world_size, layout in ((1, ()), (2, ()), (2, PP), (2, VPP), (2, (*TP, "--sequence-parallel"))):
+        outputs = script.run(
+            world_size, demo, *layout, "--train-iters", 2, data=demo / "data" / "texts"
+        )
+        for line in script.iterations(outputs).values():
+            assert float(line["rsa pairs"]) == float(line["rsa loss"]) == float(line["rsa dist vision"]) == 0
+            assert float(line["lm loss"]) > 0 and int(line["number of nan iterations"]) == 0
+
+
+# Bad input
+
+
+def test_unusable_samples_are_skipped_counted_and_logged_alike_on_both_stages(demo, tmp_path):
+    broken_data.write(tmp_path / "data")
+    flags = ("--train-iters", 5, "--shuffle-buffer-size", 1)
+    outputs = script.run(2, demo, *flags, *PP, data=tmp_path / "data", sabotage=print_skipped_on_every_stage)
+    counts = [[int(n) for n in re.findall(r"this stage skipped (\d+)", output)] for output in outputs]
+    assert counts[0] == counts[1] and sum(counts[0]) == len(broken_data.REASONS)
+    logged = sum(float(line["unusable samples"]) for line in script.iterations(outputs).values())
+    assert logged == len(broken_data.REASONS)
+    for reason in broken_data.REASONS.values():
+        assert len([line for line in "\n".join(outputs).splitlines() if reason in line and "skipped sample" in line]) == 1
+
+
+def print_skipped_on_every_stage():
+    from rsa_megatron.data import loaders
+
+    right = loaders.TrainLoader.__next__
+
+    def read(self):
+        batch = right(self)
+        print(f"this stage skipped {batch.num_skipped}")
+        return batch
+
+    loaders.TrainLoader.__next__ = read
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(demo):
+    with pytest.raises(Failed) as failed:
+        script.run(1, demo, "--rerun-mode", "disabled", sabotage=poison_the_third_batch)
+    assert re.search(r"lm loss is not finite; samples of the batch: captions-train-\d+, captions", str(failed.value))
+
+
+def poison_the_third_batch():
+    from rsa_megatron.data import loaders
+
+    right, read_so_far = loaders.TrainLoader.__next__, []
+
+    def read(self):
+        batch = right(self)
+        read_so_far.append(batch)
+        if len(read_so_far) == 3:
+            batch.images.fill_(float("nan"))
+        return batch
+
+    loaders.TrainLoader.__next__ = read
+
+
+@pytest.mark.parametrize("layout", [PP, VPP], ids=["PP=2", "PP=2 VPP=2"])
+def test_stages_that_read_different_samples_are_caught(demo, layout):
+    with pytest.raises(Failed, match="the first and the last pipeline stage read different samples .ids 0x"):
+        script.run(2, demo, *layout, sabotage=skip_a_batch_on_the_last_stage)
+
+
+def skip_a_batch_on_the_last_stage():
+    import os
+
+    from rsa_megatron.data import loaders
+
+    right = loaders.TrainLoader.__init__
+
+    def start(self, *args):
+        right(self, *args)
+        if os.environ["RANK"] == "1":
+            next(self)
+
+    loaders.TrainLoader.__init__ = start
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "llava-9000"], "error: --model llava-9000: unknown; choose one of demo, tiny"),
+    (["--stage", "7"], "error: --model tiny --stage 7: no such recipe; there is --model demo --stage 1"),
+    (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*energon prepare"),
+    (["--tensor-model-parallel-size", 4, "--num-query-groups", 2],
+     "error: --tensor-model-parallel-size 4 does not divide the decoder's query groups, 2"),
+    ([*PP, "--num-virtual-stages-per-pipeline-rank", 4], "error: --pipeline-model-parallel-size 2 with 4 chunk"),
+    (["--tensor-model-parallel-size", 3], "error: world size .* is not divisible by total_model_size"),
+    ([*TP, "--sequence-parallel", "--seq-length", 127], "error: --seq-length 127 must be a multiple of .* 2"),
+    (["--transformer-impl", "transformer_engine"], "Transformer Engine is not installed"),
+    (["--rsa-weight", "-1"], "error: --rsa-weight must be 0 or more, not -1.0"),
+])  # fmt: skip
+def test_bad_flags_are_one_line(demo, flags, message):
+    world_size = 4 if 4 in flags and "--num-query-groups" in flags else 2
+    with pytest.raises(Failed) as failed:
+        script.run(world_size, demo, *flags)
+    (line,) = [line for line in failed.value.output.splitlines() if re.search("error: ", line)]
+    assert re.search(message, line)

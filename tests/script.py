@@ -1,0 +1,52 @@
+"""Runs examples/pretrain_llava_rsa.py on the tiny model, as a user would, and reads its log."""
+
+import re
+import sys
+from pathlib import Path
+
+import processes
+import tiny
+
+
+def run(world_size: int, demo: Path, *flags, data: Path | None = None, sabotage=None, **options) -> list[str]:
+    """The script's output on each rank. `data`: another data set than the demo's captions; options: processes.run."""
+    argv = [
+        "--model", "tiny", "--seq-length", "128", "--log-interval", "1", "--train-iters", "6", "--global-batch-size", "8",
+        "--data-path", str(data or demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"),
+        *map(str, flags),
+    ]  # fmt: skip
+    return processes.run(_main, world_size, argv, sabotage, **options)
+
+
+def _main(argv, sabotage) -> str:
+    import pretrain_llava_rsa
+
+    tiny.register()
+    if sabotage:
+        sabotage()
+    sys.argv = ["pretrain_llava_rsa.py", *argv]
+    try:
+        pretrain_llava_rsa.main()
+    except SystemExit as end:  # Megatron's way to end at --exit-interval
+        if end.code:
+            raise
+    return processes.output()
+
+
+def iterations(outputs: list[str]) -> dict[int, dict[str, str]]:
+    """The figures of each iteration's log line, as printed; of the rank that prints them."""
+    output = next(output for output in outputs if re.search(r"iteration +\d+/", output))
+    found = {}
+    for line in re.findall(r"iteration +(\d+)/.*", output, flags=re.MULTILINE) and output.splitlines():
+        match = re.search(r"iteration +(\d+)/", line)
+        if match:
+            found[int(match[1])] = {
+                name.strip(): value for name, value in re.findall(r"\| ([a-z ]+): +([-+.\dEe]+|nan|inf) (?=\|)", line)
+            }
+    return found
+
+
+def losses(outputs: list[str]) -> dict[int, tuple[str, ...]]:
+    """What must not change from run to run: the figures of the loss, as printed."""
+    names = ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "grad norm")
+    return {i: tuple(figures[name] for name in names if name in figures) for i, figures in iterations(outputs).items()}
