@@ -29,7 +29,8 @@ def _skip_helper_build_without_makefile() -> None:
 def _let_distributed_torch_adam_load() -> None:
     """With torch's Adam the step count is part of each parameter's state, which loading a checkpoint gets wrong.
 
-    The distributed optimizer (1) asks for the count before there is any state: an assertion fails; (2) expects it
+    The distributed optimizer (1) asks for the count before there is any state, or
+    where a stage has nothing that learns: an assertion fails; (2) expects it
     among the tensors that each parameter is given, which leave it out: a KeyError; (3) gives all parameters one and
     the same count tensor, which each then advances: the bias correction jumps ahead; (4) writes into parameters that
     record gradients. Transformer Engine's and apex's
@@ -50,6 +51,9 @@ def _let_distributed_torch_adam_load() -> None:
             self._init_optimizer_states_with_dummy_values()
             for group, rate in zip(self.optimizer.param_groups, rates):
                 group["lr"] = rate
+        if not self.optimizer.state:
+            # Nothing on this stage learns: there is no parameter to hold the count.
+            self.optimizer.state["no parameter"] = {"step": torch.tensor(0.0)}
         return state_dict(self)
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ def _train(layout: Layout, batches: list, argv: list[str], sabotage) -> dict:
         rank, size = trainer.data_parallel_rank, layout.data_parallel_size
         losses.append(trainer.step([tiny.part(whole, rank, size) for whole in micro_batches], iteration))
         if gradients is None:
-            gradients = trainer.shards(lambda parameter: parameter.main_grad)
+            gradients = trainer.shards(lambda p: p.main_grad if p.requires_grad else torch.zeros_like(p))
     return {"losses": losses, "gradients": gradients, "parameters": trainer.shards(lambda parameter: parameter.data)}
 
 

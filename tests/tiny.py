@@ -58,8 +58,10 @@ def register() -> None:
     recipes.RECIPES["tiny", "1"] = settings
 
 
-def batch(seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9, 9, 9, 9)) -> LlavaBatch:
-    """Samples of one image and a caption, the image token first; num_targets tokens of each are learnt."""
+def batch(
+    seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9, 9, 9, 9), tiles=(1, 1, 1, 1)
+) -> LlavaBatch:
+    """Samples of one image, of so many tiles, and a caption; the image token first; num_targets tokens are learnt."""
     generator = torch.Generator().manual_seed(seed)
     num_samples = len(eligible)
     text = torch.randint(10, VOCAB_SIZE, (num_samples, num_tokens + 1), generator=generator)
@@ -73,12 +75,12 @@ def batch(seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9
         tokens=text[:, :-1],
         labels=text[:, 1:],
         loss_mask=loss_mask,
-        images=torch.randn(num_samples, 3, 28, 28, generator=generator),
-        num_image_tiles=torch.ones(num_samples, dtype=torch.int32),
+        images=torch.randn(sum(tiles), 3, 28, 28, generator=generator),
+        num_image_tiles=torch.tensor(tiles, dtype=torch.int32),
         rsa=RSASamples(
             eligible=torch.tensor(eligible),
             caption_mask=caption_mask,
-            num_tiles=torch.ones(num_samples, dtype=torch.int64),
+            num_tiles=torch.tensor(tiles),
             sample_id=torch.randint(0, 2**62, (num_samples,), generator=generator),
         ),
         keys=[f"sample-{seed}-{i}" for i in range(num_samples)],
@@ -87,7 +89,9 @@ def batch(seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9
 
 
 def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
-    """Part `index` of `count` equal parts: what one of several data-parallel ranks reads."""
+    """Part `index` of `count` equal parts, of one tile a sample: what one of several data-parallel ranks reads."""
+    if count == 1:
+        return whole
     size = len(whole.keys) // count
     rows = slice(index * size, (index + 1) * size)
     return LlavaBatch(

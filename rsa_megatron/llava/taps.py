@@ -102,7 +102,9 @@ class Taps:
         self.samples = self._broadcast_samples() if self.is_first or self.is_last else None
         if self.samples is None or not self.is_last:
             return None
-        mask_BS = bound.arguments["loss_mask"]
+        mask_BS = bound.arguments.get("loss_mask")
+        if mask_BS is None:
+            raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
         bound.arguments["loss_mask"] = mask_BS + 2 * self.samples.caption_mask.to(mask_BS)
         return bound.args, bound.kwargs
 

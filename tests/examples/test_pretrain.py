@@ -68,13 +68,16 @@ def test_each_loss_is_learnt(demo, name, flags):
     assert sum(figures[-10:]) < 0.6 * sum(figures[:10])  # ten micro-batches each: single ones differ by a factor
 
 
-def test_only_what_is_to_learn_moves(demo, tmp_path):
+@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["", "distributed optimizer"])
+def test_only_what_is_to_learn_moves(demo, tmp_path, optimizer):
     """Stage 1, language model frozen, on two pipeline stages: nothing on the last stage learns."""
-    flags = ("--trainable", "vision", "projector", "--save-interval", 3, "--save", tmp_path, *PP)
+    flags = ("--trainable", "vision", "projector", "--save-interval", 3, "--save", tmp_path, *PP, *optimizer)
     script.run(2, demo, "--train-iters", 6, *flags)
     before, after = (plain_tensors(tmp_path / f"iter_000000{i}") for i in (3, 6))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith(("vision_model.", "vision_projection."))}
+    flags = ("--train-iters", 6, *flags, "--load", tmp_path, "--ckpt-step", 3)
+    assert list(script.iterations(script.run(2, demo, *flags))) == [4, 5, 6]
 
 
 def plain_tensors(folder):

@@ -1,0 +1,59 @@
+"""The folder says what a file may import: imports run one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = "rsa_megatron"
+
+# What each place may not import; more and more is allowed from top to bottom.
+FORBIDDEN = {
+    "rsa_megatron/config.py": ["torch", "megatron", "transformers", "PIL", OURS],
+    "rsa_megatron/batch.py": ["megatron", "transformers", "PIL", OURS],
+    "rsa_megatron/alignment": ["megatron", "transformers", "PIL", f"{OURS}.data", f"{OURS}.llava", f"{OURS}.plugin",
+                               f"{OURS}.batch", f"{OURS}.config"],
+    "rsa_megatron/data": ["megatron.core", "megatron.training", f"{OURS}.llava", f"{OURS}.alignment", f"{OURS}.plugin"],
+    "rsa_megatron/llava": ["megatron.training", "megatron.energon", "transformers", f"{OURS}.data", f"{OURS}.plugin"],
+    "rsa_megatron": ["megatron.training", "examples", "recipes"],
+    "examples": ["checkpoint_conversion"],
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it goes"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_a_folder_imports_only_what_it_may(place):
+    path = ROOT / place
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file):
+            for forbidden in FORBIDDEN[place]:
+                assert not (name + ".").startswith(forbidden + "."), f"{file} imports {name}"
+
+
+def test_the_loss_needs_torch_alone():
+    code = (
+        "import sys, rsa_megatron; rsa_megatron.rsa_loss; "
+        "print([m for m in ('megatron', 'transformers', 'PIL') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_file_is_named_for_nothing():
+    names = {path.stem for folder in ("rsa_megatron", "examples", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "base"}

@@ -1,0 +1,57 @@
+"""Megatron on the CPU: on when there is no CUDA, without effect when there is."""
+
+import subprocess
+import sys
+
+import processes
+
+
+def in_a_fresh_process(code: str) -> str:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_nothing_is_replaced_where_there_is_cuda():
+    code = """
+import torch
+torch.cuda.is_available = lambda: True  # as on a machine with a GPU
+def state():
+    owners = {"torch": torch, "cuda": torch.cuda, "Tensor": torch.Tensor, "Module": torch.nn.Module, "optim": torch.optim.Optimizer}
+    return {(name, key): id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
+before = state()
+from rsa_megatron import megatron_on_cpu
+assert megatron_on_cpu.enable() is False
+after = state()
+print([key for key in before if before[key] != after.get(key)])
+"""
+    assert in_a_fresh_process(code).strip() == "[]"
+
+
+def test_it_says_so_once_and_can_be_called_again():
+    code = "from rsa_megatron import megatron_on_cpu; print(megatron_on_cpu.enable(), megatron_on_cpu.enable())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "True True"
+    assert result.stderr.count("no CUDA device: Megatron runs on the CPU") == 1
+
+
+def what_megatron_would_do_with_cuda():
+    import torch
+
+    tensor = torch.zeros(3, device="cuda")
+    module = torch.nn.Linear(2, 2).cuda().to("cuda:0")
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(2, device=torch.cuda.current_device())
+    torch.cuda.set_rng_state(state)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+    return (
+        [str(x.device) for x in (tensor, torch.ones(2).cuda(), torch.arange(3).to("cuda"), module.weight, tensor.new_zeros(1))],
+        tensor.type() == "torch.cuda.FloatTensor" and isinstance(torch.ones(1).type(torch.int64), torch.Tensor),
+        torch.equal(first, torch.rand(2, device="cuda")),
+        torch.ones(2).to(torch.float16).dtype == torch.float16,
+        torch.compile(lambda x: x + 1)(1) == 2 and torch.compile(mode="max-autotune")(lambda x: x + 1)(1) == 2,
+    )
+
+
+def test_what_asks_for_cuda_gets_the_cpu():
+    (result,) = processes.run(what_megatron_would_do_with_cuda, 1)
+    assert result == (["cpu"] * 5, True, True, True, True)

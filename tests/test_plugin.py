@@ -1,0 +1,107 @@
+"""The plugin as an existing job uses it: three wraps, nothing else of the job changed, nothing added to its checkpoints."""
+
+import inspect
+
+import layouts
+import processes
+import pytest
+import tiny
+
+
+def flags(demo):
+    return ["--tokenizer-model", str(demo / "tokenizer"), "--data-path", str(demo / "data" / "captions")]
+
+
+def names_in_checkpoints(argv):
+    from megatron.core.utils import unwrap_model
+
+    (model,) = unwrap_model(layouts.Trainer(argv).model)
+    return list(model.state_dict()), sorted(model.sharded_state_dict()), [name for name, _ in model.named_modules()]
+
+
+def test_the_model_and_its_checkpoints_stay_as_they_are(demo):
+    with_rsa, without = (
+        processes.run(names_in_checkpoints, 1, [*flags(demo), "--rsa-weight", weight])[0] for weight in ("1", "0")
+    )
+    assert with_rsa == without
+
+
+class TheirBatch(dict):
+    """Another job's batch: a dictionary, with no notion of RSA."""
+
+
+def a_job_with_batches_of_its_own(argv):
+    """Their iterator gives dictionaries; their forward step takes them apart; the plugin is told how to read them."""
+    import pretrain_llava_rsa as script
+
+    from rsa_megatron import RSAPlugin
+
+    right, plugins = script.forward_step, []
+
+    class Unpacked:
+        def __init__(self, iterator):
+            self.iterator = iterator
+
+        def __next__(self):
+            return next(self.iterator)["llava"]
+
+    def their_forward_step(data_iterator, model):
+        return right(Unpacked(data_iterator), model)
+
+    def their_plugin():
+        plugins.append(RSAPlugin(select=lambda batch: batch["pairs"]))
+        return plugins[-1]
+
+    script.forward_step, script.RSAPlugin = their_forward_step, their_plugin
+    trainer = layouts.Trainer(argv)
+    whole = tiny.batch(0)
+    return trainer.step([TheirBatch(llava=whole, pairs=whole.rsa)], 0)
+
+
+def our_job(argv):
+    return layouts.Trainer(argv).step([tiny.batch(0)], 0)
+
+
+def test_a_job_with_batches_of_its_own_says_how_to_read_them(demo):
+    (theirs,), (ours,) = (processes.run(job, 1, flags(demo)) for job in (a_job_with_batches_of_its_own, our_job))
+    assert theirs == ours and theirs["rsa loss"] > 0
+
+
+def what_attaching_says(argv):
+    from megatron.core.utils import unwrap_model
+
+    from rsa_megatron import RSAConfig, RSAPlugin
+
+    (model,) = unwrap_model(layouts.Trainer([*argv, "--rsa-weight", "0"]).model)
+    before = dict(vars(model))
+    assert RSAPlugin(RSAConfig(weight=0)).attach(model) is model and vars(model) == before
+    plugin = RSAPlugin()
+    assert plugin.attach([model]) == [model]
+    with pytest.raises(ValueError, match="has its taps already; attach it once"):
+        plugin.attach(model)
+    with pytest.raises(ValueError, match="pass loss_mask to the model's forward"):
+        batch = tiny.batch(0)
+        model.rsa_taps.begin(lambda: batch.rsa)
+        model(batch.images, batch.tokens, None, None, num_image_tiles=batch.num_image_tiles)
+
+
+def test_attaching_says_what_is_wrong(demo):
+    processes.run(what_attaching_says, 1, flags(demo))
+
+
+def test_the_wraps_keep_name_and_signature():
+    from rsa_megatron import RSAPlugin
+
+    def model_provider(pre_process=True, post_process=True):
+        """Theirs."""
+
+    def forward_step(data_iterator, model):
+        """Theirs too."""
+
+    plugin = RSAPlugin()
+    for theirs, wrapped in (
+        (model_provider, plugin.wrap_model_provider(model_provider)),
+        (forward_step, plugin.wrap_forward_step(forward_step)),
+    ):
+        assert (wrapped.__name__, wrapped.__doc__) == (theirs.__name__, theirs.__doc__)
+        assert inspect.signature(wrapped) == inspect.signature(theirs)
