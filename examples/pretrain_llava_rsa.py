@@ -6,6 +6,7 @@
 what would run and stops. Without a CUDA device the same script runs on the CPU.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -96,15 +97,18 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     rsa.add_arguments(parser)
     known, _ = parser.parse_known_args()
+    settings = settings or recipe(known.model, known.stage)
     parser.set_defaults(
         **get_architecture(known.model).megatron_defaults(),
-        **(settings or recipe(known.model, known.stage)),
+        **settings,
         **(LOCAL_ARGUMENTS if ON_CPU or not HAVE_TE else {}),
         **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
         tokenizer_type="HuggingFaceTokenizer",
         dataloader_type="external",
         split="1,0,0",  # Energon's own splits count; this silences Megatron's
     )
+    # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
+    rsa.config = dataclasses.replace(rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if "rsa_" in k})
     return parser
 
 
