@@ -1,7 +1,9 @@
-# make demo    trains the demo model with the RSA loss and shows what came of it
-# make test    runs the tests
-# make bench   runs the benchmarks
+# make demo            trains the demo model with the RSA loss and shows what came of it
+# make demo-compare    the demo under three seeds, with and without RSA
+# make test            runs the tests
+# make bench           runs the benchmarks
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
+# make demo SEED=1 RSA="--rsa-weight 0" OUT=demo/other    (any Megatron flag can stand in RSA)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -10,8 +12,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO := demo
+OUT := $(DEMO)
+RUN := stage1
+SEED := 1234
+RSA :=
 
-.PHONY: demo test bench clean
+.PHONY: demo demo-compare test bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml
@@ -32,38 +38,49 @@ bench: $(INSTALLED)
 
 # On NVIDIA GPUs a process each, at most two; on the CPU two processes that share the cores.
 PROCESSES = $(shell $(PY) -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
-RUN = OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
-FLAGS = --data-path $(DEMO)/data/captions --tokenizer-model $(DEMO)/tokenizer
-# The whole output goes to a file, the lines that tell the story to the screen.
+TORCHRUN = OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
+FLAGS = --data-path $(DEMO)/data/captions --tokenizer-model $(DEMO)/tokenizer --seed $(SEED)
+STAGE_1 = $(TORCHRUN) examples/pretrain_llava_rsa.py --model demo --stage 1 $(FLAGS) --pretrained-checkpoint $(OUT)/parts
+# The whole output goes to a log, the lines that tell the story to the screen.
 STORY = grep --line-buffered -E 'iteration +[0-9]+/|mutual-knn value|^error|skipped sample' || true
 
 demo: $(INSTALLED)
 	@echo "[1/5] data: scenes with captions, as Energon shards, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO)
-	@$(MAKE) --no-print-directory $(DEMO)/parts/done $(DEMO)/before.log $(DEMO)/stage1/done
+	@$(MAKE) --no-print-directory $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
 	@echo "[5/5] what came of it"
-	@$(PY) examples/plot_run.py $(DEMO)/stage1/run.log --before $(DEMO)/before.log --out $(DEMO)/run.png
+	@$(PY) examples/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
 
-$(DEMO)/parts/done:
+$(OUT)/parts/done:
 	@echo "[2/5] the parts that training starts from: a language model of captions, a tower that knows scenes (a minute)"
 	@mkdir -p $(@D)
-	@($(RUN) examples/pretrain_demo_parts.py $(FLAGS) --save $(@D) 2>&1 \
+	@($(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --save $(@D) 2>&1 \
 	  || echo "error: step 2 failed; see $(@D)/run.log") | tee $(@D)/run.log | { $(STORY); }
 	@grep -q "after training is done" $(@D)/run.log && touch $@
 
-$(DEMO)/before.log: $(DEMO)/parts/done
+$(OUT)/before.log: $(OUT)/parts/done
 	@echo "[3/5] mutual-kNN of the two backbones before training"
-	@($(RUN) examples/pretrain_llava_rsa.py --model demo --stage 1 $(FLAGS) --pretrained-checkpoint $(DEMO)/parts \
-	  --skip-train 2>&1 || echo "error: step 3 failed; see $@.part") | tee $@.part | { $(STORY); }
+	@($(STAGE_1) --skip-train 2>&1 || echo "error: step 3 failed; see $@.part") | tee $@.part | { $(STORY); }
 	@grep -q "mutual-knn value" $@.part && mv $@.part $@
 
-$(DEMO)/stage1/done: $(DEMO)/parts/done
+$(OUT)/$(RUN)/done: $(OUT)/before.log
 	@echo "[4/5] stage 1 with the RSA loss: the tower and the projector learn, the language model is frozen"
 	@mkdir -p $(@D)
-	@($(RUN) examples/pretrain_llava_rsa.py --model demo --stage 1 $(FLAGS) --pretrained-checkpoint $(DEMO)/parts \
-	  --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard 2>&1 \
+	@[ -e $(@D)/run.log ] || cp $(OUT)/before.log $(@D)/run.log
+	@($(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
 	  || echo "error: step 4 failed; see $(@D)/run.log") | tee -a $(@D)/run.log | { $(STORY); }
 	@grep -q "after training is done" $(@D)/run.log && touch $@
+
+SEEDS := 1 2 3
+LOGS = $(foreach seed,$(SEEDS),$(DEMO)/seed-$(seed)/$(1)/run.log)
+
+demo-compare:
+	@for seed in $(SEEDS); do \
+	  $(MAKE) --no-print-directory demo SEED=$$seed OUT=$(DEMO)/seed-$$seed || exit 1; \
+	  $(MAKE) --no-print-directory demo SEED=$$seed OUT=$(DEMO)/seed-$$seed RUN=without-rsa RSA="--rsa-weight 0" || exit 1; \
+	done
+	@$(PY) examples/plot_runs.py --group "with RSA" $(call LOGS,stage1) --group "without" $(call LOGS,without-rsa) \
+	  --out results/demo.png --jsonl results/demo.jsonl
 
 clean:
 	rm -rf $(DEMO)

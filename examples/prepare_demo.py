@@ -31,7 +31,7 @@ KINDS = ("captions", "questions", "texts")
 
 def main():
     args = parse()
-    for kind in KINDS:
+    for kind in args.kinds:
         write_data_set(args.out / "data" / kind, kind, args)
     write_tokenizer(args.out / "tokenizer", args)
 
@@ -39,6 +39,7 @@ def main():
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="data sets to write")
     parser.add_argument("--train", type=int, default=8000, help="training scenes of each data set")
     parser.add_argument("--validation", type=int, default=1024, help="validation scenes of each data set")
     parser.add_argument("--image-size", type=int, default=112, help="side of a picture, pixels")

@@ -28,12 +28,19 @@ class Failed(RuntimeError):
         self.output = output
 
 
-def run(function: Callable, world_size: int, *args, timeout: float = 120.0, kill_when: Callable | None = None) -> list:
+def run(
+    function: Callable,
+    world_size: int,
+    *args,
+    timeout: float = 120.0,
+    kill_when: Callable | None = None,
+    kill_with: signal.Signals = signal.SIGKILL,
+) -> list:
     """Call function(*args) in `world_size` processes that form a gloo group; what each returned, by rank.
 
     Args:
-        kill_when: given what all ranks have printed so far; once it says True, all ranks are killed (SIGKILL) and the
-            outputs of the ranks are returned instead.
+        kill_when: given what all ranks have printed so far; once it says True, all ranks are sent `kill_with`.
+        kill_with: by default the end: what the ranks had printed is returned. Another signal they answer as they like.
 
     Raises:
         Failed: with the traceback of the rank that failed first, or naming the ranks that did not end.
@@ -47,7 +54,7 @@ def run(function: Callable, world_size: int, *args, timeout: float = 120.0, kill
         for process in processes:
             process.start()
         try:
-            killed = _wait(processes, folder, timeout, kill_when)
+            killed = _wait(processes, folder, timeout, kill_when, kill_with)
         finally:
             for process in processes:
                 _kill_with_children(process)
@@ -76,12 +83,16 @@ def _output(folder, rank) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _wait(processes, folder, timeout, kill_when) -> bool:
+def _wait(processes, folder, timeout, kill_when, kill_with) -> bool:
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
         _raise_errors(folder, processes)
         if kill_when and kill_when("".join(_output(folder, rank) for rank in range(len(processes)))):
-            return True
+            if kill_with == signal.SIGKILL:
+                return True
+            kill_when = None
+            for process in processes:
+                os.kill(process.pid, kill_with)
         if time.monotonic() > deadline:
             alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
             raise Failed(f"ranks {alive} did not end within {timeout:.0f} s", _output(folder, 0))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import processes
 import tiny
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 
 def run(world_size: int, demo: Path, *flags, data: Path | None = None, sabotage=None, **options) -> list[str]:
@@ -50,3 +53,15 @@ def losses(outputs: list[str]) -> dict[int, tuple[str, ...]]:
     """What must not change from run to run: the figures of the loss, as printed."""
     names = ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "grad norm")
     return {i: tuple(figures[name] for name in names if name in figures) for i, figures in iterations(outputs).items()}
+
+
+def plain_tensors(folder) -> dict[str, torch.Tensor]:
+    """A torch_dist checkpoint's tensors but the optimizer's, whole, by name."""
+    reader = FileSystemReader(folder)
+    tensors = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(item, "size") and not name.startswith("optimizer")
+    }
+    load(tensors, storage_reader=reader)
+    return tensors

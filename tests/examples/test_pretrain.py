@@ -1,6 +1,7 @@
 """The training script, run as a user runs it: log, resume, checkpoints, layouts, and what it says to bad input."""
 
 import re
+import signal
 
 import broken_data
 import pytest
@@ -73,25 +74,11 @@ def test_only_what_is_to_learn_moves(demo, tmp_path, optimizer):
     """Stage 1, language model frozen, on two pipeline stages: nothing on the last stage learns."""
     flags = ("--trainable", "vision", "projector", "--save-interval", 3, "--save", tmp_path, *PP, *optimizer)
     script.run(2, demo, "--train-iters", 6, *flags)
-    before, after = (plain_tensors(tmp_path / f"iter_000000{i}") for i in (3, 6))
+    before, after = (script.plain_tensors(tmp_path / f"iter_000000{i}") for i in (3, 6))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith(("vision_model.", "vision_projection."))}
     flags = ("--train-iters", 6, *flags, "--load", tmp_path, "--ckpt-step", 3)
     assert list(script.iterations(script.run(2, demo, *flags))) == [4, 5, 6]
-
-
-def plain_tensors(folder):
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = FileSystemReader(folder)
-    tensors = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(item, "size") and not name.startswith("optimizer")
-    }
-    load(tensors, storage_reader=reader)
-    return tensors
 
 
 # Kill and resume
@@ -124,6 +111,18 @@ def scalars(folder, first):
     events = EventAccumulator(str(folder)).Reload()
     names = ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "grad-norm")
     return {name: {e.step: e.value for e in events.Scalars(name) if e.step >= first} for name in names}
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(demo, tmp_path):
+    flags = ("--train-iters", 1000, "--num-workers", 1, "--save", tmp_path, "--save-interval", 1000)
+    outputs = script.run(
+        2, demo, *flags, "--exit-signal-handler",
+        kill_when=lambda output: re.search(r"iteration +5/", output), kill_with=signal.SIGTERM,
+    )  # fmt: skip
+    reached = max(script.iterations(outputs))
+    assert 5 <= reached < 1000
+    resumed = script.run(2, demo, *flags, "--load", tmp_path, "--exit-interval", reached + 3)
+    assert min(script.iterations(resumed)) == reached + 1
 
 
 @pytest.mark.parametrize("world_size, change, message", [

@@ -1,0 +1,31 @@
+#!/bin/bash
+# One stage on the GPUs of one machine, 8 or what GPUS says:
+#
+#     DATA=mixture.yaml TOKENIZER=hf-folder PRETRAINED=checkpoint OUT=runs/stage1 examples/slurm/one_node.sh [flags]
+#
+# MODEL (demo) and STAGE (1) choose the recipe. Any Megatron or --rsa-* flag can follow; the last one counts.
+# Run again with the same OUT, it goes on from the last checkpoint. `sbatch` takes this file too.
+#SBATCH --job-name=llava-rsa
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+set -euo pipefail
+: "${DATA:?set DATA to a prepared Energon data set or a mixture (.yaml)}"
+: "${TOKENIZER:?set TOKENIZER to a folder in Hugging Face format}"
+: "${OUT:?set OUT to the folder for checkpoints and TensorBoard}"
+
+# Megatron asks for it under tensor parallelism: communication keeps its place in the queue before computation.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+
+cd "${SLURM_SUBMIT_DIR:-.}"
+# The distributed optimizer shards Adam's state over the data-parallel ranks; overlapping hides its communication
+# behind the backward pass. Fully reshardable checkpoints can be resumed under another TP x PP.
+exec torchrun --standalone --nproc-per-node "${GPUS:-8}" examples/pretrain_llava_rsa.py \
+  --model "${MODEL:-demo}" --stage "${STAGE:-1}" \
+  --data-path "$DATA" --tokenizer-model "$TOKENIZER" \
+  ${PRETRAINED:+--pretrained-checkpoint "$PRETRAINED"} \
+  --load "$OUT" --save "$OUT" --tensorboard-dir "$OUT/tensorboard" \
+  --bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce \
+  "$@"

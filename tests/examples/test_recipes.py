@@ -1,0 +1,32 @@
+"""Every recipe is what Megatron's parser takes, and its flags override it."""
+
+import processes
+import pytest
+from recipes import RECIPES, demo_parts, recipe
+
+
+def parsed(model, stage, settings, data, tokenizer, *flags):
+    import sys
+
+    import pretrain_llava_rsa
+    from rsa_megatron.plugin import RSAPlugin
+
+    sys.argv = ["pretrain_llava_rsa.py", "--model", model, "--stage", stage, "--data-path", data,
+                "--tokenizer-model", tokenizer, *flags]  # fmt: skip
+    rsa = RSAPlugin()
+    args = vars(pretrain_llava_rsa.parse(rsa, settings=settings))
+    return {name: args[name] for name in settings or recipe(model, stage)}, rsa.config
+
+
+CASES = [(*key, None) for key in RECIPES] + [("demo", "1", demo_parts())]
+
+
+@pytest.mark.parametrize("model, stage, settings", CASES)
+def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(demo, model, stage, settings):
+    expected = settings or recipe(model, stage)
+    data = (str(demo / "data" / "captions"), str(demo / "tokenizer"))
+    ((actual, config),) = processes.run(parsed, 1, model, stage, settings, *data)
+    assert actual == expected and config.weight == expected["rsa_weight"]
+    flags = ("--lr", "0.25", "--rsa-weight", "7", "--trainable", "language")
+    ((actual, config),) = processes.run(parsed, 1, model, stage, settings, *data, *flags)
+    assert actual == expected | dict(lr=0.25, rsa_weight=7, trainable=["language"]) and config.weight == 7
