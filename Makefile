@@ -41,34 +41,37 @@ PROCESSES = $(shell $(PY) -c "import torch; print(min(torch.cuda.device_count(),
 TORCHRUN = OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
 FLAGS = --data-path $(DEMO)/data/captions --tokenizer-model $(DEMO)/tokenizer --seed $(SEED)
 STAGE_1 = $(TORCHRUN) examples/pretrain_llava_rsa.py --model demo --stage 1 $(FLAGS) --pretrained-checkpoint $(OUT)/parts
-# The whole output goes to a log, the lines that tell the story to the screen.
-STORY = grep --line-buffered -E 'iteration +[0-9]+/|mutual-knn value|^error|skipped sample' || true
+# The whole output goes to a log, the lines that tell the story to the screen: iterations with their losses,
+# mutual-kNN, errors.
+STORY = sed --unbuffered --quiet --regexp-extended \
+  --expression '/^error|skipped sample|mutual-knn value/p' \
+  --expression 's/.*(iteration +[0-9]+\/ *[0-9]+) \|.*\| (lm loss: .*) \| loss scale.*/ \1 | \2/p'
 
 demo: $(INSTALLED)
 	@echo "[1/5] data: scenes with captions, as Energon shards, and a tokenizer"
-	@$(PY) examples/prepare_demo.py --out $(DEMO)
+	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
 	@$(MAKE) --no-print-directory $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
 	@echo "[5/5] what came of it"
 	@$(PY) examples/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
 
 $(OUT)/parts/done:
-	@echo "[2/5] the parts that training starts from: a language model of captions, a tower that knows scenes (a minute)"
+	@echo "[2/5] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
 	@mkdir -p $(@D)
 	@($(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --save $(@D) 2>&1 \
-	  || echo "error: step 2 failed; see $(@D)/run.log") | tee $(@D)/run.log | { $(STORY); }
+	  || echo "error: step 2 failed; see $(@D)/run.log") | tee $(@D)/run.log | $(STORY)
 	@grep -q "after training is done" $(@D)/run.log && touch $@
 
 $(OUT)/before.log: $(OUT)/parts/done
 	@echo "[3/5] mutual-kNN of the two backbones before training"
-	@($(STAGE_1) --skip-train 2>&1 || echo "error: step 3 failed; see $@.part") | tee $@.part | { $(STORY); }
+	@($(STAGE_1) --skip-train 2>&1 || echo "error: step 3 failed; see $@.part") | tee $@.part | $(STORY)
 	@grep -q "mutual-knn value" $@.part && mv $@.part $@
 
 $(OUT)/$(RUN)/done: $(OUT)/before.log
-	@echo "[4/5] stage 1 with the RSA loss: the tower and the projector learn, the language model is frozen"
+	@echo "[4/5] stage 1 with the RSA loss: the tower and the projector learn, the language model is frozen (four minutes)"
 	@mkdir -p $(@D)
 	@[ -e $(@D)/run.log ] || cp $(OUT)/before.log $(@D)/run.log
 	@($(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
-	  || echo "error: step 4 failed; see $(@D)/run.log") | tee -a $(@D)/run.log | { $(STORY); }
+	  || echo "error: step 4 failed; see $(@D)/run.log") | tee -a $(@D)/run.log | $(STORY)
 	@grep -q "after training is done" $(@D)/run.log && touch $@
 
 SEEDS := 1 2 3

@@ -29,12 +29,11 @@ def _skip_helper_build_without_makefile() -> None:
 def _let_distributed_torch_adam_load() -> None:
     """With torch's Adam the step count is part of each parameter's state, which loading a checkpoint gets wrong.
 
-    The distributed optimizer (1) asks for the count before there is any state, or
-    where a stage has nothing that learns: an assertion fails; (2) expects it
-    among the tensors that each parameter is given, which leave it out: a KeyError; (3) gives all parameters one and
-    the same count tensor, which each then advances: the bias correction jumps ahead; (4) writes into parameters that
-    record gradients. Transformer Engine's and apex's
-    Adam keep the count elsewhere.
+    The distributed optimizer (1) asks for the count before there is any state, or where a stage has nothing that
+    learns: an assertion fails; (2) expects it among the tensors that each parameter is given, which leave it out: a
+    KeyError; (3) gives all parameters one and the same count tensor, which each then advances: the bias correction
+    jumps ahead; (4) writes into parameters that record gradients. Transformer Engine's and apex's Adam keep the count
+    elsewhere.
     """
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return

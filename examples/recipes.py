@@ -32,7 +32,7 @@ def stage_1() -> dict:
 
 
 def demo_stage_1() -> dict:
-    """Stage 1 of the demo model on rendered scenes (`make demo`): two processes on two CPU cores, two minutes.
+    """Stage 1 of the demo model on rendered scenes (`make demo`): two processes on two CPU cores, four minutes.
 
     The towers are small and have seen little: they take a larger rate than the paper's. The weight is such that on
     the training split's first batch the weighted RSA loss is about the LM loss: 1500 x 0.001 against 1.1. (The
@@ -43,17 +43,17 @@ def demo_stage_1() -> dict:
         seq_length=160,
         micro_batch_size=16,
         global_batch_size=32,
-        train_iters=400,
+        train_iters=300,
         lr=1e-3,
-        eval_interval=100,
+        eval_interval=120,  # at 120 and 240; Megatron evaluates once more at the end
         eval_iters=5,
         log_interval=10,
-        save_interval=100,
+        save_interval=150,
     )
 
 
 def demo_parts() -> dict:
-    """Before stage 1: the demo's decoder and tower, each for itself (pretrain_demo_parts.py); about a minute."""
+    """Before stage 1: the demo's decoder and tower, each for itself (pretrain_demo_parts.py); two minutes."""
     return demo_stage_1() | dict(
         trainable=["vision", "embeddings", "language"],
         train_iters=200,

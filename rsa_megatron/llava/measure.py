@@ -1,8 +1,8 @@
 """How well the two backbones agree, measured on a model in whatever layout it trains.
 
 An image goes alone through the tower, its caption alone through the decoder. In the training pass the caption's
-states have seen the image through attention: they share neighbours with it whether or not anything was learnt
-(a mutual-kNN of 0.2 to 0.7 where the honest figure is 0.05), so nothing is read there.
+states have seen the image through attention: they share neighbours with it whether or not anything was learnt, so
+nothing is read there.
 
 Shapes: B samples a micro-batch, S caption tokens, D and E widths of v and t.
 """
