@@ -26,6 +26,7 @@ from rsa_megatron import rsa_loss
 
 WIDTHS = (1152, 3584)  # SigLIP-so400m and Qwen2-7B
 SIZES = (512, 2048, 4096)
+_LEAST_MEMORY = 32 * 2**20  # bytes; what is less may come out of what the process holds already
 
 
 def two_cdist(v_ND, t_NE):
@@ -38,6 +39,8 @@ CONTENDERS = {"ours": rsa_loss, "cdist": two_cdist}
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
+    if args.append:
+        args.append.parent.mkdir(parents=True, exist_ok=True)
     if args.memory_of:
         return print(extra_memory(*args.memory_of))
     device = torch.device(args.device)
@@ -54,7 +57,7 @@ def main():
         figures = measure(num_pairs, args, device)
         print(
             f"| {num_pairs} | {figures['ours_s']:.4f} | {figures['cdist_s']:.4f} | {figures['ratio']:.2f} | "
-            f"{figures['gemm_part']:.2f} | {figures['memory_part']:.2f} | {figures['error']:.1e} |",
+            f"{figures['gemm_part']:.2f} | {part_in_words(figures['memory_part'])} | {figures['error']:.1e} |",
             flush=True,
         )
         if args.append:
@@ -93,9 +96,13 @@ def measure(num_pairs: int, args, device) -> dict:
         ratio=medians["cdist"] / medians["ours"],
         gemm_part=flops / medians["ours"] / statistics.median(gemm_rates[1:]),
         memory_bytes=memory,
-        memory_part=memory["ours"] / memory["cdist"],
+        memory_part=memory["ours"] / memory["cdist"] if memory["cdist"] > _LEAST_MEMORY else None,
         error=relative_error(inputs),
     )
+
+
+def part_in_words(part: float | None) -> str:
+    return "too little to tell" if part is None else f"{part:.2f}"
 
 
 def make_inputs(num_pairs, device):

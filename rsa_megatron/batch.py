@@ -30,7 +30,7 @@ class LlavaBatch:
     tokens: Tensor
     #: the token that follows each position, [B, S] int64
     labels: Tensor
-    #: 1 where that next token is to be predicted, [B, S] float32
+    #: 1 where that next token is to be predicted, [B, S] float32; RSA takes any weights of 0 or more
     loss_mask: Tensor
     #: tiles of all images in order, [T, 3, height, width] float32
     images: Tensor

@@ -30,7 +30,7 @@ class RSAPlugin:
 
     def __init__(self, config: RSAConfig = RSAConfig(), select: Callable[[object], RSASamples] | None = None):
         self.config = config
-        self._select = select or (lambda batch: batch.rsa)
+        self._select = select or _batch_rsa
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add the --rsa-* flags, one a field of RSAConfig; a flag that is given changes this plugin's config.
@@ -76,9 +76,10 @@ class RSAPlugin:
         def step(data_iterator, model, *args, **kwargs):
             if self.config.weight == 0:
                 return forward_step(data_iterator, model, *args, **kwargs)
-            chunk = get_attr_wrapped_model(model, "rsa_taps", return_model_obj=True)
+            chunk = _chunk_with_taps(model)
             reader = None if data_iterator is None else _Reader(data_iterator)
-            chunk.rsa_taps.begin(lambda: reader and self._select(reader.last))
+            # A rank that holds an iterator need not read from it: those of a tensor-parallel group receive.
+            chunk.rsa_taps.begin(lambda: None if reader is None or reader.last is None else self._select(reader.last))
             output, loss_func = forward_step(reader, model, *args, **kwargs)
             representations = chunk.rsa_taps.take()
             if representations is None:
@@ -105,6 +106,25 @@ class RSAPlugin:
             # (Set here because TransformerConfig refuses it together with a default of its expert layers.)
             chunk.config.variable_seq_lengths = True
         chunk.rsa_taps = Taps(chunk, self.config)
+
+
+def _chunk_with_taps(model) -> LLaVAModel:
+    try:
+        return get_attr_wrapped_model(model, "rsa_taps", return_model_obj=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "RSA's forward step is given a model without its taps: wrap the model provider too "
+            "(RSAPlugin.wrap_model_provider, or attach)"
+        ) from error
+
+
+def _batch_rsa(batch) -> RSASamples:
+    if not hasattr(batch, "rsa"):
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} has no attribute rsa: give it an RSASamples (rsa_megatron/batch.py), or "
+            "tell the plugin where they are: RSAPlugin(config, select=...)"
+        )
+    return batch.rsa
 
 
 class _Reader:

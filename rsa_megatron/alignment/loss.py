@@ -16,12 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.similarity import PairwiseKernel, at_least_fp32, check_distance, pairwise_distance, unit_rows
+from rsa_megatron.alignment.similarity import (
+    PairwiseKernel,
+    at_least_fp32,
+    check_distance,
+    float32_products,
+    pairwise_distance,
+    unit_rows,
+)
 
 NORMALIZATIONS = ("none", "mean-distance")
 
 # Rows of a block: 512 x 512 floats are 1 MiB, so that the dozen passes over a block's distances stay in cache.
 _BLOCK_ROWS = 512
+# Of the distance whose gradient needs [rows, rows, D] on a GPU: 128 x 128 x 3584 floats are 235 MB.
+_BLOCK_ROWS_MANHATTAN = 128
 
 
 def rsa_loss_reference(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
@@ -101,6 +110,7 @@ class _RowsOfRSA(torch.autograd.Function):
     """Forward: the rows' sums, and in the same pass over blocks the gradient. Backward: one multiplication."""
 
     @staticmethod
+    @float32_products()
     def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, wanted):
         num_pairs = v_ND.shape[0]
         sums = v_ND.new_zeros(3)
@@ -144,7 +154,7 @@ class _Normalization(NamedTuple):
 
 def _normalization(kernel_v, kernel_t, rows, num_pairs, group) -> _Normalization:
     sums = kernel_v.x_ND.new_zeros(5, dtype=torch.float64)
-    for i, j, mirrored in _block_pairs(rows, num_pairs):
+    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v.distance):
         v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
         parts = torch.stack([x.sum() for x in (v_bc, t_bc, v_bc * v_bc, v_bc * t_bc, t_bc * t_bc)])
         sums += parts.double() * (2 if mirrored else 1)
@@ -160,7 +170,7 @@ def _normalization(kernel_v, kernel_t, rows, num_pairs, group) -> _Normalization
 def _sweep(kernel_v, kernel_t, rows, num_pairs, normal, gradient_v, gradient_t):
     """Over own i, all j: the sums of r_ij^2, K^V_ij and K^T_ij, in float64; adds to the gradients that are given."""
     sums = kernel_v.x_ND.new_zeros(3, dtype=torch.float64)
-    for i, j, mirrored in _block_pairs(rows, num_pairs):
+    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v.distance):
         v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
         r_bc = v_bc - t_bc if normal is None else v_bc * normal.scale_v - t_bc * normal.scale_t
         parts = torch.stack([x.sum() for x in (r_bc.square(), v_bc, t_bc)])
@@ -176,14 +186,15 @@ def _off_diagonal_mean(total, num_pairs):
     return total / (num_pairs * (num_pairs - 1))
 
 
-def _block_pairs(rows: slice, num_pairs: int):
+def _block_pairs(rows: slice, num_pairs: int, distance: str):
     """Blocks (i, j, mirrored) that cover own i x all j once: of two that mirror each other, only the upper."""
-    own = _blocks(rows.start, rows.stop)
-    others = _blocks(0, rows.start) + _blocks(rows.stop, num_pairs)
+    size = _BLOCK_ROWS_MANHATTAN if distance == "manhattan" else _BLOCK_ROWS
+    own = _blocks(rows.start, rows.stop, size)
+    others = _blocks(0, rows.start, size) + _blocks(rows.stop, num_pairs, size)
     for index, i in enumerate(own):
         yield from ((i, j, j != i) for j in own[index:])
         yield from ((i, j, False) for j in others)
 
 
-def _blocks(start: int, stop: int) -> list[slice]:
-    return [slice(a, min(a + _BLOCK_ROWS, stop)) for a in range(start, stop, _BLOCK_ROWS)]
+def _blocks(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]

@@ -19,7 +19,8 @@ def pool_tiles(tokens_TPD: Tensor, tile_weight_BT: Tensor) -> Tensor:
             has no image (its row of v is then 0). One 1 a row selects the base image.
     """
     tile_mean_TD = tokens_TPD.mean(dim=1, dtype=torch.float32)
-    return tile_weight_BT.to(tile_mean_TD) @ tile_mean_TD
+    # Not a matrix product: under TF32 or bf16 products a selected tile would come out rounded.
+    return (tile_weight_BT.to(tile_mean_TD)[..., None] * tile_mean_TD).sum(dim=1)
 
 
 def pool_text(hidden_SBE: Tensor, mask_BS: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ shift changes no distance, so rows are centred first; what is left is noise of a
 Shapes: N rows, D width; b rows of one block, c rows of another.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,33 @@ def check_distance(distance: str) -> None:
 def at_least_fp32(x: Tensor) -> Tensor:
     """float64 stays; all else becomes float32. Distances of nearby bf16 rows need the digits."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@contextmanager
+def float32_products():
+    """Within it, float32 matrix products keep all their digits, whatever the process allows elsewhere.
+
+    TF32 on GPUs and bf16 on CPUs (torch.set_float32_matmul_precision, or a container's environment) would keep 10 and
+    7 bits, and s_ij is a difference of large numbers.
+    """
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    if not backends:  # torch before 2.9 has one switch for all
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def unit_rows(x_ND: Tensor) -> Tensor:
@@ -148,7 +177,8 @@ class KernelGradient:
         return slice(i.start - self.rows.start, i.stop - self.rows.start)
 
     def _add_manhattan(self, g_bc: Tensor, i: slice, j: slice, mirrored: bool) -> None:
-        # dK_ij/dx_i = sign(x_i - x_j), a sum over [b, c, D] that torch's own backward does without holding it.
+        # dK_ij/dx_i = sign(x_i - x_j), a sum over [b, c, D]. Torch's own backward holds these b * c * D numbers on a
+        # GPU, not on the CPU: blocks are smaller for this distance (loss.py).
         with torch.enable_grad():
             x_bD, x_cD = (self.kernel.x_ND[rows].detach().requires_grad_() for rows in (i, j))
             k_bc = torch.cdist(x_bD, x_cD, p=1.0)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = ("plain", "chat")
+_CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 @dataclass
@@ -31,12 +32,27 @@ class EncodedText:
         self.is_caption += [caption] * len(tokens)
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Raise ValueError, naming what is missing, unless the tokenizer has the special tokens of the template."""
+    names = (IMAGE_TOKEN, *(_CHAT_TOKENS if template == "chat" else ()))
+    missing = [name for name in names if name not in tokenizer.get_vocab()]
+    if missing:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no token {', '.join(missing)}: add it (tokenizer.add_tokens, "
+            "special_tokens=True) and save the tokenizer again"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no padding token: set its pad_token and save it again")
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], template: str) -> EncodedText:
     """Encode a conversation; `<image>` in its text becomes the image token.
 
     Raises:
         ValueError: when it is not a conversation, or has no answer.
     """
+    if not all(isinstance(turn, dict) for turn in conversation):
+        raise ValueError('a turn of "conversations" is no {"from": ..., "value": ...}')
     turns = [(_role(turn), turn.get("value")) for turn in conversation]
     answers = [value for role, value in turns if role == "assistant"]
     if not answers or not all(isinstance(value, str) for _, value in turns):
@@ -49,7 +65,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], templat
 def _role(turn: dict) -> str:
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
     speaker = turn.get("from", turn.get("role"))
-    if speaker not in roles:
+    if not isinstance(speaker, str) or speaker not in roles:
         raise ValueError(f'a turn of "conversations" is from {speaker!r}; it must be human, gpt or system')
     return roles[speaker]
 
@@ -68,7 +84,7 @@ def _encode_plain(tokenizer, turns) -> EncodedText:
 def _encode_chat(tokenizer, turns) -> EncodedText:
     # By hand, not by the tokenizer's own template: which token came from where must be known.
     text = EncodedText()
-    start, end = ([tokenizer.convert_tokens_to_ids(token)] for token in ("<|im_start|>", "<|im_end|>"))
+    start, end = ([tokenizer.convert_tokens_to_ids(token)] for token in _CHAT_TOKENS)
     newline = _tokenize(tokenizer, "\n")
     for role, value in turns:
         is_answer = role == "assistant"

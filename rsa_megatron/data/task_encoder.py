@@ -103,7 +103,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def encode_sample(self, sample: StoredSample) -> EncodedSample:
         try:
             encoded = self._encode(sample)
-        except (ValueError, OSError, SyntaxError) as error:  # PIL reports broken files as OSError or SyntaxError
+        except Exception as error:  # whatever lies in a file of millions; what is wrong with all ends the run below
             self._skip(sample, error)
         self._num_skipped_in_a_row = 0
         return encoded
@@ -164,7 +164,8 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1
         self._num_skipped_in_a_row += 1
-        line = f"skipped sample {sample.__key__}{_where(sample)}: {error}"
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        line = f"skipped sample {sample.__key__}{_where(sample)}: {reason}"
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             # Something is wrong with all of them: going on would spin through the data set for ever.
             raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row cannot be used; the last: {line}")

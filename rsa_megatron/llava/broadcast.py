@@ -19,7 +19,8 @@ def broadcast_tensors(
     """The named tensors on every rank of the group, on its device, as `dtype`; shapes may change from call to call.
 
     Args:
-        tensors: on rank 0 of the group, on any device and of any type that dtype can hold; None elsewhere.
+        tensors: on rank 0 of the group, of at most 5 dimensions, on any device and of any type that dtype can hold;
+            None elsewhere.
     """
     device = torch.device(torch.cuda.current_device())
     if group.rank() == 0:

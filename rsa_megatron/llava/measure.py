@@ -36,6 +36,7 @@ def measure_mutual_knn(
     micro_batch_size: int,
     seq_length: int,
     k: int,
+    base_tile: str = "first",
 ) -> tuple[float, int] | None:
     """mutual-kNN between last layers, image alone against caption alone (paper, eq. 9 and section 4.1).
 
@@ -47,6 +48,7 @@ def measure_mutual_knn(
         num_samples: how many to read, over all data-parallel ranks; fewer where there are fewer.
         micro_batch_size, seq_length: as in training; the pipeline's shapes.
         k: neighbours.
+        base_tile: which tile of an image is the whole picture, "first" or "last" (RSAConfig.base_tile).
 
     Returns:
         The score and the number of pairs it was taken over, on ranks of the last pipeline stage; else None.
@@ -56,7 +58,7 @@ def measure_mutual_knn(
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     last = next((chunk for chunk in chunks if chunk.post_process), None)
-    pairs = _read(batches, -(-num_samples // (micro_batch_size * groups.dp.size())), first or last, groups)
+    pairs = _read(batches, -(-num_samples // (micro_batch_size * groups.dp.size())), first or last, groups, base_tile)
     if not pairs:
         return (float("nan"), 0) if last else None
     v_ND = torch.cat([_image_vectors(first, pair) for pair in pairs]) if first else None
@@ -85,24 +87,24 @@ class _Pairs:
     eligible_B: Tensor
 
 
-def _read(batches, wanted: int, needs_data: bool, groups: ProcessGroupCollection) -> list[_Pairs]:
+def _read(batches, wanted: int, needs_data: bool, groups: ProcessGroupCollection, base_tile: str) -> list[_Pairs]:
     """Up to `wanted` micro-batches, as many on every rank; nothing but their number on ranks between the stages."""
     reads = needs_data and groups.tp.rank() == 0
     raw = list(islice(batches, wanted)) if reads else []
     smallest = torch.tensor([len(raw) if reads else wanted], device=torch.cuda.current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
     raw = raw[: int(smallest)] if reads else [None] * int(smallest)
-    return [_share(batch, groups.tp) for batch in raw] if needs_data else raw
+    return [_share(batch, groups.tp, base_tile) for batch in raw] if needs_data else raw
 
 
-def _share(batch: LlavaBatch | None, tp_group) -> _Pairs:
-    integers, floats = (None, None) if batch is None else _separate(batch)
+def _share(batch: LlavaBatch | None, tp_group, base_tile: str) -> _Pairs:
+    integers, floats = (None, None) if batch is None else _separate(batch, base_tile)
     integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
     images = broadcast_tensors(["images"], floats, torch.float32, tp_group)["images"]
     return _Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
 
 
-def _separate(batch: LlavaBatch) -> tuple[dict, dict]:
+def _separate(batch: LlavaBatch, base_tile: str) -> tuple[dict, dict]:
     """Take the captions out of their rows and the base images out of the tiles."""
     captions = [row[mask > 0] for row, mask in zip(batch.tokens, batch.rsa.caption_mask)]
     tokens = torch.zeros(len(captions), max(1, *map(len, captions)), dtype=torch.int64)
@@ -111,8 +113,9 @@ def _separate(batch: LlavaBatch) -> tuple[dict, dict]:
         tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
     images = torch.zeros(len(captions), *batch.images.shape[1:])
     has_image = batch.rsa.num_tiles > 0
-    first_tile = batch.rsa.num_tiles.cumsum(0) - batch.rsa.num_tiles
-    images[has_image] = batch.images[first_tile[has_image]]
+    last = batch.rsa.num_tiles.cumsum(0) - 1
+    base = last if base_tile == "last" else last - batch.rsa.num_tiles + 1
+    images[has_image] = batch.images[base[has_image]]
     return dict(tokens=tokens, mask=mask, eligible=batch.rsa.eligible), dict(images=images)
 
 

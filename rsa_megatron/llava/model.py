@@ -42,8 +42,12 @@ def build_llava(
         vocab_size: rows of the word embeddings, padding included.
         max_sequence_length: longest row, image tokens included. Longer rows are cut by LLaVAModel.
         image_token_index: the token id at which an image's tokens are put in.
+        tie_word_embeddings: the output layer's weight is the word embeddings'.
+        rotary_base: of the decoder's rotary position embedding.
         pre_process: this is the first pipeline stage: it holds the tower, the projector and the embeddings.
         post_process: this is the last one: it holds the output layer.
+        vp_stage: which of this rank's chunks, under interleaved pipelines.
+        pg_collection: process groups; Megatron's global ones where there is none.
     """
     vision_spec, decoder_spec, projector_spec = layer_specs(decoder_config.transformer_impl)
     vision, vision_config = architecture.vision, _vision_config(decoder_config, architecture.vision)

@@ -9,9 +9,9 @@ that training scripts and checkpoints see the model they know.
     model, before and after    the caption mask on its way through LLaVAModel's splice; the carrier rows put on
 
 The caption mask has to follow the tokens through everything LLaVAModel does to a row: image tokens spliced in,
-padding, truncation, the split over context-parallel ranks. LLaVAModel does all that to the loss mask, so the
-caption mask rides in it as a second bit, loss_mask + 2 * caption_mask, and is read back from what is returned:
-exact in every float type, and true of every version.
+padding, truncation, the split over context-parallel ranks. LLaVAModel does all that to the loss mask, moving its
+numbers and computing nothing with them, so the caption mask rides in it as their sign (-0.0 is a caption's row that
+is not learnt) and is read back from what is returned: exact in every float type and for every weight of 0 or more.
 
 Shapes: B samples, S text positions, L positions of the spliced row, T tiles, D and E widths of v and t.
 """
@@ -58,7 +58,7 @@ class Taps:
         self._captured = None
         self._active = False
         self._v = self._hidden = self._caption_mask = self._carried = None
-        self._loss_mask = None
+        self._mask_dtype = None
 
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward)
@@ -98,6 +98,9 @@ class Taps:
         self._active = bound.arguments.get("inference_context") is None
         if not self._active:
             return None
+        if self._captured is None and model.training:
+            raise RuntimeError("RSA has its taps on the model and is told of no batch: wrap the forward step too "
+                               "(RSAPlugin.wrap_forward_step)")  # fmt: skip
         self._v = self._hidden = self._caption_mask = None
         self.samples = self._broadcast_samples() if self.is_first or self.is_last else None
         if self.samples is None or not self.is_last:
@@ -105,7 +108,9 @@ class Taps:
         mask_BS = bound.arguments.get("loss_mask")
         if mask_BS is None:
             raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
-        bound.arguments["loss_mask"] = mask_BS + 2 * self.samples.caption_mask.to(mask_BS)
+        self._mask_dtype = mask_BS.dtype
+        magnitude_BS = mask_BS if mask_BS.is_floating_point() else mask_BS.float()
+        bound.arguments["loss_mask"] = torch.copysign(magnitude_BS, (0.5 - self.samples.caption_mask).to(magnitude_BS))
         return bound.args, bound.kwargs
 
     def _after_vision(self, module, args, tokens_TPD):
@@ -121,9 +126,8 @@ class Taps:
             return None
         output, mask_BL = result
         if self.is_last and self.samples is not None:
-            # 0: neither, 1: a label, 2: caption, 3: both
-            self._caption_mask = (mask_BL >= 2).to(mask_BL.dtype)
-            mask_BL = mask_BL - 2 * self._caption_mask
+            self._caption_mask = mask_BL.signbit().to(mask_BL.dtype)
+            mask_BL = mask_BL.abs().to(self._mask_dtype)
         if not self.is_last:
             return torch.cat([output, self._carrier_rows(output)]), mask_BL
         if not self.is_first and self.samples is not None:

@@ -25,13 +25,19 @@ from rsa_megatron.llava.broadcast import broadcast_tensors
 class StepBatch:
     """What one rank's forward pass is given."""
 
+    #: [T, 3, height, width] float32; None on stages without a tower
     images: Tensor | None
+    #: [B, S] int64
     tokens: Tensor
+    #: [B, S] int64
     labels: Tensor
+    #: [B, S] float32
     loss_mask: Tensor
+    #: [number of images] int32
     num_image_tiles: Tensor
-    #: where the samples come from and how many were skipped before them: known where the data is read
+    #: where the samples come from: known where the data is read, empty elsewhere
     keys: list[str]
+    #: how many were skipped before them, a scalar, int64
     num_skipped: Tensor
 
 
