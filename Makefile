@@ -47,32 +47,41 @@ STORY = sed --unbuffered --quiet --regexp-extended \
   --expression '/^error|skipped sample|mutual-knn value/p' \
   --expression 's/.*(iteration +[0-9]+\/ *[0-9]+) \|.*\| (lm loss: .*) \| loss scale.*/ \1 | \2/p'
 
+# A run in a folder is the run of its settings: others would be shown under a wrong name.
+SETTINGS = seed $(SEED) $(RSA)
+
 demo: $(INSTALLED)
 	@echo "[1/5] data: scenes with captions, as Energon shards, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
-	@$(MAKE) --no-print-directory $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
+	@mkdir -p $(OUT)/$(RUN) && touch $(OUT)/$(RUN)/settings
+	@if [ -s $(OUT)/$(RUN)/settings ] && [ "$$(cat $(OUT)/$(RUN)/settings)" != '$(SETTINGS)' ]; then \
+	  echo "error: $(OUT)/$(RUN) holds a run of other settings: $$(cat $(OUT)/$(RUN)/settings); name another OUT=folder"; exit 1; fi
+	@echo '$(SETTINGS)' > $(OUT)/$(RUN)/settings
+	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
 	@echo "[5/5] what came of it"
 	@$(PY) examples/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
+
+# The pipe's last part always succeeds: what counts is how torchrun ended.
+OR_STOP = [ "$${PIPESTATUS[0]}" = 0 ] || { echo "error: this step failed; see $(1)"; exit 1; }
 
 $(OUT)/parts/done:
 	@echo "[2/5] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
 	@mkdir -p $(@D)
-	@($(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --save $(@D) 2>&1 \
-	  || echo "error: step 2 failed; see $(@D)/run.log") | tee $(@D)/run.log | $(STORY)
-	@grep -q "after training is done" $(@D)/run.log && touch $@
+	@$(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --load $(@D) --save $(@D) 2>&1 \
+	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
+	@touch $@
 
 $(OUT)/before.log: $(OUT)/parts/done
 	@echo "[3/5] mutual-kNN of the two backbones before training"
-	@($(STAGE_1) --skip-train 2>&1 || echo "error: step 3 failed; see $@.part") | tee $@.part | $(STORY)
-	@grep -q "mutual-knn value" $@.part && mv $@.part $@
+	@$(STAGE_1) --skip-train 2>&1 | tee $@.part | $(STORY); $(call OR_STOP,$@.part)
+	@mv $@.part $@
 
 $(OUT)/$(RUN)/done: $(OUT)/before.log
-	@echo "[4/5] stage 1 with the RSA loss: the tower and the projector learn, the language model is frozen (four minutes)"
-	@mkdir -p $(@D)
+	@echo "[4/5] stage 1: the tower and the projector learn, the language model is frozen (four minutes) $(RSA)"
 	@[ -e $(@D)/run.log ] || cp $(OUT)/before.log $(@D)/run.log
-	@($(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
-	  || echo "error: step 4 failed; see $(@D)/run.log") | tee -a $(@D)/run.log | $(STORY)
-	@grep -q "after training is done" $(@D)/run.log && touch $@
+	@$(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
+	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
+	@touch $@
 
 SEEDS := 1 2 3
 LOGS = $(foreach seed,$(SEEDS),$(DEMO)/seed-$(seed)/$(1)/run.log)

@@ -3,7 +3,7 @@
     python benchmarks/rsa_loss.py [--threads 2] [--append results/benchmarks.jsonl]
 
 Times are taken in turns, ours and theirs, on the same inputs, and given as the median of the runs; the ratio is of
-medians. Memory is the growth of a fresh process's peak resident size over what the inputs take, one process each.
+medians. Memory is the growth of a fresh process's resident size at its peak, gradients included, one process each.
 The limit is the machine's own matrix-multiply rate, measured in the same run: the symmetric algorithm needs
 3 N^2 (D + E) floating-point operations for N pairs of widths D and E (half a Gram matrix, then two products with it
 for each of the gradients' halves).
@@ -12,7 +12,6 @@ for each of the gradients' halves).
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from rsa_megatron import rsa_loss
 
 WIDTHS = (1152, 3584)  # SigLIP-so400m and Qwen2-7B
 SIZES = (512, 2048, 4096)
-_LEAST_MEMORY = 32 * 2**20  # bytes; what is less may come out of what the process holds already
+_LEAST_MEMORY = 32 * 2**20  # bytes; less than that may come out of what the process holds already
 
 
 def two_cdist(v_ND, t_NE):
@@ -127,7 +126,8 @@ def seconds(function, inputs) -> float:
 
 def gemm_rate(device, size=2048) -> float:
     """Floating-point operations a second of a plain fp32 matrix product."""
-    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+    # Random numbers: a product of ones takes less power, and CPUs then run it faster.
+    a, b = torch.randn(2, size, size, device=device)
     synchronize(device)
     start = time.perf_counter()
     a @ b
@@ -162,9 +162,16 @@ def extra_memory(name: str, num_pairs: str) -> int:
         before = torch.cuda.memory_allocated()
         seconds(CONTENDERS[name], inputs)
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
+    before = resident_bytes("VmRSS")
     seconds(CONTENDERS[name], inputs)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(which: str) -> int:
+    """Linux's figures of this process: VmRSS is what it holds, VmHWM the most it has held."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(which + ":"))
 
 
 def cpu_name() -> str:

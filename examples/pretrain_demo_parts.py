@@ -1,6 +1,7 @@
 """Make the demo's "pretrained" parts: a language model that knows the captions, a tower that knows the scenes.
 
-    torchrun --nproc-per-node 2 examples/pretrain_demo_parts.py --data-path demo/data/captions --save demo/parts
+    torchrun --nproc-per-node 2 examples/pretrain_demo_parts.py \
+        --data-path demo/data/captions --tokenizer-model demo/tokenizer --load demo/parts --save demo/parts
 
 Real users begin from checkpoints; the demo makes its own, in about a minute. One run of Megatron's pretrain() learns
 both, each for itself: the decoder predicts captions without seeing an image, the tower tells what is in a scene

@@ -1,6 +1,7 @@
 """Train a LLaVA model with the RSA loss, on Megatron's own pretrain().
 
-    torchrun --nproc-per-node 2 examples/pretrain_llava_rsa.py --model demo --stage 1 --data-path demo/data/captions
+    torchrun --nproc-per-node 2 examples/pretrain_llava_rsa.py --model demo --stage 1 \
+        --data-path demo/data/captions --tokenizer-model demo/tokenizer --pretrained-checkpoint demo/parts
 
 --model and --stage set Megatron's arguments; every Megatron flag still works and overrides them. --dry-run prints
 what would run and stops. Without a CUDA device the same script runs on the CPU.
@@ -10,12 +11,17 @@ import dataclasses
 import functools
 import math
 import os
+import platform
 import sys
+import traceback
 from pathlib import Path
 
 from rsa_megatron import megatron_on_cpu
 
-ON_CPU = megatron_on_cpu.enable()  # before megatron is imported: its modules look for CUDA as they load
+try:
+    ON_CPU = megatron_on_cpu.enable()  # before megatron is imported: its modules look for CUDA as they load
+except RuntimeError as error:
+    sys.exit(f"error: {error}")
 
 import megatron_repairs
 from megatron.core import mpu
@@ -29,7 +35,7 @@ from megatron.training.utils import is_last_rank, print_rank_last
 from transformers import AutoTokenizer
 
 from recipes import recipe
-from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES
+from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES, check_tokenizer
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.llava.architectures import Architecture, get_architecture
@@ -52,7 +58,7 @@ def main():
         ModelType.encoder_or_decoder,
         rsa.wrap_forward_step(forward_step),
         rsa.wrap_model_provider(model_provider),
-        non_loss_data_func=mutual_knn if args.mutual_knn_samples else None,
+        non_loss_data_func=functools.partial(mutual_knn, rsa=rsa) if args.mutual_knn_samples else None,
         process_non_loss_data_func=write_mutual_knn if args.mutual_knn_samples else None,
     )
 
@@ -64,16 +70,27 @@ def parse(rsa: RSAPlugin, settings: dict | None = None):
         args = parse_and_validate_args(extra_args_provider=provider)
         check_arguments(args)
     except (ValueError, AssertionError, OSError) as error:
-        # One line, from one rank, and the exit status of a wrong command line.
-        if is_rank_0():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_with(error)
     if args.virtual_pipeline_model_parallel_size:
         print_rank_0("WARNING: megatron-core cannot save the data position of interleaved pipelines; "
                      "a resumed run will need --restart-data")  # fmt: skip
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
+    if "language" not in args.trainable and not (args.pretrained_checkpoint or args.load):
+        print_rank_0("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
     return args
+
+
+def end_with(error: Exception):
+    """One line from each node, and the exit status of a wrong command line."""
+    # Some of Megatron's assertions say nothing: their own line says what was wrong.
+    message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        # A node may fail where the first one does not.
+        print(f"error on {platform.node()}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def raise_value_error(message: str):
@@ -112,10 +129,6 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     return parser
 
 
-def is_rank_0() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def check_arguments(args) -> None:
     """What would otherwise fail later, on every rank, and in other words."""
     layer_specs(args.transformer_impl)
@@ -129,10 +142,26 @@ def check_arguments(args) -> None:
             f"--seq-length {args.seq_length} must be a multiple of --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size} under --sequence-parallel"
         )
+    if args.transformer_impl != "transformer_engine":
+        if args.context_parallel_size > 1:
+            raise ValueError("--context-parallel-size above 1 needs Transformer Engine (and a GPU)")
+        if args.sequence_parallel and not ON_CPU:
+            raise ValueError("--sequence-parallel needs Transformer Engine on GPUs: LLaVAModel asks for it")
+    for flag in ("full_validation", "iterations_to_skip", "sft"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} does not go with this script's data; leave it out")
     if not args.data_path:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
-    if is_rank_0():
-        check_data(args.data_path[0], (["train"] if not args.skip_train else []) + (["val"] if args.eval_iters else []))
+    if len(args.data_path) > 1:
+        raise ValueError(f"--data-path takes one data set, not {len(args.data_path)}: name a mixture (.yaml) of them")
+    check_tokenizer(load_tokenizer(args), args.template)
+    if int(os.environ.get("RANK", "0")) == 0:
+        check_data(
+            args.data_path[0],
+            (["train"] if not args.skip_train else []) + (["val"] if args.eval_iters else []),
+            num_readers=args.data_parallel_size * max(1, args.num_workers),
+            micro_batch_size=args.eval_micro_batch_size,
+        )
 
 
 def architecture_of(args) -> Architecture:
@@ -199,7 +228,10 @@ def datasets_provider(num_samples, vp_stage=None):
         )
         if args.iteration > 0 and not args.restart_data:
             rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-            train.restore_state(find_train_state(dataloader_folder(args.load), args.iteration, rank, size))
+            try:
+                train.restore_state(find_train_state(dataloader_folder(args.load), args.iteration, rank, size))
+            except (ValueError, OSError) as error:
+                end_with(error)
     validation = validation_loader(args, say_skipped=is_last) if args.eval_iters else None
     return train, validation, None
 
@@ -220,7 +252,7 @@ def task_encoder(args, *, say_skipped: bool) -> LlavaTaskEncoder:
         image_tokens=vision.num_tokens,
         max_sequence_length=args.seq_length,
         template=args.template,
-        say_skipped=say_skipped and mpu.get_data_parallel_rank() == 0,
+        say_skipped=say_skipped,
     )
 
 
@@ -238,8 +270,8 @@ def dataloader_folder(checkpoint_folder: str) -> str:
     return str(Path(checkpoint_folder) / "dataloader")
 
 
-def mutual_knn(model) -> dict[str, float]:
-    """Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on validation pairs."""
+def mutual_knn(model, *, rsa: RSAPlugin) -> dict[str, float]:
+    """For Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on validation pairs."""
     args = get_args()
     reads = mpu.get_tensor_model_parallel_rank() == 0 and (
         mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
@@ -251,11 +283,13 @@ def mutual_knn(model) -> dict[str, float]:
         micro_batch_size=args.eval_micro_batch_size,
         seq_length=args.seq_length,
         k=args.mutual_knn_k,
+        base_tile=rsa.config.base_tile,
     )
     if result is None:
         return {}
     score, num_pairs = result
-    iteration = args.iteration if args.skip_train else args.curr_iteration + 1
+    # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
+    iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
     chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
     print_rank_last(
         f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | mutual-knn value: {score:.4f} | "

@@ -1,8 +1,8 @@
 """Megatron without CUDA: the same code on the CPU, over gloo, for debugging, tests and the demo.
 
 `enable()` does nothing where a CUDA device is present. Where there is none it stands in, from outside and in
-this process only, for what Megatron takes from CUDA. It is the one place of this project that replaces
-anything; nothing on disk is touched.
+this process only, for what Megatron takes from CUDA; nothing on disk is touched. Nothing else in the package
+replaces anything (examples/megatron_repairs.py does, for the training script).
 
     what Megatron does                                    what stands in
     --------------------------------------------------    ------------------------------------------------------
@@ -27,6 +27,8 @@ import functools
 import logging
 import multiprocessing
 import os
+import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -41,6 +43,7 @@ _FACTORIES = (
     "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like "
     "randperm tensor zeros zeros_like as_tensor empty_strided"
 ).split()
+_NVIDIA_DEVICE = Path("/dev/nvidia0")
 _enabled = False
 
 
@@ -49,12 +52,21 @@ def enable() -> bool:
 
     Returns:
         True if Megatron now runs on the CPU; False if there is a CUDA device and nothing was changed.
+
+    Raises:
+        RuntimeError: there is an NVIDIA device that torch cannot use, and CUDA_VISIBLE_DEVICES does not hide it: one
+            node of a cluster with a broken driver must not go on alone on its CPU.
     """
     global _enabled
     if _enabled:
         return True
     if torch.cuda.is_available():
         return False
+    if _NVIDIA_DEVICE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise RuntimeError(
+            f"{platform.node()} has an NVIDIA device ({_NVIDIA_DEVICE}) that torch cannot use: see `nvidia-smi` and whether "
+            f"torch {torch.__version__} is built for its driver. To run on the CPU all the same: CUDA_VISIBLE_DEVICES= (empty)"
+        )
     # Tensor parallelism asserts it, to order communication after computation on a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _stand_in_for_torch_cuda()

@@ -3,6 +3,8 @@
 import argparse
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import prepare_demo
@@ -21,6 +23,9 @@ REASONS = {
     "no-json": "it has no .json",
     "broken-json": "its .json cannot be read",
     "no-conversation": 'its .json has no list "conversations"',
+    "turn-of-text": 'a turn of "conversations" is no {',
+    "speaker-of-two": "is from ['human', 'gpt']; it must be",
+    "huge": "DecompressionBombError",
 }
 
 
@@ -61,6 +66,14 @@ def _bad(key: str) -> dict:
         record["conversations"][1]["value"] *= 5
     elif key == "no-conversation":
         del record["conversations"]
+    elif key == "turn-of-text":
+        record["conversations"][1] = record["conversations"][1]["value"]
+    elif key == "speaker-of-two":
+        record["conversations"][1]["from"] = ["human", "gpt"]
+    elif key == "huge":
+        # A picture whose header says 20000 x 20000: the header begins at byte 12 and ends in its checksum.
+        header = b"IHDR" + struct.pack(">II", 20000, 20000) + sample["png"][24:29]
+        sample["png"] = sample["png"][:12] + header + struct.pack(">I", zlib.crc32(header)) + sample["png"][33:]
     sample["json"] = json.dumps(record).encode()
     if key == "broken-json":
         sample["json"] = sample["json"][:-20]

@@ -39,7 +39,8 @@ def run(
     """Call function(*args) in `world_size` processes that form a gloo group; what each returned, by rank.
 
     Args:
-        kill_when: given what all ranks have printed so far; once it says True, all ranks are sent `kill_with`.
+        kill_when: given what all ranks have printed so far; once it says True, all ranks and their children are sent
+            `kill_with`.
         kill_with: by default the end: what the ranks had printed is returned. Another signal they answer as they like.
 
     Raises:
@@ -92,7 +93,7 @@ def _wait(processes, folder, timeout, kill_when, kill_with) -> bool:
                 return True
             kill_when = None
             for process in processes:
-                os.kill(process.pid, kill_with)
+                os.killpg(process.pid, kill_with)  # data workers too, as Slurm does it
         if time.monotonic() > deadline:
             alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
             raise Failed(f"ranks {alive} did not end within {timeout:.0f} s", _output(folder, 0))

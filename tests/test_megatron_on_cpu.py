@@ -33,6 +33,24 @@ def test_it_says_so_once_and_can_be_called_again():
     assert result.stderr.count("no CUDA device: Megatron runs on the CPU") == 1
 
 
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path):
+    code = """
+import os, sys, torch
+from pathlib import Path
+from rsa_megatron import megatron_on_cpu
+megatron_on_cpu._NVIDIA_DEVICE = Path(sys.executable)  # there is one
+try:
+    megatron_on_cpu.enable()
+except RuntimeError as error:
+    print(error)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on purpose
+print(megatron_on_cpu.enable())
+"""
+    refused, enabled = in_a_fresh_process(code).splitlines()
+    assert "that torch cannot use" in refused and "CUDA_VISIBLE_DEVICES= (empty)" in refused
+    assert enabled == "True"
+
+
 def what_megatron_would_do_with_cuda():
     import torch
 

@@ -6,6 +6,9 @@ import layouts
 import processes
 import pytest
 import tiny
+import torch
+
+from rsa_megatron import RSAPlugin
 
 
 def flags(demo):
@@ -24,6 +27,54 @@ def test_the_model_and_its_checkpoints_stay_as_they_are(demo):
         processes.run(names_in_checkpoints, 1, [*flags(demo), "--rsa-weight", weight])[0] for weight in ("1", "0")
     )
     assert with_rsa == without
+
+
+def weighted(loss_mask):
+    batch = tiny.batch(0)
+    batch.loss_mask = loss_mask(batch.loss_mask)
+    return batch
+
+
+@pytest.mark.parametrize("loss_mask", [
+    lambda mask: mask * torch.linspace(0.3, 2.5, mask.shape[1]),
+    lambda mask: mask.double() * 3,
+    lambda mask: mask * (torch.arange(mask.shape[1]) < 3),
+], ids=["weights", "float64", "most of the caption not learnt"])  # fmt: skip
+def test_the_loss_mask_comes_back_as_it_was(demo, loss_mask):
+    batch = weighted(loss_mask)
+    with_rsa, without = (
+        layouts.run(layouts.SINGLE, [[batch]], [*flags(demo), "--rsa-weight", weight]).losses[0] for weight in ("1", "0")
+    )
+    assert with_rsa["lm loss"] == without["lm loss"]
+    # The caption's rows are found by its sign alone: the same whatever the weights.
+    plain = layouts.run(layouts.SINGLE, [[tiny.batch(0)]], [*flags(demo), "--rsa-weight", "1"]).losses[0]
+    assert with_rsa["rsa loss"] == plain["rsa loss"] > 0
+
+
+def without_taps():
+    from rsa_megatron import RSAPlugin
+
+    RSAPlugin.wrap_model_provider = lambda self, provider: provider
+
+
+def without_forward_step():
+    from rsa_megatron import RSAPlugin
+
+    RSAPlugin.wrap_forward_step = lambda self, step: step
+
+
+@pytest.mark.parametrize("sabotage, message", [
+    (without_taps, "wrap the model provider too"),
+    (without_forward_step, "wrap the forward step too"),
+])  # fmt: skip
+def test_a_plugin_half_attached_is_named(demo, sabotage, message):
+    with pytest.raises(processes.Failed, match=message):
+        layouts.run(layouts.SINGLE, [[tiny.batch(0)]], flags(demo), sabotage=sabotage)
+
+
+def test_a_batch_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="a batch of type dict has no attribute rsa: .*select="):
+        RSAPlugin()._select({})
 
 
 class TheirBatch(dict):

@@ -9,6 +9,8 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 set -euo pipefail
 : "${DATA:?set DATA to a prepared Energon data set or a mixture (.yaml)}"

@@ -111,16 +111,18 @@ class PairwiseKernel:
         # The cosine of a zero row is taken as 0, so its distances are 1: s/2 gives 1/2 there, the offset adds the rest.
         self.offset_N = 0.5 * (1 - x_ND.square().sum(-1).round()) if distance == "cosine" else None
         self.x_ND = x_ND - x_ND.mean(0)
-        self.square_N = self.x_ND.square().sum(-1)
+        self.square_N = torch.cat([rows.square().sum(-1) for rows in self.x_ND.split(256)])  # no copy of all rows
+        self._memory = [x_ND.new_empty(0), x_ND.new_empty(0)]
 
     def block(self, i: slice, j: slice) -> Tensor:
-        """K of rows i against rows j, [b, c]; exactly 0 on the diagonal of K."""
+        """K of rows i against rows j, [b, c]; exactly 0 on the diagonal of K. The next block takes its memory."""
         if self.distance == "manhattan":
             return torch.cdist(self.x_ND[i], self.x_ND[j], p=1.0)
-        base_bc = self.square_N[i, None] + self.square_N[None, j]
-        s_bc = torch.addmm(base_bc, self.x_ND[i], self.x_ND[j].T, alpha=-2)
+        s_bc = torch.add(self.square_N[i, None], self.square_N[None, j], out=self.scratch(i, j, 1))
+        s_bc.addmm_(self.x_ND[i], self.x_ND[j].T, alpha=-2)
+        # Rows so near each other are equally long: 2 |x_i|^2 stands for |x_i|^2 + |x_j|^2.
         noise = _NOISE_ROUNDING_ERRORS * torch.finfo(s_bc.dtype).eps
-        s_bc.masked_fill_(s_bc <= base_bc.mul_(noise), 0.0)
+        s_bc.masked_fill_(s_bc <= 2 * noise * self.square_N[i, None], 0.0)
         if self.distance == "euclidean":
             k_bc = s_bc.sqrt_()
         elif self.distance == "sqeuclidean":
@@ -131,6 +133,16 @@ class PairwiseKernel:
             k_bc.fill_diagonal_(0.0)
         return k_bc
 
+    def scratch(self, i: slice, j: slice, index: int = 0) -> Tensor:
+        """Memory for a block, [b, c], used over and over: on the CPU new memory costs as much as the arithmetic.
+
+        Number 1 holds what `block` has returned last, number 0 is free after it.
+        """
+        b, c = i.stop - i.start, j.stop - j.start
+        if self._memory[index].numel() < b * c:
+            self._memory[index] = self.x_ND.new_empty(b * c)
+        return self._memory[index][: b * c].view(b, c)
+
     def gradient(self, rows: slice) -> "KernelGradient":
         """An accumulator for the derivative of sum_ij g_ij K_ij with respect to `rows`."""
         return KernelGradient(self, rows)
@@ -139,8 +151,8 @@ class PairwiseKernel:
 class KernelGradient:
     """Adds up, block by block, dF/dx_i = 2 sum_j g_ij dK_ij/dx_i for the rows it was made for.
 
-    The factor 2 is the symmetry of K: x_i moves K_ij and K_ji. With w_ij = 2 g_ij slope_ij,
-        dF/dx_i = sum_j w_ij (x_i - x_j) = (sum_j w_ij) x_i - (w x)_i :
+    The factor 2 is the symmetry of K: x_i moves K_ij and K_ji. With w_ij = g_ij slope_ij,
+        dF/dx_i = 2 sum_j w_ij (x_i - x_j) = 2 ((sum_j w_ij) x_i - (w x)_i) :
     a row sum and one matrix product a block.
     """
 
@@ -156,10 +168,11 @@ class KernelGradient:
         if self.kernel.distance == "manhattan":
             self._add_manhattan(g_bc, i, j, mirrored)
             return
+        w_bc = self.kernel.scratch(i, j)
         if self.kernel.distance == "euclidean":
-            w_bc = (g_bc / k_bc).masked_fill_(k_bc == 0, 0.0).mul_(2)
+            torch.div(g_bc, k_bc, out=w_bc).masked_fill_(k_bc == 0, 0.0)
         else:
-            w_bc = g_bc * (4 if self.kernel.distance == "sqeuclidean" else 2)
+            torch.mul(g_bc, 2 if self.kernel.distance == "sqeuclidean" else 1, out=w_bc)
         own_i = self._own(i)
         self.row_sum_n[own_i] += w_bc.sum(1)
         self.product_nD[own_i].addmm_(w_bc, x_ND[j])
@@ -168,10 +181,12 @@ class KernelGradient:
             self.row_sum_n[own_j] += w_bc.sum(0)
             self.product_nD[own_j].addmm_(w_bc.T, x_ND[i])
 
-    def result(self) -> Tensor:
-        """dF/dx of the rows, [n, D]. The accumulator is used up."""
+    def result(self, factor: float | Tensor) -> Tensor:
+        """`factor` times dF/dx of the rows, [n, D]. The accumulator is used up."""
+        if self.kernel.distance == "manhattan":
+            return self.product_nD.mul_(factor)
         own_nD = self.kernel.x_ND[self.rows]
-        return self.product_nD.neg_().addcmul_(self.row_sum_n[:, None], own_nD)
+        return self.product_nD.mul_(-2 * factor).addcmul_((2 * factor * self.row_sum_n)[:, None], own_nD)
 
     def _own(self, i: slice) -> slice:
         return slice(i.start - self.rows.start, i.stop - self.rows.start)
@@ -183,6 +198,6 @@ class KernelGradient:
             x_bD, x_cD = (self.kernel.x_ND[rows].detach().requires_grad_() for rows in (i, j))
             k_bc = torch.cdist(x_bD, x_cD, p=1.0)
             gradients = torch.autograd.grad(k_bc, (x_bD, x_cD) if mirrored else (x_bD,), 2 * g_bc)
-        self.product_nD[self._own(i)] -= gradients[0]
+        self.product_nD[self._own(i)] += gradients[0]
         if mirrored:
-            self.product_nD[self._own(j)] -= gradients[1]
+            self.product_nD[self._own(j)] += gradients[1]

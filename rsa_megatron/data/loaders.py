@@ -1,11 +1,13 @@
 """Energon loaders as Megatron's `--dataloader-type external` takes them, and their state on disk.
 
 The state of the training loader is written by Megatron beside each checkpoint, one file a data-parallel rank,
-and says exactly which sample comes next. It holds for the same number of data-parallel ranks, data workers and
-the same micro-batch; anything else is refused with the remedy, never answered with data from the beginning.
+and says exactly which sample comes next. It holds for the same data, number of data-parallel ranks and of data
+workers, micro-batch and shuffle buffer; anything else is refused with the remedy, never answered with data from the
+beginning.
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,12 +43,17 @@ class DataLayout:
     data_parallel_size: int
     num_workers: int
     micro_batch_size: int
+    shuffle_buffer_size: int
+    #: of the shards' names and sizes (`fingerprint`)
+    data_fingerprint: str
 
     #: The Megatron flag behind each, for messages.
     FLAGS = {
         "data_parallel_size": "the data-parallel size (processes / TP / PP / CP)",
         "num_workers": "--num-workers",
         "micro_batch_size": "--micro-batch-size",
+        "shuffle_buffer_size": "--shuffle-buffer-size",
+        "data_fingerprint": "the shards behind --data-path, with the fingerprint",
     }
 
 
@@ -61,7 +68,9 @@ class TrainLoader:
         micro_batch_size: int,
         shuffle_buffer_size: int,
     ):
-        self.layout = DataLayout(worker_config.world_size, worker_config.num_workers, micro_batch_size)
+        self.layout = DataLayout(
+            worker_config.world_size, worker_config.num_workers, micro_batch_size, shuffle_buffer_size, fingerprint(path)
+        )
         dataset = get_train_dataset(
             path,
             worker_config=worker_config,
@@ -126,7 +135,7 @@ class ValidationLoader:
             self._batches = iter(self._loader)
             batch = next(self._batches, None)
         if batch is None:
-            raise ValueError("the validation part holds fewer samples than one micro-batch a data-parallel rank")
+            raise ValueError("the validation part does not fill one micro-batch in each data worker of each rank")
         return batch
 
     def one_pass(self) -> Iterator[LlavaBatch]:
@@ -134,29 +143,48 @@ class ValidationLoader:
         return iter(self._loader)
 
 
-def check_data(path: str, parts: Iterable[str]) -> None:
-    """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole.
+def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
+    """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole, and large enough.
 
     Args:
         path: a prepared data set, or a mixture of such.
         parts: the parts that will be read: train, val.
+        num_readers: data workers of all data-parallel ranks, between which a part's samples are divided.
+        micro_batch_size: which each of them must fill at least once in an evaluation.
     """
-    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     for part in parts:
-        try:
-            found = load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config)
-            shards = [shard for loaded in found.datasets for shard in getattr(loaded.dataset, "shards", [])]
-        except (ValueError, KeyError, OSError, EmptyDatasetError) as error:
+        shards = _shards(path, part)
+        num_samples = sum(shard.count for shard in shards)
+        if part == "val" and shards and num_samples // num_readers < micro_batch_size:
             raise ValueError(
-                f"--data-path {path}, part {part!r}: {error}; name a folder that `energon prepare` has been run on, or a "
-                "MetadatasetV2 .yaml of such folders"
-            ) from error
+                f"--data-path {path}: the {num_samples} samples of its validation part, divided between {num_readers} data "
+                f"workers (data-parallel ranks x --num-workers), do not fill a micro-batch of {micro_batch_size} each; add "
+                "samples, lower --num-workers or --micro-batch-size, or leave out the evaluation (--eval-iters 0)"
+            )
         for shard in shards:
             if shard.path.is_local() and not shard.path.is_file():
                 raise ValueError(
                     f"--data-path {path}: shard {shard.path} is missing, which its index lists; restore the file, or "
                     "run `energon prepare --force-overwrite` to index what is there"
                 )
+
+
+def fingerprint(path: str) -> str:
+    """A short name for what the training part behind `path` holds: the shards' names and sizes, and their folders'."""
+    shards = [(shard.path.parent.name, shard.name, shard.count) for shard in _shards(path, "train")]
+    return hashlib.blake2b(repr(shards).encode(), digest_size=6).hexdigest()
+
+
+def _shards(path: str, part: str) -> list:
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    try:
+        found = load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config)
+        return [shard for loaded in found.datasets for shard in getattr(loaded.dataset, "shards", [])]
+    except (ValueError, KeyError, OSError, EmptyDatasetError) as error:
+        raise ValueError(
+            f"--data-path {path}, part {part!r}: {error}; name a folder that `energon prepare` has been run on, or a "
+            "MetadatasetV2 .yaml of such folders"
+        ) from error
 
 
 def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: int) -> Path:

@@ -94,6 +94,18 @@ def test_arithmetic_is_float32_whatever_the_input(dtype, distance):
         assert relative(gradient, expected_gradient) < max(torch.finfo(dtype).eps, 2e-6)
 
 
+def test_products_keep_their_digits_whatever_the_process_allows():
+    rows = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    expected = value_and_gradients(rsa_loss, rows.clone().requires_grad_(), rows[:, :9].clone().requires_grad_())
+    torch.set_float32_matmul_precision("medium")  # bf16 on CPUs that have it, TF32 on GPUs
+    try:
+        actual = value_and_gradients(rsa_loss, rows.clone().requires_grad_(), rows[:, :9].clone().requires_grad_())
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+        assert torch.get_float32_matmul_precision() == "medium"  # and the process has its setting back
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "manhattan"])
 def test_a_large_common_offset_costs_no_digits(distance):
     v_ND, t_NE = (x.detach() * 1e-2 for x in pairs())
@@ -157,7 +169,7 @@ def test_a_side_without_gradient_gets_none_and_evaluation_computes_none(monkeypa
 
 
 def test_no_matrix_of_all_pairs_is_made(monkeypatch):
-    monkeypatch.setattr(loss_module, "_BLOCK_ROWS", 512)
+    monkeypatch.setattr(loss_module, "_BLOCK_ROWS", 1024)
     num_pairs = 4096
     v_ND, t_NE = (torch.randn(num_pairs, 8, requires_grad=True) for _ in range(2))
     with torch.profiler.profile(profile_memory=True) as profile:

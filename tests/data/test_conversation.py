@@ -1,8 +1,11 @@
 """Each token carries the right marks: what is learnt, what is the caption."""
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rsa_megatron.data import conversation
 from rsa_megatron.data.conversation import IMAGE_TOKEN, encode
 
 CAPTION = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "A red boat is on the left."}]
@@ -56,3 +59,17 @@ def test_chat_learns_the_answers_alone(tokenizer):
 def test_what_is_no_conversation_is_named(tokenizer, conversation, message):
     with pytest.raises(ValueError, match=message):
         encode(tokenizer, conversation, "plain")
+
+
+def test_a_tokenizer_that_lacks_a_token_is_named(demo):
+    tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
+    for template in conversation.TEMPLATES:
+        conversation.check_tokenizer(tokenizer, template)
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<image>": 0, "a": 1}, unk_token="a")))
+    with pytest.raises(ValueError, match="no padding token"):
+        conversation.check_tokenizer(plain, "plain")
+    with pytest.raises(ValueError, match=r"no token <\|im_start\|>, <\|im_end\|>"):
+        conversation.check_tokenizer(plain, "chat")
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 1}, unk_token="a")), unk_token="a")
+    with pytest.raises(ValueError, match="no token <image>: add it"):
+        conversation.check_tokenizer(other, "plain")

@@ -21,9 +21,11 @@ def encoder(demo):
     return make_encoder(demo)
 
 
-def train_loader(demo, encoder, *, num_workers=0, rank=0, world_size=1, micro_batch_size=4):
+def train_loader(
+    demo, encoder, *, num_workers=0, rank=0, world_size=1, micro_batch_size=4, shuffle_buffer_size=20, kind="captions"
+):
     config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
-    return TrainLoader(str(demo / "data" / "captions"), encoder, config, micro_batch_size, shuffle_buffer_size=20)
+    return TrainLoader(str(demo / "data" / kind), encoder, config, micro_batch_size, shuffle_buffer_size)
 
 
 def keys(loader, count):
@@ -70,6 +72,8 @@ def test_data_parallel_ranks_read_different_samples(demo, encoder):
     (dict(world_size=2), r"data-parallel size .* = 1, this run has 2.*Set it back to 1, or pass --restart-data"),
     (dict(num_workers=2), "--num-workers = 0, this run has 2"),
     (dict(micro_batch_size=2), "--micro-batch-size = 4, this run has 2"),
+    (dict(shuffle_buffer_size=3), "--shuffle-buffer-size = 20, this run has 3"),
+    (dict(kind="questions"), "the shards behind --data-path, with the fingerprint = "),
 ])  # fmt: skip
 def test_another_layout_is_refused_with_the_remedy(demo, encoder, tmp_path, change, message):
     loader = train_loader(demo, encoder)
@@ -134,19 +138,34 @@ def test_bad_samples_are_passed_over_and_nothing_else_is_lost(demo, encoder, tmp
 def test_data_that_is_not_there_is_named(demo, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="--data-path .*empty, part 'train': .*energon prepare"):
-        check_data(str(tmp_path / "empty"), ["train"])
+        check_data(str(tmp_path / "empty"), ["train"], num_readers=1, micro_batch_size=4)
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(
         "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits: {train: {blend: [{weight: 1, path: nowhere}]}}\n"
     )
     with pytest.raises(ValueError, match="nowhere"):
-        check_data(str(mixture), ["train"])
-    check_data(str(demo / "data" / "captions"), ["train", "val"])
+        check_data(str(mixture), ["train"], num_readers=1, micro_batch_size=4)
+    check_data(str(demo / "data" / "captions"), ["train", "val"], num_readers=4, micro_batch_size=16)
+
+
+def test_a_validation_part_too_small_for_the_run_is_named_before_training(demo):
+    data = str(demo / "data" / "captions")
+    check_data(data, ["val"], num_readers=8, micro_batch_size=8)
+    with pytest.raises(ValueError, match="the 64 samples of its validation part, divided between 9 data workers .* of 8 each"):
+        check_data(data, ["train", "val"], num_readers=9, micro_batch_size=8)
+    # What the check foresees: two workers, neither of which fills a micro-batch.
+    with pytest.raises(processes.Failed, match="does not fill one micro-batch in each data worker"):
+        processes.run(read_validation, 1, demo, 2, 33)
+
+
+def read_validation(demo, num_workers, micro_batch_size):
+    config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers)
+    next(ValidationLoader(str(demo / "data" / "captions"), make_encoder(demo), config, micro_batch_size))
 
 
 def test_a_missing_shard_is_named_before_training(tmp_path):
     broken_data.write(tmp_path / "data")
     (tmp_path / "data" / "val-00000.tar").unlink()
-    check_data(str(tmp_path / "data"), ["train"])
+    check_data(str(tmp_path / "data"), ["train"], num_readers=1, micro_batch_size=4)
     with pytest.raises(ValueError, match="shard .*val-00000.tar is missing, which its index lists; restore the file"):
-        check_data(str(tmp_path / "data"), ["train", "val"])
+        check_data(str(tmp_path / "data"), ["train", "val"], num_readers=1, micro_batch_size=4)

@@ -113,6 +113,21 @@ def scalars(folder, first):
     return {name: {e.step: e.value for e in events.Scalars(name) if e.step >= first} for name in names}
 
 
+def test_a_finished_run_evaluates_as_what_it_is(demo, tmp_path):
+    flags = ("--train-iters", 3, "--save", tmp_path, "--load", tmp_path, "--eval-iters", 1, "--mutual-knn-samples", 32)
+    first, again = (script.run(1, demo, *flags)[0] for _ in range(2))
+    assert script.iterations([first]) and not re.search(r"iteration +\d+/", again)
+    assert re.findall(r"mutual-knn@10 at iteration (\d+) .*value: ([\d.]+)", again) == re.findall(
+        r"mutual-knn@10 at iteration (\d+) .*value: ([\d.]+)", first
+    )
+    assert "at iteration 3 | mutual-knn" in again
+
+
+def test_a_frozen_language_model_without_a_checkpoint_is_warned_of(demo):
+    flags = ("--train-iters", 1, "--trainable", "vision", "projector")
+    assert "the language model is frozen and no checkpoint is named" in script.run(1, demo, *flags)[0]
+
+
 def test_a_signal_ends_the_run_with_a_checkpoint(demo, tmp_path):
     flags = ("--train-iters", 1000, "--num-workers", 1, "--save", tmp_path, "--save-interval", 1000)
     outputs = script.run(
@@ -195,6 +210,7 @@ def test_evaluation_gives_the_same_under_every_layout(demo, initial_weights, rsa
     assert expected["mutual-knn"] > 0 and ("rsa loss" in expected) == (not rsa)
     for world_size, layout in ((2, TP), (2, (*TP, "--sequence-parallel")), (2, PP), (2, VPP), (4, TP + PP)):
         actual = validation_figures(script.run(world_size, demo, *flags, *layout))
+        assert actual.keys() == expected.keys()
         assert actual.pop("mutual-knn") == expected["mutual-knn"]  # a count of neighbours
         assert all(value == pytest.approx(expected[name], rel=2e-5) for name, value in actual.items())
     # Two data-parallel ranks read other batches, but all 64 pairs: the measure is the same.
@@ -292,6 +308,12 @@ def skip_a_batch_on_the_last_stage():
     ([*TP, "--sequence-parallel", "--seq-length", 127], "error: --seq-length 127 must be a multiple of .* 2"),
     (["--transformer-impl", "transformer_engine"], "Transformer Engine is not installed"),
     (["--rsa-weight", "-1"], "error: --rsa-weight must be 0 or more, not -1.0"),
+    (["--micro-batch-size", 0], "error: .*micro_batch_size"),
+    (["--data-path", "one", "two"], "error: --data-path takes one data set, not 2: name a mixture"),
+    (["--full-validation"], "error: --full-validation does not go with this script's data"),
+    (["--context-parallel-size", 2], "error: --context-parallel-size above 1 needs Transformer Engine"),
+    (["--eval-iters", 1, "--micro-batch-size", 40, "--global-batch-size", 80],
+     "error: --data-path .*the 64 samples of its validation part, divided between 2 data workers"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(demo, flags, message):
     world_size = 4 if 4 in flags and "--num-query-groups" in flags else 2
