@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 TRAINING = ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text")
 FIGURES = (*TRAINING, "validation lm loss", "mutual-knn", "chance")
@@ -97,9 +98,11 @@ def draw(groups: dict[str, list[dict]], out: Path) -> None:
                     linestyle=":" if name == "chance" else style,
                     color="grey" if name == "chance" else color,
                     marker="." if name in ("mutual-knn", "validation lm loss") else None,
-                    label=f"{label}: {name}" if len(names) > 1 else label,
+                    label=name if name == "chance" else f"{label}: {name}" if len(names) > 1 else label,
                 )
         axis.set(title=" and ".join(names), xlabel="iteration", yscale="linear" if "mutual-knn" in names else "log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)) if axis.get_yscale() == "log" else "")
         handles, labels = axis.get_legend_handles_labels()
         one_of_each = dict(zip(labels, handles))
         if len(one_of_each) > 1:

@@ -114,9 +114,10 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     rsa.add_arguments(parser)
     known, _ = parser.parse_known_args()
+    architecture = get_architecture(known.model)
     settings = settings or recipe(known.model, known.stage)
     parser.set_defaults(
-        **get_architecture(known.model).megatron_defaults(),
+        **architecture.megatron_defaults(),
         **settings,
         **(LOCAL_ARGUMENTS if ON_CPU or not HAVE_TE else {}),
         **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),

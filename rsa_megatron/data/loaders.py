@@ -8,6 +8,7 @@ beginning.
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron.energon.savable_loader import (
     SavableDatasetCheckpoint,
     SavableDatasetState,
 )
+from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
 
@@ -79,7 +81,7 @@ class TrainLoader:
             max_samples_per_sequence=None,
             task_encoder=task_encoder,
         )
-        self._loader: SavableDataLoader = get_savable_loader(dataset)
+        self._loader: SavableDataLoader = _with_workers_apart(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
 
     def __iter__(self):
@@ -123,7 +125,7 @@ class ValidationLoader:
             batch_drop_last=True,
             task_encoder=task_encoder,
         )
-        self._loader = get_loader(dataset)
+        self._loader = _with_workers_apart(get_loader(dataset))
         self._batches: Iterator[LlavaBatch] = iter(())
 
     def __iter__(self):
@@ -141,6 +143,22 @@ class ValidationLoader:
     def one_pass(self) -> Iterator[LlavaBatch]:
         """Each batch of the part once; for a loader that has not been read from."""
         return iter(self._loader)
+
+
+def _with_workers_apart(loader: DataLoader) -> DataLoader:
+    """Its data workers in process groups of their own.
+
+    A scheduler's signal to end with a checkpoint may go to a rank's whole group, and ends data workers on the spot:
+    the rank would fail before it has saved. Workers end by themselves when their rank is gone.
+    """
+    init = loader.worker_init_fn
+
+    def start(worker_id: int):
+        os.setpgrp()
+        init(worker_id)
+
+    loader.worker_init_fn = start
+    return loader
 
 
 def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:

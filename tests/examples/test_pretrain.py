@@ -114,7 +114,8 @@ def scalars(folder, first):
 
 
 def test_a_finished_run_evaluates_as_what_it_is(demo, tmp_path):
-    flags = ("--train-iters", 3, "--save", tmp_path, "--load", tmp_path, "--eval-iters", 1, "--mutual-knn-samples", 32)
+    flags = ("--train-iters", 3, "--save", tmp_path, "--load", tmp_path, "--save-interval", 3, "--eval-iters", 1,
+             "--mutual-knn-samples", 32)  # fmt: skip
     first, again = (script.run(1, demo, *flags)[0] for _ in range(2))
     assert script.iterations([first]) and not re.search(r"iteration +\d+/", again)
     assert re.findall(r"mutual-knn@10 at iteration (\d+) .*value: ([\d.]+)", again) == re.findall(
