@@ -53,7 +53,7 @@ SETTINGS = seed $(SEED) $(RSA)
 demo: $(INSTALLED)
 	@echo "[1/5] data: scenes with captions, as Energon shards, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
-	@mkdir -p $(OUT)/$(RUN) && touch $(OUT)/$(RUN)/settings
+	@mkdir -p $(OUT)/$(RUN)
 	@if [ -s $(OUT)/$(RUN)/settings ] && [ "$$(cat $(OUT)/$(RUN)/settings)" != '$(SETTINGS)' ]; then \
 	  echo "error: $(OUT)/$(RUN) holds a run of other settings: $$(cat $(OUT)/$(RUN)/settings); name another OUT=folder"; exit 1; fi
 	@echo '$(SETTINGS)' > $(OUT)/$(RUN)/settings

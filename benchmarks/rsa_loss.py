@@ -5,8 +5,8 @@
 Times are taken in turns, ours and theirs, on the same inputs, and given as the median of the runs; the ratio is of
 medians. Memory is the growth of a fresh process's resident size at its peak, gradients included, one process each.
 The limit is the machine's own matrix-multiply rate, measured in the same run: the symmetric algorithm needs
-3 N^2 (D + E) floating-point operations for N pairs of widths D and E (half a Gram matrix, then two products with it
-for each of the gradients' halves).
+3 N^2 (D + E) floating-point operations for N pairs of widths D and E: N^2 (D + E) for half of the two distance
+matrices, 2 N^2 (D + E) for the two products in the gradients.
 """
 
 import argparse
@@ -38,11 +38,11 @@ CONTENDERS = {"ours": rsa_loss, "cdist": two_cdist}
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
     if args.append:
         args.append.parent.mkdir(parents=True, exist_ok=True)
     if args.memory_of:
-        return print(extra_memory(*args.memory_of))
-    device = torch.device(args.device)
+        return print(extra_memory(*args.memory_of, device))
     machine = dict(
         date=str(date.today()),
         device=torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
@@ -152,9 +152,8 @@ def memory_in_own_process(name, num_pairs, args, device) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def extra_memory(name: str, num_pairs: str) -> int:
-    """Bytes by which one forward and backward raises the peak over what is held before, inputs included."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def extra_memory(name: str, num_pairs: str, device: torch.device) -> int:
+    """Bytes by which one forward and backward raises the peak over what is held before it, the inputs among that."""
     seconds(CONTENDERS[name], make_inputs(8, device))  # what is loaded once is no part of it
     inputs = make_inputs(int(num_pairs), device)
     if device.type == "cuda":

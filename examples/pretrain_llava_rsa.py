@@ -126,7 +126,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         split="1,0,0",  # Energon's own splits count; this silences Megatron's
     )
     # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
-    rsa.config = dataclasses.replace(rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if "rsa_" in k})
+    rsa.config = dataclasses.replace(rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")})
     return parser
 
 

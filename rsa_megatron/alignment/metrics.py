@@ -6,7 +6,7 @@ Shapes: N samples, the rows of both inputs in the same order; widths D and E.
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.similarity import at_least_fp32, unit_rows
+from rsa_megatron.alignment.similarity import at_least_fp32, float32_products, unit_rows
 
 
 @torch.no_grad()
@@ -25,11 +25,12 @@ def mutual_knn(a_ND: Tensor, b_NE: Tensor, k: int = 10) -> float:
         raise ValueError(f"mutual_knn compares the same samples: got {num_samples} and {b_NE.shape[0]} rows")
     if not 0 < k < num_samples:
         raise ValueError(f"k={k} neighbours need at least k + 1 samples; there are {num_samples}")
-    # Which of N samples are neighbours, as rows of 0 and 1: their product counts what is common.
+    # Which of N samples are neighbours, a row of them for each sample.
     member_a_NN, member_b_NN = (_neighbours(x, k) for x in (a_ND, b_NE))
     return (member_a_NN & member_b_NN).sum().item() / (k * num_samples)
 
 
+@float32_products()
 def _neighbours(x_ND: Tensor, k: int) -> Tensor:
     u_ND = unit_rows(at_least_fp32(x_ND))
     similarity_NN = (u_ND @ u_ND.T).fill_diagonal_(float("-inf"))

@@ -17,6 +17,7 @@ SETTINGS = [(d, n) for d in DISTANCES for n in NORMALIZATIONS]
 def small_blocks(monkeypatch):
     """Blocks smaller than the inputs, so that every test crosses their borders."""
     monkeypatch.setattr(loss_module, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(loss_module, "_BLOCK_ROWS_MANHATTAN", 7)
 
 
 def pairs(num_pairs=23, dtype=torch.float64, seed=0):

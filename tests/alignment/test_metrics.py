@@ -24,6 +24,17 @@ def test_unrelated_spaces_agree_by_chance():
     assert mean == pytest.approx(10 / 199, abs=0.005)
 
 
+def test_neighbours_do_not_depend_on_the_precision_that_the_process_allows():
+    # Rows so close that bf16 products would put their neighbours in another order.
+    a_ND, b_ND = (1 + 0.05 * rows(seed=s) for s in (0, 1))
+    expected = mutual_knn(a_ND, b_ND), mutual_knn(a_ND, a_ND.double())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert (mutual_knn(a_ND, b_ND), mutual_knn(a_ND, a_ND.double())) == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_permuted_pairs_lose_agreement():
     x_ND = rows()
     noisy = x_ND + 0.3 * rows(seed=2)

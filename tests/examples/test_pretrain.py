@@ -20,6 +20,7 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     outputs = script.run(
         2, demo, "--eval-interval", 3, "--eval-iters", 2, "--mutual-knn-samples", 64, "--mutual-knn-k", 5,
         "--tensorboard-dir", tmp_path, "--global-batch-size", 16,
+        "--wandb-project", "tests", "--wandb-exp-name", "a run", "--wandb-save-dir", tmp_path, sabotage=wandb_offline,
     )  # fmt: skip
     figures = script.iterations(outputs)
     assert list(figures) == [1, 2, 3, 4, 5, 6]
@@ -36,6 +37,15 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
         assert len(events.Scalars(name)) == 6
     for name in ("lm loss validation", "rsa loss validation", "mutual-knn validation"):
         assert [event.step for event in events.Scalars(name)][:2] == [3, 6]
+    (written,) = tmp_path.rglob("*.wandb")
+    for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "mutual-knn validation"):
+        assert name.encode() in written.read_bytes()
+
+
+def wandb_offline():
+    import os
+
+    os.environ["WANDB_MODE"] = "offline"
 
 
 def test_weight_0_leaves_no_trace(demo):
@@ -256,10 +266,12 @@ def print_skipped_on_every_stage():
     loaders.TrainLoader.__next__ = read
 
 
-def test_a_loss_that_is_not_finite_names_the_samples(demo):
+@pytest.mark.parametrize("mode", [(), ("--rerun-mode", "disabled")], ids=["default", "without reruns"])
+def test_a_loss_that_is_not_finite_names_the_samples(demo, mode):
     with pytest.raises(Failed) as failed:
-        script.run(1, demo, "--rerun-mode", "disabled", sabotage=poison_the_third_batch)
-    assert re.search(r"lm loss is not finite; samples of the batch: captions-train-\d+, captions", str(failed.value))
+        script.run(1, demo, *mode, sabotage=poison_the_third_batch)
+    said = failed.value.output if not mode else str(failed.value)  # a rerun's report is in the log
+    assert re.search(r"lm loss is not finite; samples of the batch: captions-train-\d+, captions", said)
 
 
 def poison_the_third_batch():
