@@ -34,8 +34,8 @@ class LlavaBatch:
     loss_mask: Tensor
     #: tiles of all images in order, [T, 3, height, width] float32
     images: Tensor
-    #: tiles of each image, [number of images] int32
-    num_image_tiles: Tensor
+    #: how each image lies in its tiles, [number of images, 5] int64 (anyres.ImageLayout.as_numbers)
+    image_layouts: Tensor
     #: who takes part in the RSA loss
     rsa: RSASamples
     #: where each sample comes from, B strings, for messages
