@@ -61,7 +61,6 @@ def forward_step(data_iterator, model):
         None,
         labels=labels,
         loss_mask=loss_mask,
-        num_image_tiles=tokens.new_zeros(0).int(),
         sound_clips=images.new_zeros(0),
     )
     logits = llava.scene_head(llava.vision_model(images.to(llava.scene_head.weight.dtype)).mean(dim=1))

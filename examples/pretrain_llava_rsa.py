@@ -38,10 +38,12 @@ from recipes import recipe
 from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES, check_tokenizer
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
-from rsa_megatron.llava.architectures import Architecture, get_architecture
+from rsa_megatron.data.tiles import ASPECT_RATIOS
+from rsa_megatron.huggingface import copy_model_files, find_architecture, write_model_files
+from rsa_megatron.llava.architectures import Architecture
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.llava.measure import measure_mutual_knn
-from rsa_megatron.llava.model import PARTS, build_llava, set_trainable
+from rsa_megatron.llava.model import PARTS, LlavaOneVision, set_trainable
 from rsa_megatron.llava.train_step import forward_step
 from rsa_megatron.plugin import RSAPlugin
 
@@ -52,6 +54,7 @@ def main():
     if args.dry_run:
         return dry_run(args, rsa)
     megatron_repairs.repair()
+    write_hugging_face_files(args)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,
@@ -101,10 +104,13 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     group = parser.add_argument_group("LLaVA with RSA")
-    group.add_argument("--model", default="demo", help="architecture; sets the model's Megatron arguments")
+    group.add_argument("--model", default="demo",
+                       help="architecture, or a Hugging Face folder; sets the model's Megatron arguments")  # fmt: skip
     group.add_argument("--stage", default="1", help="training stage; sets the run's Megatron arguments")
     group.add_argument("--trainable", nargs="+", choices=list(PARTS), help="parts that learn; the others are frozen")
     group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
+    group.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS,
+                       help="square: an image is squashed into one tile; anyres: a base tile and a grid of tiles")  # fmt: skip
     group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
     group.add_argument("--mutual-knn-samples", type=int, default=1000,
                        help="validation pairs for mutual-knn at each evaluation; 0: none")  # fmt: skip
@@ -114,7 +120,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     rsa.add_arguments(parser)
     known, _ = parser.parse_known_args()
-    architecture = get_architecture(known.model)
+    architecture = find_architecture(known.model)
     settings = settings or recipe(known.model, known.stage)
     parser.set_defaults(
         **architecture.megatron_defaults(),
@@ -125,6 +131,9 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         dataloader_type="external",
         split="1,0,0",  # Energon's own splits count; this silences Megatron's
     )
+    known, _ = parser.parse_known_args()
+    multiple = known.make_vocab_size_divisible_by * known.tensor_model_parallel_size
+    parser.set_defaults(padded_vocab_size=-(-architecture.vocab_size // multiple) * multiple)
     # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
     rsa.config = dataclasses.replace(rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")})
     return parser
@@ -155,7 +164,14 @@ def check_arguments(args) -> None:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
     if len(args.data_path) > 1:
         raise ValueError(f"--data-path takes one data set, not {len(args.data_path)}: name a mixture (.yaml) of them")
-    check_tokenizer(load_tokenizer(args), args.template)
+    tokenizer = load_tokenizer(args)
+    check_tokenizer(tokenizer, args.template)
+    architecture = architecture_of(args)
+    if len(tokenizer) > architecture.vocab_size:
+        raise ValueError(
+            f"the tokenizer {args.tokenizer_model} has {len(tokenizer)} ids, --model {args.model} {architecture.vocab_size} "
+            "word embeddings: name the tokenizer that the model was made for"
+        )
     if int(os.environ.get("RANK", "0")) == 0:
         check_data(
             args.data_path[0],
@@ -166,28 +182,47 @@ def check_arguments(args) -> None:
 
 
 def architecture_of(args) -> Architecture:
-    return get_architecture(args.model).with_arguments(vars(args))
+    return find_architecture(args.model).with_arguments(vars(args))
 
 
 def dry_run(args, rsa: RSAPlugin) -> None:
     """Print the settings (Megatron has printed its own), the parameters of each part, and which learn."""
-    counts = architecture_of(args).parameter_counts(args.padded_vocab_size)
+    architecture = architecture_of(args)
     print_rank_0(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
     print_rank_0(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
-    print_rank_0(f"{'part':<12}{'parameters':>16}  learns")
-    for part, count in counts.items():
-        print_rank_0(f"{part:<12}{count:>16,}  {'yes' if part in args.trainable else 'no'}")
-    learns = sum(count for part, count in counts.items() if part in args.trainable)
-    print_rank_0(f"{'all':<12}{sum(counts.values()):>16,}  {learns:,} learn")
+    print_rank_0(f"{'part':<12}{'parameters':>16}  learns  of which")
+    counts = architecture.parameter_counts()
+    for part, pieces in counts.items():
+        listed = ", ".join(f"{piece} {count:,}" for piece, count in pieces.items())
+        learns = "yes" if part in args.trainable else "no"
+        print_rank_0(f"{part:<12}{sum(pieces.values()):>16,}  {learns:<6}  {listed}")
+    totals = {part: sum(pieces.values()) for part, pieces in counts.items()}
+    learn = sum(total for part, total in totals.items() if part in args.trainable)
+    print_rank_0(f"{'all':<12}{sum(totals.values()):>16,}  {learn:,} learn")
+    padding = args.padded_vocab_size - architecture.vocab_size
+    print_rank_0(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")
+
+
+def write_hugging_face_files(args) -> None:
+    """Beside the checkpoints, what `checkpoint_conversion megatron-to-hf` needs to know of the model."""
+    if not args.save or int(os.environ.get("RANK", "0")) != 0 or (Path(args.save) / "hf").exists():
+        return
+    unfinished = Path(args.save) / "hf.unfinished"
+    if (Path(args.model) / "config.json").is_file():
+        copy_model_files(Path(args.model), unfinished)
+    else:
+        # A tokenizer of its own: it may be given a token that the one in use must not have.
+        write_model_files(unfinished, architecture_of(args), AutoTokenizer.from_pretrained(args.tokenizer_model))
+    unfinished.rename(Path(args.save) / "hf")
 
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
     """Megatron's model provider: one chunk of the model."""
     args = get_args()
-    model = build_llava(
-        get_architecture(args.model),
+    model = LlavaOneVision(
+        architecture_of(args),
         config or core_transformer_config_from_args(args),
-        vocab_size=args.padded_vocab_size,
+        padded_vocab_size=args.padded_vocab_size,
         max_sequence_length=args.seq_length,
         image_token_index=load_tokenizer(args).convert_tokens_to_ids(IMAGE_TOKEN),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
@@ -246,11 +281,14 @@ def validation_loader(args, *, say_skipped: bool) -> ValidationLoader:
 
 
 def task_encoder(args, *, say_skipped: bool) -> LlavaTaskEncoder:
-    vision = get_architecture(args.model).vision
+    architecture = architecture_of(args)
     return LlavaTaskEncoder(
         load_tokenizer(args),
-        image_size=vision.image_size,
-        image_tokens=vision.num_tokens,
+        image_size=architecture.vision.image_size,
+        patch_size=architecture.vision.patch_size,
+        image_aspect_ratio=args.image_aspect_ratio,
+        grid_pinpoints=architecture.grid_pinpoints,
+        max_tiles=architecture.max_tiles,
         max_sequence_length=args.seq_length,
         template=args.template,
         say_skipped=say_skipped,

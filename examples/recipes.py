@@ -12,6 +12,8 @@ def stage_1() -> dict:
     return dict(
         trainable=["vision", "projector"],
         template="plain",
+        image_aspect_ratio="square",
+        seq_length=2048,  # 729 tokens of an image and its caption
         micro_batch_size=8,
         global_batch_size=256,
         lr=2e-6,
@@ -64,12 +66,13 @@ def demo_parts() -> dict:
     )
 
 
+#: The recipe of a stage, and those of models that need another.
+STAGES = {"1": stage_1}
 RECIPES = {("demo", "1"): demo_stage_1}
 
 
 def recipe(model: str, stage: str) -> dict:
-    """The settings of a stage for a model; ValueError names what there is."""
-    if (model, stage) not in RECIPES:
-        known = ", ".join(f"--model {m} --stage {s}" for m, s in RECIPES)
-        raise ValueError(f"--model {model} --stage {stage}: no such recipe; there is {known}")
-    return RECIPES[model, stage]()
+    """The settings of a stage for a model; ValueError names the stages."""
+    if stage not in STAGES:
+        raise ValueError(f"--stage {stage}: no such recipe; there is {', '.join(STAGES)}")
+    return RECIPES.get((model, stage), STAGES[stage])()

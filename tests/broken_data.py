@@ -17,8 +17,9 @@ REASONS = {
     "truncated": "truncated",
     "not-an-image": "cannot identify image file",
     "empty-caption": "the caption is empty",
-    "no-image": "its text has 1 <image> and the sample no image",
-    "two-images-told": "its text has 2 <image> and the sample an image",
+    "no-image": "its text has 1 <image> and the sample 0 image(s)",
+    "two-images-told": "its text has 2 <image> and the sample 1 image(s)",
+    "one-of-two-images": "its images are 1.png: it must have one, or 0.png, 1.jpg, ... without a gap",
     "too-long": "do not fit --seq-length 128; raise it or shorten the caption",
     "no-json": "it has no .json",
     "broken-json": "its .json cannot be read",
@@ -62,6 +63,8 @@ def _bad(key: str) -> dict:
         del sample["png"]
     elif key == "two-images-told":
         record["conversations"][0]["value"] = "<image><image>"
+    elif key == "one-of-two-images":
+        sample["1.png"] = sample.pop("png")
     elif key == "too-long":
         record["conversations"][1]["value"] *= 5
     elif key == "no-conversation":

@@ -133,7 +133,7 @@ def what_attaching_says(argv):
     with pytest.raises(ValueError, match="pass loss_mask to the model's forward"):
         batch = tiny.batch(0)
         model.rsa_taps.begin(lambda: batch.rsa)
-        model(batch.images, batch.tokens, None, None, num_image_tiles=batch.num_image_tiles)
+        model(batch.images, batch.tokens, None, None, image_layouts=batch.image_layouts)
 
 
 def test_attaching_says_what_is_wrong(demo):

@@ -2,8 +2,9 @@
 
 import torch
 
+from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
-from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower
+from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower, square_grids
 
 # Wider tower than decoder, so that v takes several carrier rows; 4 layers for 2 stages of 2 chunks.
 TINY = Architecture(
@@ -20,8 +21,10 @@ TINY = Architecture(
         max_position_embeddings=160,
         tie_word_embeddings=True,
     ),
+    vocab_size=1024,
+    grid_pinpoints=square_grids(28, 2, 2),
 )
-VOCAB_SIZE = 1024
+VOCAB_SIZE = TINY.vocab_size
 IMAGE_TOKEN = 3  # the demo tokenizer's
 
 
@@ -30,6 +33,7 @@ def settings() -> dict:
     return dict(
         trainable=["vision", "projector", "embeddings", "language"],
         template="plain",
+        image_aspect_ratio="square",
         seq_length=32,
         micro_batch_size=4,
         global_batch_size=4,
@@ -58,6 +62,11 @@ def register() -> None:
     recipes.RECIPES["tiny", "1"] = settings
 
 
+def layout(num_tiles: int) -> ImageLayout:
+    """An image of so many tiles: one without a newline, or a base tile and a row of others."""
+    return ImageLayout(28, 28 * (num_tiles - 1), 1, num_tiles - 1) if num_tiles > 1 else ImageLayout(28, 28, newline=0)
+
+
 def batch(
     seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9, 9, 9, 9), tiles=(1, 1, 1, 1)
 ) -> LlavaBatch:
@@ -76,7 +85,7 @@ def batch(
         labels=text[:, 1:],
         loss_mask=loss_mask,
         images=torch.randn(sum(tiles), 3, 28, 28, generator=generator),
-        num_image_tiles=torch.tensor(tiles, dtype=torch.int32),
+        image_layouts=torch.tensor([layout(num_tiles).as_numbers() for num_tiles in tiles]),
         rsa=RSASamples(
             eligible=torch.tensor(eligible),
             caption_mask=caption_mask,
@@ -99,7 +108,7 @@ def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
         labels=whole.labels[rows],
         loss_mask=whole.loss_mask[rows],
         images=whole.images[rows],
-        num_image_tiles=whole.num_image_tiles[rows],
+        image_layouts=whole.image_layouts[rows],
         rsa=RSASamples(*(getattr(whole.rsa, name)[rows] for name in RSASamples.__dataclass_fields__)),
         keys=whole.keys[rows],
         records=whole.records[rows],

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
+# <video> is in no text: Hugging Face's processor for LLaVA-OneVision asks the tokenizer for it.
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<video>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

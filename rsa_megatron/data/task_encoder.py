@@ -1,6 +1,7 @@
 """From a stored sample to what the model trains on: Energon's task encoder for LLaVA data.
 
-A stored sample is an image (png, jpg, ...) and a json with LLaVA's "conversations"; text alone has no image.
+A stored sample is an image (png, jpg, ...) and a json with LLaVA's "conversations". Several images are numbered
+parts in its place: 0.png, 1.jpg, ...; text alone has none.
 The data set's subflavor `rsa: true` lets its samples into the RSA loss, one image and a caption each.
 
 A sample that cannot be used is skipped, with one line that says which and why, and counted; the count travels
@@ -9,25 +10,25 @@ every pipeline stage that reads the same data skips the same ones.
 """
 
 import hashlib
-import io
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, SkipSample, basic_sample_keys, stateless
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.flavors import Sample
-from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, SiglipImageProcessorPil
+from transformers import PreTrainedTokenizerBase
 
+from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
+from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
 _MOST_SKIPPED_IN_A_ROW = 100
 
 
@@ -35,7 +36,8 @@ _MOST_SKIPPED_IN_A_ROW = 100
 class StoredSample(Sample):
     """What lies in the shard, not decoded yet."""
 
-    image: bytes | None
+    #: by the part's name: "png" alone, or "0.png", "1.jpg", ... in any order
+    images: dict[str, bytes]
     record: bytes | None
 
 
@@ -44,7 +46,8 @@ class EncodedSample(Sample):
     """One row of a batch."""
 
     text: conversation.EncodedText
-    #: tiles of the sample's images, [n, 3, height, width]
+    layouts: list[ImageLayout]
+    #: tiles of the sample's images in order, [n, 3, height, width]
     tiles: Tensor
     eligible: bool
     record: dict
@@ -52,9 +55,9 @@ class EncodedSample(Sample):
 
 @stateless
 def cook(stored: dict) -> StoredSample:
-    """Pick the image and the record out of a crude sample."""
-    image = next((stored[extension] for extension in _IMAGE_EXTENSIONS if extension in stored), None)
-    return StoredSample(**basic_sample_keys(stored), image=image, record=stored.get("json"))
+    """Pick the images and the record out of a crude sample."""
+    images = {name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name)}
+    return StoredSample(**basic_sample_keys(stored), images=images, record=stored.get("json"))
 
 
 class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
@@ -62,10 +65,12 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
 
     Args:
         tokenizer: with an <image> token.
-        image_size: side of the square that an image is resized to, pixels.
-        image_tokens: positions that an image takes in the decoder's sequence.
+        image_size: side of a tile, pixels.
+        patch_size: of the vision tower, pixels; what is left of image_size / patch_size is no token.
         max_sequence_length: longest row, image tokens included; a longer sample is skipped.
         template: "plain" or "chat" (conversation.py).
+        image_aspect_ratio, grid_pinpoints: how an image is cut into tiles (tiles.py).
+        max_tiles: tokens of how many tiles a grid may keep (anyres.py).
         say_skipped: whether to print the line about a skipped sample; its count is kept in any case.
     """
 
@@ -77,26 +82,25 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         tokenizer: PreTrainedTokenizerBase,
         *,
         image_size: int,
-        image_tokens: int,
+        patch_size: int,
         max_sequence_length: int,
         template: str,
+        image_aspect_ratio: str,
+        grid_pinpoints: Sequence[tuple[int, int]],
+        max_tiles: int,
         say_skipped: bool = True,
     ):
         super().__init__()
         self.tokenizer = tokenizer
         self.template = template
-        self.image_tokens = image_tokens
+        self.tokens_per_side = image_size // patch_size
+        self.max_tiles = max_tiles
         self.max_sequence_length = max_sequence_length
         self.say_skipped = say_skipped
         self._image_token_id = tokenizer.convert_tokens_to_ids(conversation.IMAGE_TOKEN)
-        # SigLIP's: squashed to a square, bicubic, to [-1, 1].
-        self._processor = SiglipImageProcessorPil(
-            size={"height": image_size, "width": image_size},
-            resample=Image.Resampling.BICUBIC,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
+        self._tiler = ImageTiler(
+            image_size=image_size, image_aspect_ratio=image_aspect_ratio, grid_pinpoints=grid_pinpoints
         )
-        self._empty_tiles = torch.empty(0, 3, image_size, image_size)
         self._num_skipped = self._num_skipped_in_a_row = 0
 
     @stateless
@@ -119,17 +123,17 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])
 
         num_skipped, self._num_skipped = self._num_skipped, 0
-        num_tiles = torch.tensor([len(sample.tiles) for sample in samples])
+        layouts = [layout.as_numbers() for sample in samples for layout in sample.layouts]
         return LlavaBatch(
             tokens=rows(lambda text: text.tokens, 0, -1, pad),
             labels=rows(lambda text: text.tokens, 1, 0, pad),
             loss_mask=rows(lambda text: text.is_target, 1, 0).float(),
-            images=torch.cat([self._empty_tiles, *(sample.tiles for sample in samples)]),
-            num_image_tiles=torch.ones(int(num_tiles.sum()), dtype=torch.int32),
+            images=torch.cat([sample.tiles for sample in samples]),
+            image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 5),
             rsa=RSASamples(
                 eligible=torch.tensor([sample.eligible for sample in samples]).long(),
                 caption_mask=rows(lambda text: text.is_caption, 0, -1).long(),
-                num_tiles=num_tiles,
+                num_tiles=torch.tensor([len(sample.tiles) for sample in samples]),
                 sample_id=torch.tensor([sample_id(sample.__key__) for sample in samples]),
             ),
             keys=[sample.__key__ for sample in samples],
@@ -140,26 +144,27 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def _encode(self, sample: StoredSample) -> EncodedSample:
         record = _read_record(sample.record)
         text = conversation.encode(self.tokenizer, record["conversations"], self.template)
-        num_images = text.tokens.count(self._image_token_id)
-        if num_images != (sample.image is not None):
-            raise ValueError(
-                f"its text has {num_images} {conversation.IMAGE_TOKEN} and the sample "
-                f"{'an image' if sample.image is not None else 'no image'}"
-            )
-        row_length = len(text.tokens) - 1 + num_images * (self.image_tokens - 1)
+        num_told = text.tokens.count(self._image_token_id)
+        images = decode_images(sample.images)
+        if num_told != len(images):
+            raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(images)} image(s)")
+        layouts = self._tiler.layouts(images)
+        image_lengths = [layout.num_tokens(self.tokens_per_side, self.max_tiles) for layout in layouts]
+        row_length = len(text.tokens) - 1 + sum(image_lengths) - len(images)
         if row_length > self.max_sequence_length:
             raise ValueError(
                 f"{row_length} positions do not fit --seq-length {self.max_sequence_length}; "
                 "raise it or shorten the caption"
             )
-        tiles = self._empty_tiles if sample.image is None else self._tiles(sample.image)
         wants_rsa = bool((sample.__subflavors__ or {}).get("rsa"))
-        eligible = wants_rsa and num_images == 1 and any(text.is_caption)
-        return EncodedSample.derive_from(sample, text=text, tiles=tiles, eligible=eligible, record=record)
-
-    def _tiles(self, image: bytes) -> Tensor:
-        with Image.open(io.BytesIO(image)) as opened:
-            return self._processor(opened.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return EncodedSample.derive_from(
+            sample,
+            text=text,
+            layouts=layouts,
+            tiles=self._tiler.tiles(images),
+            eligible=wants_rsa and len(images) == 1 and any(text.is_caption),
+            record=record,
+        )
 
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1

@@ -19,9 +19,9 @@ class VisionTower:
     layernorm_epsilon: float = 1e-6
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of one tile."""
-        return (self.image_size // self.patch_size) ** 2
+    def tokens_per_side(self) -> int:
+        """Tokens along a side of one tile; pixels that fill no patch are left out."""
+        return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Architecture:
     name: str
     vision: VisionTower
     decoder: Decoder
+    #: rows of the word embeddings without padding; ids of the tokenizer lie below
+    vocab_size: int
+    #: AnyRes: the grids to choose from, (height, width) in pixels, and how many tiles' tokens a grid may keep
+    grid_pinpoints: tuple[tuple[int, int], ...]
+    max_tiles: int = 9
 
     def megatron_defaults(self) -> dict:
         """The decoder in the names of Megatron's arguments, so that each can be overridden by its flag."""
@@ -68,6 +73,8 @@ class Architecture:
             add_qkv_bias=True,
             hidden_dropout=0.0,
             attention_dropout=0.0,
+            # The rows of published checkpoints divide by every usual size of tensor parallelism: no padding.
+            make_vocab_size_divisible_by=1,
         )
 
     def with_arguments(self, arguments: Mapping[str, object]) -> "Architecture":
@@ -78,25 +85,30 @@ class Architecture:
         sizes["tie_word_embeddings"] = not arguments["untie_embeddings_and_output_weights"]
         return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, **sizes))
 
-    def parameter_counts(self, vocab_size: int) -> dict[str, int]:
-        """Parameters of each part, as --trainable names them; vocab_size counts padding rows."""
+    def parameter_counts(self) -> dict[str, dict[str, int]]:
+        """Parameters of each part, as --trainable names them, piece by piece; without padding rows of the vocabulary."""
         vision, decoder = self.vision, self.decoder
         width, ffn = vision.hidden_size, vision.ffn_hidden_size
-        patches = 3 * vision.patch_size**2 * width + width
         # attention: q, k, v, out with biases; MLP: two matrices with biases; two norms of weight and bias
         vision_layer = 4 * (width**2 + width) + (2 * width * ffn + ffn + width) + 4 * width
         hidden = decoder.hidden_size
-        projector = width * hidden + hidden + hidden**2 + hidden
         head = hidden // decoder.num_attention_heads
         qkv = hidden + 2 * decoder.num_query_groups * head
         # q, k, v with biases, out without; gate, up, down; two norms of one weight
         decoder_layer = qkv * (hidden + 1) + hidden**2 + 3 * hidden * decoder.ffn_hidden_size + 2 * hidden
-        output_layer = 0 if decoder.tie_word_embeddings else vocab_size * hidden
         return {
-            "vision": patches + vision.num_tokens * width + vision.num_layers * vision_layer,
-            "projector": projector,
-            "embeddings": vocab_size * hidden,
-            "language": decoder.num_layers * decoder_layer + hidden + output_layer,
+            "vision": {
+                "patches": 3 * vision.patch_size**2 * width + width,
+                "positions": vision.tokens_per_side**2 * width,
+                f"{vision.num_layers} layers": vision.num_layers * vision_layer,
+            },
+            "projector": {"two linear layers": width * hidden + hidden + hidden**2 + hidden, "image_newline": hidden},
+            "embeddings": {f"{self.vocab_size:,} rows": self.vocab_size * hidden},
+            "language": {
+                f"{decoder.num_layers} layers": decoder.num_layers * decoder_layer,
+                "norm": hidden,
+                "output layer": 0 if decoder.tie_word_embeddings else self.vocab_size * hidden,
+            },
         }
 
     def check_layout(self, *, tensor: int, pipeline: int, chunks: int = 1) -> None:
@@ -122,6 +134,25 @@ class Architecture:
             )
 
 
+def square_grids(tile_size: int, most_rows: int, most_columns: int) -> tuple[tuple[int, int], ...]:
+    """Every grid of up to so many rows and columns of tiles, (height, width) in pixels."""
+    return tuple(
+        (tile_size * rows, tile_size * columns)
+        for rows in range(1, most_rows + 1)
+        for columns in range(1, most_columns + 1)
+    )
+
+
+# google/siglip-so400m-patch14-384 without its last layer: LLaVA-OneVision takes the tokens that leave the 26th.
+_SIGLIP_SO400M = VisionTower(
+    num_layers=26, hidden_size=1152, ffn_hidden_size=4304, num_attention_heads=16, image_size=384, patch_size=14
+)
+
+
+def _llava_onevision(name: str, decoder: Decoder, vocab_size: int) -> Architecture:
+    return Architecture(name, _SIGLIP_SO400M, decoder, vocab_size, grid_pinpoints=square_grids(384, 6, 6))
+
+
 _ARCHITECTURES = [
     # Small enough to train in minutes on two CPU cores. Two pipeline stages of two chunks hold a layer each, tensor
     # parallelism can halve heads and groups, and the tower is wider than the decoder: v takes two carrier rows.
@@ -139,6 +170,50 @@ _ARCHITECTURES = [
             max_position_embeddings=512,
             tie_word_embeddings=True,
         ),
+        vocab_size=1024,
+        grid_pinpoints=square_grids(84, 2, 2),
+    ),
+    # The vocabularies are those of the published checkpoints: Qwen2's rows and two for image and video, rounded up to
+    # a multiple of 64.
+    _llava_onevision(
+        "llava-ov-0.5b",
+        Decoder(
+            num_layers=24,
+            hidden_size=896,
+            ffn_hidden_size=4864,
+            num_attention_heads=14,
+            num_query_groups=2,
+            max_position_embeddings=32768,
+            tie_word_embeddings=True,
+        ),
+        vocab_size=152_000,
+    ),
+    # The RSA paper's: Qwen2-1.5B-Instruct, its embeddings untied.
+    _llava_onevision(
+        "llava-ov-1.5b",
+        Decoder(
+            num_layers=28,
+            hidden_size=1536,
+            ffn_hidden_size=8960,
+            num_attention_heads=12,
+            num_query_groups=2,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+        ),
+        vocab_size=152_000,
+    ),
+    _llava_onevision(
+        "llava-ov-7b",
+        Decoder(
+            num_layers=28,
+            hidden_size=3584,
+            ffn_hidden_size=18944,
+            num_attention_heads=28,
+            num_query_groups=4,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+        ),
+        vocab_size=152_128,
     ),
 ]
 ARCHITECTURES = {architecture.name: architecture for architecture in _ARCHITECTURES}
@@ -147,5 +222,6 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _ARCHITECTU
 def get_architecture(name: str) -> Architecture:
     """The architecture of that name; ValueError names the known ones."""
     if name not in ARCHITECTURES:
-        raise ValueError(f"--model {name}: unknown; choose one of {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"--model {name}: neither a folder with a config.json nor one of {known}")
     return ARCHITECTURES[name]

@@ -157,7 +157,6 @@ def _caption_vectors(model, last, pairs, micro_batch_size, seq_length) -> list[t
             None,
             labels=pair.tokens,  # only so that the mask is laid out as the row is
             loss_mask=pair.mask.float(),
-            num_image_tiles=pair.tokens.new_zeros(0).int(),
             sound_clips=pair.images.new_zeros(0),
         )
         return output, lambda output, non_loss_data: caption_vectors(

@@ -1,4 +1,4 @@
-"""LLaVA on Megatron's LLaVAModel: a SigLIP tower, an MLP projector and a Qwen2 decoder.
+"""LLaVA-OneVision on Megatron's LLaVAModel: a SigLIP tower, an AnyRes projector and a Qwen2 decoder.
 
 LLaVAModel would build the tower itself, with a norm at its end that needs Transformer Engine and that
 LLaVA-OneVision does not use. So it is built without an encoder and given ours, of Megatron's own classes.
@@ -11,35 +11,24 @@ from functools import partial
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.llava.anyres_projector import AnyResProjector
 from rsa_megatron.llava.architectures import Architecture, VisionTower
 from rsa_megatron.llava.layer_specs import layer_specs
 
 
-def build_llava(
-    architecture: Architecture,
-    decoder_config: TransformerConfig,
-    *,
-    vocab_size: int,
-    max_sequence_length: int,
-    image_token_index: int,
-    tie_word_embeddings: bool,
-    rotary_base: int,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    pg_collection: ProcessGroupCollection | None = None,
-) -> LLaVAModel:
+class LlavaOneVision(LLaVAModel):
     """This rank's part of the model (a chunk of it, under interleaved pipelines).
 
     Args:
-        architecture: sizes of the tower; the decoder's come from decoder_config.
+        architecture: sizes of tower and vocabulary; the decoder's come from decoder_config.
         decoder_config: Megatron's config, as made from its flags; the tower's and projector's are derived from it.
-        vocab_size: rows of the word embeddings, padding included.
+        padded_vocab_size: rows of the word embeddings. Those beyond architecture.vocab_size are padding: no text has
+            their ids, and their logits are as if they were not there.
         max_sequence_length: longest row, image tokens included. Longer rows are cut by LLaVAModel.
         image_token_index: the token id at which an image's tokens are put in.
         tie_word_embeddings: the output layer's weight is the word embeddings'.
@@ -49,57 +38,158 @@ def build_llava(
         vp_stage: which of this rank's chunks, under interleaved pipelines.
         pg_collection: process groups; Megatron's global ones where there is none.
     """
-    vision_spec, decoder_spec, projector_spec = layer_specs(decoder_config.transformer_impl)
-    vision, vision_config = architecture.vision, _vision_config(decoder_config, architecture.vision)
-    projector_config = _projector_config(decoder_config)
-    model = LLaVAModel(
-        language_transformer_config=decoder_config,
-        language_transformer_layer_spec=decoder_spec,
-        language_vocab_size=vocab_size,
-        language_max_sequence_length=max_sequence_length,
-        language_position_embedding_type="rope",
-        language_rotary_base=rotary_base,
-        share_embeddings_and_output_weights=tie_word_embeddings,
-        vision_transformer_config=vision_config,
-        vision_transformer_layer_spec=vision_spec,
-        drop_vision_class_token=False,
-        vision_projection_config=projector_config,
-        vision_projection_layer_spec=projector_spec,
-        pre_process=pre_process,
-        post_process=post_process,
-        add_encoder=False,
-        img_h=vision.image_size,
-        img_w=vision.image_size,
-        patch_dim=vision.patch_size,
-        image_token_index=image_token_index,
-        pg_collection=pg_collection,
-        vp_stage=vp_stage,
-    )
-    # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
-    model.add_encoder = pre_process
-    if pre_process:
-        model._drop_vision_class_token = False
-        model.vision_model = CLIPViTModel(
-            vision_config,
-            vision_spec,
-            ln_post_impl=IdentityOp,  # LLaVA-OneVision takes the last layer's tokens as they leave it
-            add_class_token=False,
-            class_token_len=0,
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        decoder_config: TransformerConfig,
+        *,
+        padded_vocab_size: int,
+        max_sequence_length: int,
+        image_token_index: int,
+        tie_word_embeddings: bool,
+        rotary_base: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        vision_spec, decoder_spec, projector_spec = layer_specs(decoder_config.transformer_impl)
+        vision, vision_config = architecture.vision, _vision_config(decoder_config, architecture.vision)
+        projector_config = _projector_config(decoder_config)
+        # A side that is no multiple of the patch (384 = 27 * 14 + 6) loses its last pixels in the patch convolution;
+        # Megatron's classes ask for the side of which all is used.
+        used_size = vision.tokens_per_side * vision.patch_size
+        super().__init__(
+            language_transformer_config=decoder_config,
+            language_transformer_layer_spec=decoder_spec,
+            language_vocab_size=padded_vocab_size,
+            language_max_sequence_length=max_sequence_length,
+            language_position_embedding_type="rope",
+            language_rotary_base=rotary_base,
+            share_embeddings_and_output_weights=tie_word_embeddings,
+            vision_transformer_config=vision_config,
+            vision_transformer_layer_spec=vision_spec,
+            drop_vision_class_token=False,
+            vision_projection_config=projector_config,
+            vision_projection_layer_spec=projector_spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            add_encoder=False,
+            img_h=used_size,
+            img_w=used_size,
             patch_dim=vision.patch_size,
-            img_h=vision.image_size,
-            img_w=vision.image_size,
-            model_subtype="siglip",
-            pg_collection=model.pg_collection,
+            image_token_index=image_token_index,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
-        model.vision_projection = MultimodalProjector(
-            projector_config, projector_spec, "mlp", vision.hidden_size, tp_group=model.pg_collection.tp
+        self._image_size, self._side, self._max_tiles = vision.image_size, vision.tokens_per_side, architecture.max_tiles
+        self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
+        # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
+        self.add_encoder = pre_process
+        if pre_process:
+            self._drop_vision_class_token = False
+            self.vision_model = CLIPViTModel(
+                vision_config,
+                vision_spec,
+                ln_post_impl=_UnusedNorm,
+                add_class_token=False,
+                class_token_len=0,
+                patch_dim=vision.patch_size,
+                img_h=used_size,
+                img_w=used_size,
+                model_subtype="siglip",
+                pg_collection=self.pg_collection,
+            )
+            self.vision_projection = AnyResProjector(
+                projector_config,
+                projector_spec,
+                vision.hidden_size,
+                side=self._side,
+                max_tiles=self._max_tiles,
+                tp_group=self.pg_collection.tp,
+            )
+            num_built = len(self.vision_model.decoder.layers)
+            assert num_built == vision.num_layers, (
+                f"the vision tower has {num_built} layers instead of {vision.num_layers}: "
+                "a pipeline setting of the decoder reached its config"
+            )
+        if post_process:
+            mask = partial(_mask_padding, architecture.vocab_size, padded_vocab_size, self.pg_collection.tp.rank())
+            self.language_model.output_layer.register_forward_hook(mask)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        inference_context=None,
+        image_layouts: Tensor | None = None,
+        **kwargs,
+    ):
+        """LLaVAModel's forward pass, with image_layouts in the place of num_image_tiles.
+
+        Args:
+            images: all images' tiles in order, [T, 3, image_size, image_size].
+            image_layouts: how each image lies in its tiles, [number of images, 5] (LlavaBatch). Without it each tile
+                is an image, without a newline.
+            Others as LLaVAModel's.
+        """
+        num_tokens = None
+        if input_ids is not None:
+            layouts = self._layouts(images, image_layouts)
+            num_tokens = [layout.num_tokens(self._side, self._max_tiles) for layout in layouts]
+            num_tokens = torch.tensor(num_tokens, dtype=torch.int, device=input_ids.device)
+            if self.add_encoder:
+                self.vision_projection.layouts = layouts
+                if not len(images) and torch.is_grad_enabled():
+                    # A batch of text trains the vision parts too, with a gradient of zero: a black tile goes through
+                    # them, and nothing of it into the text.
+                    images = images.new_zeros(1, 3, self._image_size, self._image_size)
+        return super().forward(
+            images,
+            input_ids,
+            position_ids,
+            attention_mask,
+            labels=labels,
+            loss_mask=loss_mask,
+            inference_context=inference_context,
+            num_image_tiles=num_tokens,
+            **kwargs,
         )
-        num_built = len(model.vision_model.decoder.layers)
-        assert num_built == vision.num_layers, (
-            f"the vision tower has {num_built} layers instead of {vision.num_layers}: "
-            "a pipeline setting of the decoder reached its config"
-        )
-    return model
+
+    def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
+        if image_layouts is not None:
+            return [ImageLayout(*row) for row in image_layouts.tolist()]
+        return [ImageLayout(self._image_size, self._image_size, newline=0)] * len(images)
+
+
+class _UnusedNorm(torch.nn.Module):
+    """SigLIP's last norm: LLaVA-OneVision takes the tokens as the last layer leaves them, but its checkpoints have it.
+
+    Buffers, as nothing is learnt: they go from checkpoint to checkpoint and back to Hugging Face as they are.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(hidden_size))
+        self.register_buffer("bias", torch.zeros(hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+def _mask_padding(vocab_size: int, padded_vocab_size: int, tp_rank: int, layer, args, output):
+    """Hook on the output layer: logits of padding rows go to the lowest number, out of softmax and gradient."""
+    logits, bias = output
+    width = logits.shape[-1]  # this rank's columns, or all of them where they were gathered
+    first = 0 if width == padded_vocab_size else tp_rank * width
+    if first + width > vocab_size:
+        logits[..., max(0, vocab_size - first) :].fill_(torch.finfo(logits.dtype).min)
+    return logits, bias
 
 
 #: The parts that --trainable names, and where they are in the model.

@@ -33,8 +33,8 @@ class StepBatch:
     labels: Tensor
     #: [B, S] float32
     loss_mask: Tensor
-    #: [number of images] int32
-    num_image_tiles: Tensor
+    #: [number of images, 5] int64
+    image_layouts: Tensor
     #: where the samples come from: known where the data is read, empty elsewhere
     keys: list[str]
     #: how many were skipped before them, a scalar, int64
@@ -50,13 +50,13 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
         tensors = batch and {name: torch.as_tensor(getattr(batch, name)) for name in names}
         return broadcast_tensors(names, tensors, dtype, tp_group)
 
-    integers = broadcast(torch.int64, "tokens", "labels", "num_image_tiles", "num_skipped")
+    integers = broadcast(torch.int64, "tokens", "labels", "image_layouts", "num_skipped")
     return StepBatch(
         images=broadcast(torch.float32, "images")["images"] if model.pre_process else None,
         tokens=integers["tokens"],
         labels=integers["labels"],
         loss_mask=broadcast(torch.float32, "loss_mask")["loss_mask"],
-        num_image_tiles=integers["num_image_tiles"].int(),
+        image_layouts=integers["image_layouts"],
         keys=batch.keys if batch else [],
         num_skipped=integers["num_skipped"],
     )
@@ -76,7 +76,7 @@ def forward_step(data_iterator: Iterator[LlavaBatch] | None, model: torch.nn.Mod
         None,  # causal by the layers' own mask type; padding stands at the end
         labels=batch.labels,
         loss_mask=batch.loss_mask,
-        num_image_tiles=batch.num_image_tiles,
+        image_layouts=batch.image_layouts,
         sound_clips=_no_sound(batch),
     )
     return output, partial(loss_func, loss_mask, batch, training=llava.training)

@@ -28,7 +28,8 @@ def marked(tokenizer, text, marks):
 
 def test_the_tokenizer_is_shaped_like_qwens(tokenizer):
     assert len(tokenizer) == 1024
-    assert [tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN)] == [0, 1, 2, 3]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<video>"]
+    assert tokenizer.convert_tokens_to_ids(special) == [0, 1, 2, 3, 4]
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     text = "A red boat is on the left, émigré 7!"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -13,7 +13,16 @@ from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 def make_encoder(demo):
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
-    return LlavaTaskEncoder(tokenizer, image_size=28, image_tokens=4, max_sequence_length=128, template="plain")
+    return LlavaTaskEncoder(
+        tokenizer,
+        image_size=28,
+        patch_size=14,
+        max_sequence_length=128,
+        template="plain",
+        image_aspect_ratio="square",
+        grid_pinpoints=[],
+        max_tiles=1,
+    )
 
 
 @pytest.fixture(scope="module")

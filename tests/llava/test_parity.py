@@ -264,12 +264,12 @@ def _by_plain_autograd(argv, initial, batch, tiles_of, detached):
     model.language_model.decoder.register_forward_hook(lambda m, a, out: seen.update(text=out))
     token_loss, _ = model(
         batch.images, batch.tokens, None, None, labels=batch.labels, loss_mask=batch.loss_mask,
-        num_image_tiles=batch.num_image_tiles, sound_clips=torch.zeros(0),
+        image_layouts=batch.image_layouts, sound_clips=torch.zeros(0),
     )  # fmt: skip
     lm_loss, num_targets, v, t = 0, 0, [], []
     for b, tiles in enumerate(TILES):
-        # The image token at position 0 became 4 rows a tile: text position p is row p + shift.
-        shift = 4 * tiles - 1
+        # The image token at position 0 became so many rows: text position p is row p + shift.
+        shift = tiny.layout(tiles).num_tokens(side=2, max_tiles=9) - 1
         learnt = torch.nonzero(batch.loss_mask[b]).flatten()
         lm_loss, num_targets = lm_loss + token_loss[b, shift + learnt].sum(), num_targets + len(learnt)
         if batch.rsa.eligible[b]:

@@ -1,0 +1,126 @@
+"""Grids and token counts are transformers': known numbers, thousands of random sizes, and the very tokens kept."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlavaOnevisionProcessor
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
+
+from rsa_megatron import anyres
+from rsa_megatron.anyres import ImageLayout, choose_grid
+
+ONEVISION = [(384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)]
+# name: tile in pixels, side in tokens, max_tiles, pinpoints. The last two shrink often, and have even sides.
+CASES = {
+    "onevision": (384, 27, 9, ONEVISION),
+    "stage 1.5": (384, 27, 9, [(768, 384), (384, 768), (768, 768), (384, 1152), (1152, 384)]),
+    "wide lists": (58, 4, 2, [(58, 58), (58, 116), (116, 58), (58, 232), (116, 174), (174, 116)]),
+    "tiny": (28, 2, 2, [(28, 56), (56, 28), (56, 56), (84, 56), (84, 84), (28, 140)]),
+}
+
+# (height, width): tokens of SigLIP-so400m-384 and anyres_max_9, as transformers packs them.
+GOLDEN = {
+    (384, 384): 1485,
+    (480, 640): 2929,
+    (640, 480): 2943,
+    (336, 500): 1836,
+    (899, 1024): 6551,
+    (1080, 1920): 7269,
+    (1920, 1080): 7317,
+    (100, 1000): 1467,
+    (1200, 1200): 7371,
+    (1872, 832): 7329,
+    (2304, 2304): 7371,
+}
+
+
+def tokens(height, width, pinpoints=ONEVISION, tile=384, side=27, max_tiles=9):
+    return ImageLayout(height, width, *choose_grid(height, width, pinpoints, tile)).num_tokens(side, max_tiles)
+
+
+def is_too_narrow(height, width, pinpoints):
+    scales = [min(pinpoint[0] / height, pinpoint[1] / width) for pinpoint in pinpoints]
+    return min(height, width) * max(scales) < 1
+
+
+def random_sizes(count):
+    """Of all shapes: each side even on a logarithmic scale, and a square now and then."""
+    rng = random.Random(0)
+    for _ in range(count):
+        height, width = (int(2 ** rng.uniform(0, 12)) for _ in range(2))
+        yield (height, height) if rng.random() < 0.1 else (height, width)
+
+
+@pytest.mark.parametrize("size, expected", GOLDEN.items())
+def test_known_token_counts(size, expected):
+    assert tokens(*size) == expected
+
+
+@pytest.mark.parametrize("name, wrong, size, expected, count", [
+    ("round", lambda number, digits: number, (1872, 832), 7329, 7317),  # as LLaVA's own code
+    ("_LEAST_SHRINKING", 1.0, (768, 1920), 8073, 7308),
+    ("_LEAST_SHRINKING", 1.4, (1080, 1920), 7269, 10929),
+])  # fmt: skip
+def test_another_arithmetic_gives_other_counts(monkeypatch, name, wrong, size, expected, count):
+    assert tokens(*size) == expected
+    monkeypatch.setattr(anyres, name, wrong, raising=False)
+    assert tokens(*size) == count
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grids_and_counts_are_those_of_transformers(case):
+    tile, side, max_tiles, pinpoints = CASES[case]
+    processor = object.__new__(LlavaOnevisionProcessor)  # its arithmetic alone, without tokenizer and files
+    processor.image_processor = SimpleNamespace(image_grid_pinpoints=[list(pinpoint) for pinpoint in pinpoints])
+    processor.num_image_tokens = side**2
+    processor.vision_aspect_ratio = f"anyres_max_{max_tiles}"
+    num_narrow = num_shrunk = 0
+    for height, width in random_sizes(4000):
+        if is_too_narrow(height, width, pinpoints):  # transformers makes a line of less than a pixel one pixel wide
+            num_narrow += 1
+            with pytest.raises(ValueError, match="too narrow"):
+                choose_grid(height, width, pinpoints, tile)
+            continue
+        grid = choose_grid(height, width, pinpoints, tile)
+        best = select_best_resolution((height, width), pinpoints)
+        assert grid == (best[0] // tile, best[1] // tile), (height, width)
+        layout = ImageLayout(height, width, *grid)
+        expected = processor._get_number_of_features(height, width, tile, tile)
+        assert layout.num_tokens(side, max_tiles) == expected, (height, width)
+        packed = layout.packed_grid(side, max_tiles)
+        num_shrunk += packed.shrunk_rows < packed.rows
+    assert num_narrow and (num_shrunk > 100 or case == "stage 1.5"), (num_narrow, num_shrunk)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tokens_kept_are_those_that_transformers_keeps(case):
+    tile, side, max_tiles, pinpoints = CASES[case]
+    for height, width in random_sizes(300):
+        if is_too_narrow(height, width, pinpoints):
+            continue
+        rows, columns = choose_grid(height, width, pinpoints, tile)
+        positions = torch.arange(side**2 * rows * columns).view(1, side * rows, side * columns)
+        expected = unpad_image(positions, (height, width))[0]
+        kept = ImageLayout(height, width, rows, columns).packed_grid(side, max_tiles)
+        actual = positions[0, kept.top : kept.top + kept.rows, kept.left : kept.left + kept.columns]
+        assert torch.equal(actual, expected), (height, width)
+
+
+def test_of_grids_as_good_the_first_is_taken():
+    pinpoints = [(384, 768), (768, 384)]
+    assert choose_grid(100, 100, pinpoints, 384) == (1, 2)
+    assert choose_grid(100, 100, pinpoints[::-1], 384) == (2, 1)
+
+
+def test_a_base_tile_alone_is_its_tokens_and_perhaps_a_newline():
+    assert ImageLayout(480, 640).num_tokens(27, 9) == 730
+    assert ImageLayout(480, 640, newline=0).num_tokens(27, 9) == 729
+    assert (ImageLayout(480, 640).num_tiles, ImageLayout(480, 640, 2, 3).num_tiles) == (1, 7)
+
+
+def test_a_layout_comes_back_from_its_numbers():
+    layout = ImageLayout(480, 640, 2, 3, newline=0)
+    assert ImageLayout(*layout.as_numbers()) == layout and layout.as_numbers() == (480, 640, 2, 3, 0)
