@@ -85,8 +85,8 @@ def _bad(key: str) -> dict:
     return sample
 
 
-def picture() -> bytes:
+def picture(size: int = 56) -> bytes:
     """A good PNG."""
     out = io.BytesIO()
-    scenes.render(scenes.make_scene(0, 0, validation=False), 56, 0).save(out, "PNG")
+    scenes.render(scenes.make_scene(0, 0, validation=False), size, 0).save(out, "PNG")
     return out.getvalue()

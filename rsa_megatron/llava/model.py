@@ -192,6 +192,34 @@ def _mask_padding(vocab_size: int, padded_vocab_size: int, tp_rank: int, layer, 
     return logits, bias
 
 
+def local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
+    """The decoder's config on one process with plain layers, for those who have no Megatron arguments to make it from."""
+    decoder = architecture.decoder
+    return TransformerConfig(
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.ffn_hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        num_query_groups=decoder.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=decoder.rmsnorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=True,
+        use_cpu_initialization=True,
+    )
+
+
 #: The parts that --trainable names, and where they are in the model.
 PARTS = {
     "vision": ("vision_model.",),

@@ -1,9 +1,13 @@
 """The position of the training data can be saved and taken up exactly; where it cannot, that is said."""
 
+import json
+
 import broken_data
+import prepare_demo
 import processes
 import pytest
 import torch
+import webdataset
 from megatron.energon import WorkerConfig
 from transformers import AutoTokenizer
 
@@ -142,6 +146,19 @@ def test_bad_samples_are_passed_over_and_nothing_else_is_lost(demo, encoder, tmp
         (line,) = {r.message for r in caplog.records if f"/{key} " in r.message or r.message.startswith(f"skipped sample {key} ")}
         assert reason in line and str(tmp_path / "data") in line
     assert sum(batch.num_skipped for batch in batches) == len(broken_data.REASONS)
+
+
+def test_numbered_images_come_out_of_a_shard_in_order(encoder, tmp_path):
+    turns = [{"from": "human", "value": "<image>" * 11 + "How wide?"}, {"from": "gpt", "value": "Wider and wider."}]
+    parts = {f"{i}.png": broken_data.picture(20 + i) for i in range(11)}
+    (tmp_path / "data").mkdir()
+    for part in ("train", "val"):
+        with webdataset.TarWriter(str(tmp_path / "data" / f"{part}-00000.tar")) as writer:
+            writer.write({"__key__": f"wider-{part}", **parts, "json": json.dumps({"conversations": turns}).encode()})
+    prepare_demo.prepare(tmp_path / "data", "captions")
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    batch = next(ValidationLoader(str(tmp_path / "data"), encoder, config, 1))
+    assert batch.image_layouts[:, 1].tolist() == list(range(20, 31)) and batch.rsa.eligible.tolist() == [0]
 
 
 def test_data_that_is_not_there_is_named(demo, tmp_path):

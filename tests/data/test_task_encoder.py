@@ -21,7 +21,10 @@ from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, sampl
 TILE = 28
 PINPOINTS = [(28, 28), (28, 56), (56, 28), (56, 56), (28, 84), (84, 28), (84, 84), (56, 112)]
 # Width and height of pictures of 12 shapes: wide, tall, square, smaller than a tile, a line of one pixel.
-SHAPES = [(56, 56), (90, 40), (40, 90), (120, 30), (31, 97), (84, 83), (200, 201), (13, 11), (7, 29), (300, 70), (1, 50), (57, 111)]
+SHAPES = [
+    *[(56, 56), (90, 40), (40, 90), (120, 30), (31, 97), (84, 83)],
+    *[(200, 201), (13, 11), (7, 29), (300, 70), (1, 50), (57, 111)],
+]
 
 
 @pytest.fixture(scope="module")

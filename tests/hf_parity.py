@@ -1,0 +1,122 @@
+"""A Hugging Face model and the Megatron model that its checkpoint was converted to, on the same samples, in any layout.
+
+transformers runs in the test's own process, Megatron in warm processes: what makes Megatron run on a CPU replaces parts
+of torch that transformers uses.
+"""
+
+from pathlib import Path
+
+import layouts
+import processes
+import tiny_hf
+import torch
+from transformers import AutoTokenizer
+
+from checkpoint_conversion import __main__ as conversion
+from checkpoint_conversion import verify
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+
+MEGATRON_FLAGS = ["--train-iters", "1", "--seq-length", "256", "--eval-iters", "0", "--rsa-weight", "0", "--mutual-knn-samples", "0"]
+
+
+class Models:
+    """A random model in both forms, the samples, and what transformers makes of them."""
+
+    def __init__(self, folder: Path, demo: Path, *, tied: bool):
+        self.demo = demo
+        self.hf = tiny_hf.write(folder / "hf", demo / "tokenizer", tied=tied)
+        self.megatron = self.convert(folder / "megatron")
+        encoder, pictures = self._encoder(), [tiny_hf.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
+        images = {f"{picture.width} x {picture.height}": [picture] for picture in pictures}
+        images |= {"two images": pictures[1:3], "three images": pictures[6:9], "no image": []}
+        # Captions of different lengths, so that rows of a batch are padded.
+        captions = [" ".join(["A red boat lies in the harbour."] * (1 + i % 3)) for i in range(len(images))]
+        self.samples = [
+            verify.make_sample(name, pictures, encoder, self.hf, caption)
+            for (name, pictures), caption in zip(images.items(), captions)
+        ]
+        self.batch = encoder.batch([encoder.encode_sample(sample.stored) for sample in self.samples])
+        self.expected = verify.hugging_face_parts(self.hf, self.samples, torch.float32)
+
+    def _encoder(self) -> LlavaTaskEncoder:
+        architecture = tiny_hf.architecture(tied=True)
+        return LlavaTaskEncoder(
+            AutoTokenizer.from_pretrained(self.hf),
+            image_size=architecture.vision.image_size,
+            patch_size=architecture.vision.patch_size,
+            max_sequence_length=256,
+            template="chat",
+            image_aspect_ratio="anyres",
+            grid_pinpoints=architecture.grid_pinpoints,
+            max_tiles=architecture.max_tiles,
+        )
+
+    def flags(self, *flags: str) -> list[str]:
+        """The main job's arguments for this model."""
+        data = str(self.demo / "data" / "captions")
+        size = str(len(self.samples))
+        return ["--model", str(self.hf), "--tokenizer-model", str(self.hf), "--data-path", data, "--micro-batch-size", size,
+                "--global-batch-size", size, *MEGATRON_FLAGS, *flags]  # fmt: skip
+
+    def convert(self, out: Path) -> Path:
+        """Another Megatron checkpoint of the same model."""
+        conversion.main(["hf-to-megatron", "--hf", str(self.hf), "--out", str(out)])
+        return out
+
+    def differences(self, world_size: int = 1, *flags: str, sabotage=None, checkpoint: Path | None = None) -> dict[str, float]:
+        """Largest differences of logits and losses over all samples, in one padded batch; absolute."""
+        argv = self.flags("--load", str(checkpoint or self.megatron), *flags)
+        ranks = processes.run(_logits_and_losses, world_size, argv, self.batch, sabotage)
+        logits, losses = next(result for result in ranks if result is not None)
+        found = {"logits": 0.0, "loss": 0.0}
+        for row, expected in enumerate(self.expected):
+            # The batch has all inputs but the last token, which is a label alone.
+            wanted = expected["logits"][:-1]
+            actual = logits[row, : len(wanted), : wanted.shape[1]]  # without the vocabulary's padding
+            found["logits"] = max(found["logits"], (actual - wanted).abs().max().item())
+            found["loss"] = max(found["loss"], abs(losses[row] - expected["loss"].item()))
+        return found
+
+
+def _logits_and_losses(argv, batch, sabotage):
+    """On the last stage's first rank: logits [B, L, vocabulary] and the loss of each sample."""
+    if sabotage:
+        sabotage()
+    trainer = layouts.Trainer(argv)
+    logits, _ = forward(trainer, batch)
+    token_loss, mask = forward(trainer, batch, labels=batch.labels, loss_mask=batch.loss_mask)
+    if logits is None:
+        return None
+    return logits, ((token_loss * mask).sum(1) / mask.sum(1)).tolist()
+
+
+@torch.no_grad()
+def forward(trainer: layouts.Trainer, batch, **labels):
+    """The model's output and loss mask for a batch through Megatron's schedule, whole; (None, None) but on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.utils import get_attr_wrapped_model
+
+    masks = []
+
+    def step(data_iterator, model):
+        llava = get_attr_wrapped_model(model, "image_token_index", return_model_obj=True)
+        output, mask = model(
+            batch.images if llava.pre_process else None, batch.tokens, None, None,
+            image_layouts=batch.image_layouts, sound_clips=torch.zeros(0), **labels,
+        )  # fmt: skip
+        masks.append(mask)
+        return output, lambda output, non_loss_data: output
+
+    for chunk in trainer.model:
+        chunk.eval()
+    outputs = get_forward_backward_func()(
+        forward_step_func=step, data_iterator=None, model=trainer.model, num_microbatches=1, seq_length=trainer.args.seq_length,
+        micro_batch_size=len(batch.tokens), forward_only=True, collect_non_loss_data=True,
+    )  # fmt: skip
+    if not outputs:
+        return None, None
+    (output,) = outputs
+    if not labels:
+        output = gather_from_tensor_model_parallel_region(output)
+    return output, masks[-1]
