@@ -85,9 +85,6 @@ def choose_grid(height: int, width: int, pinpoints: Sequence[tuple[int, int]], t
     Args:
         pinpoints: the resolutions to choose from, (height, width) in pixels.
         tile_size: side of a tile, pixels.
-
-    Raises:
-        ValueError: for an image so narrow that it is nothing in any grid.
     """
 
     def kept_and_wasted(resolution: tuple[int, int]) -> tuple[int, int]:
@@ -96,6 +93,4 @@ def choose_grid(height: int, width: int, pinpoints: Sequence[tuple[int, int]], t
         return kept, kept - resolution[0] * resolution[1]
 
     best = max(pinpoints, key=kept_and_wasted)
-    if not kept_and_wasted(best)[0]:
-        raise ValueError(f"an image of {width} x {height} pixels is too narrow: nothing of it is left in a grid of tiles")
     return best[0] // tile_size, best[1] // tile_size

@@ -41,7 +41,7 @@ def tokens(height, width, pinpoints=ONEVISION, tile=384, side=27, max_tiles=9):
     return ImageLayout(height, width, *choose_grid(height, width, pinpoints, tile)).num_tokens(side, max_tiles)
 
 
-def is_too_narrow(height, width, pinpoints):
+def is_nothing_in_any_grid(height, width, pinpoints):
     scales = [min(pinpoint[0] / height, pinpoint[1] / width) for pinpoint in pinpoints]
     return min(height, width) * max(scales) < 1
 
@@ -79,11 +79,7 @@ def test_grids_and_counts_are_those_of_transformers(case):
     processor.vision_aspect_ratio = f"anyres_max_{max_tiles}"
     num_narrow = num_shrunk = 0
     for height, width in random_sizes(4000):
-        if is_too_narrow(height, width, pinpoints):  # transformers makes a line of less than a pixel one pixel wide
-            num_narrow += 1
-            with pytest.raises(ValueError, match="too narrow"):
-                choose_grid(height, width, pinpoints, tile)
-            continue
+        num_narrow += is_nothing_in_any_grid(height, width, pinpoints)
         grid = choose_grid(height, width, pinpoints, tile)
         best = select_best_resolution((height, width), pinpoints)
         assert grid == (best[0] // tile, best[1] // tile), (height, width)
@@ -99,8 +95,6 @@ def test_grids_and_counts_are_those_of_transformers(case):
 def test_the_tokens_kept_are_those_that_transformers_keeps(case):
     tile, side, max_tiles, pinpoints = CASES[case]
     for height, width in random_sizes(300):
-        if is_too_narrow(height, width, pinpoints):
-            continue
         rows, columns = choose_grid(height, width, pinpoints, tile)
         positions = torch.arange(side**2 * rows * columns).view(1, side * rows, side * columns)
         expected = unpad_image(positions, (height, width))[0]

@@ -97,18 +97,28 @@ def batch(
     )
 
 
+def text_batch(seed: int) -> LlavaBatch:
+    """Samples without an image."""
+    whole = batch(seed, eligible=(0, 0, 0, 0), tiles=(0, 0, 0, 0))
+    whole.tokens[:, 0] = 10  # where the image token stands else
+    whole.image_layouts = whole.image_layouts[:0]
+    return whole
+
+
 def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
-    """Part `index` of `count` equal parts, of one tile a sample: what one of several data-parallel ranks reads."""
+    """Part `index` of `count` equal parts: what one of several data-parallel ranks reads."""
     if count == 1:
         return whole
     size = len(whole.keys) // count
     rows = slice(index * size, (index + 1) * size)
+    first_tile, first_image = (int(number[: rows.start].sum()) for number in (whole.rsa.num_tiles, whole.rsa.num_tiles > 0))
+    num_tiles, num_images = (int(number[rows].sum()) for number in (whole.rsa.num_tiles, whole.rsa.num_tiles > 0))
     return LlavaBatch(
         tokens=whole.tokens[rows],
         labels=whole.labels[rows],
         loss_mask=whole.loss_mask[rows],
-        images=whole.images[rows],
-        image_layouts=whole.image_layouts[rows],
+        images=whole.images[first_tile : first_tile + num_tiles],
+        image_layouts=whole.image_layouts[first_image : first_image + num_images],
         rsa=RSASamples(*(getattr(whole.rsa, name)[rows] for name in RSASamples.__dataclass_fields__)),
         keys=whole.keys[rows],
         records=whole.records[rows],

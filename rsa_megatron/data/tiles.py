@@ -51,7 +51,7 @@ class ImageTiler:
         """How the images of one sample lie in the tiles of `tiles`.
 
         Raises:
-            ValueError: for an image too narrow to be cut, or too long to be padded.
+            ValueError: for an image too long to be padded.
         """
         if self.image_aspect_ratio == "square":
             return [ImageLayout(image.height, image.width, newline=0) for image in images]

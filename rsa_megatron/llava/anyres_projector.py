@@ -36,10 +36,10 @@ class AnyResProjector(MultimodalProjector):
         self.layouts: Sequence[ImageLayout] = ()
 
     def forward(self, tokens_PTD: Tensor) -> Tensor:
-        """All images' tokens, [1, number of tokens, H]."""
+        """All images' tokens, [number of tokens, 1, H]."""
         projected_PTH = super().forward(tokens_PTD)
         packed = pack_images(projected_PTH.transpose(0, 1), self.layouts, self.image_newline, self.side, self.max_tiles)
-        return packed[None]
+        return packed[:, None]
 
 
 def pack_images(

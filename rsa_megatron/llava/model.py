@@ -146,9 +146,7 @@ class LlavaOneVision(LLaVAModel):
             if self.add_encoder:
                 self.vision_projection.layouts = layouts
                 if not len(images) and torch.is_grad_enabled():
-                    # A batch of text trains the vision parts too, with a gradient of zero: a black tile goes through
-                    # them, and nothing of it into the text.
-                    images = images.new_zeros(1, 3, self._image_size, self._image_size)
+                    images = self._black_tile(images)
         return super().forward(
             images,
             input_ids,
@@ -160,6 +158,13 @@ class LlavaOneVision(LLaVAModel):
             num_image_tiles=num_tokens,
             **kwargs,
         )
+
+    def _black_tile(self, images: Tensor) -> Tensor:
+        """Goes through the vision parts in a batch of text, and nothing of it into the text: a gradient of zero.
+
+        Without it they would have none, and Megatron's overlapped gradient reduction would wait for it.
+        """
+        return images.new_zeros(1, 3, self._image_size, self._image_size)
 
     def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
         if image_layouts is not None:

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HIDDEN, VOCAB_SIZE = 48, 70
-TOWER = dict(hidden_size=20, intermediate_size=27, num_hidden_layers=3, num_attention_heads=4, image_size=58, patch_size=14)  # fmt: skip
+TOWER = dict(hidden_size=20, intermediate_size=27, num_hidden_layers=3, num_attention_heads=4, image_size=58,
+             patch_size=14)  # fmt: skip
 # 6 heads of 8 in 2 groups
-DECODER = dict(hidden_size=HIDDEN, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)  # fmt: skip
+DECODER = dict(hidden_size=HIDDEN, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6,
+               num_key_value_heads=2)  # fmt: skip
 
 # From the module tree of transformers 5.23 to each style: written by hand, apart from what is tested.
 STYLES = {

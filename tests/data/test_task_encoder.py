@@ -222,7 +222,6 @@ def test_images_that_are_neither_one_nor_numbered_are_refused(anyres, names, cap
 
 
 @pytest.mark.parametrize("aspect_ratio, images, reason", [
-    ("anyres", [noise(1, 300)], "an image of 1 x 300 pixels is too narrow: nothing of it is left in a grid of tiles"),
     ("anyres", [noise(1, 14_000), noise(9, 9)], "an image of 1 x 14000 pixels is too long to be padded to a square"),
     ("anyres", [png(noise(90, 90))[:900]], "truncated"),
     ("anyres", [noise(9, 9), b"this is no picture"], "cannot identify image file"),
@@ -238,17 +237,9 @@ def test_pictures_that_cannot_be_used_are_skipped_with_a_line(tokenizer, caplog,
 
 def test_tiles_and_layouts_agree_whatever_the_shape(anyres):
     rng = random.Random(0)
-    sizes = [tuple(int(2 ** rng.uniform(0, 9)) for _ in range(2)) for _ in range(200)]
-    num_skipped = 0
-    for size in sizes:
-        try:
-            encoded = anyres.encode_sample(stored(images=[Image.new("RGB", size)]))
-        except SkipSample:
-            num_skipped += 1
-            assert max(size) > 84 * min(size)
-        else:
-            assert len(encoded.tiles) == encoded.layouts[0].num_tiles, size
-    assert 0 < num_skipped < 40
+    for size in [tuple(int(2 ** rng.uniform(0, 9)) for _ in range(2)) for _ in range(200)]:
+        encoded = anyres.encode_sample(stored(images=[Image.new("RGB", size)]))
+        assert len(encoded.tiles) == encoded.layouts[0].num_tiles, size
 
 
 def test_sample_ids_are_fixed_and_fit_63_bits():

@@ -29,6 +29,9 @@ CASES = [
 ]
 
 
+TILES = (1, 3, 1, 2)  # of the samples, where images have several
+
+
 def case_name(case) -> str:
     layout, num_micro_batches, per_token, distributed_optimizer = case
     names = [layout.name, f"M={num_micro_batches}"]
@@ -63,27 +66,27 @@ class Parity:
         self.initial = folder / "initial"
         processes.run(_save_initial_weights, 1, flags(demo, 1, False, False, 1, None), str(self.initial))
 
-    def run(self, case, sabotage=None, options=()) -> layouts.Run:
+    def run(self, case, sabotage=None, options=(), batches_of=None) -> layouts.Run:
         layout, num_micro_batches, per_token, distributed_optimizer = case
         size = layout.data_parallel_size
         return layouts.run(
             layout,
-            batches(num_micro_batches, per_token),
+            batches_of(num_micro_batches) if batches_of else batches(num_micro_batches, per_token),
             [*flags(self.demo, num_micro_batches, per_token, distributed_optimizer, size, self.folder), *options],
             load=self.initial,
             sabotage=sabotage,
         )
 
-    def reference(self, case, options=()) -> layouts.Run:
+    def reference(self, case, options=(), batches_of=None) -> layouts.Run:
         _, num_micro_batches, per_token, _ = case
-        key = (num_micro_batches, per_token, *options)
+        key = (num_micro_batches, per_token, batches_of, *options)
         if key not in self.references:
-            self.references[key] = self.run((SINGLE, num_micro_batches, per_token, False), options=options)
+            self.references[key] = self.run((SINGLE, num_micro_batches, per_token, False), None, options, batches_of)
         return self.references[key]
 
-    def differences(self, case, sabotage=None, options=()) -> dict[str, float]:
+    def differences(self, case, sabotage=None, options=(), batches_of=None) -> dict[str, float]:
         """Largest relative differences between a layout and one process."""
-        actual, expected = self.run(case, sabotage, options), self.reference(case, options)
+        actual, expected = self.run(case, sabotage, options, batches_of), self.reference(case, options, batches_of)
         found = {
             name: max(abs(a[name] - e[name]) / max(abs(e[name]), 1e-30) for a, e in zip(actual.losses, expected.losses))
             for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text")
@@ -136,6 +139,46 @@ RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform",
 def test_options_change_nothing_of_that(parity, name, options):
     differences = parity.differences((layout_of(name), 4, False, False), options=options)
     assert max(differences.values()) < TOLERANCE, differences
+
+
+def of_grids(num_micro_batches) -> list[list]:
+    return [[tiny.batch(100 * i + m, ELIGIBLE[m % 4], tiles=TILES) for m in range(num_micro_batches)] for i in range(2)]
+
+
+def of_texts(num_micro_batches) -> list[list]:
+    return [[tiny.text_batch(100 * i + m) for m in range(num_micro_batches)] for i in range(2)]
+
+
+def some_of_texts(num_micro_batches) -> list[list]:
+    with_images = of_grids(num_micro_batches)
+    return [[texts[0], *images[1:]] for texts, images in zip(of_texts(num_micro_batches), with_images)]
+
+
+# A parameter that has no gradient would be waited for, and asserted, when gradients are reduced as they come.
+OVERLAP = ("--overlap-grad-reduce",)
+
+
+@pytest.mark.parametrize("kind", [of_grids, of_texts, some_of_texts], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_images_of_several_tiles_and_texts_in_every_layout(parity, layout, kind):
+    case = (layout, 2, True, False)  # per token: the losses of ranks with fewer tokens weigh less
+    differences = parity.differences(case, options=OVERLAP, batches_of=kind)
+    assert max(differences.values()) < TOLERANCE, differences
+    if kind is of_texts:
+        gradients = parity.run(case, options=OVERLAP, batches_of=kind).gradients
+        of_images = [name for name in gradients if name.startswith("vision_")]
+        assert of_images and not any(gradients[name].any() for name in of_images if "ln_post" not in name)
+
+
+def no_black_tile():
+    from rsa_megatron.llava import model
+
+    model.LlavaOneVision._black_tile = lambda self, images: images
+
+
+def test_texts_without_the_black_tile_would_be_seen(parity):
+    with pytest.raises(processes.Failed, match="per_param_grad_ready_counts"):
+        parity.run((layout_of("DP=2"), 2, True, False), no_black_tile, OVERLAP, of_texts)
 
 
 def old_pair_of_loss_and_report():
@@ -229,7 +272,6 @@ def test_a_mistake_would_be_seen(parity, name, sabotage):
     assert parity.differences((layout_of(name), 1, False, False), sabotage)["gradients"] > 1000 * TOLERANCE
 
 
-TILES = (1, 3, 1, 2)
 FIRST_TILES, LAST_TILES = [[0], [1], [4], [5]], [[0], [3], [4], [6]]
 ALL_TILES = [[0], [1, 2, 3], [4], [5, 6]]
 

@@ -13,11 +13,6 @@ _TP = ("--tensor-model-parallel-size", "2")
 _PP = ("--pipeline-model-parallel-size", "2")
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def models(request, demo, tmp_path_factory) -> hf_parity.Models:
-    return hf_parity.Models(tmp_path_factory.mktemp(request.param), demo, tied=request.param == "tied")
-
-
 LAYOUTS = {
     "one process": (1, ()),
     "TP=2": (2, _TP),
