@@ -14,11 +14,14 @@ OURS = "rsa_megatron"
 FORBIDDEN = {
     "rsa_megatron/config.py": ["torch", "megatron", "transformers", "PIL", OURS],
     "rsa_megatron/batch.py": ["megatron", "transformers", "PIL", OURS],
+    "rsa_megatron/anyres.py": ["torch", "megatron", "transformers", "PIL", OURS],
+    "rsa_megatron/huggingface.py": ["megatron", f"{OURS}.plugin", f"{OURS}.alignment"],
     "rsa_megatron/alignment": ["megatron", "transformers", "PIL", f"{OURS}.data", f"{OURS}.llava", f"{OURS}.plugin",
                                f"{OURS}.batch", f"{OURS}.config"],
     "rsa_megatron/data": ["megatron.core", "megatron.training", f"{OURS}.llava", f"{OURS}.alignment", f"{OURS}.plugin"],
     "rsa_megatron/llava": ["megatron.training", "megatron.energon", "transformers", f"{OURS}.data", f"{OURS}.plugin"],
-    "rsa_megatron": ["megatron.training", "examples", "recipes"],
+    "rsa_megatron": ["megatron.training", "examples", "recipes", "checkpoint_conversion"],
+    "checkpoint_conversion": ["megatron.training", "recipes", f"{OURS}.plugin", f"{OURS}.alignment"],
     "examples": ["checkpoint_conversion"],
 }  # fmt: skip
 
@@ -54,6 +57,16 @@ def test_the_loss_needs_torch_alone():
     assert result.stdout.strip() == "[]"
 
 
+def test_conversion_needs_no_megatron():
+    """Converting does not import megatron.core; only comparing (verify) does, when it runs."""
+    code = (
+        "import sys; from checkpoint_conversion import __main__; "
+        "print([m for m in sys.modules if m.startswith(('megatron.core', 'megatron.training', 'transformer_engine'))])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
 def test_no_file_is_named_for_nothing():
-    names = {path.stem for folder in ("rsa_megatron", "examples", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    names = {path.stem for folder in ("rsa_megatron", "examples", "checkpoint_conversion", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     assert not names & {"utils", "util", "common", "helpers", "misc", "base"}

@@ -13,20 +13,25 @@ _TP = ("--tensor-model-parallel-size", "2")
 _PP = ("--pipeline-model-parallel-size", "2")
 
 
+PADDED = "one process, 109 rows of padding"
 LAYOUTS = {
     "one process": (1, ()),
     "TP=2": (2, _TP),
     "PP=2": (2, _PP),
     "TP=2 PP=2": (4, _TP + _PP),
     "TP=2 SP": (2, (*_TP, "--sequence-parallel")),
-    "one process, 109 rows of padding": (1, ("--make-vocab-size-divisible-by", "128")),
+    PADDED: (1, ("--make-vocab-size-divisible-by", "128")),
 }
+
+
+def flat(layout: str) -> tuple:
+    world_size, flags = LAYOUTS[layout]
+    return world_size, *flags
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_losses_are_hugging_faces(models, layout):
-    world_size, flags = LAYOUTS[layout]
-    differences = models.differences(world_size, *flags)
+    differences = models.differences(*flat(layout))
     assert max(differences.values()) < TOLERANCE, differences
 
 
@@ -148,7 +153,7 @@ def test_a_mistake_would_be_seen(models, mistake):
 
 
 def test_padding_in_the_softmax_would_be_seen(models):
-    differences = models.differences(*_flat(LAYOUTS["one process, 109 rows of padding"]), sabotage=padding_in_the_softmax)
+    differences = models.differences(*flat(PADDED), sabotage=padding_in_the_softmax)
     assert differences["logits"] < TOLERANCE < 10 * TOLERANCE < differences["loss"]
 
 
@@ -160,7 +165,3 @@ def test_queries_keys_and_values_not_interleaved_would_be_seen(models, monkeypat
     monkeypatch.setattr(torch_dist_save, "join", parts_one_after_the_other)
     assert models.differences(checkpoint=models.convert(tmp_path / "wrong"))["logits"] > 10 * TOLERANCE
 
-
-def _flat(layout) -> tuple:
-    world_size, flags = layout
-    return world_size, *flags
