@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS / "checkpoint_conversion")]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "checkpoint_conversion")]
 
 import conftest
 import hf_parity
