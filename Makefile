@@ -51,33 +51,36 @@ STORY = sed --unbuffered --quiet --regexp-extended \
 SETTINGS = seed $(SEED) $(RSA)
 
 demo: $(INSTALLED)
-	@echo "[1/5] data: scenes with captions, as Energon shards, and a tokenizer"
+	@echo "[1/6] data: scenes with captions, as Energon shards, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
 	@mkdir -p $(OUT)/$(RUN)
 	@if [ -s $(OUT)/$(RUN)/settings ] && [ "$$(cat $(OUT)/$(RUN)/settings)" != '$(SETTINGS)' ]; then \
 	  echo "error: $(OUT)/$(RUN) holds a run of other settings: $$(cat $(OUT)/$(RUN)/settings); name another OUT=folder"; exit 1; fi
 	@echo '$(SETTINGS)' > $(OUT)/$(RUN)/settings
 	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
-	@echo "[5/5] what came of it"
+	@echo "[5/6] what came of it"
 	@$(PY) examples/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
+	@echo "[6/6] to Hugging Face, and a held-out scene captioned with transformers (after four minutes of training: expect its form, not its truth)"
+	@$(PY) -m checkpoint_conversion megatron-to-hf --checkpoint $(OUT)/$(RUN) --out $(OUT)/$(RUN)/exported --overwrite
+	@$(PY) examples/caption_scene.py --hf $(OUT)/$(RUN)/exported --data $(DEMO)/data/captions
 
 # The pipe's last part always succeeds: what counts is how torchrun ended.
 OR_STOP = [ "$${PIPESTATUS[0]}" = 0 ] || { echo "error: this step failed; see $(1)"; exit 1; }
 
 $(OUT)/parts/done:
-	@echo "[2/5] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
+	@echo "[2/6] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
 	@mkdir -p $(@D)
 	@$(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --load $(@D) --save $(@D) 2>&1 \
 	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
 	@touch $@
 
 $(OUT)/before.log: $(OUT)/parts/done
-	@echo "[3/5] mutual-kNN of the two backbones before training"
+	@echo "[3/6] mutual-kNN of the two backbones before training"
 	@$(STAGE_1) --skip-train 2>&1 | tee $@.part | $(STORY); $(call OR_STOP,$@.part)
 	@mv $@.part $@
 
 $(OUT)/$(RUN)/done: $(OUT)/before.log
-	@echo "[4/5] stage 1: the tower and the projector learn, the language model is frozen (four minutes) $(RSA)"
+	@echo "[4/6] stage 1: the tower and the projector learn, the language model is frozen (four minutes) $(RSA)"
 	@[ -e $(@D)/run.log ] || cp $(OUT)/before.log $(@D)/run.log
 	@$(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
 	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
