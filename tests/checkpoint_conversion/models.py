@@ -58,6 +58,7 @@ def _config(tied: bool):
         vision_config=dict(model_type="siglip_vision_model", vision_use_head=False, **TOWER),
         text_config=dict(model_type="qwen2", vocab_size=VOCAB_SIZE, tie_word_embeddings=tied, **DECODER),
         tie_word_embeddings=tied,
+        image_grid_pinpoints=[[58, 116], [116, 58]],
         image_token_index=66,
         video_token_index=67,
     )

@@ -1,13 +1,20 @@
 """Hugging Face to Megatron and back gives the same names and, to the bit, the same tensors."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import chunks
 import models
 import pytest
 import torch
 
+import checkpoint_conversion
+from checkpoint_conversion import torch_dist_save
 from checkpoint_conversion.__main__ import main
+from checkpoint_conversion.hf_weights import row_blocks
 from checkpoint_conversion.names import join, table
 from rsa_megatron.huggingface import read_architecture
 
@@ -88,6 +95,16 @@ def test_chunks_of_any_ranks_become_the_same_model(tmp_path, stacked, num_ranks)
         back(checkpoint, tmp_path / "back", "--hf-template", str(tmp_path / "hf"), "--overwrite", *flags)
 
 
+def test_conversion_needs_torch_safetensors_and_transformers_alone():
+    code = (
+        "import sys; from checkpoint_conversion import hf_to_megatron, megatron_to_hf; "
+        "print([name for name in sys.modules if name.partition('.')[0] in ('megatron', 'transformer_engine', 'apex')])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint_conversion.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == "[]"
+
+
 def write_training_checkpoint(folder, hf, state, num_ranks, stacked, padding=5, without=()):
     stored = {"optimizer.state.exp_avg.language_model.lm_head": ((2,), [((0,), torch.zeros(2))])}
     for row in table(read_architecture(hf)):
@@ -108,9 +125,6 @@ def write_training_checkpoint(folder, hf, state, num_ranks, stacked, padding=5, 
 
 
 def test_a_large_tensor_goes_in_blocks_of_rows(tmp_path, monkeypatch):
-    from checkpoint_conversion import torch_dist_save
-    from checkpoint_conversion.hf_weights import row_blocks
-
     monkeypatch.setattr(torch_dist_save, "row_blocks", lambda shape, dtype: row_blocks(shape, dtype, block_bytes=1000))
     expected = models.write(tmp_path / "hf")
     there(tmp_path / "hf", tmp_path / "megatron")

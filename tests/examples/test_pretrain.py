@@ -10,6 +10,7 @@ import tiny
 import torch
 from processes import Failed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 TP = ("--tensor-model-parallel-size", 2)
 PP = ("--pipeline-model-parallel-size", 2)
@@ -60,11 +61,14 @@ def no_taps_allowed():
 
 
 def test_dry_run_prints_what_would_run_and_stops(demo):
-    (output,) = script.run(1, demo, "--dry-run", "--trainable", "projector", "vision")
-    counts = tiny.TINY.parameter_counts(1024)
+    flags = ["--trainable", "projector", "vision", "--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "768"]
+    output, _ = script.run(2, demo, "--dry-run", *flags)
+    counts = {part: sum(pieces.values()) for part, pieces in tiny.TINY.parameter_counts().items()}
     for part, learns in (("vision", "yes"), ("projector", "yes"), ("embeddings", "no"), ("language", "no")):
-        assert re.search(rf"^{part} +{counts[part]:,}  {learns}$", output, flags=re.MULTILINE)
+        assert re.search(rf"^{part} +{counts[part]:,}  {learns} ", output, flags=re.MULTILINE)
+    assert re.search(r"^projector .* two linear layers 2,624, image_newline 32$", output, flags=re.MULTILINE)
     assert re.search(rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} learn$", output, re.M)
+    assert "word embeddings: 1,024 rows, and 512 of padding, which are not counted" in output
     assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
     assert "iteration        1" not in output
 
@@ -311,8 +315,8 @@ def skip_a_batch_on_the_last_stage():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--model", "llava-9000"], "error: --model llava-9000: unknown; choose one of demo, tiny"),
-    (["--stage", "7"], "error: --model tiny --stage 7: no such recipe; there is --model demo --stage 1"),
+    (["--model", "llava-9000"], "error: --model llava-9000: neither a folder with a config.json nor one of demo, llava-ov-0.5b"),
+    (["--stage", "7"], "error: --stage 7: no such recipe; there is 1"),
     (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*energon prepare"),
     (["--tensor-model-parallel-size", 4, "--num-query-groups", 2],
      "error: --tensor-model-parallel-size 4 does not divide the decoder's query groups, 2"),
@@ -330,7 +334,24 @@ def skip_a_batch_on_the_last_stage():
 ])  # fmt: skip
 def test_bad_flags_are_one_line(demo, flags, message):
     world_size = 4 if 4 in flags and "--num-query-groups" in flags else 2
+    assert re.search(message, error_line(world_size, demo, *flags))
+
+
+def error_line(world_size, demo, *flags) -> str:
     with pytest.raises(Failed) as failed:
         script.run(world_size, demo, *flags)
     (line,) = [line for line in failed.value.output.splitlines() if re.search("error: ", line)]
-    assert re.search(message, line)
+    return line
+
+
+def test_a_hugging_face_folder_of_another_kind_is_one_line(demo, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
+    assert "config.json: model_type is 'llava'; llava_onevision is what can be read" in error_line(2, demo, "--model", tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_one_line(demo, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
+    tokenizer.add_tokens([f"word{i}" for i in range(100)])
+    tokenizer.save_pretrained(tmp_path)
+    line = error_line(2, demo, "--tokenizer-model", tmp_path)
+    assert re.search("error: the tokenizer .* has 1124 ids, --model tiny 1024 word embeddings", line)

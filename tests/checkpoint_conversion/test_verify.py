@@ -1,0 +1,65 @@
+"""verify compares the whole way from pixels to loss, and names the first part that differs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_conversion import verify
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(hf: Path, checkpoint: Path) -> subprocess.CompletedProcess:
+    # In a process of its own: it makes Megatron run on the CPU, for good.
+    command = [sys.executable, "-m", "checkpoint_conversion", "verify", "--hf", str(hf), "--checkpoint", str(checkpoint)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_converted_checkpoint_is_the_same(models):
+    result = run(models.hf, models.megatron)
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if "image" in line]
+    assert [row.rsplit(maxsplit=6)[0].strip() for row in rows if "pixels" not in row][0].startswith("one image")
+    assert len([row for row in rows if "pixels" not in row]) == 5
+    # Pixels are the same to the bit, text alone has none.
+    assert all(row.split()[-6] == "0.0e+00" for row in rows if "no image" not in row and "pixels" not in row)
+    assert "the same, to 1e-04 of the largest value" in result.stdout
+
+
+@pytest.mark.parametrize("tensor, part", [
+    ("vision_tower.vision_model.encoder.layers.2.mlp.fc2.bias", "vision features"),
+    ("multi_modal_projector.linear_2.bias", "projected tokens"),
+])  # fmt: skip
+def test_the_first_part_that_differs_is_named(models, tmp_path, tensor, part):
+    tensors = load_file(models.hf / "model.safetensors")
+    tensors[tensor] += 0.01
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for file in models.hf.iterdir():
+        (changed / file.name).symlink_to(file)
+    (changed / "model.safetensors").unlink()
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    result = run(changed, models.megatron)
+    assert result.returncode == 1
+    assert f"error: {part} differ by" in result.stderr and "--tolerance 1e-04" in result.stderr
+
+
+def report(capsys, **changed) -> tuple[int, str]:
+    samples = [verify.Sample(name, [], None, None, {}, None, None) for name in ("one image", "no image")]
+    expected = [{part: torch.ones(3) for part in verify.PARTS}, {part: torch.ones(3) for part in verify.PARTS[3:]}]
+    actual = [{part: changed.get(part.replace(" ", "_"), value) for part, value in parts.items()} for parts in expected]
+    code = verify.report(samples, expected, actual, 1e-4)
+    return code, capsys.readouterr().err
+
+
+def test_a_report_names_the_first_part_and_takes_nan_and_other_shapes_for_different(capsys):
+    assert report(capsys) == (0, "")
+    assert report(capsys, logits=torch.ones(3) + 5e-5) == (0, "")
+    code, error = report(capsys, logits=torch.ones(3) * 2, last_hidden_state=torch.ones(3) * 1.5)
+    assert code == 1 and error.startswith("error: last hidden state differ by 5.0e-01 of their largest value (sample 'one image')")
+    assert report(capsys, loss=torch.full((3,), torch.nan))[0] == 1
+    assert report(capsys, projected_tokens=torch.ones(4))[0] == 1
