@@ -3,24 +3,38 @@
 Read: LLaVA-OneVision as transformers has it, the original LLaVA-NeXT configs of lmms-lab, and a SigLIP tower and a
 Qwen2 decoder that are not one model yet. What the Megatron model cannot do is refused here, by its key.
 
-Written: the keys that transformers had from 4.45 on (rope_theta, torch_dtype, chat_template.json), which its later
-versions and the inference servers read too.
+Written: the keys and files that transformers had from 4.45 on (rope_theta, torch_dtype, chat_template.json,
+additional_special_tokens), which its later versions and the inference servers read too; tests/old_transformers.py.
 """
 
+import ast
 import json
 import re
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.llava.architectures import Architecture, Decoder, VisionTower, get_architecture, square_grids
 
 VIDEO_TOKEN = "<video>"
 #: What a folder may hold that is weights, or about them.
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.h5",
-                   "*.msgpack", "*.onnx", "*.distcp")  # fmt: skip
+WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.index.*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5",
+                   "*.msgpack", "*.onnx", "*.onnx_data", "*.distcp")  # fmt: skip
+# What a config of lmms-lab must say.
+_LMMS_LAB = {
+    "architectures": ["LlavaQwenForCausalLM"],
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_resampler_type": None,
+    "mm_use_im_start_end": False,
+}
+# Parts of processor_config.json that have files of their own before transformers 5.
+_PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+# How images are prepared.
+_PIXEL_KEYS = ("size", "resample", "rescale_factor", "image_mean", "image_std", "image_grid_pinpoints")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -53,28 +67,33 @@ def read_architecture(folder: Path) -> Architecture:
             f"{where}: model_type is {raw.get('model_type')!r}; llava_onevision is what can be read (for a SigLIP and a "
             "Qwen2 checkpoint: python -m checkpoint_conversion hf-to-megatron --vision DIR --language DIR)"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = _load_config(folder)
     _require(where, "vision_feature_layer", config.vision_feature_layer, -1)
     _require(where, "vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
     _require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")
     _require(where, "multimodal_projector_bias", config.multimodal_projector_bias, True)
-    return Architecture(
+    tower = _read_tower(config.vision_config, f"{where}, vision_config", config.vision_config.num_hidden_layers)
+    architecture = Architecture(
         name=folder.name,
-        vision=_read_tower(config.vision_config, f"{where}, vision_config", config.vision_config.num_hidden_layers),
+        vision=tower,
         decoder=_read_decoder(config.text_config, f"{where}, text_config", config.tie_word_embeddings),
         vocab_size=config.text_config.vocab_size,
-        grid_pinpoints=tuple((height, width) for height, width in config.image_grid_pinpoints),
-        max_tiles=_max_tiles(config.vision_aspect_ratio, where),
+        grid_pinpoints=tuple(tuple(grid) for grid in config.image_grid_pinpoints),
+        max_tiles=_max_tiles("vision_aspect_ratio", config.vision_aspect_ratio, where),
     )
+    _check_grids(architecture.grid_pinpoints, tower.image_size, where)
+    _check_image_processor(folder, architecture)
+    return architecture
 
 
 def read_towers(vision: Path, language: Path) -> Architecture:
     """The model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
 
-    A tower of L layers is used up to the one before its last. The vocabulary gets rows for <image> and <video>, and is
-    rounded up to a multiple of 64, as in the published checkpoints.
+    The vocabulary gets rows for <image> and <video>, and is rounded up to a multiple of 64, as in the published
+    checkpoints. Embeddings stay tied or untied, as they are: Qwen2-1.5B-Instruct has no output layer, so that what
+    comes of it is llava-ov-1.5b but for tied embeddings. For the paper's model, save that Qwen2 untied before.
     """
-    vision_config, text_config = AutoConfig.from_pretrained(vision), AutoConfig.from_pretrained(language)
+    vision_config, text_config = _load_config(vision), _load_config(language)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     tower = _read_tower(vision_config, f"{vision}/config.json", _layers_used(vision_config.num_hidden_layers))
     return Architecture(
@@ -87,28 +106,39 @@ def read_towers(vision: Path, language: Path) -> Architecture:
 
 
 def _layers_used(num_layers: int) -> int:
-    """Of SigLIP-so400m's 27 layers 26 are used. A tower of 26 has lost its last one already."""
+    """Of SigLIP-so400m's 27 layers 26 are used. A tower of 26 has lost its last one already; others are used whole."""
     return num_layers - 1 if num_layers == 27 else num_layers
 
 
 def _from_lmms_lab(raw: dict, where: str, name: str) -> Architecture:
-    _require(where, "mm_projector_type", raw.get("mm_projector_type"), "mlp2x_gelu")
+    for key, wanted in _LMMS_LAB.items():
+        _require(where, key, raw.get(key), wanted)
     if "siglip-so400m-patch14-384" not in raw["mm_vision_tower"]:
         raise ValueError(f"{where}: mm_vision_tower {raw['mm_vision_tower']}; siglip-so400m-patch14-384 is what can be read")
-    keys = {key: raw[key] for key in Qwen2Config().to_dict() if key in raw and key != "model_type"}
-    keys |= {key: raw[key] for key in ("rope_theta", "tie_word_embeddings") if key in raw}
-    decoder = _read_decoder(Qwen2Config(**keys), where, raw.get("tie_word_embeddings", False))
+    config = Qwen2Config.from_dict({key: value for key, value in raw.items() if key != "model_type"})
     vision = get_architecture("llava-ov-7b").vision
-    pinpoints = raw.get("image_grid_pinpoints", "(1x1),...,(6x6)")
-    if isinstance(pinpoints, str):  # "(1x1),...,(6x6)": all grids from the first to the last
-        rows, columns = (int(number) for number in re.findall(r"\d+", pinpoints)[-2:])
-        grids = square_grids(vision.image_size, rows, columns)
+    grids = _lmms_lab_grids(raw.get("image_grid_pinpoints"), vision.image_size, where)
+    _check_grids(grids, vision.image_size, where)
+    aspect_ratio = raw.get("image_aspect_ratio")
+    if aspect_ratio == "anyres":  # nothing is shrunk: as many tiles may be kept as the largest grid has
+        max_tiles = max(9, *(height * width // vision.image_size**2 for height, width in grids))
     else:
-        grids = tuple((height, width) for width, height in pinpoints)  # lmms-lab has the width first
-    aspect_ratio = raw.get("image_aspect_ratio", "anyres_max_9")
-    # Grids of plain "anyres" are never large enough to be shrunk.
-    max_tiles = 9 if aspect_ratio == "anyres" else _max_tiles(aspect_ratio, where)
-    return Architecture(name, vision, decoder, raw["vocab_size"], grids, max_tiles)
+        max_tiles = _max_tiles("image_aspect_ratio", aspect_ratio, where)
+    decoder = _read_decoder(config, where, config.tie_word_embeddings)
+    return Architecture(name, vision, decoder, config.vocab_size, grids, max_tiles)
+
+
+def _lmms_lab_grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels, in the order of lmms-lab, which has the width first."""
+    try:
+        if isinstance(pinpoints, str) and "x" in pinpoints:  # "(1x1),...,(6x6)": all from the first to the last, in tiles
+            (first, *_, last) = re.findall(r"(\d+)x(\d+)", pinpoints)
+            columns, rows = (range(int(least), int(most) + 1) for least, most in zip(first, last))
+            return tuple((tile_size * row, tile_size * column) for column in columns for row in rows)
+        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+        return tuple((height, width) for width, height in pairs)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(f"{where}: image_grid_pinpoints is {pinpoints!r}; a list of [width, height] can be read") from error
 
 
 def _read_tower(config: SiglipVisionConfig, where: str, num_layers: int) -> VisionTower:
@@ -116,6 +146,9 @@ def _read_tower(config: SiglipVisionConfig, where: str, num_layers: int) -> Visi
     _require(where, "hidden_act", config.hidden_act, "gelu_pytorch_tanh")
     _require(where, "num_channels", config.num_channels, 3)
     _require(where, "attention_dropout", config.attention_dropout, 0)
+    for key in ("image_size", "patch_size"):
+        if not isinstance(getattr(config, key), int):
+            raise ValueError(f"{where}: {key} is {getattr(config, key)}; one number, the side of a square, can be read")
     return VisionTower(
         num_layers=num_layers,
         hidden_size=config.hidden_size,
@@ -130,9 +163,15 @@ def _read_tower(config: SiglipVisionConfig, where: str, num_layers: int) -> Visi
 def _read_decoder(config: Qwen2Config, where: str, tie_word_embeddings: bool) -> Decoder:
     _require(where, "model_type", config.model_type, "qwen2")
     _require(where, "hidden_act", config.hidden_act, "silu")
-    _require(where, "use_sliding_window", config.use_sliding_window, False)
-    rope = config.rope_parameters
-    _require(where, "rope type", rope.get("rope_type", "default"), "default")
+    _require(where, "attention_dropout", config.attention_dropout, 0)
+    # max_window_layers may be so many that use_sliding_window means no layer.
+    _require(where, "use_sliding_window", "sliding_attention" in config.layer_types, False)
+    head_size = config.hidden_size / config.num_attention_heads
+    _require(where, "head_dim", getattr(config, "head_dim", None) or head_size, head_size)
+    rope = config.rope_parameters  # also what older versions have as rope_theta and rope_scaling
+    _require(where, "rope_scaling", rope["rope_type"], "default")
+    _require(where, "partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1)
+    _require(where, "rope_theta", rope["rope_theta"], int(rope["rope_theta"]))  # a whole number, as --rotary-base is
     return Decoder(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -151,28 +190,95 @@ def _require(where: str, key: str, value, wanted) -> None:
         raise ValueError(f"{where}: {key} is {value!r}; only {wanted!r} can be read")
 
 
-def _max_tiles(vision_aspect_ratio: str, where: str) -> int:
-    match = re.fullmatch(r"anyres_max_(\d+)", vision_aspect_ratio)
+def _max_tiles(key: str, aspect_ratio: str | None, where: str) -> int:
+    match = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
     if not match:
-        raise ValueError(f"{where}: vision_aspect_ratio is {vision_aspect_ratio!r}; anyres_max_N can be read")
+        raise ValueError(f"{where}: {key} is {aspect_ratio!r}; anyres_max_N can be read")
     return int(match[1])
+
+
+def _check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) -> None:
+    wrong = [grid for grid in grids if any(side < tile_size or side % tile_size for side in grid)]
+    if wrong or not grids:
+        what = f"has {list(wrong[0])}" if wrong else "is empty"
+        raise ValueError(f"{where}: image_grid_pinpoints {what}; multiples of image_size {tile_size} can be read")
+
+
+def _check_image_processor(folder: Path, architecture: Architecture) -> None:
+    """Refuse a folder whose images are prepared in another way than here: it is served with that way."""
+    expected = _image_processor_config(architecture)
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        content = _read_json_if_there(folder / name)
+        found = content.get(part, {}) if part else content
+        for key in _PIXEL_KEYS:
+            _require(f"{folder}/{name}", key, found.get(key, expected[key]), expected[key])
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    _read_json(folder / "config.json")  # else a folder that is missing would be looked for on the hub
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: name a folder in Hugging Face format") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: no table of keys and values")
+    return content
+
+
+def _read_json_if_there(path: Path) -> dict:
+    return _read_json(path) if path.is_file() else {}
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Every file of a Hugging Face folder but its weights."""
+    """Every file of a Hugging Face folder but its weights, readable to old versions of transformers too."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
             shutil.copyfile(file, target / file.name)
+    _add_old_names(target)
+
+
+def _add_old_names(folder: Path) -> None:
+    """What transformers 5 saves under names or in files of its own, by those that 4.45 knows. 5 reads these as well.
+
+    Without rope_theta an old version would take 10000, and without preprocessor_config.json find no processor.
+    """
+    config = _read_json_if_there(folder / "config.json")
+    if "rope_theta" in (rope := config.get("text_config", {}).get("rope_parameters") or {}):
+        config["text_config"]["rope_theta"] = rope["rope_theta"]
+        _write_json(folder / "config.json", config)
+    processor = _read_json_if_there(folder / "processor_config.json")
+    parts = [name for name in _PROCESSOR_PARTS if name in processor]
+    for name in parts:
+        _write_json(folder / _PROCESSOR_PARTS[name], processor.pop(name))
+    if parts:
+        _write_json(folder / "processor_config.json", processor)
+    tokenizer = _read_json_if_there(folder / "tokenizer_config.json")
+    renamed = dict(tokenizer)
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        renamed["additional_special_tokens"] = renamed.pop("extra_special_tokens")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        renamed.setdefault("chat_template", template.read_text())
+        if not (folder / "chat_template.json").is_file():
+            _write_json(folder / "chat_template.json", {"chat_template": template.read_text()})
+    if renamed != tokenizer:
+        _write_json(folder / "tokenizer_config.json", renamed)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_model_files(folder: Path, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -183,9 +289,10 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: PreTr
         tokenizer.add_tokens(missing, special_tokens=True)
     if len(tokenizer) > architecture.vocab_size:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} ids ({' and '.join(missing) or 'none'} added), the "
-            f"model {architecture.vocab_size} word embeddings"
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} ids ({' and '.join(missing) or 'none'} added), "
+            f"the model {architecture.vocab_size} word embeddings"
         )
+    tokenizer.chat_template = _CHAT_TEMPLATE  # a text model's own would not show the images
     tokenizer.save_pretrained(folder)
     for name, content in {
         "config.json": _config(architecture, tokenizer),
@@ -195,7 +302,8 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: PreTr
         "processor_config.json": _processor_config(architecture),
         "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
     }.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        _write_json(folder / name, content)
+    _add_old_names(folder)
 
 
 def _config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -117,12 +117,14 @@ def in_this_version(hf: str, expected_file: str) -> None:
         difference = prepared["pixel_values"] - sample["inputs"]["pixel_values"]
         largest["pixels"] = max(largest["pixels"], difference.abs().max().item())
         same_ids += prepared["input_ids"].tolist() == sample["inputs"]["input_ids"].tolist()
-    (frequencies,) = (buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
+    # 4.45 has one in each layer.
+    frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
     theta = frequencies[1].item() ** -len(frequencies)  # the second of n frequencies is theta ** (-1 / n)
+    same_text = processor.apply_chat_template(MESSAGES) == expected["text"]
     print(json.dumps([
-        *(len(loading[kind]) for kind in ("missing_keys", "unexpected_keys")), f"{theta:,.0f}",
-        processor.image_processor.image_mean[0], *(f"{difference:.0e}" for difference in largest.values()),
-        f"{same_ids} of {len(expected['samples'])}", "yes" if processor.apply_chat_template(MESSAGES) == expected["text"] else "no",
+        len(loading["missing_keys"]), len(loading["unexpected_keys"]), f"{theta:,.0f}", processor.image_processor.image_mean[0],
+        *(f"{difference:.0e}" for difference in largest.values()), f"{same_ids} of {len(expected['samples'])}",
+        "yes" if same_text else "no",
     ]))  # fmt: skip
 
 

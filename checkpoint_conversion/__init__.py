@@ -1,0 +1,1 @@
+"""Checkpoints from Hugging Face to Megatron and back: python -m checkpoint_conversion --help."""

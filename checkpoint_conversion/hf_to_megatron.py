@@ -1,0 +1,84 @@
+"""Hugging Face to a Megatron checkpoint that --load takes under any tensor and pipeline parallelism.
+
+    OUT/latest_checkpointed_iteration.txt    "release"
+    OUT/release/                             the weights, as a torch_dist checkpoint
+    OUT/hf/                                  config, tokenizer and processor: --model OUT/hf --tokenizer-model OUT/hf
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from checkpoint_conversion.first_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
+from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
+from checkpoint_conversion.names import EMBEDDINGS, TOWER, table
+from checkpoint_conversion.new_folder import new_folder
+from checkpoint_conversion.progress import progress
+from checkpoint_conversion.torch_dist_save import save_checkpoint
+from rsa_megatron.huggingface import copy_model_files, read_architecture, read_towers, write_model_files
+from rsa_megatron.llava.architectures import Architecture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf", type=Path, help="folder of a LLaVA-OneVision: llava-hf's or lmms-lab's")
+    parser.add_argument("--vision", type=Path, help="instead: folder of a SigLIP, for a new model")
+    parser.add_argument("--language", type=Path, help="and folder of a Qwen2")
+    parser.add_argument("--seed", type=int, help="of a new model's projector and image_newline; default 1234")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
+
+
+def run(args: argparse.Namespace) -> None:
+    sources = _sources(args)
+    if args.hf:
+        architecture = read_architecture(args.hf)
+        is_ours = "mm_vision_tower" not in json.loads((args.hf / "config.json").read_text())
+        tensors = open_folder(args.hf)
+    else:
+        architecture, is_ours = read_towers(args.vision, args.language), False
+        seed = 1234 if args.seed is None else args.seed
+        tensors = _join_towers(architecture, open_folder(args.vision), open_folder(args.language), seed)
+    if not is_ours:
+        add_vocabulary_rows(tensors, architecture.vocab_size)
+    if architecture.decoder.tie_word_embeddings:
+        drop_tied_head(tensors)
+    rows = table(architecture)
+    where = " and ".join(map(str, sources))
+    check(tensors, rows, where)
+    num_bytes = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors.values())
+    with new_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=sources) as folder:
+        if is_ours:
+            copy_model_files(args.hf, folder / "hf")
+        else:
+            write_model_files(folder / "hf", architecture, _tokenizer(args.hf or args.language))
+        with progress(len(tensors), num_bytes, args.out) as bar:
+            save_checkpoint(folder / "release", rows, tensors, bar.update)
+        (folder / "latest_checkpointed_iteration.txt").write_text("release")
+
+
+def _sources(args: argparse.Namespace) -> list[Path]:
+    if bool(args.hf) == bool(args.vision or args.language) or bool(args.vision) != bool(args.language):
+        raise ValueError("name either --hf DIR, or --vision DIR and --language DIR")
+    if args.hf and args.seed is not None:
+        raise ValueError("--seed: nothing is drawn at random from --hf; leave it out")
+    return [args.hf] if args.hf else [args.vision, args.language]
+
+
+def _join_towers(
+    architecture: Architecture, vision: dict[str, Readable], language: dict[str, Readable], seed: int
+) -> dict[str, Readable]:
+    drop_last_tower_layer(vision, architecture.vision.num_layers)
+    for folder, tensors, is_tower in (("--vision", vision, True), ("--language", language, False)):
+        wrong = [name for name in tensors if name.startswith(TOWER) != is_tower]
+        if wrong:
+            raise ValueError(f"{folder}: {tensors[wrong[0]].source} is no tensor of such a model")
+    if EMBEDDINGS not in language:
+        raise ValueError(f"--language: {EMBEDDINGS} is missing")
+    return vision | first_projector(architecture, seed, language[EMBEDDINGS].dtype) | language
+
+
+def _tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

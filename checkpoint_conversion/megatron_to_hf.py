@@ -1,0 +1,72 @@
+"""A Megatron checkpoint to a Hugging Face folder that transformers and inference servers load.
+
+Weights go under the hub's names, in the dtype in which the checkpoint holds them; everything else is copied from the
+folder that the model came from, but for the dtype in config.json.
+"""
+
+import argparse
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint_conversion.hf_shards import write_folder
+from checkpoint_conversion.names import EMBEDDINGS, Row, expected_shapes, split, table
+from checkpoint_conversion.new_folder import new_folder
+from checkpoint_conversion.progress import progress
+from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
+from rsa_megatron.huggingface import copy_model_files, read_architecture
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron's --save folder, or one checkpoint in it")
+    parser.add_argument("--iteration", type=int, help="of a --save folder; default: the latest")
+    parser.add_argument("--hf-template", type=Path, help="folder to copy all but weights from; default: hf beside it")
+    parser.add_argument("--max-shard-size", type=_size, default="2GB", help="of a safetensors file; default 2GB")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
+
+
+def run(args: argparse.Namespace) -> None:
+    source = find_checkpoint(args.checkpoint, args.iteration)
+    template = args.hf_template or source.parent / "hf"
+    if not (template / "config.json").is_file():
+        raise ValueError(
+            f"{template}/config.json is missing; name the Hugging Face folder that the model came from with --hf-template"
+        )
+    rows = table(read_architecture(template))
+    checkpoint = MegatronCheckpoint(source, rows)
+    dtypes = {row.key: checkpoint.dtype(row) for row in rows}
+    num_bytes = sum(dtypes[row.key].itemsize * math.prod(row.stored_shape) for row in rows)
+    with new_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=[source, template]) as folder:
+        copy_model_files(template, folder)
+        _set_dtype(folder / "config.json", next(dtypes[row.key] for row in rows if EMBEDDINGS in row.parts))
+        with progress(len(expected_shapes(rows)), num_bytes, args.out) as bar:
+            write_folder(folder, rows, dtypes, partial(_parts, checkpoint, bar), args.max_shard_size)
+
+
+def _parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None) -> list[Tensor]:
+    whole = checkpoint.read(row, layer)
+    bar.update(whole.nbytes)
+    return split(whole, [shape[0] for shape in row.parts.values()], row.groups)
+
+
+def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Say in config.json in which dtype the weights are, under the key it has; without one, under both versions'."""
+    config = json.loads(config_file.read_text())
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype", "dtype"]
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text}: write it as 500MB or 2GB")
+    return int(match[1]) * _UNITS[match[2]]

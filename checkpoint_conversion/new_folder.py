@@ -1,0 +1,85 @@
+"""An output folder that appears under its name only when it is whole."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OTHER_FILES = 64 * 2**20  # bytes, ample for tokenizer, configs and a checkpoint's metadata
+
+
+@contextmanager
+def new_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
+    """A folder to write to, beside `out`, renamed to `out` at the end; removed if anything goes wrong.
+
+    Args:
+        out: the name; there may be a folder of that name only with `overwrite`, and it is kept until the end.
+        num_bytes: of weights that will be written.
+        overwrite: replace a folder of that name.
+        sources: folders that are read, which `out` must not hold.
+
+    Raises:
+        ValueError: before anything is written, when `out` cannot be, or the disk has too little room; or when the disk
+            turned out to be full.
+    """
+    _check(out, num_bytes, overwrite, sources)
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        _put_in_place(unfinished, out)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        full = _full_disk(error)
+        if full is not None:
+            what = full.strerror.lower()
+            raise ValueError(f"--out {out}: {what}; nothing is left there, make room or name another disk") from error
+        raise
+
+
+def _check(out: Path, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> None:
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out} is there already; name another folder, or pass --overwrite to replace it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    for source in sources:
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"--out {out} holds {source}, which is read; name another folder")
+    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    needed = num_bytes + _OTHER_FILES
+    if free < needed:
+        raise ValueError(
+            f"--out {out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room or name another disk"
+        )
+
+
+def _put_in_place(unfinished: Path, out: Path) -> None:
+    if not out.exists():
+        return _rename(unfinished, out)
+    replaced = out.with_name(out.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    out.rename(replaced)
+    _rename(unfinished, out)
+    shutil.rmtree(replaced)
+
+
+def _rename(unfinished: Path, out: Path) -> None:
+    unfinished.rename(out)
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The disk's refusal behind an error: torch's writer puts errors of its own in front of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
