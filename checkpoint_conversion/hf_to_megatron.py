@@ -8,11 +8,12 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_conversion.first_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
 from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
-from checkpoint_conversion.names import EMBEDDINGS, TOWER, table
+from checkpoint_conversion.names import EMBEDDINGS, LM_HEAD, TOWER, table
 from checkpoint_conversion.new_folder import new_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_save import save_checkpoint
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", type=Path, help="instead: folder of a SigLIP, for a new model")
     parser.add_argument("--language", type=Path, help="and folder of a Qwen2")
     parser.add_argument("--seed", type=int, help="of a new model's projector and image_newline; default 1234")
+    parser.add_argument("--untie-embeddings-and-output-weights", action="store_true",
+                        help="of a new model: a tied Qwen2 gets an output layer of its own (as llava-ov-1.5b, the RSA paper's)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
 
@@ -39,6 +42,9 @@ def run(args: argparse.Namespace) -> None:
         architecture, is_ours = read_towers(args.vision, args.language), False
         seed = 1234 if args.seed is None else args.seed
         tensors = _join_towers(architecture, open_folder(args.vision), open_folder(args.language), seed)
+        if args.untie_embeddings_and_output_weights:
+            architecture = replace(architecture, decoder=replace(architecture.decoder, tie_word_embeddings=False))
+            tensors.setdefault(LM_HEAD, tensors[EMBEDDINGS])
     if not is_ours:
         add_vocabulary_rows(tensors, architecture.vocab_size)
     if architecture.decoder.tie_word_embeddings:
@@ -62,6 +68,8 @@ def _sources(args: argparse.Namespace) -> list[Path]:
         raise ValueError("name either --hf DIR, or --vision DIR and --language DIR")
     if args.hf and args.seed is not None:
         raise ValueError("--seed: nothing is drawn at random from --hf; leave it out")
+    if args.hf and args.untie_embeddings_and_output_weights:
+        raise ValueError("--untie-embeddings-and-output-weights: a model of --hf stays as its config.json says; leave it out")
     return [args.hf] if args.hf else [args.vision, args.language]
 
 

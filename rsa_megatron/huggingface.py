@@ -8,6 +8,7 @@ additional_special_tokens), which its later versions and the inference servers r
 """
 
 import ast
+import dataclasses
 import json
 import re
 import shutil
@@ -72,11 +73,13 @@ def read_architecture(folder: Path) -> Architecture:
     _require(where, "vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
     _require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")
     _require(where, "multimodal_projector_bias", config.multimodal_projector_bias, True)
-    tower = _read_tower(config.vision_config, f"{where}, vision_config", config.vision_config.num_hidden_layers)
+    tower = _read_tower(config.vision_config, f"{where}, vision_config")
+    decoder = _read_decoder(config.text_config, f"{where}, text_config")
     architecture = Architecture(
         name=folder.name,
         vision=tower,
-        decoder=_read_decoder(config.text_config, f"{where}, text_config", config.tie_word_embeddings),
+        # Embeddings are tied where one of the two configs says so; the hub's 0.5b has it in text_config.
+        decoder=dataclasses.replace(decoder, tie_word_embeddings=config.tie_word_embeddings),
         vocab_size=config.text_config.vocab_size,
         grid_pinpoints=tuple(tuple(grid) for grid in config.image_grid_pinpoints),
         max_tiles=_max_tiles("vision_aspect_ratio", config.vision_aspect_ratio, where),
@@ -95,11 +98,12 @@ def read_towers(vision: Path, language: Path) -> Architecture:
     """
     vision_config, text_config = _load_config(vision), _load_config(language)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    tower = _read_tower(vision_config, f"{vision}/config.json", _layers_used(vision_config.num_hidden_layers))
+    tower = _read_tower(vision_config, f"{vision}/config.json")
+    tower = dataclasses.replace(tower, num_layers=_layers_used(tower.num_layers))
     return Architecture(
         name=f"{vision.name}+{language.name}",
         vision=tower,
-        decoder=_read_decoder(text_config, f"{language}/config.json", text_config.tie_word_embeddings),
+        decoder=_read_decoder(text_config, f"{language}/config.json"),
         vocab_size=-(-(text_config.vocab_size + 2) // 64) * 64,
         grid_pinpoints=square_grids(tower.image_size, 6, 6),
     )
@@ -124,8 +128,7 @@ def _from_lmms_lab(raw: dict, where: str, name: str) -> Architecture:
         max_tiles = max(9, *(height * width // vision.image_size**2 for height, width in grids))
     else:
         max_tiles = _max_tiles("image_aspect_ratio", aspect_ratio, where)
-    decoder = _read_decoder(config, where, config.tie_word_embeddings)
-    return Architecture(name, vision, decoder, config.vocab_size, grids, max_tiles)
+    return Architecture(name, vision, _read_decoder(config, where), config.vocab_size, grids, max_tiles)
 
 
 def _lmms_lab_grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]:
@@ -141,7 +144,7 @@ def _lmms_lab_grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, i
         raise ValueError(f"{where}: image_grid_pinpoints is {pinpoints!r}; a list of [width, height] can be read") from error
 
 
-def _read_tower(config: SiglipVisionConfig, where: str, num_layers: int) -> VisionTower:
+def _read_tower(config: SiglipVisionConfig, where: str) -> VisionTower:
     _require(where, "model_type", config.model_type, "siglip_vision_model")
     _require(where, "hidden_act", config.hidden_act, "gelu_pytorch_tanh")
     _require(where, "num_channels", config.num_channels, 3)
@@ -150,7 +153,7 @@ def _read_tower(config: SiglipVisionConfig, where: str, num_layers: int) -> Visi
         if not isinstance(getattr(config, key), int):
             raise ValueError(f"{where}: {key} is {getattr(config, key)}; one number, the side of a square, can be read")
     return VisionTower(
-        num_layers=num_layers,
+        num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
@@ -160,7 +163,7 @@ def _read_tower(config: SiglipVisionConfig, where: str, num_layers: int) -> Visi
     )
 
 
-def _read_decoder(config: Qwen2Config, where: str, tie_word_embeddings: bool) -> Decoder:
+def _read_decoder(config: Qwen2Config, where: str) -> Decoder:
     _require(where, "model_type", config.model_type, "qwen2")
     _require(where, "hidden_act", config.hidden_act, "silu")
     _require(where, "attention_dropout", config.attention_dropout, 0)
@@ -179,7 +182,7 @@ def _read_decoder(config: Qwen2Config, where: str, tie_word_embeddings: bool) ->
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
         max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=tie_word_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
         rotary_base=int(rope["rope_theta"]),
         rmsnorm_epsilon=config.rms_norm_eps,
     )

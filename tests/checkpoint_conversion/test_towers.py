@@ -1,5 +1,6 @@
 """A model from a SigLIP and a Qwen2 that have never met."""
 
+import json
 import math
 
 import models
@@ -68,6 +69,13 @@ def test_new_vocabulary_rows_are_the_mean_of_the_others(towers, tmp_path, tied):
         actual, own = state["language_model." + name], source[name]
         assert actual.shape == (128, HIDDEN) and torch.equal(actual[:100], own)
         assert torch.equal(actual[100:], own.double().mean(0).bfloat16().expand(28, -1))
+
+
+def test_a_tied_language_model_can_be_untied(towers, tmp_path):
+    state = convert(towers, tmp_path, "siglip-26", "qwen2-tied", "--untie-embeddings-and-output-weights")
+    assert torch.equal(state["language_model.lm_head.weight"], state["language_model.model.embed_tokens.weight"])
+    config = json.loads((tmp_path / "megatron-hf" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
 
 
 def test_projector_and_newline_are_drawn_by_seed(towers, tmp_path):
