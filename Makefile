@@ -32,7 +32,8 @@ test: $(INSTALLED)
 	@$(PY) -m pytest $(ARGS)
 
 bench: $(INSTALLED)
-	@$(PY) benchmarks/rsa_loss.py --append results/benchmarks.jsonl $(ARGS)
+	@$(PY) benchmarks/rsa_loss.py --append results/benchmarks.jsonl
+	@$(PY) benchmarks/conversion.py --append results/benchmarks.jsonl
 
 # The demo. What is there already is not done again; a run that was interrupted is taken up where it was.
 

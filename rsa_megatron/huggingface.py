@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -119,7 +120,8 @@ def _from_lmms_lab(raw: dict, where: str, name: str) -> Architecture:
         _require(where, key, raw.get(key), wanted)
     if "siglip-so400m-patch14-384" not in raw["mm_vision_tower"]:
         raise ValueError(f"{where}: mm_vision_tower {raw['mm_vision_tower']}; siglip-so400m-patch14-384 is what can be read")
-    config = Qwen2Config.from_dict({key: value for key, value in raw.items() if key != "model_type"})
+    keys = {key: value for key, value in raw.items() if key != "model_type"}
+    config = _make_config(where, Qwen2Config.from_dict, keys)
     vision = get_architecture("llava-ov-7b").vision
     grids = _lmms_lab_grids(raw.get("image_grid_pinpoints"), vision.image_size, where)
     _check_grids(grids, vision.image_size, where)
@@ -219,10 +221,14 @@ def _check_image_processor(folder: Path, architecture: Architecture) -> None:
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     _read_json(folder / "config.json")  # else a folder that is missing would be looked for on the hub
+    return _make_config(f"{folder}/config.json", AutoConfig.from_pretrained, folder)
+
+
+def _make_config(where: str, make: Callable, *arguments) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
+        return make(*arguments)
     except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from checkpoint_conversion import __main__ as conversion
-from checkpoint_conversion import verify
+from checkpoint_conversion import model_parts
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 MEGATRON_FLAGS = ["--train-iters", "1", "--seq-length", "256", "--eval-iters", "0", "--rsa-weight", "0", "--mutual-knn-samples", "0"]
@@ -32,11 +32,11 @@ class Models:
         # Captions of different lengths, so that rows of a batch are padded.
         captions = [" ".join(["A red boat lies in the harbour."] * (1 + i % 3)) for i in range(len(images))]
         self.samples = [
-            verify.make_sample(name, pictures, encoder, self.hf, caption)
+            model_parts.make_sample(name, pictures, encoder, self.hf, caption)
             for (name, pictures), caption in zip(images.items(), captions)
         ]
         self.batch = encoder.batch([encoder.encode_sample(sample.stored) for sample in self.samples])
-        self.expected = verify.hugging_face_parts(self.hf, self.samples, torch.float32)
+        self.expected = model_parts.hugging_face_parts(self.hf, self.samples, torch.float32)
 
     def _encoder(self) -> LlavaTaskEncoder:
         architecture = tiny_hf.architecture(tied=True)

@@ -122,9 +122,9 @@ def in_this_version(hf: str, expected_file: str) -> None:
     theta = frequencies[1].item() ** -len(frequencies)  # the second of n frequencies is theta ** (-1 / n)
     same_text = processor.apply_chat_template(MESSAGES) == expected["text"]
     print(json.dumps([
-        len(loading["missing_keys"]), len(loading["unexpected_keys"]), f"{theta:,.0f}", processor.image_processor.image_mean[0],
-        *(f"{difference:.0e}" for difference in largest.values()), f"{same_ids} of {len(expected['samples'])}",
-        "yes" if same_text else "no",
+        len(loading["missing_keys"]), len(loading["unexpected_keys"]), f"{theta:,.0f}",
+        processor.image_processor.image_mean[0], *(f"{difference:.0e}" for difference in largest.values()),
+        f"{same_ids} of {len(expected['samples'])}", "yes" if same_text else "no",
     ]))  # fmt: skip
 
 

@@ -175,7 +175,8 @@ def test_what_a_decoder_may_have_of_its_own(tmp_path, text, changed):
         (hub(text=dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768))),
          ["text_config: rope_scaling is 'yarn'"]),
         (hub(text=dict(rope_theta=10000.5)), ["text_config: rope_theta is 10000.5"]),
-        (hub(text=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))), ["text_config: partial_rotary_factor is 0.5"]),
+        (hub(text=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
+         ["text_config: partial_rotary_factor is 0.5"]),
         (hub(text=dict(attention_dropout=0.1)), ["text_config: attention_dropout is 0.1"]),
         (hub(text=dict(head_dim=128)), ["text_config: head_dim is 128; only 64.0"]),
         (hub(text=dict(num_hidden_layers="24")), ["cannot be read", "num_hidden_layers"]),
@@ -274,6 +275,7 @@ def test_plain_anyres_shrinks_nothing(tmp_path, ratio, pinpoints, expected):
     (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is 'linear'"),
     (dict(use_sliding_window=True, max_window_layers=2), "use_sliding_window is True"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(num_hidden_layers="28"), "num_hidden_layers"),
 ])  # fmt: skip
 def test_what_else_the_original_code_can_do_is_refused(tmp_path, changes, words):
     with pytest.raises(ValueError) as refusal:
@@ -442,7 +444,7 @@ def test_no_weights_are_copied(written, tmp_path):
     (source / "onnx").mkdir()
     weights = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "a.onnx_data",
                "model.safetensors.index.fp16.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.pt",
-               "consolidated.00.pth", "training_args.bin", "model.gguf", "tf_model.h5", "model.msgpack", "x.ckpt"]  # fmt: skip
+               "training_args.bin", "model.00.pth", "model.gguf", "tf_model.h5", "model.msgpack", "x.ckpt"]  # fmt: skip
     for name in weights:
         (source / name).write_bytes(b"weights")
     (source / "README.md").write_text("kept")
