@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Sample:
     labels: Tensor
 
 
-def picture(height: int, width: int, seed: int) -> Image.Image:
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Noise on a slope: no two parts of it alike."""
     generator = torch.Generator().manual_seed(seed)
     slope = torch.linspace(0, 150, height)[:, None, None] + torch.linspace(0, 50, width)[None, :, None]
@@ -131,15 +132,14 @@ def hugging_face_parts(hf: Path, samples: list[Sample], dtype: torch.dtype) -> l
 
 
 @torch.no_grad()
-def megatron_parts(hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """The same of the Megatron model, on `one_process`."""
+def megatron_parts(hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """The same of the Megatron model, sample by sample (logits are large), on `one_process`."""
     model = load_model(hf, checkpoint, dtype)
     device = next(model.parameters()).device
     seen = {}
     model.vision_model.register_forward_hook(lambda module, args, output: seen.update({"vision features": output}))
     model.vision_projection.register_forward_hook(lambda module, args, output: seen.update({"projected tokens": output[:, 0]}))
     model.language_model.decoder.register_forward_hook(lambda module, args, output: seen.update({"last hidden state": output[:, 0]}))
-    results = []
     for sample in samples:
         seen.clear()
         batch = sample.batch
@@ -155,8 +155,7 @@ def megatron_parts(hf: Path, checkpoint: Path, samples: list[Sample], dtype: tor
         parts["loss"] = ((token_loss.float() * mask).sum() / mask.sum())[None]
         if sample.images:
             parts["pixels"] = batch.images
-        results.append({part: tensor.float().cpu() for part, tensor in parts.items()})
-    return results
+        yield {part: tensor.float().cpu() for part, tensor in parts.items()}
 
 
 def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):

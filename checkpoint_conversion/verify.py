@@ -7,6 +7,7 @@ part that differs.
 import argparse
 import gc
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -36,17 +37,17 @@ def run(args: argparse.Namespace) -> int:
     megatron_on_cpu.enable()  # what it replaces in torch is not for transformers, which has had its turn
     with model_parts.one_process():
         actual = model_parts.megatron_parts(args.hf, args.checkpoint, samples, dtype)
-    return report([sample.name for sample in samples], expected, actual, args.tolerance)
+        return report([sample.name for sample in samples], expected, actual, args.tolerance)
 
 
-def report(names: list[str], expected: list[dict], actual: list[dict], tolerance: float) -> int:
+def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], tolerance: float) -> int:
     """Print the table of differences, samples by parts; 1 when one is above the tolerance."""
     print(f"{'sample':<16}" + "".join(f"{part:>20}" for part in PARTS))
     worst = None
     for name, theirs, ours in zip(names, expected, actual):
         differences = {part: difference(ours[part], theirs[part]) for part in PARTS if part in theirs}
         figures = (f"{differences[part]:.1e}" if part in differences else "-" for part in PARTS)
-        print(f"{name:<16}" + "".join(f"{figure:>20}" for figure in figures))
+        print(f"{name:<16}" + "".join(f"{figure:>20}" for figure in figures), flush=True)
         for part, value in differences.items():
             # (also nan)
             if not value <= tolerance and (worst is None or PARTS.index(part) < PARTS.index(worst[0])):

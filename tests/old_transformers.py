@@ -5,7 +5,11 @@
 A tiny model goes from Hugging Face to Megatron and back; each version is installed into a folder of its own, in front
 of this environment's packages, and loads what came out. Three folders: the source written with the keys that
 transformers 4.45 has; the source saved anew by the version installed; and, as negative control, the second without the
-rope_theta that the export adds. Prints a table; ends with an error if a version cannot read the first two.
+rope_theta that the export adds. Prints a table; ends with an error if a version does not read the first two as this one.
+
+What the table shows of the versions themselves: before 4.50 the processor counts tokens with the 9 of anyres_max_9,
+whatever the config says (here 4), and loses a row or column of pixels where an image's borders are of odd size; from
+5.0 on it prepares images with torchvision, which rounds otherwise than Pillow.
 """
 
 import json
@@ -31,8 +35,14 @@ def main(versions: list[str]) -> None:
         rows = [[version, name, *found] for version in versions for name, found in try_version(version, folders, folder)]
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows))
-    if any(len(row) < len(COLUMNS) and row[1] != CONTROL for row in rows):
-        sys.exit(1)
+    wrong = [row[:2] for row in rows if row[1] != CONTROL and not is_same_model(row[2:])]
+    if wrong:
+        sys.exit(f"not the same model: {wrong}")
+
+
+def is_same_model(found: list) -> bool:
+    """Logits differ by what the order of float32 sums makes."""
+    return len(found) == len(COLUMNS) - 2 and found[:3] == [0, 0, "1,000,000"] and float(found[4]) < 1e-5
 
 
 def export(folder: Path) -> dict[str, Path]:
