@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> None:
         architecture, is_ours = read_towers(args.vision, args.language), False
         seed = 1234 if args.seed is None else args.seed
         tensors = _join_towers(architecture, open_folder(args.vision), open_folder(args.language), seed)
-        if args.untie_embeddings_and_output_weights:
+        if args.untie_embeddings_and_output_weights and architecture.decoder.tie_word_embeddings:
+            drop_tied_head(tensors)
             architecture = replace(architecture, decoder=replace(architecture.decoder, tie_word_embeddings=False))
-            tensors.setdefault(LM_HEAD, tensors[EMBEDDINGS])
+            tensors[LM_HEAD] = tensors[EMBEDDINGS]
     if not is_ours:
         add_vocabulary_rows(tensors, architecture.vocab_size)
     if architecture.decoder.tie_word_embeddings:

@@ -71,7 +71,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: the one, or those that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of tensors and files ({error!r}); download it again") from error
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{index} lists files outside its folder; they are not read")
         missing = [name for name in names if not (folder / name).is_file()]

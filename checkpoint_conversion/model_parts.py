@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
-from checkpoint_conversion.torch_dist_load import find_checkpoint
+from checkpoint_conversion.names import table
+from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
@@ -171,6 +172,8 @@ def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):
 
     architecture = read_architecture(hf)
     folder = find_checkpoint(checkpoint, None)
+    # Before Megatron reads it: its reader would run what a file that is none says in its place.
+    MegatronCheckpoint(folder, table(architecture))
     model = LlavaOneVision(
         architecture,
         local_decoder_config(architecture, dtype),

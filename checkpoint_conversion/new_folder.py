@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,9 @@ def new_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[
             turned out to be full.
     """
     _check(out, num_bytes, overwrite, sources)
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
+    unfinished.chmod(0o777 & ~_umask())  # as mkdir would make it
     try:
         yield unfinished
         _put_in_place(unfinished, out)
@@ -60,11 +61,16 @@ def _check(out: Path, num_bytes: int, overwrite: bool, sources: Iterable[Path]) 
 def _put_in_place(unfinished: Path, out: Path) -> None:
     if not out.exists():
         return _rename(unfinished, out)
-    replaced = out.with_name(out.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    out.rename(replaced)
+    replaced = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.parent))
+    out.rename(replaced)  # which is empty
     _rename(unfinished, out)
     shutil.rmtree(replaced)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _rename(unfinished: Path, out: Path) -> None:

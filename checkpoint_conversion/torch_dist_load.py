@@ -41,6 +41,8 @@ def find_checkpoint(folder: Path, iteration: int | None) -> Path:
         found = folder / f"iter_{iteration:07d}"
     elif tracker.is_file():
         latest = tracker.read_text().strip()
+        if latest != "release" and not latest.isdecimal():
+            raise ValueError(f"{tracker} holds {latest!r}, which is no iteration")
         found = folder / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     else:
         raise ValueError(f"{folder}: no Megatron checkpoint: neither .metadata nor {tracker.name} is there")
@@ -61,9 +63,12 @@ class _Reader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             with open(path, "rb") as file:
-                return _Unpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
+                metadata = _Unpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not read: {error}") from error
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise ValueError(f"{path} is not read: it is no checkpoint's metadata")
+        return metadata
 
 
 class MegatronCheckpoint:

@@ -39,7 +39,13 @@ from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES, check_tokeniz
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.data.tiles import ASPECT_RATIOS
-from rsa_megatron.huggingface import copy_model_files, find_architecture, write_model_files
+from rsa_megatron.huggingface import (
+    copy_model_files,
+    find_architecture,
+    read_architecture,
+    write_chat_template,
+    write_model_files,
+)
 from rsa_megatron.llava.architectures import Architecture
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.llava.measure import measure_mutual_knn
@@ -54,7 +60,10 @@ def main():
     if args.dry_run:
         return dry_run(args, rsa)
     megatron_repairs.repair()
-    write_hugging_face_files(args)
+    try:
+        write_hugging_face_files(args)
+    except (ValueError, OSError) as error:
+        end_with(error)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,
@@ -164,14 +173,7 @@ def check_arguments(args) -> None:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
     if len(args.data_path) > 1:
         raise ValueError(f"--data-path takes one data set, not {len(args.data_path)}: name a mixture (.yaml) of them")
-    tokenizer = load_tokenizer(args)
-    check_tokenizer(tokenizer, args.template)
-    architecture = architecture_of(args)
-    if len(tokenizer) > architecture.vocab_size:
-        raise ValueError(
-            f"the tokenizer {args.tokenizer_model} has {len(tokenizer)} ids, --model {args.model} {architecture.vocab_size} "
-            "word embeddings: name the tokenizer that the model was made for"
-        )
+    check_model(args)
     if int(os.environ.get("RANK", "0")) == 0:
         check_data(
             args.data_path[0],
@@ -179,6 +181,31 @@ def check_arguments(args) -> None:
             num_readers=args.data_parallel_size * max(1, args.num_workers),
             micro_batch_size=args.eval_micro_batch_size,
         )
+
+
+def check_model(args) -> None:
+    """That flags, tokenizer and --model go together, and with what an export will say of them."""
+    architecture, tokenizer = architecture_of(args), load_tokenizer(args)
+    check_tokenizer(tokenizer, args.template)
+    if len(tokenizer) > architecture.vocab_size:
+        raise ValueError(
+            f"the tokenizer {args.tokenizer_model} has {len(tokenizer)} ids, --model {args.model} {architecture.vocab_size} "
+            "word embeddings: name the tokenizer that the model was made for"
+        )
+    if args.rotary_percent != 1 or args.kv_channels != args.hidden_size // args.num_attention_heads:
+        raise ValueError("--rotary-percent and --kv-channels: the model is a Qwen2, which has neither; leave them out")
+    if not is_hugging_face_folder(args.model):
+        return
+    if architecture != find_architecture(args.model):
+        raise ValueError(f"--model {args.model}: its sizes are those of its config.json; leave out the flags that change them")
+    if AutoTokenizer.from_pretrained(args.model).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model} has other ids than the tokenizer in --model {args.model}: name that one"
+        )
+
+
+def is_hugging_face_folder(model: str) -> bool:
+    return (Path(model) / "config.json").is_file()
 
 
 def architecture_of(args) -> Architecture:
@@ -205,15 +232,22 @@ def dry_run(args, rsa: RSAPlugin) -> None:
 
 def write_hugging_face_files(args) -> None:
     """Beside the checkpoints, what `checkpoint_conversion megatron-to-hf` needs to know of the model."""
-    if not args.save or int(os.environ.get("RANK", "0")) != 0 or (Path(args.save) / "hf").exists():
+    if not args.save or int(os.environ.get("RANK", "0")) != 0:
+        return
+    architecture, folder = architecture_of(args), Path(args.save) / "hf"
+    if folder.exists():
+        if dataclasses.replace(read_architecture(folder), name=architecture.name) != architecture:
+            raise ValueError(f"{folder} is of another model than this run's: name another --save, or remove it")
         return
     unfinished = Path(args.save) / "hf.unfinished"
-    if (Path(args.model) / "config.json").is_file():
+    if is_hugging_face_folder(args.model):
         copy_model_files(Path(args.model), unfinished)
     else:
         # A tokenizer of its own: it may be given a token that the one in use must not have.
-        write_model_files(unfinished, architecture_of(args), AutoTokenizer.from_pretrained(args.tokenizer_model))
-    unfinished.rename(Path(args.save) / "hf")
+        write_model_files(unfinished, architecture, AutoTokenizer.from_pretrained(args.tokenizer_model))
+    if args.template == "chat":
+        write_chat_template(unfinished)
+    unfinished.rename(folder)
 
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -257,7 +291,7 @@ def datasets_provider(num_samples, vp_stage=None):
     if not args.skip_train:
         train = TrainLoader(
             args.data_path[0],
-            task_encoder(args, say_skipped=is_last),
+            task_encoder(args, say_skipped=is_last, image_aspect_ratio=args.image_aspect_ratio),
             worker_config(args),
             args.micro_batch_size,
             args.shuffle_buffer_size,
@@ -268,25 +302,27 @@ def datasets_provider(num_samples, vp_stage=None):
                 train.restore_state(find_train_state(dataloader_folder(args.load), args.iteration, rank, size))
             except (ValueError, OSError) as error:
                 end_with(error)
-    validation = validation_loader(args, say_skipped=is_last) if args.eval_iters else None
+    validation = None
+    if args.eval_iters:
+        validation = validation_loader(args, say_skipped=is_last, image_aspect_ratio=args.image_aspect_ratio)
     return train, validation, None
 
 
 datasets_provider.is_distributed = True
 
 
-def validation_loader(args, *, say_skipped: bool) -> ValidationLoader:
-    encoder = task_encoder(args, say_skipped=say_skipped)
+def validation_loader(args, *, say_skipped: bool, image_aspect_ratio: str) -> ValidationLoader:
+    encoder = task_encoder(args, say_skipped=say_skipped, image_aspect_ratio=image_aspect_ratio)
     return ValidationLoader(args.data_path[0], encoder, worker_config(args), args.eval_micro_batch_size)
 
 
-def task_encoder(args, *, say_skipped: bool) -> LlavaTaskEncoder:
+def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str) -> LlavaTaskEncoder:
     architecture = architecture_of(args)
     return LlavaTaskEncoder(
         load_tokenizer(args),
         image_size=architecture.vision.image_size,
         patch_size=architecture.vision.patch_size,
-        image_aspect_ratio=args.image_aspect_ratio,
+        image_aspect_ratio=image_aspect_ratio,
         grid_pinpoints=architecture.grid_pinpoints,
         max_tiles=architecture.max_tiles,
         max_sequence_length=args.seq_length,
@@ -317,7 +353,8 @@ def mutual_knn(model, *, rsa: RSAPlugin) -> dict[str, float]:
     )
     result = measure_mutual_knn(
         model,
-        validation_loader(args, say_skipped=False).one_pass() if reads else None,
+        # Base tiles alone are measured; with anyres the others would be cut for nothing.
+        validation_loader(args, say_skipped=False, image_aspect_ratio="square").one_pass() if reads else None,
         num_samples=args.mutual_knn_samples,
         micro_batch_size=args.eval_micro_batch_size,
         seq_length=args.seq_length,

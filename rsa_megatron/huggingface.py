@@ -94,8 +94,8 @@ def read_towers(vision: Path, language: Path) -> Architecture:
     """The model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
 
     The vocabulary gets rows for <image> and <video>, and is rounded up to a multiple of 64, as in the published
-    checkpoints. Embeddings stay tied or untied, as they are: Qwen2-1.5B-Instruct has no output layer, so that what
-    comes of it is llava-ov-1.5b but for tied embeddings. For the paper's model, save that Qwen2 untied before.
+    checkpoints. Embeddings stay tied or untied, as they are: Qwen2-1.5B-Instruct's are tied, those of the paper's
+    llava-ov-1.5b are not (hf-to-megatron --untie-embeddings-and-output-weights).
     """
     vision_config, text_config = _load_config(vision), _load_config(language)
     vision_config = getattr(vision_config, "vision_config", vision_config)

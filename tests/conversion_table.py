@@ -29,8 +29,8 @@ def main():
             for layout in tqdm(test_hf_parity.LAYOUTS)
         ]
         mistakes = [
-            row(mistake, [models.differences(1, *flags, sabotage=sabotage) for models in both])
-            for mistake, (sabotage, flags) in tqdm(test_hf_parity.MISTAKES.items())
+            row(mistake, [models.differences(sabotage=sabotage) for models in both])
+            for mistake, sabotage in tqdm(test_hf_parity.MISTAKES.items())
         ]
         padding = test_hf_parity.flat(test_hf_parity.PADDED)
         mistakes.append(row("padding rows in the softmax", [

@@ -47,11 +47,11 @@ def pack_images(
 ) -> Tensor:
     """The tokens of all images in order, [number of tokens, H]; differentiable.
 
-    Tiles that no layout claims give no token (the stand-in of a batch of text): their gradient, and that of a newline
-    that is used nowhere, is zero and not missing. Megatron's overlapped gradient reduction waits for every parameter.
+    Without a layout tiles give no token (the stand-in in a batch of text): their gradient, and that of a newline that is
+    used nowhere, is zero and not missing. Megatron's overlapped gradient reduction waits for every parameter.
     """
     num_tiles = sum(layout.num_tiles for layout in layouts)
-    assert num_tiles <= len(tokens_TPH), f"{len(tokens_TPH)} tiles where the images' layouts have {num_tiles}"
+    assert num_tiles == len(tokens_TPH) or not layouts, f"{len(tokens_TPH)} tiles where the images' layouts have {num_tiles}"
     packed, first = [], 0
     for layout in layouts:
         base_PH, grid_TPH = tokens_TPH[first], tokens_TPH[first + 1 : first + layout.num_tiles]

@@ -90,15 +90,16 @@ class _Pairs:
 def _read(batches, wanted: int, needs_data: bool, groups: ProcessGroupCollection, base_tile: str) -> list[_Pairs]:
     """Up to `wanted` micro-batches, as many on every rank; nothing but their number on ranks between the stages."""
     reads = needs_data and groups.tp.rank() == 0
-    raw = list(islice(batches, wanted)) if reads else []
+    # The captions and base images alone are kept: a batch's other tiles may be gigabytes.
+    raw = [_separate(batch, base_tile) for batch in islice(batches, wanted)] if reads else []
     smallest = torch.tensor([len(raw) if reads else wanted], device=torch.cuda.current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
     raw = raw[: int(smallest)] if reads else [None] * int(smallest)
-    return [_share(batch, groups.tp, base_tile) for batch in raw] if needs_data else raw
+    return [_share(separated, groups.tp) for separated in raw] if needs_data else raw
 
 
-def _share(batch: LlavaBatch | None, tp_group, base_tile: str) -> _Pairs:
-    integers, floats = (None, None) if batch is None else _separate(batch, base_tile)
+def _share(separated: tuple[dict, dict] | None, tp_group) -> _Pairs:
+    integers, floats = separated or (None, None)
     integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
     images = broadcast_tensors(["images"], floats, torch.float32, tp_group)["images"]
     return _Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])

@@ -145,7 +145,7 @@ class LlavaOneVision(LLaVAModel):
             num_tokens = torch.tensor(num_tokens, dtype=torch.int, device=input_ids.device)
             if self.add_encoder:
                 self.vision_projection.layouts = layouts
-                if not len(images) and torch.is_grad_enabled():
+                if images is not None and not len(images) and torch.is_grad_enabled():
                     images = self._black_tile(images)
         return super().forward(
             images,
@@ -169,7 +169,8 @@ class LlavaOneVision(LLaVAModel):
     def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
         if image_layouts is not None:
             return [ImageLayout(*row) for row in image_layouts.tolist()]
-        return [ImageLayout(self._image_size, self._image_size, newline=0)] * len(images)
+        num_images = 0 if images is None else len(images)
+        return [ImageLayout(self._image_size, self._image_size, newline=0)] * num_images
 
 
 class _UnusedNorm(torch.nn.Module):

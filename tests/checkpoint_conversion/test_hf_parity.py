@@ -15,7 +15,7 @@ _PP = ("--pipeline-model-parallel-size", "2")
 
 PADDED = "one process, 109 rows of padding"
 LAYOUTS = {
-    "one process": (1, ()),
+    "one process": 1,
     "TP=2": (2, _TP),
     "PP=2": (2, _PP),
     "TP=2 PP=2": (4, _TP + _PP),
@@ -49,6 +49,13 @@ def last_norm_applied():
     from rsa_megatron.llava import model
 
     model._UnusedNorm.forward = lambda self, x: torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
+
+
+def rope_base_of_other_models():
+    from rsa_megatron.llava import model
+
+    right = model.LlavaOneVision.__init__
+    model.LlavaOneVision.__init__ = lambda self, *args, **sizes: right(self, *args, **sizes | {"rotary_base": 10000})
 
 
 def exact_gelu_in_the_tower():
@@ -134,22 +141,21 @@ def _change_layer_specs(change):
 
 
 MISTAKES = {
-    "tower causal (Megatron's own local spec, before 0.19)": (causal_tower, ()),
-    "tower's last norm applied": (last_norm_applied, ()),
-    "rope base 10000": (None, ("--rotary-base", "10000")),
-    "exact GELU in the tower": (exact_gelu_in_the_tower, ()),
-    "norm epsilon 1e-5 in the tower": (epsilon_of_other_towers, ()),
-    "base tile last": (base_tile_last, ()),
-    "tiles column by column": (tiles_column_by_column, ()),
-    "shrunk by nearest neighbours": (shrunk_by_nearest_neighbours, ()),
-    "image_newline zero": (no_newline, ()),
+    "tower causal (Megatron's own local spec, before 0.19)": causal_tower,
+    "tower's last norm applied": last_norm_applied,
+    "rope base 10000": rope_base_of_other_models,
+    "exact GELU in the tower": exact_gelu_in_the_tower,
+    "norm epsilon 1e-5 in the tower": epsilon_of_other_towers,
+    "base tile last": base_tile_last,
+    "tiles column by column": tiles_column_by_column,
+    "shrunk by nearest neighbours": shrunk_by_nearest_neighbours,
+    "image_newline zero": no_newline,
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_would_be_seen(models, mistake):
-    sabotage, flags = MISTAKES[mistake]
-    assert models.differences(1, *flags, sabotage=sabotage)["logits"] > 10 * TOLERANCE
+    assert models.differences(sabotage=MISTAKES[mistake])["logits"] > 10 * TOLERANCE
 
 
 def test_padding_in_the_softmax_would_be_seen(models):

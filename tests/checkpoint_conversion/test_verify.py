@@ -1,5 +1,8 @@
 """verify compares the whole way from pixels to loss, and names the first part that differs."""
 
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +25,11 @@ def run(hf: Path, checkpoint: Path) -> subprocess.CompletedProcess:
 def test_a_converted_checkpoint_is_the_same(models):
     result = run(models.hf, models.megatron)
     assert result.returncode == 0, result.stderr
-    rows = [line for line in result.stdout.splitlines() if "image" in line]
-    assert [row.rsplit(maxsplit=6)[0].strip() for row in rows if "pixels" not in row][0].startswith("one image")
-    assert len([row for row in rows if "pixels" not in row]) == 5
-    # Pixels are the same to the bit, text alone has none.
-    assert all(row.split()[-6] == "0.0e+00" for row in rows if "no image" not in row and "pixels" not in row)
+    columns = [[line[:16].strip(), *line[16:].split()] for line in result.stdout.splitlines() if "image" in line[:16]]
+    pixels = {name: figures[0] for name, *figures in columns}
+    assert pixels == {"one image": "0.0e+00", "a wide image": "0.0e+00", "a tall image": "0.0e+00", "two images": "0.0e+00",
+                      "no image": "-"}  # fmt: skip
+    assert all(float(figure) < 1e-5 for _, *figures in columns for figure in figures if figure != "-")
     assert "the same, to 1e-04 of the largest value" in result.stdout
 
 
@@ -46,6 +49,24 @@ def test_the_first_part_that_differs_is_named(models, tmp_path, tensor, part):
     result = run(changed, models.megatron)
     assert result.returncode == 1
     assert f"error: {part} differ by" in result.stderr and "--tolerance 1e-04" in result.stderr
+
+
+def test_code_in_a_checkpoints_metadata_is_not_run(models, tmp_path):
+    shutil.copytree(models.megatron, tmp_path / "bad")
+    (tmp_path / "bad" / "release" / ".metadata").write_bytes(pickle.dumps(MakesAFolder(tmp_path / "made")))
+    result = run(models.hf, tmp_path / "bad")
+    assert result.returncode == 2 and "mkdir" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "made").exists()
+    pickle.loads((tmp_path / "bad" / "release" / ".metadata").read_bytes())  # it would have been
+    assert (tmp_path / "made").exists()
+
+
+class MakesAFolder:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def report(capsys, **changed) -> tuple[int, str]:
