@@ -6,18 +6,19 @@
 """
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_conversion.first_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
 from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
+from checkpoint_conversion.lmms_lab import is_lmms_lab, read_lmms_lab
 from checkpoint_conversion.names import EMBEDDINGS, LM_HEAD, TOWER, table
 from checkpoint_conversion.new_folder import new_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_save import save_checkpoint
-from rsa_megatron.huggingface import copy_model_files, read_architecture, read_towers, write_model_files
+from rsa_megatron.huggingface import read_architecture, read_towers
+from rsa_megatron.huggingface_files import copy_model_files, write_model_files
 from rsa_megatron.llava.architectures import Architecture
 
 
@@ -34,19 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     sources = _sources(args)
+    is_onevision = bool(args.hf) and not is_lmms_lab(args.hf)  # a folder that transformers reads as it is
     if args.hf:
-        architecture = read_architecture(args.hf)
-        is_ours = "mm_vision_tower" not in json.loads((args.hf / "config.json").read_text())
+        architecture = read_architecture(args.hf) if is_onevision else read_lmms_lab(args.hf)
         tensors = open_folder(args.hf)
     else:
-        architecture, is_ours = read_towers(args.vision, args.language), False
+        architecture = read_towers(args.vision, args.language)
         seed = 1234 if args.seed is None else args.seed
         tensors = _join_towers(architecture, open_folder(args.vision), open_folder(args.language), seed)
         if args.untie_embeddings_and_output_weights and architecture.decoder.tie_word_embeddings:
             drop_tied_head(tensors)
             architecture = replace(architecture, decoder=replace(architecture.decoder, tie_word_embeddings=False))
             tensors[LM_HEAD] = tensors[EMBEDDINGS]
-    if not is_ours:
+    if not is_onevision:
         add_vocabulary_rows(tensors, architecture.vocab_size)
     if architecture.decoder.tie_word_embeddings:
         drop_tied_head(tensors)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     check(tensors, rows, where)
     num_bytes = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors.values())
     with new_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=sources) as folder:
-        if is_ours:
+        if is_onevision:
             copy_model_files(args.hf, folder / "hf")
         else:
             write_model_files(folder / "hf", architecture, _tokenizer(args.hf or args.language))

@@ -19,7 +19,8 @@ from checkpoint_conversion.names import EMBEDDINGS, Row, expected_shapes, split,
 from checkpoint_conversion.new_folder import new_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
-from rsa_megatron.huggingface import copy_model_files, read_architecture
+from rsa_megatron.huggingface import read_architecture
+from rsa_megatron.huggingface_files import copy_model_files
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -39,13 +39,8 @@ from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES, check_tokeniz
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.data.tiles import ASPECT_RATIOS
-from rsa_megatron.huggingface import (
-    copy_model_files,
-    find_architecture,
-    read_architecture,
-    write_chat_template,
-    write_model_files,
-)
+from rsa_megatron.huggingface import find_architecture, read_architecture
+from rsa_megatron.huggingface_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.llava.architectures import Architecture
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.llava.measure import measure_mutual_knn

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
-from rsa_megatron.huggingface import write_model_files
+from rsa_megatron.huggingface_files import write_model_files
 from rsa_megatron.llava.architectures import Architecture, Decoder, VisionTower, square_grids
 
 # (height, width): square, wide and tall, more than the grids hold, less than a tile, and one whose number of tokens

@@ -2,15 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_hf
 import torch
-from conftest import ROOT
 from transformers import LlavaOnevisionForConditionalGeneration
 
 import caption_scene
 
+ROOT = Path(__file__).parents[2]
 
 def test_the_script_prints_a_caption_beside_the_true_one(demo, tmp_path):
     hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
