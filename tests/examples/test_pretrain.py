@@ -1,5 +1,6 @@
 """The training script, run as a user runs it: log, resume, checkpoints, layouts, and what it says to bad input."""
 
+import dataclasses
 import re
 import signal
 
@@ -7,10 +8,15 @@ import broken_data
 import pytest
 import script
 import tiny
+import tiny_hf
 import torch
 from processes import Failed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rsa_megatron.huggingface import read_architecture
 
 TP = ("--tensor-model-parallel-size", 2)
 PP = ("--pipeline-model-parallel-size", 2)
@@ -95,6 +101,16 @@ def test_only_what_is_to_learn_moves(demo, tmp_path, optimizer):
     assert moved == {name for name in before if name.startswith(("vision_model.", "vision_projection."))} - unused
     flags = ("--train-iters", 6, *flags, "--load", tmp_path, "--ckpt-step", 3)
     assert list(script.iterations(script.run(2, demo, *flags))) == [4, 5, 6]
+
+
+def test_mutual_knn_is_of_base_tiles_however_images_are_cut(demo):
+    def scores(*flags):
+        flags = ("--skip-train", "--eval-iters", 1, "--seq-length", 192, "--mutual-knn-samples", 48, "--mutual-knn-k", 5, *flags)
+        outputs = "".join(script.run(2, demo, *PP, *flags))
+        return [re.search(pattern, outputs)[1] for pattern in (r"mutual-knn value: ([\d.]+)", r"lm loss value: ([\d.E+-]+)")]
+
+    (square, square_loss), (anyres, anyres_loss) = scores(), scores("--image-aspect-ratio", "anyres")
+    assert square == anyres and square_loss != anyres_loss
 
 
 # Kill and resume
@@ -349,6 +365,42 @@ def error_line(world_size, demo, *flags) -> str:
 def test_a_hugging_face_folder_of_another_kind_is_one_line(demo, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
     assert "config.json: model_type is 'llava'; llava_onevision is what can be read" in error_line(2, demo, "--model", tmp_path)
+
+
+def test_what_does_not_go_with_a_hugging_face_folder_is_one_line(demo, tmp_path):
+    hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
+    flags = ("--model", hf, "--tokenizer-model", hf)
+    for change in (("--rotary-base", 10000), ("--num-layers", 2), ("--norm-epsilon", "1e-5")):
+        assert "its sizes are those of its config.json; leave out the flags" in error_line(1, demo, *flags, *change)
+    other = AutoTokenizer.from_pretrained(hf)
+    other.add_tokens(["another"])
+    other.save_pretrained(tmp_path / "other")
+    line = error_line(1, demo, "--model", hf, "--tokenizer-model", tmp_path / "other")
+    assert "other has other ids than the tokenizer in --model" in line
+    for change in (("--rotary-percent", 0.5), ("--kv-channels", 12)):
+        assert "the model is a Qwen2, which has neither" in error_line(1, demo, *flags, *change)
+
+
+def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, tmp_path):
+    def run(*flags):
+        return script.run(1, demo, "--train-iters", 1, "--save", tmp_path / "save", "--save-interval", 1, *flags)
+
+    run("--template", "chat", "--rotary-base", 5000)
+    hf = tmp_path / "save" / "hf"
+    expected = dataclasses.replace(tiny.TINY, name="hf", decoder=dataclasses.replace(tiny.TINY.decoder, rotary_base=5000))
+    assert read_architecture(hf) == expected
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(hf).chat_template
+    run("--template", "chat", "--rotary-base", 5000)  # again: it is the same model
+    with pytest.raises(Failed) as failed:
+        run()
+    assert "save/hf is of another model than this run's: name another --save" in failed.value.output
+    # A tokenizer that has no room for <video> cannot be exported: said before training.
+    vocabulary = {f"word{i}": i for i in range(1021)} | {"<image>": 1021, "<|endoftext|>": 1022, "[UNK]": 1023}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", unk_token="[UNK]")
+    tokenizer.save_pretrained(tmp_path / "full")
+    line = error_line(1, demo, "--tokenizer-model", tmp_path / "full", "--save", tmp_path / "never", "--save-interval", 1)
+    assert "has 1025 ids (<video> added), the model 1024 word embeddings" in line
 
 
 def test_a_tokenizer_of_another_model_is_one_line(demo, tmp_path):
