@@ -105,7 +105,7 @@ def test_only_what_is_to_learn_moves(demo, tmp_path, optimizer):
 
 def test_mutual_knn_is_of_base_tiles_however_images_are_cut(demo):
     def scores(*flags):
-        flags = ("--skip-train", "--eval-iters", 1, "--seq-length", 192, "--mutual-knn-samples", 48, "--mutual-knn-k", 5, *flags)
+        flags = ("--skip-train", "--eval-iters", 1, "--seq-length", 160, "--mutual-knn-samples", 48, "--mutual-knn-k", 5, *flags)
         outputs = "".join(script.run(2, demo, *PP, *flags))
         return [re.search(pattern, outputs)[1] for pattern in (r"mutual-knn value: ([\d.]+)", r"lm loss value: ([\d.E+-]+)")]
 
