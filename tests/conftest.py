@@ -9,7 +9,8 @@ from pathlib import Path
 # thread pool in each is slower than none, and forking is safe only without one.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
-FOLDERS = [str(ROOT / "examples"), str(ROOT / "tests")]
+# The root first: its checkpoint_conversion, not the folder of that name here.
+FOLDERS = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 sys.path[:0] = FOLDERS
 # The process that others fork from finds them here: early 3.12 does not hand sys.path on to it.
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -26,7 +26,7 @@ class Models:
         self.demo = demo
         self.hf = tiny_hf.write(folder / "hf", demo / "tokenizer", tied=tied)
         self.megatron = self.convert(folder / "megatron")
-        encoder, pictures = self._encoder(), [tiny_hf.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
+        encoder, pictures = self._encoder(), [model_parts.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
         images = {f"{picture.width} x {picture.height}": [picture] for picture in pictures}
         images |= {"two images": pictures[1:3], "three images": pictures[6:9], "no image": []}
         # Captions of different lengths, so that rows of a batch are padded.

@@ -47,7 +47,7 @@ def is_same_model(found: list) -> bool:
 
 def export(folder: Path) -> dict[str, Path]:
     """The folders to load, by name."""
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    sys.path[:0] = [str(TESTS.parent), str(TESTS)]
     import conftest
     import tiny_hf
     from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration, __version__
@@ -76,11 +76,13 @@ def write_expected(hf: Path, file: Path) -> None:
     import torch
     from transformers import LlavaOnevisionForConditionalGeneration
 
+    from checkpoint_conversion.model_parts import picture as make_picture
+
     processor, model = tiny_hf.load_processor(hf), LlavaOnevisionForConditionalGeneration.from_pretrained(hf)
     text = processor.apply_chat_template(MESSAGES)
     samples = []
     for size in tiny_hf.IMAGE_SIZES:
-        picture = tiny_hf.picture(*size)
+        picture = make_picture(*size)
         prepared = processor(images=[picture], text=[text], return_tensors="pt")
         inputs = {key: prepared[key] for key in ("input_ids", "attention_mask", "pixel_values", "image_sizes")}
         with torch.no_grad():

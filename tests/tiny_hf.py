@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
@@ -73,13 +72,6 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
     if "vision_tower.embeddings" in name:
         return 0.002 * values  # so small that a norm's epsilon of 1e-5 in the place of 1e-6 is seen
     return values / shape[-1] ** 0.5 if len(shape) == 2 else 0.3 * values
-
-
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Noise on a slope: no two tiles alike."""
-    generator = torch.Generator().manual_seed(seed)
-    slope = torch.linspace(0, 150, height)[:, None, None] + torch.linspace(0, 50, width)[None, :, None]
-    return Image.fromarray((slope + 55 * torch.rand(height, width, 3, generator=generator)).byte().numpy())
 
 
 def load_processor(folder: Path) -> ProcessorMixin:

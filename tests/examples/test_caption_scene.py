@@ -10,8 +10,10 @@ import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
 import caption_scene
+from checkpoint_conversion import model_parts
 
 ROOT = Path(__file__).parents[2]
+
 
 def test_the_script_prints_a_caption_beside_the_true_one(demo, tmp_path):
     hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
@@ -34,7 +36,7 @@ def model(demo, tmp_path_factory):
 def test_the_base_tile_is_the_first_of_the_processors(model):
     """The prompt of stage 1 is the beginning of transformers' own: the base tile's tokens come first."""
     llava, processor = model
-    picture = tiny_hf.picture(80, 60)
+    picture = model_parts.picture(80, 60)
     base = caption_scene.base_tile(llava, processor, picture)["inputs_embeds"]
     inputs = caption_scene.tiles(processor, picture)
     with torch.no_grad():
@@ -46,6 +48,6 @@ def test_the_base_tile_is_the_first_of_the_processors(model):
 
 def test_a_caption_ends_with_its_line(model):
     llava, processor = model
-    for inputs in (caption_scene.base_tile(llava, processor, tiny_hf.picture(80, 60)), caption_scene.tiles(processor, tiny_hf.picture(80, 60))):
+    for inputs in (caption_scene.base_tile(llava, processor, model_parts.picture(80, 60)), caption_scene.tiles(processor, model_parts.picture(80, 60))):
         text = caption_scene.describe(llava, processor, inputs)
         assert "\n" not in text and "<image>" not in text
