@@ -15,7 +15,7 @@ _PP = ("--pipeline-model-parallel-size", "2")
 
 PADDED = "one process, 109 rows of padding"
 LAYOUTS = {
-    "one process": 1,
+    "one process": (1, ()),
     "TP=2": (2, _TP),
     "PP=2": (2, _PP),
     "TP=2 PP=2": (4, _TP + _PP),
