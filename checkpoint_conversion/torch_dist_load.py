@@ -46,6 +46,8 @@ def find_checkpoint(folder: Path, iteration: int | None) -> Path:
         found = folder / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     else:
         raise ValueError(f"{folder}: no Megatron checkpoint: neither .metadata nor {tracker.name} is there")
+    if not found.is_dir():
+        raise ValueError(f"{found} is missing; there is {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}")
     if not (found / ".metadata").is_file():
         raise ValueError(f"{found}: no checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist")
     return found

@@ -6,12 +6,16 @@ part that differs.
 
 import argparse
 import gc
+import logging
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from checkpoint_conversion.torch_dist_load import find_checkpoint
 
 # In the order in which they are computed: the first that differs is where to look.
 PARTS = ("pixels", "vision features", "projected tokens", "last hidden state", "logits", "loss")
@@ -33,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from checkpoint_conversion import model_parts  # the other commands do without what it imports
     from rsa_megatron import megatron_on_cpu
 
+    find_checkpoint(args.checkpoint, None)  # before minutes of transformers
+    warnings.simplefilter("ignore")  # Megatron's, between the rows of the table
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     dtype = getattr(torch, args.dtype)
     samples = model_parts.make_samples(args.hf)
     expected = model_parts.hugging_face_parts(args.hf, samples, dtype)

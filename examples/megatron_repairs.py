@@ -1,8 +1,9 @@
-"""Two faults of megatron-core 0.19 as it is installed from PyPI, mended from outside, each only where it bites.
+"""Faults of megatron-core 0.19 as it is installed from PyPI, mended from outside, each only where it bites.
 
-Both end a run on GPUs as on the CPU, and no argument of Megatron's gets round them.
+They end a run on GPUs as on the CPU, or --help, and no argument of Megatron's gets round them.
 """
 
+import argparse
 from pathlib import Path
 
 import megatron.core.datasets.utils
@@ -11,9 +12,18 @@ from megatron.core.optimizer import distrib_optimizer
 
 
 def repair() -> None:
-    """Mend both; before pretrain()."""
+    """Mend those of training; before pretrain()."""
     _skip_helper_build_without_makefile()
     _let_distributed_torch_adam_load()
+
+
+def repair_help(parser: argparse.ArgumentParser) -> None:
+    """Make --help print: the help of one of Megatron's flags has a bare % in it, which argparse takes for a format."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _skip_helper_build_without_makefile() -> None:

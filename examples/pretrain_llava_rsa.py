@@ -107,6 +107,7 @@ def raise_value_error(message: str):
 def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
+    megatron_repairs.repair_help(parser)
     group = parser.add_argument_group("LLaVA with RSA")
     group.add_argument("--model", default="demo",
                        help="architecture, or a Hugging Face folder; sets the model's Megatron arguments")  # fmt: skip
@@ -164,6 +165,15 @@ def check_arguments(args) -> None:
     for flag in ("full_validation", "iterations_to_skip", "sft"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with this script's data; leave it out")
+    if not (args.skip_train or args.train_iters or args.train_samples):
+        raise ValueError("--train-iters is missing: how many steps of --global-batch-size samples to train")
+    tracker = "latest_checkpointed_iteration.txt"
+    found = [Path(folder, tracker).is_file() for folder in (args.load, args.pretrained_checkpoint) if folder]
+    if args.pretrained_checkpoint and not any(found):
+        raise ValueError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint}: no {tracker} there; name the "
+            "folder that --save or hf-to-megatron has written"
+        )
     if not args.data_path:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
     if len(args.data_path) > 1:

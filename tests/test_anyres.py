@@ -34,6 +34,7 @@ GOLDEN = {
     (1200, 1200): 7371,
     (1872, 832): 7329,
     (2304, 2304): 7371,
+    (1404, 1152): 8765,  # 1.21 times 9 tiles: shrinking begins above a ratio of 1.1
 }
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One stage on the GPUs of one machine, 8 or what GPUS says:
 #
-#     DATA=mixture.yaml TOKENIZER=hf-folder PRETRAINED=checkpoint OUT=runs/stage1 examples/slurm/one_node.sh [flags]
+#     DATA=mixture.yaml MODEL=converted/hf TOKENIZER=converted/hf PRETRAINED=converted OUT=runs/stage1 examples/slurm/one_node.sh [flags]
 #
 # MODEL (demo) and STAGE (1) choose the recipe. Any Megatron or --rsa-* flag can follow; the last one counts.
 # Run again with the same OUT, it goes on from the last checkpoint. `sbatch` takes this file too.

@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, refuses):
     shutil.rmtree(tmp_path / "megatron" / "hf")
     refuses(back, tmp_path / "megatron", words=["hf/config.json is missing", "--hf-template"])
     refuses(back, tmp_path / "hf", words=["no Megatron checkpoint"])
-    refuses(back, tmp_path / "megatron", "--iteration", "3", words=["iter_0000003", "torch_dist"])
+    refuses(back, tmp_path / "megatron", "--iteration", "3", words=["iter_0000003 is missing; there is none"])
 
 
 class _Malicious:

@@ -334,6 +334,8 @@ def skip_a_batch_on_the_last_stage():
 
 @pytest.mark.parametrize("flags, message", [
     (["--model", "llava-9000"], "error: --model llava-9000: neither a folder with a config.json nor one of demo, llava-ov-0.5b"),
+    (["--pretrained-checkpoint", "/nowhere"], "error: --pretrained-checkpoint /nowhere: no latest_checkpointed_iteration.txt there"),
+    (["--train-iters", 0], "error: --train-iters is missing"),
     (["--stage", "7"], "error: --stage 7: no such recipe; there is 1"),
     (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*energon prepare"),
     (["--tensor-model-parallel-size", 4, "--num-query-groups", 2],
@@ -360,6 +362,12 @@ def error_line(world_size, demo, *flags) -> str:
         script.run(world_size, demo, *flags)
     (line,) = [line for line in failed.value.output.splitlines() if re.search("error: ", line)]
     return line
+
+
+def test_help_lists_the_flags_of_script_plugin_and_megatron(demo):
+    (output,) = script.run(1, demo, "--help")
+    for flag in ("--image-aspect-ratio", "--rsa-weight", "--tensor-model-parallel-size"):
+        assert flag in output
 
 
 def test_a_hugging_face_folder_of_another_kind_is_one_line(demo, tmp_path):
