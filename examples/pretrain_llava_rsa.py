@@ -165,7 +165,7 @@ def check_arguments(args) -> None:
     for flag in ("full_validation", "iterations_to_skip", "sft"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with this script's data; leave it out")
-    if not (args.skip_train or args.train_iters or args.train_samples):
+    if not (args.train_iters or args.train_samples or args.skip_train or args.dry_run):
         raise ValueError("--train-iters is missing: how many steps of --global-batch-size samples to train")
     tracker = "latest_checkpointed_iteration.txt"
     found = [Path(folder, tracker).is_file() for folder in (args.load, args.pretrained_checkpoint) if folder]

@@ -12,7 +12,7 @@ def parsed(model, stage, settings, data, tokenizer, *flags):
     from rsa_megatron.plugin import RSAPlugin
 
     sys.argv = ["pretrain_llava_rsa.py", "--model", model, "--stage", stage, "--data-path", data,
-                "--tokenizer-model", tokenizer, *flags]  # fmt: skip
+                "--tokenizer-model", tokenizer, "--dry-run", *flags]  # fmt: skip
     rsa = RSAPlugin()
     args = vars(pretrain_llava_rsa.parse(rsa, settings=settings))
     return {name: args[name] for name in settings or recipe(model, stage)}, rsa.config
