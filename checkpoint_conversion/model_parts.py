@@ -54,18 +54,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 def make_samples(hf: Path) -> list[Sample]:
     """One image, a wide one, a tall one, two images, none."""
-    architecture = read_architecture(hf)
-    size = architecture.vision.image_size
-    encoder = LlavaTaskEncoder(
-        AutoTokenizer.from_pretrained(hf),
-        image_size=size,
-        patch_size=architecture.vision.patch_size,
-        max_sequence_length=architecture.decoder.max_position_embeddings,
-        template="chat",
-        image_aspect_ratio="anyres",
-        grid_pinpoints=architecture.grid_pinpoints,
-        max_tiles=architecture.max_tiles,
-    )
+    encoder, size = make_encoder(hf), read_architecture(hf).vision.image_size
     shapes = {
         "one image": [(size, size)],
         "a wide image": [(size * 5 // 6, size * 8 // 3)],
@@ -77,6 +66,21 @@ def make_samples(hf: Path) -> list[Sample]:
         make_sample(name, [picture(*shape, seed) for seed, shape in enumerate(sizes)], encoder, hf)
         for name, sizes in shapes.items()
     ]
+
+
+def make_encoder(hf: Path) -> LlavaTaskEncoder:
+    """Training's, for the model in a folder."""
+    architecture = read_architecture(hf)
+    return LlavaTaskEncoder(
+        AutoTokenizer.from_pretrained(hf),
+        image_size=architecture.vision.image_size,
+        patch_size=architecture.vision.patch_size,
+        max_sequence_length=architecture.decoder.max_position_embeddings,
+        template="chat",
+        image_aspect_ratio="anyres",
+        grid_pinpoints=architecture.grid_pinpoints,
+        max_tiles=architecture.max_tiles,
+    )
 
 
 def make_sample(name: str, images: list[Image.Image], encoder, hf: Path, text: str = _TEXT) -> Sample:

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +25,8 @@ def new_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[
             turned out to be full.
     """
     _check(out, num_bytes, overwrite, sources)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
-    unfinished.chmod(0o777 & ~_umask())  # as mkdir would make it
+    unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir(parents=True)  # nobody else's: a folder of that name would be an error
     try:
         yield unfinished
         _put_in_place(unfinished, out)
@@ -61,16 +59,10 @@ def _check(out: Path, num_bytes: int, overwrite: bool, sources: Iterable[Path]) 
 def _put_in_place(unfinished: Path, out: Path) -> None:
     if not out.exists():
         return _rename(unfinished, out)
-    replaced = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.parent))
-    out.rename(replaced)  # which is empty
+    replaced = out.with_name(f"{out.name}.replaced-{os.getpid()}")
+    out.rename(replaced)
     _rename(unfinished, out)
     shutil.rmtree(replaced)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _rename(unfinished: Path, out: Path) -> None:

@@ -39,7 +39,7 @@ from rsa_megatron.data.conversation import IMAGE_TOKEN, TEMPLATES, check_tokeniz
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.data.tiles import ASPECT_RATIOS
-from rsa_megatron.huggingface import find_architecture, read_architecture
+from rsa_megatron.huggingface import find_architecture, is_model_folder, read_architecture
 from rsa_megatron.huggingface_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.llava.architectures import Architecture
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
@@ -199,7 +199,7 @@ def check_model(args) -> None:
         )
     if args.rotary_percent != 1 or args.kv_channels != args.hidden_size // args.num_attention_heads:
         raise ValueError("--rotary-percent and --kv-channels: the model is a Qwen2, which has neither; leave them out")
-    if not is_hugging_face_folder(args.model):
+    if not is_model_folder(args.model):
         return
     if architecture != find_architecture(args.model):
         raise ValueError(f"--model {args.model}: its sizes are those of its config.json; leave out the flags that change them")
@@ -207,10 +207,6 @@ def check_model(args) -> None:
         raise ValueError(
             f"--tokenizer-model {args.tokenizer_model} has other ids than the tokenizer in --model {args.model}: name that one"
         )
-
-
-def is_hugging_face_folder(model: str) -> bool:
-    return (Path(model) / "config.json").is_file()
 
 
 def architecture_of(args) -> Architecture:
@@ -245,7 +241,7 @@ def write_hugging_face_files(args) -> None:
             raise ValueError(f"{folder} is of another model than this run's: name another --save, or remove it")
         return
     unfinished = Path(args.save) / "hf.unfinished"
-    if is_hugging_face_folder(args.model):
+    if is_model_folder(args.model):
         copy_model_files(Path(args.model), unfinished)
     else:
         # A tokenizer of its own: it may be given a token that the one in use must not have.

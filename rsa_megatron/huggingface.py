@@ -19,10 +19,14 @@ _PIXEL_KEYS = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", 
                "image_std", "do_pad", "image_grid_pinpoints")  # fmt: skip
 
 
+def is_model_folder(model: str) -> bool:
+    """Whether --model names a folder with a config.json, and not one of the known architectures."""
+    return (Path(model) / "config.json").is_file()
+
+
 def find_architecture(model: str) -> Architecture:
-    """What --model names: a folder with a config.json, or one of the known architectures."""
-    folder = Path(model)
-    return read_architecture(folder) if (folder / "config.json").is_file() else get_architecture(model)
+    """What --model names."""
+    return read_architecture(Path(model)) if is_model_folder(model) else get_architecture(model)
 
 
 def read_architecture(folder: Path) -> Architecture:

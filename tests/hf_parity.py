@@ -10,11 +10,9 @@ import layouts
 import processes
 import tiny_hf
 import torch
-from transformers import AutoTokenizer
 
 from checkpoint_conversion import __main__ as conversion
 from checkpoint_conversion import model_parts
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 MEGATRON_FLAGS = ["--train-iters", "1", "--seq-length", "256", "--eval-iters", "0", "--rsa-weight", "0", "--mutual-knn-samples", "0"]
 
@@ -26,7 +24,7 @@ class Models:
         self.demo = demo
         self.hf = tiny_hf.write(folder / "hf", demo / "tokenizer", tied=tied)
         self.megatron = self.convert(folder / "megatron")
-        encoder, pictures = self._encoder(), [model_parts.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
+        encoder, pictures = model_parts.make_encoder(self.hf), [model_parts.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
         images = {f"{picture.width} x {picture.height}": [picture] for picture in pictures}
         images |= {"two images": pictures[1:3], "three images": pictures[6:9], "no image": []}
         # Captions of different lengths, so that rows of a batch are padded.
@@ -37,19 +35,6 @@ class Models:
         ]
         self.batch = encoder.batch([encoder.encode_sample(sample.stored) for sample in self.samples])
         self.expected = model_parts.hugging_face_parts(self.hf, self.samples, torch.float32)
-
-    def _encoder(self) -> LlavaTaskEncoder:
-        architecture = tiny_hf.architecture(tied=True)
-        return LlavaTaskEncoder(
-            AutoTokenizer.from_pretrained(self.hf),
-            image_size=architecture.vision.image_size,
-            patch_size=architecture.vision.patch_size,
-            max_sequence_length=256,
-            template="chat",
-            image_aspect_ratio="anyres",
-            grid_pinpoints=architecture.grid_pinpoints,
-            max_tiles=architecture.max_tiles,
-        )
 
     def flags(self, *flags: str) -> list[str]:
         """The main job's arguments for this model."""
