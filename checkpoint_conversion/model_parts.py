@@ -76,7 +76,7 @@ def make_encoder(hf: Path) -> LlavaTaskEncoder:
         image_size=architecture.vision.image_size,
         patch_size=architecture.vision.patch_size,
         max_sequence_length=architecture.decoder.max_position_embeddings,
-        template="chat",
+        template="qwen_1_5",
         image_aspect_ratio="anyres",
         grid_pinpoints=architecture.grid_pinpoints,
         max_tiles=architecture.max_tiles,

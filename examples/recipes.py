@@ -1,22 +1,40 @@
 """Training settings of a stage, as defaults of Megatron's arguments: any of them is overridden by its flag.
 
-A recipe is a function; a variant is the base and its changes.
+A recipe is a function; a variant is the base and its changes. No recipe says how long: a run without --train-iters is one
+pass over its data, as all of the paper's stages are.
+
+Where the numbers come from: the RSA paper's table B.1 and section 5.1, "We follow LLaVA-OneVision training configuration
+with minor differences on learning rate at Stage-1"; so what the table leaves out is LLaVA-OneVision's (LLaVA-NeXT,
+scripts/train/*.sh and Hugging Face's Trainer: AdamW with betas 0.9 and 0.999, no weight decay, gradients clipped at 1,
+cosine to 0, warm-up 0.03). As the table is extracted from a PDF, three of its rows have fewer entries than there are stages.
+They are read as: rate of the tower 2e-6 in all stages; rate of projector and language model 2e-6 in stage 1 (where
+LLaVA-OneVision has 1e-3, with a frozen tower) and 1e-5 in 1.5 and 2; batch 256 in all (LLaVA-OneVision: 512 in stage 1).
+The paper's 224 GPUs = 2^5 * 7 do not divide a batch of 256: use 32 * 7 (TP x PP = 7) or another batch or number of GPUs.
+
+Expected times are arithmetic, not measured: 6 operations a parameter and token that learns, 4 where gradients only pass
+through, at 40 % of an A100's 312 TFLOPS, and an average row as it is named.
 """
 
 
 def stage_1() -> dict:
-    """Stage 1, language-image alignment: the tower and the projector learn, the language model is frozen.
+    """Stage 1, language-image alignment: the tower and the projector learn, RSA is on, the language model is frozen.
 
-    (paper, section 3.3 and table B.1: batch 256, one epoch, cosine, warm-up 0.03)
+        torchrun --nproc-per-node 8 examples/pretrain_llava_rsa.py --model llava-ov-7b --stage 1 --bf16 \\
+            --data-path DATA/stage1.yaml --tokenizer-model QWEN2 --pretrained-checkpoint CONVERTED --save OUT/stage1
+
+    558K captions. 8 A100 of 80 GB: about 5 hours for the 7B (rows of 900 positions).
     """
     return dict(
         trainable=["vision", "projector"],
         template="plain",
-        image_aspect_ratio="square",
-        seq_length=2048,  # 729 tokens of an image and its caption
+        label_style="llava",
+        image_aspect_ratio="square",  # 384 px, 729 tokens
+        seq_length=2048,  # an image and its caption
         micro_batch_size=8,
         global_batch_size=256,
         lr=2e-6,
+        vision_lr=2e-6,
+        projector_lr=2e-6,
         min_lr=0.0,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.03,
@@ -30,6 +48,41 @@ def stage_1() -> dict:
         eval_interval=100,
         eval_iters=10,
         save_interval=500,
+    )
+
+
+def stage_1_5() -> dict:
+    """Stage 1.5, high-quality knowledge: all learns, on captions (RSA), written words and text; AnyRes up to 5 x 729.
+
+        sbatch --nodes 32 examples/slurm/multi_node.sbatch --stage 1.5 --data-path DATA/stage1_5.yaml \\
+            --load OUT/stage1 --save OUT/stage1_5 --tensor-model-parallel-size 2 --sequence-parallel --recompute-activations
+
+    4M samples. 256 A100 of 80 GB: about 5 hours for the 7B (rows of 3200 positions).
+    """
+    return stage_1() | dict(
+        trainable=["vision", "projector", "embeddings", "language"],
+        template="qwen_1_5",
+        image_aspect_ratio="anyres",
+        image_grids=[(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)],
+        seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768; under PP every row is padded to this
+        micro_batch_size=1,
+        lr=1e-5,
+        projector_lr=1e-5,
+    )
+
+
+def stage_2() -> dict:
+    """Stage 2, visual instruction tuning: stage 1.5 with finer grids, up to 10 x 729 tokens, and without RSA.
+
+        sbatch --nodes 32 examples/slurm/multi_node.sbatch --stage 2 --data-path DATA/stage2.yaml \\
+            --load OUT/stage1_5 --save OUT/stage2 --tensor-model-parallel-size 2 --sequence-parallel --recompute-activations
+
+    3.2M samples. 256 A100 of 80 GB: about 7 hours for the 7B (rows of 5000 positions).
+    """
+    return stage_1_5() | dict(
+        rsa_weight=0.0,
+        image_grids=None,  # all of the model's, 1 x 1 to 6 x 6
+        seq_length=16384,  # the largest image is 8765 positions
     )
 
 
@@ -47,10 +100,37 @@ def demo_stage_1() -> dict:
         global_batch_size=32,
         train_iters=300,
         lr=1e-3,
+        vision_lr=1e-3,
+        projector_lr=1e-3,
         eval_interval=120,  # at 120 and 240; Megatron evaluates once more at the end
         eval_iters=5,
         log_interval=10,
         save_interval=150,
+    )
+
+
+def demo_stage_1_5() -> dict:
+    """Stage 1.5 of the demo (`make demo-stages`): captions, written words and texts, grids of up to 2 x 2 tiles."""
+    return _demo(stage_1_5()) | dict(train_iters=80)
+
+
+def demo_stage_2() -> dict:
+    """Stage 2 of the demo (`make demo-stages`): captions and questions, without RSA."""
+    return _demo(stage_2()) | dict(train_iters=80, rsa_weight=0.0)
+
+
+def _demo(stage: dict) -> dict:
+    """A later stage in the demo's sizes; the tower at a fifth of the others' rate, as the paper has it."""
+    sizes = {name: demo_stage_1()[name] for name in ("rsa_weight", "global_batch_size", "eval_iters", "log_interval")}
+    return stage | sizes | dict(
+        image_grids=None,
+        seq_length=448,  # 180 + 12 positions of an image, and a text
+        micro_batch_size=8,
+        lr=5e-4,
+        vision_lr=1e-4,
+        projector_lr=5e-4,
+        eval_interval=1000,  # at the end
+        save_interval=40,
     )
 
 
@@ -60,6 +140,7 @@ def demo_parts() -> dict:
         trainable=["vision", "embeddings", "language"],
         train_iters=200,
         lr=2e-3,
+        vision_lr=2e-3,
         eval_interval=1000,
         eval_iters=0,
         mutual_knn_samples=0,
@@ -67,8 +148,8 @@ def demo_parts() -> dict:
 
 
 #: The recipe of a stage, and those of models that need another.
-STAGES = {"1": stage_1}
-RECIPES = {("demo", "1"): demo_stage_1}
+STAGES = {"1": stage_1, "1.5": stage_1_5, "2": stage_2}
+RECIPES = {("demo", "1"): demo_stage_1, ("demo", "1.5"): demo_stage_1_5, ("demo", "2"): demo_stage_2}
 
 
 def recipe(model: str, stage: str) -> dict:

@@ -36,6 +36,8 @@ class LlavaBatch:
     images: Tensor
     #: how each image lies in its tiles, [number of images, 5] int64 (anyres.ImageLayout.as_numbers)
     image_layouts: Tensor
+    #: positions of each row once its images are spliced in, [B] int64; the rest of it is padding
+    row_lengths: Tensor
     #: who takes part in the RSA loss
     rsa: RSASamples
     #: where each sample comes from, B strings, for messages
@@ -44,5 +46,7 @@ class LlavaBatch:
     records: list[dict]
     #: samples that were skipped as unusable since the batch before this one
     num_skipped: int = 0
+    #: samples of this batch whose text was cut at its end to fit the longest row
+    num_cut: int = 0
     #: Energon's key by which the batch can be rebuilt; Energon sets it
     __restore_key__: tuple = ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rsa_megatron.data.conversation import IMAGE_TOKEN
+from rsa_megatron.data.conversation import IMAGE_TOKEN, SYSTEM_PROMPT
 from rsa_megatron.llava.architectures import Architecture
 
 VIDEO_TOKEN = "<video>"
@@ -19,8 +19,9 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.index.*.json", "*.bin", "
                    "*.msgpack", "*.onnx", "*.onnx_data", "*.distcp")  # fmt: skip
 # Parts of processor_config.json that have files of their own before transformers 5.
 _PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-# As data/conversation.py's "chat".
+# As data/conversation.py's qwen_1_5.
 _CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
@@ -91,7 +92,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def write_chat_template(folder: Path) -> None:
-    """Put the template of our "chat" into a folder, for processor and tokenizer: what a model was trained with."""
+    """Put the template of our qwen_1_5 into a folder, for processor and tokenizer: what a model was trained with."""
     _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
     tokenizer = read_json_if_there(folder / "tokenizer_config.json")

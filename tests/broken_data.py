@@ -20,7 +20,7 @@ REASONS = {
     "no-image": "its text has 1 <image> and the sample 0 image(s)",
     "two-images-told": "its text has 2 <image> and the sample 1 image(s)",
     "one-of-two-images": "its images are 1.png: it must have one, or 0.png, 1.jpg, ... without a gap",
-    "too-long": "do not fit --seq-length 128; raise it or shorten the caption",
+    "too-long": "do not fit --seq-length 128, and what fits has nothing to learn: raise it",
     "no-json": "it has no .json",
     "broken-json": "its .json cannot be read",
     "no-conversation": 'its .json has no list "conversations"',
@@ -66,7 +66,9 @@ def _bad(key: str) -> dict:
     elif key == "one-of-two-images":
         sample["1.png"] = sample.pop("png")
     elif key == "too-long":
-        record["conversations"][1]["value"] *= 5
+        picture = sample.pop("png")
+        sample |= {f"{index}.png": picture for index in range(40)}  # of 4 positions or more each
+        record["conversations"][0]["value"] = "<image>" * 40
     elif key == "no-conversation":
         del record["conversations"]
     elif key == "turn-of-text":

@@ -319,7 +319,7 @@ def test_a_served_conversation_has_the_tokens_of_training(written, size):
         text = processor.apply_chat_template(MESSAGES, tokenize=False, **options)
         return processor(images=[model_parts.picture(*size)], text=[text], return_tensors="pt")["input_ids"][0].tolist()
 
-    training = encode(processor.tokenizer, CONVERSATION, "chat").tokens
+    training = encode(processor.tokenizer, CONVERSATION, "qwen_1_5").tokens
     expected = [token for token in training for _ in range(expected_tokens(size) if token == 3 else 1)]
     assert served() == expected
     # A template that leaves out the newline after the image gives others; a text model's own does not know images.

@@ -86,6 +86,7 @@ def batch(
         loss_mask=loss_mask,
         images=torch.randn(sum(tiles), 3, 28, 28, generator=generator),
         image_layouts=torch.tensor([layout(num_tiles).as_numbers() for num_tiles in tiles]),
+        row_lengths=torch.tensor([num_tokens - 1 + layout(num_tiles).num_tokens(2, 9) for num_tiles in tiles]),
         rsa=RSASamples(
             eligible=torch.tensor(eligible),
             caption_mask=caption_mask,
@@ -102,6 +103,7 @@ def text_batch(seed: int) -> LlavaBatch:
     whole = batch(seed, eligible=(0, 0, 0, 0), tiles=(0, 0, 0, 0))
     whole.tokens[:, 0] = 10  # where the image token stands else
     whole.image_layouts = whole.image_layouts[:0]
+    whole.row_lengths[:] = whole.tokens.shape[1]
     return whole
 
 
@@ -119,6 +121,7 @@ def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
         loss_mask=whole.loss_mask[rows],
         images=whole.images[first_tile : first_tile + num_tiles],
         image_layouts=whole.image_layouts[first_image : first_image + num_images],
+        row_lengths=whole.row_lengths[rows],
         rsa=RSASamples(*(getattr(whole.rsa, name)[rows] for name in RSASamples.__dataclass_fields__)),
         keys=whole.keys[rows],
         records=whole.records[rows],

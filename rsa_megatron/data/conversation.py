@@ -1,19 +1,30 @@
 """From a LLaVA conversation to tokens, with what is learnt and what is the caption marked on each.
 
 A conversation is LLaVA's: [{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "..."}].
-Two templates:
-    plain   <image>ANSWER\\n                     stage 1: the image, then its caption; all but the image is learnt
-    chat    <|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\nANSWER<|im_end|>\\n      answers are learnt
-In both, the caption is the answers' own tokens: no template, no special token, no image.
+Two templates of LLaVA's, token for token:
+    plain       <image>ANSWER\\n                     stage 1: the image, then its caption; all but the image is learnt
+    qwen_1_5    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+                <|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\nANSWER<|im_end|>\\n
+and two styles of labels for the second:
+    llava         the answers with "<|im_start|>assistant\\n" before and "\\n" after them; and wherever else they stand, also
+                  in questions, the tokens "\\n", <|im_start|> and <|im_end|>: so LLaVA-OneVision was trained
+    answer_only   the answers, each with its <|im_end|>
+In all, the caption is the answers' own tokens: no template, no image.
+
+(LLaVA-NeXT, llava/train/train.py: preprocess_plain, preprocess_qwen, preprocess_multimodal.)
 """
 
+import bisect
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
-TEMPLATES = ("plain", "chat")
-_CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+TEMPLATES = ("plain", "qwen_1_5")
+LABEL_STYLES = ("llava", "answer_only")
+SYSTEM_PROMPT = "You are a helpful assistant."
+_START, _END = _CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass
@@ -26,15 +37,14 @@ class EncodedText:
     #: this token is the caption's
     is_caption: list[bool] = field(default_factory=list)
 
-    def add(self, tokens: list[int], *, target: bool = False, caption: bool = False) -> None:
-        self.tokens += tokens
-        self.is_target += [target] * len(tokens)
-        self.is_caption += [caption] * len(tokens)
+    def truncated(self, length: int) -> "EncodedText":
+        """The first `length` tokens."""
+        return EncodedText(self.tokens[:length], self.is_target[:length], self.is_caption[:length])
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Raise ValueError, naming what is missing, unless the tokenizer has the special tokens of the template."""
-    names = (IMAGE_TOKEN, *(_CHAT_TOKENS if template == "chat" else ()))
+    """Raise ValueError, naming what is missing, unless the tokenizer has what the template needs."""
+    names = (IMAGE_TOKEN, *(_CHAT_TOKENS if template == "qwen_1_5" else ()))
     missing = [name for name in names if name not in tokenizer.get_vocab()]
     if missing:
         raise ValueError(
@@ -43,57 +53,106 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no padding token: set its pad_token and save it again")
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path} is a slow one, which cannot tell where in the text a token is: "
+                         "save its fast version (tokenizer.json)")  # fmt: skip
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], template: str) -> EncodedText:
-    """Encode a conversation; `<image>` in its text becomes the image token.
+def check_conversation(conversation: list) -> list[tuple[str, str]]:
+    """Its turns as (role, text), role being system, user or assistant.
 
     Raises:
         ValueError: when it is not a conversation, or has no answer.
     """
-    if not all(isinstance(turn, dict) for turn in conversation):
+    if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise ValueError('a turn of "conversations" is no {"from": ..., "value": ...}')
-    turns = [(_role(turn), turn.get("value")) for turn in conversation]
+    turns = [(_role(turn), turn.get("value", turn.get("content"))) for turn in conversation]
     answers = [value for role, value in turns if role == "assistant"]
     if not answers or not all(isinstance(value, str) for _, value in turns):
         raise ValueError('"conversations" needs turns {"from": "human" or "gpt", "value": text}, one of them from gpt')
     if not "".join(answers).strip():
         raise ValueError("the caption is empty")
-    return _encode_plain(tokenizer, turns) if template == "plain" else _encode_chat(tokenizer, turns)
+    return turns
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict], template: str, *, label_style: str = "llava"
+) -> EncodedText:
+    """Encode a conversation; `<image>` in its text becomes the image token, which is never a target.
+
+    Args:
+        label_style: of the template qwen_1_5; plain has one alone.
+
+    Raises:
+        ValueError: when it is not a conversation, or has no answer.
+    """
+    turns = check_conversation(conversation)
+    pieces = _plain(turns) if template == "plain" else _qwen_1_5(turns, label_style)
+    text = _tokenize(tokenizer, pieces)
+    if template == "qwen_1_5" and label_style == "llava":
+        always = {*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]}
+        text.is_target = [target or token in always for token, target in zip(text.tokens, text.is_target)]
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    text.is_target = [target and token != image for token, target in zip(text.tokens, text.is_target)]
+    text.is_caption = [caption and token != image for token, caption in zip(text.tokens, text.is_caption)]
+    return text
 
 
 def _role(turn: dict) -> str:
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
     speaker = turn.get("from", turn.get("role"))
-    if not isinstance(speaker, str) or speaker not in roles:
+    if not isinstance(speaker, str) or speaker not in _ROLES:
         raise ValueError(f'a turn of "conversations" is from {speaker!r}; it must be human, gpt or system')
-    return roles[speaker]
+    return _ROLES[speaker]
 
 
-def _encode_plain(tokenizer, turns) -> EncodedText:
-    text = EncodedText()
-    num_images = sum(value.count(IMAGE_TOKEN) for _, value in turns)
-    text.add([tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * num_images)
+#: A stretch of text, whether it is learnt, and whether it is the caption.
+_Piece = tuple[str, bool, bool]
+
+
+def _plain(turns: list[tuple[str, str]]) -> list[_Piece]:
+    num_images = sum(value.count(IMAGE_TOKEN) for role, value in turns if role != "assistant")
+    pieces = [(IMAGE_TOKEN * num_images, False, False)]
     for role, value in turns:
         if role == "assistant":
-            text.add(_tokenize(tokenizer, value.strip()), target=True, caption=True)
-            text.add(_tokenize(tokenizer, "\n"), target=True)
-    return text
+            pieces += [(value, True, True), ("\n", True, False)]
+    return pieces
 
 
-def _encode_chat(tokenizer, turns) -> EncodedText:
-    # By hand, not by the tokenizer's own template: which token came from where must be known.
-    text = EncodedText()
-    start, end = ([tokenizer.convert_tokens_to_ids(token)] for token in _CHAT_TOKENS)
-    newline = _tokenize(tokenizer, "\n")
+def _qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
+    if turns[0][0] != "system":
+        turns = [("system", SYSTEM_PROMPT), *turns]
+    if turns[1][0] == "assistant":
+        # LLaVA drops an answer to nothing.
+        turns = [turns[0], *turns[2:]]
+        if not any(role == "assistant" and value.strip() for role, value in turns):
+            raise ValueError("its only answer comes before any question, where LLaVA drops it")
+    pieces = []
     for role, value in turns:
         is_answer = role == "assistant"
-        text.add(start + _tokenize(tokenizer, role) + newline)
-        text.add(_tokenize(tokenizer, value.strip()), target=is_answer, caption=is_answer)
-        text.add(end, target=is_answer)
-        text.add(newline)
-    return text
+        whole_turn = is_answer and label_style == "llava"
+        pieces += [
+            (f"{_START}{role}\n", whole_turn, False),
+            (value if is_answer else _image_first(value), is_answer, is_answer),
+            (_END, is_answer, False),
+            ("\n", whole_turn, False),
+        ]
+    return pieces
 
 
-def _tokenize(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _image_first(value: str) -> str:
+    """A turn's only image comes first, on a line of its own."""
+    if value.count(IMAGE_TOKEN) != 1 or value.startswith(IMAGE_TOKEN):
+        return value
+    return f"{IMAGE_TOKEN}\n{value.replace(IMAGE_TOKEN, '').strip()}".strip()
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, pieces: list[_Piece]) -> EncodedText:
+    # The text as a whole: where a word ends and the template goes on, the pieces alone would be other tokens (".\n").
+    text, starts = "", []
+    for piece, _, _ in pieces:
+        starts.append(len(text))
+        text += piece
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # A token over two pieces is of the one that it begins in. (Of empty pieces that begin at one place the last has text.)
+    origins = [pieces[bisect.bisect_right(starts, start) - 1] for start, _ in encoded["offset_mapping"]]
+    return EncodedText(encoded["input_ids"], [target for _, target, _ in origins], [caption for *_, caption in origins])

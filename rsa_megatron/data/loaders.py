@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from megatron.energon import TaskEncoder, WorkerConfig, get_loader, get_savable_loader, get_train_dataset, get_val_dataset
+from megatron.energon import DefaultTaskEncoder, TaskEncoder, WorkerConfig, get_loader, get_savable_loader, get_train_dataset, get_val_dataset
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.metadataset import load_dataset
@@ -30,6 +30,7 @@ from megatron.energon.savable_loader import (
 from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 # What an Energon state is made of beside plain values.
 _STATE_CLASSES = {
@@ -46,6 +47,8 @@ class DataLayout:
     num_workers: int
     micro_batch_size: int
     shuffle_buffer_size: int
+    #: whether the data is passed over once, then ends
+    one_epoch: bool
     #: of the shards' names and sizes (`fingerprint`)
     data_fingerprint: str
 
@@ -55,34 +58,50 @@ class DataLayout:
         "num_workers": "--num-workers",
         "micro_batch_size": "--micro-batch-size",
         "shuffle_buffer_size": "--shuffle-buffer-size",
+        "one_epoch": "one pass over the data (a run without --train-iters)",
         "data_fingerprint": "the shards behind --data-path, with the fingerprint",
     }
 
 
 class TrainLoader:
-    """Endless batches of the training part, with a position that can be saved and taken up again."""
+    """Batches of the training part, with a position that can be saved and taken up again.
+
+    Args:
+        one_epoch: pass over the data once, and give empty batches from then on: ranks end together, whatever each has
+            read. The task encoder must fill its batches up (`fill_to`). Otherwise the data never ends.
+        drop_last: with one_epoch, leave out samples that do not fill a micro-batch.
+
+    Raises:
+        ValueError: one epoch of data that has none.
+    """
 
     def __init__(
         self,
         path: str,
-        task_encoder: TaskEncoder,
+        task_encoder: LlavaTaskEncoder,
         worker_config: WorkerConfig,
         micro_batch_size: int,
         shuffle_buffer_size: int,
+        *,
+        one_epoch: bool = False,
+        drop_last: bool = False,
     ):
+        assert not one_epoch or task_encoder.fill_to == micro_batch_size
         self.layout = DataLayout(
-            worker_config.world_size, worker_config.num_workers, micro_batch_size, shuffle_buffer_size, fingerprint(path)
-        )
-        dataset = get_train_dataset(
-            path,
-            worker_config=worker_config,
-            batch_size=micro_batch_size,
+            data_parallel_size=worker_config.world_size,
+            num_workers=worker_config.num_workers,
+            micro_batch_size=micro_batch_size,
             shuffle_buffer_size=shuffle_buffer_size,
-            max_samples_per_sequence=None,
-            task_encoder=task_encoder,
+            one_epoch=one_epoch,
+            data_fingerprint=fingerprint(path),
         )
+        dataset = _train_dataset(
+            path, task_encoder, worker_config, micro_batch_size, shuffle_buffer_size, one_epoch=one_epoch, drop_last=drop_last
+        )
+        self._task_encoder = task_encoder
         self._loader: SavableDataLoader = _with_workers_apart(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
+        self._ended = False
 
     def __iter__(self):
         return self
@@ -90,11 +109,16 @@ class TrainLoader:
     def __next__(self) -> LlavaBatch:
         if self._batches is None:
             self._batches = iter(self._loader)
-        return next(self._batches)
+        batch = None if self._ended else next(self._batches, None)
+        if batch is None:
+            self._ended = True
+            return self._task_encoder.batch([])
+        return batch
 
     def save_state(self) -> dict:
         """Called by Megatron when it writes a checkpoint."""
-        return {"layout": dataclasses.asdict(self.layout), "energon": _to_plain(self._loader.save_state_rank())}
+        energon = None if self._ended else _to_plain(self._loader.save_state_rank())
+        return {"layout": dataclasses.asdict(self.layout), "energon": energon}
 
     def restore_state(self, state_file: Path) -> None:
         """Take up the position of a state file; before the first batch.
@@ -103,7 +127,8 @@ class TrainLoader:
             ValueError: when the file is of another layout.
         """
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
-        then = DataLayout(**state["layout"])
+        # Before there was a choice, all runs went on for ever.
+        then = DataLayout(**{"one_epoch": False} | state["layout"])
         for name, what in DataLayout.FLAGS.items():
             saved, current = getattr(then, name), getattr(self.layout, name)
             if saved != current:
@@ -111,7 +136,63 @@ class TrainLoader:
                     f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "
                     f"resume is impossible. Set it back to {saved}, or pass --restart-data to begin the data anew"
                 )
-        self._loader.restore_state_rank(_from_plain(state["energon"]))
+        self._ended = state["energon"] is None
+        if not self._ended:
+            self._loader.restore_state_rank(_from_plain(state["energon"]))
+
+
+def epoch_iterations(
+    path: str,
+    *,
+    data_parallel_size: int,
+    num_workers: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    drop_last: bool,
+) -> int:
+    """Iterations of one pass over the training part behind `path`, as Energon divides it between ranks and workers.
+
+    Each worker of each rank has a part of each data set, and its last micro-batch may be a partial one. The rank with
+    the most micro-batches decides, or with drop_last (and without partial ones) the rank with the fewest.
+
+    Raises:
+        ValueError: the data is a blend by weight, which has no end.
+    """
+    num_readers = max(1, num_workers)  # without workers a rank reads for itself
+    # All workers as those of one rank: Energon gives worker w of rank r what it gives number r * num_readers + w here.
+    config = WorkerConfig(rank=0, world_size=1, num_workers=data_parallel_size * num_readers)
+    dataset = _train_dataset(path, _Counter(), config, micro_batch_size, None, one_epoch=True, drop_last=drop_last)
+    of_worker = [dataset.len_worker(worker) for worker in range(config.num_workers)]
+    of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]
+    num_micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
+    return min(of_rank) // num_micro_batches if drop_last else -(-max(of_rank) // num_micro_batches)
+
+
+class _Counter(DefaultTaskEncoder):
+    """For a data set that is counted, not read."""
+
+    cookers = LlavaTaskEncoder.cookers
+
+
+def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_buffer_size, *, one_epoch, drop_last):
+    try:
+        return get_train_dataset(
+            path,
+            worker_config=worker_config,
+            batch_size=micro_batch_size,
+            batch_drop_last=drop_last,
+            shuffle_buffer_size=shuffle_buffer_size,
+            max_samples_per_sequence=None,
+            task_encoder=task_encoder,
+            repeat=not one_epoch,
+        )
+    except AssertionError as error:
+        if not one_epoch or "repeat" not in str(error):
+            raise
+        raise ValueError(
+            f"--data-path {path}: a blend by weight has no end: name --train-iters, or write the mixture with "
+            "blend_epochized and repetitions, of which a run without --train-iters is one pass"
+        ) from error
 
 
 class ValidationLoader:

@@ -1,7 +1,8 @@
 """From a stored sample to what the model trains on: Energon's task encoder for LLaVA data.
 
 A stored sample is an image (png, jpg, ...) and a json with LLaVA's "conversations". Several images are numbered
-parts in its place: 0.png, 1.jpg, ...; text alone has none.
+parts in its place: 0.png, 1.jpg, ...; text alone has none. Or it is a line of a JSONL file, whose images lie as files
+below the folder that the mixture names as `aux: {images: filesystem://FOLDER}`.
 The data set's subflavor `rsa: true` lets its samples into the RSA loss, one image and a caption each.
 
 A sample that cannot be used is skipped, with one line that says which and why, and counted; the count travels
@@ -14,9 +15,11 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, SkipSample, basic_sample_keys, stateless
+from megatron.energon.cache import FileStore
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.flavors import Sample
 from torch import Tensor
@@ -36,9 +39,9 @@ _MOST_SKIPPED_IN_A_ROW = 100
 class StoredSample(Sample):
     """What lies in the shard, not decoded yet."""
 
-    #: by the part's name: "png" alone, or "0.png", "1.jpg", ... in any order
-    images: dict[str, bytes]
-    record: bytes | None
+    #: by the part's name: "png" alone, or "0.png", "1.jpg", ... in any order; or why it could not be read
+    images: dict[str, bytes | Exception]
+    record: bytes | dict | None
 
 
 @dataclass(kw_only=True)
@@ -51,13 +54,37 @@ class EncodedSample(Sample):
     tiles: Tensor
     eligible: bool
     record: dict
+    #: positions of the row, image tokens included; 0 for an empty sample
+    row_length: int
+    #: whether its text was longer
+    is_cut: bool
 
 
 @stateless
-def cook(stored: dict) -> StoredSample:
-    """Pick the images and the record out of a crude sample."""
-    images = {name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name)}
-    return StoredSample(**basic_sample_keys(stored), images=images, record=stored.get("json"))
+def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
+    """Pick the images and the record out of a crude sample: of a tar, or of a JSONL file with `images` beside it."""
+    record = stored.get("json")
+    if not isinstance(record, dict):
+        found = {name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name)}
+        return StoredSample(**basic_sample_keys(stored), images=found, record=record)
+    # Energon calls each line by its number.
+    keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
+    return StoredSample(**keys, images=_read_images(record.get("image"), images), record=record)
+
+
+def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dict[str, bytes | Exception]:
+    # What goes wrong is kept, not raised: the sample is counted and named where all that cannot be used are.
+    parts = {}
+    for number, path in enumerate([paths] if isinstance(paths, str) else paths or []):
+        try:
+            if images is None:
+                raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"its image {path} lies outside of the folder of images")
+            parts[f"{number}.png"] = images[path][0]  # whatever it is: its bytes say so
+        except Exception as error:
+            parts[f"{number}.png"] = error
+    return parts
 
 
 class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
@@ -67,11 +94,13 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         tokenizer: with an <image> token.
         image_size: side of a tile, pixels.
         patch_size: of the vision tower, pixels; what is left of image_size / patch_size is no token.
-        max_sequence_length: longest row, image tokens included; a longer sample is skipped.
-        template: "plain" or "chat" (conversation.py).
+        max_sequence_length: longest row, image tokens included; the text of a longer sample is cut at its end.
+        template, label_style: how a conversation becomes tokens, and which are learnt (conversation.py).
         image_aspect_ratio, grid_pinpoints: how an image is cut into tiles (tiles.py).
         max_tiles: tokens of how many tiles a grid may keep (anyres.py).
         say_skipped: whether to print the line about a skipped sample; its count is kept in any case.
+        fill_to: samples of a batch. A sample that cannot be used is replaced by an empty one then, and a batch of fewer
+            filled up: how many batches there are is known before (one-epoch runs).
     """
 
     cookers = [Cooker(cook)]
@@ -85,18 +114,22 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         patch_size: int,
         max_sequence_length: int,
         template: str,
+        label_style: str = "llava",
         image_aspect_ratio: str,
         grid_pinpoints: Sequence[tuple[int, int]],
         max_tiles: int,
         say_skipped: bool = True,
+        fill_to: int | None = None,
     ):
         super().__init__()
         self.tokenizer = tokenizer
         self.template = template
+        self.label_style = label_style
         self.tokens_per_side = image_size // patch_size
         self.max_tiles = max_tiles
         self.max_sequence_length = max_sequence_length
         self.say_skipped = say_skipped
+        self.fill_to = fill_to
         self._image_token_id = tokenizer.convert_tokens_to_ids(conversation.IMAGE_TOKEN)
         self._tiler = ImageTiler(
             image_size=image_size, image_aspect_ratio=image_aspect_ratio, grid_pinpoints=grid_pinpoints
@@ -109,10 +142,14 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             encoded = self._encode(sample)
         except Exception as error:  # whatever lies in a file of millions; what is wrong with all ends the run below
             self._skip(sample, error)
+            if not self.fill_to:
+                raise SkipSample from error
+            return EncodedSample.derive_from(sample, **self._empty())
         self._num_skipped_in_a_row = 0
         return encoded
 
     def batch(self, samples: list[EncodedSample]) -> LlavaBatch:
+        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * ((self.fill_to or 0) - len(samples))
         texts = [sample.text for sample in samples]
         # Inputs are all tokens but the last, labels all but the first.
         length = max(len(text.tokens) for text in texts) - 1
@@ -130,6 +167,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             loss_mask=rows(lambda text: text.is_target, 1, 0).float(),
             images=torch.cat([sample.tiles for sample in samples]),
             image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 5),
+            row_lengths=torch.tensor([sample.row_length for sample in samples]),
             rsa=RSASamples(
                 eligible=torch.tensor([sample.eligible for sample in samples]).long(),
                 caption_mask=rows(lambda text: text.is_caption, 0, -1).long(),
@@ -139,32 +177,55 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             keys=[sample.__key__ for sample in samples],
             records=[sample.record for sample in samples],
             num_skipped=num_skipped,
+            num_cut=sum(sample.is_cut for sample in samples),
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
         record = _read_record(sample.record)
-        text = conversation.encode(self.tokenizer, record["conversations"], self.template)
+        text = conversation.encode(
+            self.tokenizer, record["conversations"], self.template, label_style=self.label_style
+        )
         num_told = text.tokens.count(self._image_token_id)
-        images = decode_images(sample.images)
-        if num_told != len(images):
-            raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(images)} image(s)")
-        layouts = self._tiler.layouts(images)
-        image_lengths = [layout.num_tokens(self.tokens_per_side, self.max_tiles) for layout in layouts]
-        row_length = len(text.tokens) - 1 + sum(image_lengths) - len(images)
-        if row_length > self.max_sequence_length:
+        if num_told != len(sample.images):
             raise ValueError(
-                f"{row_length} positions do not fit --seq-length {self.max_sequence_length}; "
-                "raise it or shorten the caption"
+                f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(sample.images)} image(s)"
             )
-        wants_rsa = bool((sample.__subflavors__ or {}).get("rsa"))
+        images = decode_images(_readable(sample.images))
+        layouts = self._tiler.layouts(images)
+        whole, text = text, self._cut(text, layouts)
         return EncodedSample.derive_from(
             sample,
             text=text,
             layouts=layouts,
             tiles=self._tiler.tiles(images),
-            eligible=wants_rsa and len(images) == 1 and any(text.is_caption),
+            # An image-caption pair, as the paper asks for (section 3.3), of which the caption is still there.
+            eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption),
             record=record,
+            row_length=len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts),
+            is_cut=text is not whole,
         )
+
+    def _num_image_tokens(self, layouts: list[ImageLayout]) -> int:
+        return sum(layout.num_tokens(self.tokens_per_side, self.max_tiles) for layout in layouts)
+
+    def _cut(self, text: conversation.EncodedText, layouts: list[ImageLayout]) -> conversation.EncodedText:
+        """What fits the longest row: the row is all tokens but the last, each image being as many as it is cut into."""
+        room = self.max_sequence_length + 1 + len(layouts) - self._num_image_tokens(layouts)
+        if len(text.tokens) <= room:
+            return text
+        cut = text.truncated(max(room, 0))
+        if cut.tokens.count(self._image_token_id) < len(layouts) or not any(cut.is_target[1:]):
+            raise ValueError(
+                f"{len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
+                f"{self.max_sequence_length}, and what fits has nothing to learn: raise it"
+            )
+        return cut
+
+    def _empty(self) -> dict:
+        """What an empty sample holds: a row of padding, nothing to learn, no image."""
+        pad = self.tokenizer.pad_token_id
+        text = conversation.EncodedText([pad] * 2, [False] * 2, [False] * 2)
+        return dict(text=text, layouts=[], tiles=self._tiler.tiles([]), eligible=False, record={}, row_length=0, is_cut=False)
 
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1
@@ -176,7 +237,6 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row cannot be used; the last: {line}")
         if self.say_skipped:
             logger.warning(line)
-        raise SkipSample from error
 
 
 def sample_id(key: str) -> int:
@@ -184,16 +244,23 @@ def sample_id(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _read_record(record: bytes | None) -> dict:
+def _read_record(record: bytes | dict | None) -> dict:
     if record is None:
         raise ValueError("it has no .json")
     try:
-        content = json.loads(record)
-    except json.JSONDecodeError as error:
+        content = record if isinstance(record, dict) else json.loads(record)
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"its .json cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("conversations"), list):
         raise ValueError('its .json has no list "conversations"')
     return content
+
+
+def _readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
+    for part in images.values():
+        if isinstance(part, Exception):
+            raise part
+    return images
 
 
 def _where(sample: StoredSample) -> str:

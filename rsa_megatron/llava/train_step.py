@@ -35,10 +35,13 @@ class StepBatch:
     loss_mask: Tensor
     #: [number of images, 5] int64
     image_layouts: Tensor
+    #: positions of the rows that are no padding, a scalar; of context-parallel ranks each has its share
+    num_positions: Tensor
     #: where the samples come from: known where the data is read, empty elsewhere
     keys: list[str]
-    #: how many were skipped before them, a scalar, int64
+    #: how many were skipped before them, and how many of them were cut, scalars, int64
     num_skipped: Tensor
+    num_cut: Tensor
 
 
 def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> StepBatch:
@@ -50,15 +53,17 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
         tensors = batch and {name: torch.as_tensor(getattr(batch, name)) for name in names}
         return broadcast_tensors(names, tensors, dtype, tp_group)
 
-    integers = broadcast(torch.int64, "tokens", "labels", "image_layouts", "num_skipped")
+    integers = broadcast(torch.int64, "tokens", "labels", "image_layouts", "row_lengths", "num_skipped", "num_cut")
     return StepBatch(
         images=broadcast(torch.float32, "images")["images"] if model.pre_process else None,
         tokens=integers["tokens"],
         labels=integers["labels"],
         loss_mask=broadcast(torch.float32, "loss_mask")["loss_mask"],
         image_layouts=integers["image_layouts"],
+        num_positions=integers["row_lengths"].sum() / model.pg_collection.cp.size(),
         keys=batch.keys if batch else [],
         num_skipped=integers["num_skipped"],
+        num_cut=integers["num_cut"],
     )
 
 
@@ -98,8 +103,10 @@ def loss_func(
     if training:
         # A count for the step: the denominators of all its micro-batches on all ranks add up to 1.
         part = len(batch.tokens) / get_current_global_batch_size()
-        num_skipped = batch.num_skipped.float()
-        report["unusable samples"] = torch.stack([num_skipped, num_skipped.new_tensor(part)])
+        for name, count in (("unusable samples", batch.num_skipped), ("cut samples", batch.num_cut)):
+            report[name] = torch.stack([count.float(), loss_sum.new_tensor(part, dtype=torch.float32)])
+        num_positions = loss_sum.new_tensor(loss_mask_BL.numel(), dtype=torch.float32)
+        report["padding"] = torch.stack([num_positions - batch.num_positions, num_positions])
     return loss_sum, num_tokens, report
 
 

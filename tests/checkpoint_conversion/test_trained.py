@@ -21,7 +21,7 @@ def trained(models, demo, tmp_path_factory):
     save = tmp_path_factory.mktemp("trained") / "run"
     script.run(
         2, demo, "--model", models.hf, "--tokenizer-model", models.hf, "--pretrained-checkpoint", models.megatron,
-        "--image-aspect-ratio", "anyres", "--template", "chat", "--trainable", "vision", "projector", "embeddings", "language",
+        "--image-aspect-ratio", "anyres", "--template", "qwen_1_5", "--trainable", "vision", "projector", "embeddings", "language",
         "--tensor-model-parallel-size", "2", "--micro-batch-size", "4", "--seq-length", "320", "--lr", "1e-3",
         "--eval-iters", "0", "--save", save, "--save-interval", "6",
     )  # fmt: skip

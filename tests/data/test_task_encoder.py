@@ -157,14 +157,9 @@ def test_anyres_tiles_are_cut_row_by_row_from_the_centre(anyres, width, height):
     torch.testing.assert_close(encoded.tiles[1:], expected, rtol=0, atol=1e-6)  # a shade of grey is 8e-3
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "transparent P"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])  # others: test_tiles.py
 def test_each_kind_of_picture_is_made_rgb_first(anyres, mode):
-    if mode == "transparent P":
-        image = noise(90, 40, "P")
-        image.info["transparency"] = 7
-    else:
-        image = noise(90, 40, "L").convert(mode) if mode == "I;16" else noise(90, 40, mode)
-    file = png(image)
+    file = png(noise(90, 40, mode))
     expected = huggingface()([[Image.open(io.BytesIO(file)).convert("RGB")]])["pixel_values"][0]
     assert torch.equal(anyres.encode_sample(stored(images=[file])).tiles, expected)
 
@@ -250,35 +245,74 @@ def test_sample_ids_are_fixed_and_fit_63_bits():
 
 def test_an_unusable_sample_is_skipped_named_and_counted(encoder, caplog):
     with caplog.at_level(logging.WARNING):
-        for key, answer in (("tar/empty", " "), ("tar/long", "word " * 400)):
+        for key, images, answer in (("tar/empty", 1, " "), ("tar/long", 33, "Too many to say anything.")):
             with pytest.raises(SkipSample):
-                encoder.encode_sample(stored(key, answer))
+                encoder.encode_sample(stored(key, answer, images=images))
     lines = [record.message for record in caplog.records]
     assert lines[0] == "skipped sample tar/empty: the caption is empty"
-    assert lines[1].startswith("skipped sample tar/long:") and "--seq-length 128" in lines[1]
+    assert lines[1].startswith("skipped sample tar/long: ") and "positions do not fit --seq-length 128" in lines[1]
     good = encoder.encode_sample(stored())
     assert encoder.batch([good]).num_skipped == 2
     assert encoder.batch([good]).num_skipped == 0  # counted once
 
 
-def test_the_longest_row_that_fits_is_kept(encoder, tokenizer):
-    answer = "a" * 400
-    while len(tokenizer(answer)["input_ids"]) + 4 > 128:  # 4 image tokens; the newline is label only
+def answer_of(tokenizer, num_tokens):
+    """A text of so many tokens."""
+    answer = "a" * 800
+    while len(tokenizer(answer)["input_ids"]) > num_tokens:
         answer = answer[:-1]
-    encoder.encode_sample(stored(answer=answer))
-    with pytest.raises(SkipSample):
-        encoder.encode_sample(stored(answer=answer + " boat boat boat"))
+    assert len(tokenizer(answer)["input_ids"]) == num_tokens
+    return answer
 
 
-def test_the_longest_row_with_a_grid_that_fits_is_kept(anyres, tokenizer):
-    # 4 tokens of the base tile, 2 rows of 4 and a newline each of the grid.
-    answer = "a" * 400
-    while len(tokenizer(answer)["input_ids"]) + 14 > 128:
-        answer = answer[:-1]
-    assert 14 == ImageLayout(50, 100, 1, 2).num_tokens(2, 2)
-    anyres.encode_sample(stored(answer=answer, images=[noise(100, 50)]))
-    with pytest.raises(SkipSample):
-        anyres.encode_sample(stored(answer=answer + "?", images=[noise(100, 50)]))
+# 128 positions: 4 of an image, or with a grid 14: 4 of the base tile, 2 rows of 4 and a newline each. The newline after the
+# caption is label only.
+@pytest.mark.parametrize("aspect_ratio, picture, room", [("square", (56, 56), 124), ("anyres", (100, 50), 114)])
+def test_the_longest_row_that_fits_is_whole_and_one_more_token_is_cut(tokenizer, aspect_ratio, picture, room):
+    encoder = make_encoder(tokenizer, aspect_ratio)
+    fits, longer = (
+        encoder.encode_sample(stored(answer=answer_of(tokenizer, room + more), images=[noise(*picture)])) for more in (0, 5)
+    )
+    assert fits.row_length == longer.row_length == 128 and (fits.is_cut, longer.is_cut) == (False, True)
+    assert len(longer.text.tokens) == len(fits.text.tokens)
+    assert fits.text.is_caption == [False] + [True] * room + [False]
+    assert longer.text.is_caption == [False] + [True] * (room + 1)  # a caption's part in the place of the newline
+    batch = encoder.batch([fits, longer])
+    assert batch.row_lengths.tolist() == [128, 128] and batch.num_cut == 1
+
+
+def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
+    def eligible(**sample):
+        return encoder.encode_sample(stored(**sample)).eligible
+
+    encoder = make_encoder(tokenizer, "square")
+    assert eligible() and eligible(answer=answer_of(tokenizer, 300))
+    assert not eligible(rsa=False) and not eligible(images=0) and not eligible(images=2)
+    # In a conversation that is cut before its answer, "\n" and <|im_end|> of the question are learnt, but no caption is left.
+    encoder = LlavaTaskEncoder(
+        tokenizer, image_size=TILE, patch_size=14, max_sequence_length=60, template="qwen_1_5", image_aspect_ratio="square",
+        grid_pinpoints=PINPOINTS, max_tiles=2,
+    )  # fmt: skip
+    turns = [{"from": "human", "value": "<image>\n" + answer_of(tokenizer, 80)}, {"from": "gpt", "value": "A red boat."}]
+    sample = stored()
+    sample.record = {"conversations": turns}
+    cut = encoder.encode_sample(sample)
+    assert cut.is_cut and any(cut.text.is_target) and not cut.eligible
+    encoder.max_sequence_length = 128
+    assert encoder.encode_sample(sample).eligible
+
+
+def test_a_batch_is_filled_up_with_rows_that_weigh_nothing(tokenizer, caplog):
+    encoder = make_encoder(tokenizer, "anyres")
+    encoder.fill_to = 4
+    unusable = encoder.encode_sample(stored("bad", answer=""))
+    batch = encoder.batch([encoder.encode_sample(stored("good")), unusable])
+    assert batch.keys == ["good", "bad", "", ""] and batch.num_skipped == 1 and "skipped sample bad" in caplog.text
+    assert batch.tokens.shape[0] == 4 and batch.loss_mask.sum(1).tolist()[1:] == [0, 0, 0]
+    assert batch.row_lengths.tolist()[1:] == batch.rsa.num_tiles.tolist()[1:] == batch.rsa.eligible.tolist()[1:] == [0, 0, 0]
+    assert torch.equal(batch.images, encoder.encode_sample(stored("good")).tiles)
+    empty = encoder.batch([])
+    assert empty.tokens.shape == (4, 1) and not empty.loss_mask.any() and empty.images.shape == (0, 3, TILE, TILE)
 
 
 def test_a_data_set_of_unusable_samples_ends_the_run(encoder):

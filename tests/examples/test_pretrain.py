@@ -70,7 +70,7 @@ def test_dry_run_prints_what_would_run_and_stops(demo):
     flags = ["--trainable", "projector", "vision", "--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "768"]
     output, _ = script.run(2, demo, "--dry-run", *flags)
     counts = {part: sum(pieces.values()) for part, pieces in tiny.TINY.parameter_counts().items()}
-    for part, learns in (("vision", "yes"), ("projector", "yes"), ("embeddings", "no"), ("language", "no")):
+    for part, learns in (("vision", "0.001"), ("projector", "0.001"), ("embeddings", "frozen"), ("language", "frozen")):
         assert re.search(rf"^{part} +{counts[part]:,}  {learns} ", output, flags=re.MULTILINE)
     assert re.search(r"^projector .* two linear layers 2,624, image_newline 32$", output, flags=re.MULTILINE)
     assert re.search(rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} learn$", output, re.M)
@@ -324,8 +324,8 @@ def skip_a_batch_on_the_last_stage():
 
     right = loaders.TrainLoader.__init__
 
-    def start(self, *args):
-        right(self, *args)
+    def start(self, *args, **options):
+        right(self, *args, **options)
         if os.environ["RANK"] == "1":
             next(self)
 
@@ -335,8 +335,11 @@ def skip_a_batch_on_the_last_stage():
 @pytest.mark.parametrize("flags, message", [
     (["--model", "llava-9000"], "error: --model llava-9000: neither a folder with a config.json nor one of demo, llava-ov-0.5b"),
     (["--pretrained-checkpoint", "/nowhere"], "error: --pretrained-checkpoint /nowhere: no latest_checkpointed_iteration.txt there"),
-    (["--train-iters", 0], "error: --train-iters is missing"),
-    (["--stage", "7"], "error: --stage 7: no such recipe; there is 1"),
+    (["--drop-last"], "error: --drop-last is about a single pass over the data; leave it out, or leave out the number of iter"),
+    (["--vision-lr", -1], "error: --vision-lr -1.0: a learning rate is 0 or more"),
+    (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
+    (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),
+    (["--stage", "7"], "error: --stage 7: no such recipe; there is 1, 1.5, 2"),
     (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*energon prepare"),
     (["--tensor-model-parallel-size", 4, "--num-query-groups", 2],
      "error: --tensor-model-parallel-size 4 does not divide the decoder's query groups, 2"),
@@ -393,12 +396,12 @@ def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, 
     def run(*flags):
         return script.run(1, demo, "--train-iters", 1, "--save", tmp_path / "save", "--save-interval", 1, *flags)
 
-    run("--template", "chat", "--rotary-base", 5000)
+    run("--template", "qwen_1_5", "--rotary-base", 5000)
     hf = tmp_path / "save" / "hf"
     expected = dataclasses.replace(tiny.TINY, name="hf", decoder=dataclasses.replace(tiny.TINY.decoder, rotary_base=5000))
     assert read_architecture(hf) == expected
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(hf).chat_template
-    run("--template", "chat", "--rotary-base", 5000)  # again: it is the same model
+    run("--template", "qwen_1_5", "--rotary-base", 5000)  # again: it is the same model
     with pytest.raises(Failed) as failed:
         run()
     assert "save/hf is of another model than this run's: name another --save" in failed.value.output
