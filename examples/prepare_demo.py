@@ -5,12 +5,15 @@
     demo/data/captions     images with dense captions, for the RSA loss (subflavor rsa: true)
     demo/data/questions    images with questions and answers
     demo/data/texts        texts alone
+    demo/data/words        wide and tall pictures with a written word, which is asked for
+    demo/data/stage*.yaml  the mixtures of the three stages (examples/mixtures/demo)
     demo/tokenizer         in Hugging Face format
 
 What is there already is not made again. A data set appears under its name only when it is whole.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import shutil
@@ -26,13 +29,16 @@ from rsa_megatron.data import scenes
 from rsa_megatron.data.demo_tokenizer import train_tokenizer
 
 PROMPT = "<image>\nPlease generate detailed descriptions of the given image."
-KINDS = ("captions", "questions", "texts")
+KINDS = ("captions", "questions", "texts", "words")
+MIXTURES = Path(__file__).parent / "mixtures" / "demo"
 
 
 def main():
     args = parse()
     for kind in args.kinds:
         write_data_set(args.out / "data" / kind, kind, args)
+    for mixture in MIXTURES.glob("*.yaml"):
+        shutil.copy(mixture, args.out / "data")
     write_tokenizer(args.out / "tokenizer", args)
 
 
@@ -68,12 +74,18 @@ def stored_sample(kind: str, index: int, split: str, args) -> dict:
     # Each data set has scenes of its own.
     scene = scenes.make_scene(args.seed + KINDS.index(kind), index, validation=split == "val")
     seed = f"{args.seed}/{kind}/{split}/{index}"
+    if kind == "words" and not scene.word:
+        scene = dataclasses.replace(scene, word=scene.theme.words[index % 2])
     record = {"id": f"{kind}-{split}-{index:06d}", "conversations": conversations(kind, scene, seed)}
     sample = {"__key__": record["id"]}
     if kind != "texts":
         record["contents"] = scene.contents
         picture = io.BytesIO()
-        scenes.render(scene, args.image_size, seed).save(picture, "PNG")
+        image = scenes.render(scene, args.image_size, seed)
+        if kind == "words":  # it stands at the top
+            side = args.image_size
+            image = image.crop((0, 0, side, side // 2) if index % 3 else (side // 4, 0, side - side // 4, side))
+        image.save(picture, "PNG")
         sample["png"] = picture.getvalue()
     return sample | {"json": json.dumps(record).encode()}
 
@@ -84,6 +96,8 @@ def conversations(kind: str, scene: scenes.Scene, seed) -> list[dict]:
     if kind == "questions":
         (first, *others) = scenes.questions(scene, seed)
         return turns([("<image>\n" + first[0], first[1]), *others])
+    if kind == "words":
+        return turns([("<image>\nWhich word is written in the picture?", scene.word)])
     return turns([(f"Tell me about {scene.theme.name} pictures.", scenes.text(scene, seed))])
 
 
@@ -111,7 +125,7 @@ def write_tokenizer(folder: Path, args) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     texts = [
         turn["value"]
-        for kind in KINDS
+        for kind in KINDS[:3]  # the words are in the questions too
         for index in tqdm(range(min(args.train, 2000)), desc=f"{folder} {kind}", unit="text", mininterval=1)
         for turn in conversations(kind, scenes.make_scene(args.seed + KINDS.index(kind), index, validation=False), index)
     ]

@@ -13,7 +13,7 @@ import math
 import os
 from pathlib import Path
 
-from training_arguments import architecture_of, dataloader_folder, end_with, load_tokenizer, parse, write_stage  # first:
+from training_arguments import architecture_of, dataloader_folder, end_with, load_tokenizer, parse, say, write_stage  # first:
 # it prepares Megatron for machines without CUDA
 
 import megatron_repairs
@@ -21,13 +21,14 @@ from learning_rates import LearningRates, table
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.energon import WorkerConfig
-from megatron.training import get_args, get_wandb_writer, pretrain, print_rank_0
+from megatron.training import get_args, get_wandb_writer, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank, print_rank_last
 from transformers import AutoTokenizer
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
-from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, find_train_state
+from rsa_megatron.data.loader_state import find_train_state
+from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.huggingface import is_model_folder, read_architecture
 from rsa_megatron.huggingface_files import copy_model_files, write_chat_template, write_model_files
@@ -48,7 +49,7 @@ def main():
         write_stage(args)
     except (ValueError, OSError) as error:
         end_with(error)
-    print_rank_0(table(args, architecture_of(args)))
+    say(table(args, architecture_of(args)))
     rates = LearningRates(args)
     rates.apply()
     pretrain(
@@ -60,16 +61,18 @@ def main():
         non_loss_data_func=functools.partial(mutual_knn, rsa=rsa) if args.mutual_knn_samples else None,
         process_non_loss_data_func=write_mutual_knn if args.mutual_knn_samples else None,
     )
+    # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
+    write_stage(args, finished=args.train_iters)
 
 
 def dry_run(args, rsa: RSAPlugin) -> None:
     """Print the settings (Megatron has printed its own), the parameters of each part, and which learn."""
     architecture = architecture_of(args)
-    print_rank_0(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
-    print_rank_0(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
-    print_rank_0(table(args, architecture))
+    say(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
+    say(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
+    say(table(args, architecture))
     padding = args.padded_vocab_size - architecture.vocab_size
-    print_rank_0(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")
+    say(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")
 
 
 def write_hugging_face_files(args) -> None:

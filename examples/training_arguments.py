@@ -23,13 +23,13 @@ except RuntimeError as error:
 import learning_rates
 import megatron_repairs
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.training import print_rank_0
 from megatron.training.arguments import parse_and_validate_args
 from transformers import AutoTokenizer
 
 from recipes import recipe
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
-from rsa_megatron.data.loaders import check_data, epoch_iterations
+from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.loaders import epoch_iterations
 from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.huggingface import find_architecture, is_model_folder
 from rsa_megatron.llava.architectures import Architecture
@@ -51,13 +51,19 @@ def parse(rsa: RSAPlugin, settings: dict | None = None):
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
     if args.virtual_pipeline_model_parallel_size:
-        print_rank_0("WARNING: megatron-core cannot save the data position of interleaved pipelines; "
-                     "a resumed run will need --restart-data")  # fmt: skip
+        say("WARNING: megatron-core cannot save the data position of interleaved pipelines; "
+            "a resumed run will need --restart-data")  # fmt: skip
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
     if "language" not in args.trainable and not (args.pretrained_checkpoint or args.load):
-        print_rank_0("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
+        say("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
     return args
+
+
+def say(message: str) -> None:
+    """Once, on the first rank. (Megatron's print_rank_0 prints on every rank until the ranks know each other.)"""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(message, flush=True)
 
 
 def end_with(error: Exception):
@@ -151,7 +157,7 @@ def take_weights_of_another_stage(args) -> None:
             raise ValueError(f"--load {folder}: stage {stage} has no checkpoint there yet; let it end first")
         args.pretrained_checkpoint, args.load = args.load, args.save
         if not (args.save and Path(args.save, TRACKER).is_file()):
-            print_rank_0(f"weights from {folder}, of stage {stage}; optimizer, learning rates and data begin anew")
+            say(f"weights from {folder}, of stage {stage}; optimizer, learning rates and data begin anew")
 
 
 def stage_of(folder: str) -> str | None:
@@ -163,12 +169,12 @@ def stage_of(folder: str) -> str | None:
         raise ValueError(f"{file} cannot be read: remove it if {folder} is not of another stage ({error})") from error
 
 
-def write_stage(args) -> None:
-    """Beside the checkpoints, so that the next stage knows whose they are."""
-    if args.save and int(os.environ.get("RANK", "0")) == 0:
+def write_stage(args, **more) -> None:
+    """Beside the checkpoints: whose they are, for the next stage, and `finished` once the run has come to its end."""
+    if args.save and not args.skip_train and int(os.environ.get("RANK", "0")) == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         unfinished = Path(args.save, "run.json.unfinished")
-        unfinished.write_text(json.dumps({"model": args.model, "stage": args.stage}) + "\n")
+        unfinished.write_text(json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n")
         unfinished.rename(Path(args.save, "run.json"))
 
 
@@ -262,7 +268,7 @@ def set_one_epoch(args) -> None:
             f"--data-path {args.data_path[0]}: one pass over it does not fill a batch of {args.global_batch_size}; lower "
             "--global-batch-size or leave out --drop-last"
         )
-    print_rank_0(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")
+    say(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")
 
 
 def architecture_of(args) -> Architecture:

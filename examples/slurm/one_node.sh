@@ -23,11 +23,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 # The distributed optimizer shards Adam's state over the data-parallel ranks; overlapping hides its communication
-# behind the backward pass. Fully reshardable checkpoints can be resumed under another TP x PP.
+# behind the backward pass. Fully reshardable checkpoints can be resumed under another TP x PP. (GPU_FLAGS= for a CPU.)
+gpu_flags=${GPU_FLAGS---bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce}
+# shellcheck disable=SC2086  # several flags
 exec torchrun --standalone --nproc-per-node "${GPUS:-8}" examples/pretrain_llava_rsa.py \
   --model "${MODEL:-demo}" --stage "${STAGE:-1}" \
   --data-path "$DATA" --tokenizer-model "$TOKENIZER" \
   ${PRETRAINED:+--pretrained-checkpoint "$PRETRAINED"} \
   --load "$OUT" --save "$OUT" --tensorboard-dir "$OUT/tensorboard" \
-  --bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce \
+  $gpu_flags \
   "$@"

@@ -1,66 +1,27 @@
-"""Energon loaders as Megatron's `--dataloader-type external` takes them, and their state on disk.
-
-The state of the training loader is written by Megatron beside each checkpoint, one file a data-parallel rank,
-and says exactly which sample comes next. It holds for the same data, number of data-parallel ranks and of data
-workers, micro-batch and shuffle buffer; anything else is refused with the remedy, never answered with data from the
-beginning.
-"""
+"""Energon loaders as Megatron's `--dataloader-type external` takes them."""
 
 import dataclasses
-import hashlib
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
 import torch
-from megatron.energon import DefaultTaskEncoder, TaskEncoder, WorkerConfig, get_loader, get_savable_loader, get_train_dataset, get_val_dataset
-from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
-from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.metadataset import load_dataset
-from megatron.energon.rng import SystemRngState
-from megatron.energon.savable_loader import (
-    FlexState,
-    SavableDataLoader,
-    SavableDataLoaderState,
-    SavableDatasetCheckpoint,
-    SavableDatasetState,
+from megatron.energon import (
+    DefaultTaskEncoder,
+    TaskEncoder,
+    WorkerConfig,
+    get_loader,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
 )
+from megatron.energon.savable_loader import SavableDataLoader
 from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
+from rsa_megatron.data.data_sets import fingerprint
+from rsa_megatron.data.loader_state import DataLayout, from_plain, to_plain
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
-
-# What an Energon state is made of beside plain values.
-_STATE_CLASSES = {
-    cls.__name__: cls
-    for cls in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState, FlexState)
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class DataLayout:
-    """What must be the same for a saved position to mean the same samples."""
-
-    data_parallel_size: int
-    num_workers: int
-    micro_batch_size: int
-    shuffle_buffer_size: int
-    #: whether the data is passed over once, then ends
-    one_epoch: bool
-    #: of the shards' names and sizes (`fingerprint`)
-    data_fingerprint: str
-
-    #: The Megatron flag behind each, for messages.
-    FLAGS = {
-        "data_parallel_size": "the data-parallel size (processes / TP / PP / CP)",
-        "num_workers": "--num-workers",
-        "micro_batch_size": "--micro-batch-size",
-        "shuffle_buffer_size": "--shuffle-buffer-size",
-        "one_epoch": "one pass over the data (a run without --train-iters)",
-        "data_fingerprint": "the shards behind --data-path, with the fingerprint",
-    }
 
 
 class TrainLoader:
@@ -117,7 +78,7 @@ class TrainLoader:
 
     def save_state(self) -> dict:
         """Called by Megatron when it writes a checkpoint."""
-        energon = None if self._ended else _to_plain(self._loader.save_state_rank())
+        energon = None if self._ended else to_plain(self._loader.save_state_rank())
         return {"layout": dataclasses.asdict(self.layout), "energon": energon}
 
     def restore_state(self, state_file: Path) -> None:
@@ -128,17 +89,10 @@ class TrainLoader:
         """
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
         # Before there was a choice, all runs went on for ever.
-        then = DataLayout(**{"one_epoch": False} | state["layout"])
-        for name, what in DataLayout.FLAGS.items():
-            saved, current = getattr(then, name), getattr(self.layout, name)
-            if saved != current:
-                raise ValueError(
-                    f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "
-                    f"resume is impossible. Set it back to {saved}, or pass --restart-data to begin the data anew"
-                )
+        self.layout.check_same(state["layout"], state_file)
         self._ended = state["energon"] is None
         if not self._ended:
-            self._loader.restore_state_rank(_from_plain(state["energon"]))
+            self._loader.restore_state_rank(from_plain(state["energon"]))
 
 
 def epoch_iterations(
@@ -240,97 +194,3 @@ def _with_workers_apart(loader: DataLoader) -> DataLoader:
 
     loader.worker_init_fn = start
     return loader
-
-
-def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
-    """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole, and large enough.
-
-    Args:
-        path: a prepared data set, or a mixture of such.
-        parts: the parts that will be read: train, val.
-        num_readers: data workers of all data-parallel ranks, between which a part's samples are divided.
-        micro_batch_size: which each of them must fill at least once in an evaluation.
-    """
-    for part in parts:
-        shards = _shards(path, part)
-        num_samples = sum(shard.count for shard in shards)
-        if part == "val" and shards and num_samples // num_readers < micro_batch_size:
-            raise ValueError(
-                f"--data-path {path}: the {num_samples} samples of its validation part, divided between {num_readers} data "
-                f"workers (data-parallel ranks x --num-workers), do not fill a micro-batch of {micro_batch_size} each; add "
-                "samples, lower --num-workers or --micro-batch-size, or leave out the evaluation (--eval-iters 0)"
-            )
-        for shard in shards:
-            if shard.path.is_local() and not shard.path.is_file():
-                raise ValueError(
-                    f"--data-path {path}: shard {shard.path} is missing, which its index lists; restore the file, or "
-                    "run `energon prepare --force-overwrite` to index what is there"
-                )
-
-
-def fingerprint(path: str) -> str:
-    """A short name for what the training part behind `path` holds: the shards' names and sizes, and their folders'."""
-    shards = [(shard.path.parent.name, shard.name, shard.count) for shard in _shards(path, "train")]
-    return hashlib.blake2b(repr(shards).encode(), digest_size=6).hexdigest()
-
-
-def _shards(path: str, part: str) -> list:
-    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    try:
-        found = load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config)
-        return [shard for loaded in found.datasets for shard in getattr(loaded.dataset, "shards", [])]
-    except (ValueError, KeyError, OSError, EmptyDatasetError) as error:
-        raise ValueError(
-            f"--data-path {path}, part {part!r}: {error}; name a folder that `energon prepare` has been run on, or a "
-            "MetadatasetV2 .yaml of such folders"
-        ) from error
-
-
-def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: int) -> Path:
-    """The state file of a data-parallel rank, as Megatron has laid it down for that iteration.
-
-    Raises:
-        FileNotFoundError: there is none, or there are files of another number of ranks.
-    """
-    # Megatron puts them under the name of the first model-parallel rank, whose digits depend on the layout.
-    files = sorted(Path(folder).glob(f"iter_{iteration:07d}/mp_rank_*/train_dataloader_dprank*.pt"))
-    ranks = {int(re.search(r"dprank(\d+)", file.name)[1]): file for file in files}
-    remedy = "pass --restart-data to begin the data anew"
-    if not ranks:
-        raise FileNotFoundError(f"{folder}: no data position is saved for iteration {iteration}; {remedy}")
-    if len(ranks) != world_size:
-        raise FileNotFoundError(
-            f"{folder}: the data position of iteration {iteration} was saved with a data-parallel size of {len(ranks)}, "
-            f"this run has {world_size}; an exact resume is impossible. Set it back to {len(ranks)}, or {remedy}"
-        )
-    return ranks[rank]
-
-
-# A state is kept as plain dictionaries, lists and tensors, which torch.load reads without running anybody's code.
-
-
-def _to_plain(value):
-    if isinstance(value, numpy.ndarray):
-        return {"class": "ndarray", "value": torch.from_numpy(value.copy())}
-    name = type(value).__name__
-    if dataclasses.is_dataclass(value):
-        assert name in _STATE_CLASSES, f"an Energon state with a {name} in it, which could not be read back"
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"class": name, "value": {key: _to_plain(v) for key, v in fields.items()}}
-    if isinstance(value, dict):
-        return {"class": name, "value": {key: _to_plain(v) for key, v in value.items()}}
-    if isinstance(value, (list, tuple)):
-        return {"class": name, "value": [_to_plain(v) for v in value]}
-    return value
-
-
-def _from_plain(value):
-    if not isinstance(value, dict):
-        return value
-    name, value = value["class"], value["value"]
-    if name == "ndarray":
-        return value.numpy()
-    if name in ("list", "tuple"):
-        return {"list": list, "tuple": tuple}[name](_from_plain(v) for v in value)
-    value = {key: _from_plain(v) for key, v in value.items()}
-    return value if name == "dict" else _STATE_CLASSES[name](**value)

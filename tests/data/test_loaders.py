@@ -11,7 +11,9 @@ import webdataset
 from megatron.energon import WorkerConfig
 from transformers import AutoTokenizer
 
-from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, check_data, find_train_state
+from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.loader_state import find_train_state
+from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 
