@@ -26,7 +26,7 @@ REASONS = {
     "no-conversation": 'its .json has no list "conversations"',
     "turn-of-text": 'a turn of "conversations" is no {',
     "speaker-of-two": "is from ['human', 'gpt']; it must be",
-    "huge": "DecompressionBombError",
+    "huge": "Image size (400000000 pixels) exceeds limit",
 }
 
 

@@ -341,7 +341,7 @@ def test_a_model_trained_with_our_template_is_served_with_it(written, tmp_path):
         expected = AutoProcessor.from_pretrained(written).apply_chat_template(MESSAGES)
         assert (AutoProcessor.from_pretrained(folder).apply_chat_template(MESSAGES) == expected) == trained
         assert AutoTokenizer.from_pretrained(folder).apply_chat_template(MESSAGES[2:], tokenize=False).startswith(
-            "<|im_start|>user\n" if trained else "<|im_start|>user W"
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" if trained else "<|im_start|>user W"
         )
 
 

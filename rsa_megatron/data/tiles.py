@@ -1,21 +1,36 @@
-"""From a sample's images to tiles, by transformers' own processors: a model is trained on what it is served with."""
+"""From a sample's images to tiles, pixel for pixel as transformers' processors on Pillow make them.
 
+A model is trained on what it is served with: LlavaOnevisionImageProcessorPil (anyres) and SiglipImageProcessorPil (square)
+give the same tensors, bit for bit (tests/data/test_tiles.py); only without their copies, and so in half the time
+(benchmarks/task_encoder.py). Most of what is left is Pillow's JPEG decoder and bicubic filter. Pillow can do both
+faster (Image.draft, reducing_gap), but not to the same pixels.
+"""
+
+import contextlib
 import io
+import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from transformers import LlavaOnevisionImageProcessorPil, SiglipImageProcessorPil
 
 from rsa_megatron.anyres import ImageLayout, choose_grid
 
 ASPECT_RATIOS = ("square", "anyres")
 #: The name of a part of a stored sample that is an image: "png" or "0.png".
-IMAGE_PART = re.compile(r"(?:([0-9]+)\.)?(?:png|jpg|jpeg|webp|bmp)")
-# Pixels. A square of it is as large as the largest image that Pillow opens; a strip of 1 x 60000 made square is 11 GB.
+IMAGE_PART = re.compile(r"(?:([0-9]+)\.)?(?:png|jpg|jpeg|webp|bmp|gif|tif|tiff)")
+# Those that the names stand for, whichever of them it says. Pillow knows more, and runs Ghostscript on PostScript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Above it Pillow warns of a decompression bomb, above twice as many it refuses. 4 bytes each: 0.36 GB.
+_MOST_PIXELS = 89_478_485
+# Pixels. A square of it is 0.7 GB in Pillow; a strip of 1 x 60000 made square would be 14 GB.
 _LONGEST_SIDE_MADE_SQUARE = 13_000
+# LLaVA-OneVision pads to squares with int(255 * mean of each colour), in each of its checkpoints 0.5.
+_GREY = (127, 127, 127)
 
 
 class ImageTiler:
@@ -33,19 +48,6 @@ class ImageTiler:
         self.image_size = image_size
         self.image_aspect_ratio = image_aspect_ratio
         self.grid_pinpoints = grid_pinpoints
-        # To [-1, 1], as SigLIP was trained; the defaults of LLaVA-OneVision's processor are CLIP's.
-        settings = dict(
-            size={"height": image_size, "width": image_size},
-            resample=Image.Resampling.BICUBIC,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        )
-        if image_aspect_ratio == "square":
-            self._processor = SiglipImageProcessorPil(**settings)
-        else:
-            pinpoints = [list(resolution) for resolution in grid_pinpoints]
-            self._processor = LlavaOnevisionImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
-        self._no_tiles = torch.empty(0, 3, image_size, image_size)
 
     def layouts(self, images: list[Image.Image]) -> list[ImageLayout]:
         """How the images of one sample lie in the tiles of `tiles`.
@@ -65,27 +67,90 @@ class ImageTiler:
 
     def tiles(self, images: list[Image.Image]) -> Tensor:
         """The tiles of one sample's RGB images in order, [n, 3, image_size, image_size]; after `layouts`."""
-        if not images:
-            return self._no_tiles
-        if self.image_aspect_ratio == "square":
-            return self._processor(images, return_tensors="pt")["pixel_values"]
-        # A list in a list is one sample: by the number of its images the processor knows whether to cut or to pad.
-        # They all have the same number of tiles, so that none is filled up with empty ones.
-        return self._processor([images], return_tensors="pt")["pixel_values"].flatten(0, 1)
+        side, layouts = self.image_size, self.layouts(images)
+        tiles = numpy.empty((sum(layout.num_tiles for layout in layouts), 3, side, side), numpy.float32)
+        if len(images) > 1 and self.image_aspect_ratio == "anyres":
+            images = map(_padded_to_square, images)  # one at a time: see _LONGEST_SIDE_MADE_SQUARE
+        cuts = (cut for image, layout in zip(images, layouts) for cut in self._cut(image, layout))
+        # Shades to [-1, 1], as SigLIP was trained: for each of the 256, to the bit, transformers'
+        # (shade * (1 / 255) - 0.5) / 0.5. A tile at a time stays in the processor's cache.
+        for tile, cut in zip(tiles, cuts, strict=True):
+            tile[:] = cut.transpose(2, 0, 1)
+            tile /= 127.5
+            tile -= 1
+        return torch.from_numpy(tiles)
+
+    def _cut(self, image: Image.Image, layout: ImageLayout) -> Iterator[numpy.ndarray]:
+        """The base tile, then the grid's, row by row: shades of 0 to 255, [image_size, image_size, 3]."""
+        side = self.image_size
+        yield numpy.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+        if not layout.grid_rows:
+            return
+        height, width = side * layout.grid_rows, side * layout.grid_columns
+        grid = numpy.asarray(fitted_on_black(image, height=height, width=width))
+        for top, left in itertools.product(range(0, height, side), range(0, width, side)):
+            yield grid[top : top + side, left : left + side]
 
 
 def decode_images(parts: dict[str, bytes]) -> list[Image.Image]:
-    """A sample's images in order, RGB, from its parts by name: "png" alone, or "0.png", "1.jpg", ....
+    """A sample's images in order, upright RGB, from its parts by name: "png" alone, or "0.png", "1.jpg", ....
 
     Raises:
-        ValueError: the names are neither.
+        ValueError: the names are neither, or an image cannot be read; it says which and why.
     """
     numbers = {name: int(IMAGE_PART.fullmatch(name)[1] or -1) for name in parts}
     names = sorted(parts, key=numbers.get)
     if [numbers[name] for name in names] not in ([-1], list(range(len(names)))):
         raise ValueError(f"its images are {', '.join(names)}: it must have one, or 0.png, 1.jpg, ... without a gap")
-    images = []
-    for name in names:
-        with Image.open(io.BytesIO(parts[name])) as opened:
-            images.append(opened.convert("RGB"))
-    return images
+    return [_decode(name, parts[name]) for name in names]
+
+
+def _decode(name: str, part: bytes) -> Image.Image:
+    """The image, or the first of several in the file (of an animation, of pages)."""
+    try:
+        with Image.open(io.BytesIO(part), formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"an image of {image.width} x {image.height} pixels is larger than {_MOST_PIXELS} pixels")
+            image.load()
+            with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: cannot identify image file, {len(part)} bytes that begin with {part[:12]!r}") from error
+    except Exception as error:  # of damaged files Pillow raises SyntaxError, struct.error, ...
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError("its shades are numbers of 32 bits, and no one says which of them is white")
+    if image.mode.startswith("I;16"):
+        # The upper 8 bits, as Pillow reads 16-bit colour. Its convert would make everything above 255 white.
+        image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        # On white, as transformers puts it.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _padded_to_square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), _GREY)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def fitted_on_black(image: Image.Image, *, height: int, width: int) -> Image.Image:
+    """The image as large as it fits, in the middle."""
+    across, down = width / image.width, height / image.height
+    if across < down:
+        size = width, min(math.ceil(image.height * across), height)
+    else:
+        size = min(math.ceil(image.width * down), width), height
+    fitted = image.resize(size, Image.Resampling.BICUBIC)
+    if size == (width, height):
+        return fitted
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(fitted, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return canvas

@@ -159,6 +159,28 @@ class LlavaOneVision(LLaVAModel):
             **kwargs,
         )
 
+    def _preprocess_data(
+        self, image_embeddings, language_embeddings, input_ids, loss_mask, labels, inference_kv_cache, inference_context,
+        image_token_index, num_image_tiles, *args, **kwargs,
+    ):  # fmt: skip
+        """LLaVAModel's splice; and the token after an image is learnt where the loss mask says so, as LLaVA learns it.
+
+        LLaVAModel masks all positions of an image, also its last, whose label is the next token of the text.
+        """
+        combined, new_labels, new_mask = super()._preprocess_data(
+            image_embeddings, language_embeddings, input_ids, loss_mask, labels, inference_kv_cache, inference_context,
+            image_token_index, num_image_tiles, *args, **kwargs,
+        )  # fmt: skip
+        if new_mask is not None:
+            is_image_BS = input_ids == image_token_index
+            lengths_BS = torch.ones_like(input_ids)
+            lengths_BS[is_image_BS] = num_image_tiles.to(lengths_BS.dtype)
+            last_BS = lengths_BS.cumsum(dim=1) - 1  # where each token's last position is in the spliced row
+            is_image_BS &= last_BS < new_mask.shape[1]
+            rows, _ = torch.where(is_image_BS)
+            new_mask[rows, last_BS[is_image_BS]] = loss_mask[is_image_BS]
+        return combined, new_labels, new_mask
+
     def _black_tile(self, images: Tensor) -> Tensor:
         """Goes through the vision parts in a batch of text, and nothing of it into the text: a gradient of zero.
 

@@ -1,0 +1,241 @@
+"""Mixtures give each source its share, an epoch each sample once, and both go on exactly where they stopped."""
+
+import collections
+import json
+import math
+import re
+from pathlib import Path
+
+import broken_data
+import processes
+import pytest
+import yaml
+from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset
+from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
+from PIL import Image
+from test_loaders import make_encoder, save
+
+import prepare_shards
+from rsa_megatron.data.data_sets import check_data, fingerprint
+from rsa_megatron.data.loaders import TrainLoader, epoch_iterations
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"captions": True, "words": False, "texts": False, "questions": False}
+
+
+def write_mixture(path: Path, blend: list[dict], *, epochized=False) -> str:
+    mixture = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+    mixture["splits"] = {"train": {"blend_epochized" if epochized else "blend": blend}}
+    path.write_text(yaml.safe_dump(mixture))
+    return str(path)
+
+
+def source(demo, kind, **more):
+    return {"path": str(demo / "data" / kind), "subflavors": {"rsa": KINDS[kind]}, **more}
+
+
+class Keys(DefaultTaskEncoder):
+    """Takes samples for their keys and flags alone."""
+
+    cookers = LlavaTaskEncoder.cookers
+    decoder = None
+
+    def batch(self, samples):
+        return [(sample.__key__, sample.__subflavors__["rsa"]) for sample in samples]
+
+
+def test_shares_are_those_of_the_weights(demo, tmp_path):
+    """20,000 samples of the demo's stage 1.5, whose weights are 6, 2 and 2 of 10."""
+    mixture = demo / "data" / "stage1_5.yaml"
+    dataset = get_train_dataset(
+        str(mixture), worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=3), batch_size=200,
+        shuffle_buffer_size=100, max_samples_per_sequence=None, task_encoder=Keys(),
+    )  # fmt: skip
+    batches = iter(get_loader(dataset))
+    counts = collections.Counter(key.split("-")[0] for _ in range(100) for key, _ in next(batches))
+    assert sum(counts.values()) == 20_000
+    weights = {"captions": 0.6, "words": 0.2, "texts": 0.2}
+    assert set(counts) == set(weights)
+    for kind, share in weights.items():
+        three_errors = 3 * math.sqrt(20_000 * share * (1 - share))
+        assert abs(counts[kind] - 20_000 * share) < three_errors
+        # A share off by two hundredths would be seen.
+        assert abs(counts[kind] - 20_000 * (share + 0.02)) > three_errors / 3
+
+
+def test_the_flag_of_a_mixture_overrides_that_of_its_data_sets(demo, tmp_path):
+    path = write_mixture(tmp_path / "m.yaml", [source(demo, "captions", weight=1) | {"subflavors": {"rsa": False}}])
+    loader = TrainLoader(path, make_encoder(demo), WorkerConfig(rank=0, world_size=1, num_workers=0), 8, 1)
+    assert not any(next(loader).rsa.eligible)
+
+
+@pytest.fixture(scope="module")
+def linked(demo, tmp_path_factory):
+    """Images in a folder and a JSONL beside them, of which 5 of 45 train samples have no image, and three are of two."""
+    folder = tmp_path_factory.mktemp("linked")
+    with (folder / "data.jsonl").open("w") as file:
+        for index in range(45):
+            images = [] if index % 9 == 4 else [f"{index}.png"] * (2 if index % 15 == 7 else 1)
+            for name in images:
+                Image.new("RGB", (30 + index, 40), (index, 9, 9)).save(folder / name)
+            turns = [{"from": "human", "value": "<image>\n" * len(images) + "what?"}, {"from": "gpt", "value": f"number {index}"}]
+            file.write(json.dumps({"id": str(index), "image": images, "conversations": turns}) + "\n")
+    prepare_shards.main(["link", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--rsa", "--val", "0"])
+    return str(folder / "out" / "mixture.yaml")
+
+
+@pytest.fixture(scope="module")
+def epochized(demo, linked, tmp_path_factory):
+    """Each kind of sample: of tars and of a JSONL, one image, several, none; one data set half, one one and a half times."""
+    blend = [
+        source(demo, "captions", repetitions=1, subset={"range": ["0%", "50%"]}),
+        source(demo, "texts", repetitions=1.5),
+        source(demo, "questions", repetitions=1),
+        {"path": linked, "repetitions": 1},
+    ]
+    # Energon takes a mixture of one kind within another of the same kind.
+    path = Path(linked)
+    content = yaml.safe_load(path.read_text())
+    inner = content["splits"]["train"]
+    blend[-1] = inner | {"path": str(path.parent / inner["path"]), "repetitions": 1}
+    return write_mixture(tmp_path_factory.mktemp("epochized") / "m.yaml", blend, epochized=True)
+
+
+def one_epoch(demo, path, *, micro_batch_size, world_size, num_workers, drop_last=False, global_batch_size):
+    """Batches of each rank in as many iterations as there are said to be."""
+    layout = dict(num_workers=num_workers, micro_batch_size=micro_batch_size, drop_last=drop_last)
+    iterations = epoch_iterations(path, data_parallel_size=world_size, global_batch_size=global_batch_size, **layout)
+    ranks = []
+    for rank in range(world_size):
+        encoder = make_encoder(demo, fill_to=micro_batch_size)
+        config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
+        loader = TrainLoader(path, encoder, config, micro_batch_size, 20, one_epoch=True, drop_last=drop_last)
+        count = iterations * global_batch_size // (micro_batch_size * world_size)
+        ranks.append([(batch.keys, batch.loss_mask.sum(1).tolist()) for batch in (next(loader) for _ in range(count))])
+        # Beyond the end there is nothing, for ever.
+        if not drop_last:
+            assert all(next(loader).keys == [""] * micro_batch_size for _ in range(3))
+    return iterations, ranks
+
+
+LAYOUTS = [(4, 1, 0, 8), (4, 2, 0, 8), (4, 3, 0, 24), (4, 2, 1, 16), (4, 2, 2, 8), (1, 5, 0, 5), (64, 2, 0, 128)]
+
+
+@pytest.mark.parametrize("micro_batch_size, world_size, num_workers, global_batch_size", LAYOUTS)
+def test_each_sample_of_an_epoch_is_seen_once(demo, epochized, micro_batch_size, world_size, num_workers, global_batch_size):
+    layout = dict(
+        micro_batch_size=micro_batch_size, world_size=world_size, num_workers=num_workers, global_batch_size=global_batch_size
+    )
+    if num_workers:  # data workers are forked from a process without threads
+        ((iterations, ranks),) = processes.run(one_epoch_of, 1, demo, epochized, layout)
+    else:
+        iterations, ranks = one_epoch(demo, epochized, **layout)
+    seen = collections.Counter(key for rank in ranks for keys, _ in rank for key in keys if key)
+    # A rank takes its half of the 240 texts a second time, rounded down for each reader.
+    num_twice = sum(count == 2 for key, count in seen.items() if key.startswith("texts"))
+    readers = world_size * max(1, num_workers)
+    assert 120 - readers <= num_twice <= 120 and num_twice == sum(count - 1 for count in seen.values())
+    kinds = collections.Counter(key.split("-")[0] if "-" in key else "linked" for key in seen)
+    assert kinds == {"captions": 120, "texts": 240, "questions": 240, "linked": 45}
+    # The last iteration has something in it.
+    per_iteration = global_batch_size // (micro_batch_size * world_size)
+    assert any(key for rank in ranks for keys, _ in rank[-per_iteration:] for key in keys)
+    assert iterations * global_batch_size >= sum(seen.values())
+
+
+def one_epoch_of(demo, path, layout):
+    return one_epoch(demo, path, **layout)
+
+
+@pytest.mark.parametrize("micro_batch_size, world_size, global_batch_size", [(4, 1, 8), (4, 3, 24), (64, 2, 128)])
+def test_the_last_partial_batch_can_be_dropped(demo, epochized, micro_batch_size, world_size, global_batch_size):
+    layout = dict(micro_batch_size=micro_batch_size, world_size=world_size, num_workers=0, global_batch_size=global_batch_size)
+    iterations, ranks = one_epoch(demo, epochized, drop_last=True, **layout)
+    keys = [key for rank in ranks for keys, _ in rank for key in keys]
+    assert "" not in keys and len(keys) == iterations * global_batch_size
+    assert 765 - world_size * micro_batch_size - global_batch_size < len(keys) <= 765
+
+
+def test_unusable_samples_keep_their_place_in_an_epoch(demo, tmp_path):
+    broken_data.write(tmp_path / "data")
+    _, (batches,) = one_epoch(
+        demo, str(tmp_path / "data"), micro_batch_size=4, world_size=1, num_workers=0, global_batch_size=8
+    )
+    learnt = {key: targets > 0 for keys, row in batches for key, targets in zip(keys, row) if key}
+    assert sorted(key for key, is_learnt in learnt.items() if not is_learnt) == sorted(broken_data.REASONS)
+    assert sum(learnt.values()) == len(learnt) - len(broken_data.REASONS) >= 40
+
+
+def test_a_blend_by_weight_has_no_epoch(demo):
+    layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=4, global_batch_size=8, drop_last=False)
+    with pytest.raises(ValueError, match="stage1_5.yaml: a blend by weight has no end: name --train-iters, or .*blend_epochized"):
+        epoch_iterations(str(demo / "data" / "stage1_5.yaml"), **layout)
+
+
+@pytest.mark.parametrize("one_epoch", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_mixture_goes_on_exactly(demo, epochized, tmp_path, one_epoch, num_workers):
+    (runs,) = processes.run(interrupted, 1, demo, epochized, tmp_path / "state.pt", one_epoch, num_workers)
+    for expected, restored in runs:
+        assert restored == expected
+    assert runs[0][0] != runs[1][0] and {key for keys in runs[0][0] for key in keys}
+
+
+def interrupted(demo, path, state, one_epoch, num_workers):
+    """[what comes, what comes after a restore] after 10 and 100 of the epoch's 192 batches, and, where it ends, after it."""
+
+    def loader():
+        encoder = make_encoder(demo, fill_to=4)
+        config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers, seed_offset=5)
+        return TrainLoader(path, encoder, config, 4, 20, one_epoch=one_epoch)
+
+    runs, first = [], loader()
+    reached = 0
+    for stop in (10, 100, 195):
+        for _ in range(stop - reached):
+            next(first)
+        save(first, state.with_name(f"{stop}.pt"))
+        reached = stop
+    for stop in (10, 100, 195):
+        straight, restored = loader(), loader()
+        for _ in range(stop):
+            next(straight)
+        restored.restore_state(state.with_name(f"{stop}.pt"))
+        runs.append([[next(each).keys for _ in range(110)] for each in (straight, restored)])
+    return runs
+
+
+def test_a_position_of_other_weights_is_refused(demo, tmp_path):
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    paths = [
+        write_mixture(tmp_path / f"{weight}.yaml", [source(demo, "captions", weight=weight), source(demo, "texts", weight=1)])
+        for weight in (1, 2)
+    ]
+    first, other = (TrainLoader(path, make_encoder(demo), config, 4, 1) for path in paths)
+    save(first, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="the shards behind --data-path, with the fingerprint"):
+        other.restore_state(tmp_path / "state.pt")
+
+
+def test_linked_data_is_checked_like_shards(linked, epochized):
+    with pytest.raises(ValueError, match="part 'val'"):
+        check_data(linked, ["train", "val"], num_readers=1, micro_batch_size=4)
+    check_data(linked, ["train"], num_readers=1, micro_batch_size=4)
+    assert fingerprint(linked) != fingerprint(epochized)
+
+
+def test_a_linked_image_outside_its_folder_or_gone_is_named(demo, linked, tmp_path, caplog):
+    folder = Path(linked).parent.parent
+    Image.new("RGB", (30, 30)).save(tmp_path / "outside.png")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    names = ["0.png", "gone.png", str(tmp_path / "outside.png"), "../0.png", "1.png"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"image": name, "conversations": turns}) + "\n" for name in names))
+    JsonlPreparator.prepare_dataset(tmp_path / "train.jsonl")
+    aux = {"images": f"filesystem://{folder}"}
+    path = write_mixture(tmp_path / "m.yaml", [{"path": "train.jsonl", "repetitions": 1, "aux": aux}], epochized=True)
+    _, (batches,) = one_epoch(demo, path, micro_batch_size=5, world_size=1, num_workers=0, global_batch_size=5)
+    learnt = {key for keys, row in batches for key, targets in zip(keys, row) if targets}
+    assert learnt == {"train.jsonl/0", "train.jsonl/4"}
+    for line in ("train.jsonl/1 .*No such file.*gone.png", "train.jsonl/2 .*outside.png lies outside", "train.jsonl/3 .*0.png lies out"):
+        assert re.search(f"skipped sample {line}", caplog.text)
