@@ -1,5 +1,6 @@
 # make demo            trains the demo model with the RSA loss and shows what came of it
 # make demo-compare    the demo under four seeds, with and without RSA
+# make demo-stages     all three stages of the demo model, with and without RSA, and mutual-kNN after each
 # make test            runs the tests
 # make bench           runs the benchmarks
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
@@ -17,7 +18,7 @@ RUN := stage1
 SEED := 1
 RSA :=
 
-.PHONY: demo demo-compare test bench clean
+.PHONY: demo demo-compare demo-stages test bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml
@@ -34,6 +35,7 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(PY) benchmarks/rsa_loss.py --append results/benchmarks.jsonl
 	@$(PY) benchmarks/conversion.py --append results/benchmarks.jsonl
+	@$(PY) benchmarks/task_encoder.py --append results/benchmarks.jsonl
 
 # The demo. What is there already is not done again; a run that was interrupted is taken up where it was.
 
@@ -52,16 +54,16 @@ STORY = sed --unbuffered --quiet --regexp-extended \
 SETTINGS = seed $(SEED) $(RSA)
 
 demo: $(INSTALLED)
-	@echo "[1/6] data: scenes with captions, as Energon shards, and a tokenizer"
+	@echo "[1] data: scenes with captions, as Energon shards, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
 	@mkdir -p $(OUT)/$(RUN)
 	@if [ -s $(OUT)/$(RUN)/settings ] && [ "$$(cat $(OUT)/$(RUN)/settings)" != '$(SETTINGS)' ]; then \
 	  echo "error: $(OUT)/$(RUN) holds a run of other settings: $$(cat $(OUT)/$(RUN)/settings); name another OUT=folder"; exit 1; fi
 	@echo '$(SETTINGS)' > $(OUT)/$(RUN)/settings
 	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
-	@echo "[5/6] what came of it"
+	@echo "[5] what came of it"
 	@$(PY) examples/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
-	@echo "[6/6] to Hugging Face, and a held-out scene captioned with transformers (after four minutes of training: expect its form, not its truth)"
+	@echo "[6] to Hugging Face, and a held-out scene captioned with transformers (after four minutes of training: expect its form, not its truth)"
 	@$(PY) -m checkpoint_conversion megatron-to-hf --checkpoint $(OUT)/$(RUN) --out $(OUT)/$(RUN)/exported --overwrite
 	@$(PY) examples/caption_scene.py --hf $(OUT)/$(RUN)/exported --data $(DEMO)/data/captions
 
@@ -69,19 +71,19 @@ demo: $(INSTALLED)
 OR_STOP = [ "$${PIPESTATUS[0]}" = 0 ] || { echo "error: this step failed; see $(1)"; exit 1; }
 
 $(OUT)/parts/done:
-	@echo "[2/6] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
+	@echo "[2] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
 	@mkdir -p $(@D)
 	@$(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --load $(@D) --save $(@D) 2>&1 \
 	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
 	@touch $@
 
 $(OUT)/before.log: $(OUT)/parts/done
-	@echo "[3/6] mutual-kNN of the two backbones before training"
+	@echo "[3] mutual-kNN of the two backbones before training"
 	@$(STAGE_1) --skip-train 2>&1 | tee $@.part | $(STORY); $(call OR_STOP,$@.part)
 	@mv $@.part $@
 
 $(OUT)/$(RUN)/done: $(OUT)/before.log
-	@echo "[4/6] stage 1: the tower and the projector learn, the language model is frozen (four minutes) $(RSA)"
+	@echo "[4] stage 1: the tower and the projector learn, the language model is frozen (four minutes) $(RSA)"
 	@[ -e $(@D)/run.log ] || cp $(OUT)/before.log $(@D)/run.log
 	@$(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
 	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
@@ -97,6 +99,26 @@ demo-compare:
 	done
 	@$(PY) examples/plot_runs.py --group "with RSA" $(call LOGS,stage1) --group "without" $(call LOGS,without-rsa) \
 	  --out results/demo.png --jsonl results/demo.jsonl
+
+# The first stage is shorter here than in `make demo`. What is done is not done again.
+STAGES_OUT = $(OUT)/stages
+RUN_STAGES = PATH=$(CURDIR)/$(VENV)/bin:$$PATH OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) GPU_FLAGS= GPUS=$(PROCESSES) MODEL=demo \
+  DATA=$(DEMO)/data TOKENIZER=$(DEMO)/tokenizer PRETRAINED=$(OUT)/parts STAGE1_FLAGS="--train-iters 150 --eval-interval 1000" \
+  examples/run_stages.sh --seed $(SEED)
+STAGE_STORY = sed --unbuffered --quiet --regexp-extended --expression '/^\[stage/p' \
+  --expression '/^error|skipped sample|mutual-knn value/p' \
+  --expression 's/.*(iteration +[0-9]+\/ *[0-9]+) \|.*\| (lm loss: .*) \| loss scale.*/ \1 | \2/p'
+
+demo-stages: $(INSTALLED)
+	@echo "[1] data: captions, questions, written words and texts, and a tokenizer"
+	@$(PY) examples/prepare_demo.py --out $(DEMO)
+	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log
+	@echo "[4] the three stages with RSA, then without; two times five minutes"
+	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) 2>&1 | $(STAGE_STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
+	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) --rsa-weight 0 2>&1 | $(STAGE_STORY); $(call OR_STOP,$(STAGES_OUT)/without)
+	@echo "[5] what came of it"
+	@$(PY) examples/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
+	  --run "without" $(STAGES_OUT)/without --out $(STAGES_OUT)/stages.png --jsonl $(STAGES_OUT)/stages.jsonl
 
 clean:
 	rm -rf $(DEMO)

@@ -49,7 +49,15 @@ def parse():
 
 
 def read_log(log: Path) -> dict[str, list]:
-    """{figure: [[iteration, value], ...]}; of a resumed run's repeated iterations the later count."""
+    """{figure: [[iteration, value], ...]} of a training run."""
+    run = read_figures(log)
+    if not run["lm loss"]:
+        raise SystemExit(f"{log}: no line of Megatron's training log in it")
+    return {name: [list(item) for item in sorted(values.items())] for name, values in run.items()}
+
+
+def read_figures(log: Path) -> dict[str, dict[int, float]]:
+    """{figure: {iteration: value}}; of a resumed run's repeated iterations the later count."""
     run = {name: {} for name in FIGURES}
     for line in log.read_text().splitlines():
         if match := re.search(r"iteration +(\d+)/ *\d+ \|", line):
@@ -61,9 +69,7 @@ def read_log(log: Path) -> dict[str, list]:
         elif match := re.search(rf"mutual-knn@\d+ at iteration (\d+) \| mutual-knn value: {NUMBER}.*chance {NUMBER}", line):
             run["mutual-knn"][int(match[1])] = float(match[2])
             run["chance"][int(match[1])] = float(match[3])
-    if not run["lm loss"]:
-        raise SystemExit(f"{log}: no line of Megatron's training log in it")
-    return {name: [list(item) for item in sorted(values.items())] for name, values in run.items()}
+    return run
 
 
 def in_words(groups: dict[str, list[dict]]) -> str:

@@ -126,7 +126,7 @@ def datasets_provider(num_samples, vp_stage=None):
     if not args.skip_train:
         train = TrainLoader(
             args.data_path[0],
-            task_encoder(args, say_skipped=is_last, fill_to=args.micro_batch_size if args.one_epoch else None),
+            task_encoder(args, say_skipped=is_last),
             worker_config(args),
             args.micro_batch_size,
             args.shuffle_buffer_size,
@@ -153,9 +153,7 @@ def validation_loader(args, *, say_skipped: bool, image_aspect_ratio: str | None
     return ValidationLoader(args.data_path[0], encoder, worker_config(args), args.eval_micro_batch_size)
 
 
-def task_encoder(
-    args, *, say_skipped: bool, image_aspect_ratio: str | None = None, fill_to: int | None = None
-) -> LlavaTaskEncoder:
+def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = None) -> LlavaTaskEncoder:
     architecture = architecture_of(args)
     size = architecture.vision.image_size
     grids = [(rows * size, columns * size) for rows, columns in args.image_grids or []]
@@ -170,7 +168,6 @@ def task_encoder(
         template=args.template,
         label_style=args.label_style,
         say_skipped=say_skipped,
-        fill_to=fill_to,
     )
 
 

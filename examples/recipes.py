@@ -111,12 +111,12 @@ def demo_stage_1() -> dict:
 
 def demo_stage_1_5() -> dict:
     """Stage 1.5 of the demo (`make demo-stages`): captions, written words and texts, grids of up to 2 x 2 tiles."""
-    return _demo(stage_1_5()) | dict(train_iters=80)
+    return _demo(stage_1_5()) | dict(train_iters=60)
 
 
 def demo_stage_2() -> dict:
     """Stage 2 of the demo (`make demo-stages`): captions and questions, without RSA."""
-    return _demo(stage_2()) | dict(train_iters=80, rsa_weight=0.0)
+    return _demo(stage_2()) | dict(train_iters=40, rsa_weight=0.0)
 
 
 def _demo(stage: dict) -> dict:
@@ -130,7 +130,7 @@ def _demo(stage: dict) -> dict:
         vision_lr=1e-4,
         projector_lr=5e-4,
         eval_interval=1000,  # at the end
-        save_interval=40,
+        save_interval=20,
     )
 
 

@@ -99,6 +99,7 @@ class Trainer:
         rsa = script.RSAPlugin()
         self.args = script.parse(rsa)
         script.megatron_repairs.repair()
+        script.LearningRates(self.args).apply()
         initialize_megatron()
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

@@ -60,6 +60,9 @@ def register() -> None:
 
     ARCHITECTURES["tiny"] = TINY
     recipes.RECIPES["tiny", "1"] = settings
+    sizes = {name: settings()[name] for name in ("micro_batch_size", "num_workers", "eval_iters", "mutual_knn_samples")}
+    for stage in ("1.5", "2"):
+        recipes.RECIPES["tiny", stage] = lambda stage=stage: recipes.STAGES[stage]() | sizes | dict(image_grids=None, lr=1e-3)
 
 
 def layout(num_tiles: int) -> ImageLayout:
@@ -70,11 +73,12 @@ def layout(num_tiles: int) -> ImageLayout:
 def batch(
     seed: int, eligible=(1, 1, 1, 1), num_tokens: int = 12, num_targets=(9, 9, 9, 9), tiles=(1, 1, 1, 1)
 ) -> LlavaBatch:
-    """Samples of one image, of so many tiles, and a caption; the image token first; num_targets tokens are learnt."""
+    """Samples of one image, of so many tiles (or none), and a caption; the image token first; num_targets tokens are learnt."""
     generator = torch.Generator().manual_seed(seed)
     num_samples = len(eligible)
     text = torch.randint(10, VOCAB_SIZE, (num_samples, num_tokens + 1), generator=generator)
-    text[:, 0] = IMAGE_TOKEN
+    has_image = torch.tensor(tiles) > 0
+    text[has_image, 0] = IMAGE_TOKEN
     position = torch.arange(num_tokens)
     loss_mask = ((position >= 1) & (position < 1 + torch.tensor(num_targets)[:, None])).float()
     # Captions of different lengths, none to the end of the row.
@@ -85,8 +89,8 @@ def batch(
         labels=text[:, 1:],
         loss_mask=loss_mask,
         images=torch.randn(sum(tiles), 3, 28, 28, generator=generator),
-        image_layouts=torch.tensor([layout(num_tiles).as_numbers() for num_tiles in tiles]),
-        row_lengths=torch.tensor([num_tokens - 1 + layout(num_tiles).num_tokens(2, 9) for num_tiles in tiles]),
+        image_layouts=torch.tensor([layout(num_tiles).as_numbers() for num_tiles in tiles if num_tiles]).reshape(-1, 5),
+        row_lengths=torch.tensor([num_tokens + (layout(n).num_tokens(2, 9) - 1 if n else 0) for n in tiles]),
         rsa=RSASamples(
             eligible=torch.tensor(eligible),
             caption_mask=caption_mask,
@@ -100,11 +104,7 @@ def batch(
 
 def text_batch(seed: int) -> LlavaBatch:
     """Samples without an image."""
-    whole = batch(seed, eligible=(0, 0, 0, 0), tiles=(0, 0, 0, 0))
-    whole.tokens[:, 0] = 10  # where the image token stands else
-    whole.image_layouts = whole.image_layouts[:0]
-    whole.row_lengths[:] = whole.tokens.shape[1]
-    return whole
+    return batch(seed, eligible=(0, 0, 0, 0), tiles=(0, 0, 0, 0))
 
 
 def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:

@@ -29,7 +29,7 @@ class TrainLoader:
 
     Args:
         one_epoch: pass over the data once, and give empty batches from then on: ranks end together, whatever each has
-            read. The task encoder must fill its batches up (`fill_to`). Otherwise the data never ends.
+            read. Otherwise the data never ends.
         drop_last: with one_epoch, leave out samples that do not fill a micro-batch.
 
     Raises:
@@ -47,7 +47,8 @@ class TrainLoader:
         one_epoch: bool = False,
         drop_last: bool = False,
     ):
-        assert not one_epoch or task_encoder.fill_to == micro_batch_size
+        if one_epoch:
+            task_encoder = task_encoder.of_one_epoch(micro_batch_size, shuffle_buffer_size)
         self.layout = DataLayout(
             data_parallel_size=worker_config.world_size,
             num_workers=worker_config.num_workers,
@@ -57,7 +58,13 @@ class TrainLoader:
             data_fingerprint=fingerprint(path),
         )
         dataset = _train_dataset(
-            path, task_encoder, worker_config, micro_batch_size, shuffle_buffer_size, one_epoch=one_epoch, drop_last=drop_last
+            path,
+            task_encoder,
+            worker_config,
+            micro_batch_size,
+            None if one_epoch else shuffle_buffer_size,
+            one_epoch=one_epoch,
+            drop_last=drop_last,
         )
         self._task_encoder = task_encoder
         self._loader: SavableDataLoader = _with_workers_apart(get_savable_loader(dataset))

@@ -10,6 +10,7 @@ with the next batch, so that the training log can show it. Which samples those a
 every pipeline stage that reads the same data skips the same ones.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
+from rsa_megatron.data.one_pass import shuffled_once
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
 
 logger = logging.getLogger(__name__)
@@ -99,8 +101,6 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         image_aspect_ratio, grid_pinpoints: how an image is cut into tiles (tiles.py).
         max_tiles: tokens of how many tiles a grid may keep (anyres.py).
         say_skipped: whether to print the line about a skipped sample; its count is kept in any case.
-        fill_to: samples of a batch. A sample that cannot be used is replaced by an empty one then, and a batch of fewer
-            filled up: how many batches there are is known before (one-epoch runs).
     """
 
     cookers = [Cooker(cook)]
@@ -119,7 +119,6 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         grid_pinpoints: Sequence[tuple[int, int]],
         max_tiles: int,
         say_skipped: bool = True,
-        fill_to: int | None = None,
     ):
         super().__init__()
         self.tokenizer = tokenizer
@@ -129,12 +128,28 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         self.max_tiles = max_tiles
         self.max_sequence_length = max_sequence_length
         self.say_skipped = say_skipped
-        self.fill_to = fill_to
+        # Of an encoder of one epoch: samples of a batch, and of the shuffle buffer.
+        self._fill_to = self._shuffle_once = None
         self._image_token_id = tokenizer.convert_tokens_to_ids(conversation.IMAGE_TOKEN)
         self._tiler = ImageTiler(
             image_size=image_size, image_aspect_ratio=image_aspect_ratio, grid_pinpoints=grid_pinpoints
         )
         self._num_skipped = self._num_skipped_in_a_row = 0
+
+    def of_one_epoch(self, batch_size: int, shuffle_buffer_size: int) -> "LlavaTaskEncoder":
+        """The same for one pass over the data, of which the number of batches is known before.
+
+        A sample that cannot be used is replaced by an empty one, and a batch of fewer samples is filled up. The data set
+        is shuffled here, not by Energon's `shuffle_buffer_size` (one_pass.py).
+        """
+        other = copy.copy(self)
+        other._fill_to, other._shuffle_once = batch_size, shuffle_buffer_size
+        return other
+
+    def build_encode_sample(self, dataset, *, worker_config):
+        if self._shuffle_once is not None:
+            dataset = shuffled_once(dataset, self._shuffle_once, worker_config)
+        return super().build_encode_sample(dataset, worker_config=worker_config)
 
     @stateless
     def encode_sample(self, sample: StoredSample) -> EncodedSample:
@@ -142,14 +157,14 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             encoded = self._encode(sample)
         except Exception as error:  # whatever lies in a file of millions; what is wrong with all ends the run below
             self._skip(sample, error)
-            if not self.fill_to:
+            if not self._fill_to:
                 raise SkipSample from error
             return EncodedSample.derive_from(sample, **self._empty())
         self._num_skipped_in_a_row = 0
         return encoded
 
     def batch(self, samples: list[EncodedSample]) -> LlavaBatch:
-        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * ((self.fill_to or 0) - len(samples))
+        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * ((self._fill_to or 0) - len(samples))
         texts = [sample.text for sample in samples]
         # Inputs are all tokens but the last, labels all but the first.
         length = max(len(text.tokens) for text in texts) - 1

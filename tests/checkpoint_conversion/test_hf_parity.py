@@ -163,6 +163,17 @@ def test_padding_in_the_softmax_would_be_seen(models):
     assert differences["logits"] < TOLERANCE < 10 * TOLERANCE < differences["loss"]
 
 
+def token_after_an_image_not_learnt():
+    from rsa_megatron.llava import model
+
+    del model.LlavaOneVision._preprocess_data
+
+
+def test_the_token_after_an_image_left_out_of_the_loss_would_be_seen(models):
+    differences = models.differences(sabotage=token_after_an_image_not_learnt)
+    assert differences["logits"] < TOLERANCE < 10 * TOLERANCE < differences["loss"]
+
+
 def parts_one_after_the_other(parts, groups):
     return torch.cat(parts)
 

@@ -17,7 +17,7 @@ from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 
-def make_encoder(demo, **options):
+def make_encoder(demo):
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
     return LlavaTaskEncoder(
         tokenizer,
@@ -28,7 +28,6 @@ def make_encoder(demo, **options):
         image_aspect_ratio="square",
         grid_pinpoints=[],
         max_tiles=1,
-        **options,
     )
 
 

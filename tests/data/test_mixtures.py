@@ -108,7 +108,7 @@ def one_epoch(demo, path, *, micro_batch_size, world_size, num_workers, drop_las
     iterations = epoch_iterations(path, data_parallel_size=world_size, global_batch_size=global_batch_size, **layout)
     ranks = []
     for rank in range(world_size):
-        encoder = make_encoder(demo, fill_to=micro_batch_size)
+        encoder = make_encoder(demo)
         config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
         loader = TrainLoader(path, encoder, config, micro_batch_size, 20, one_epoch=True, drop_last=drop_last)
         count = iterations * global_batch_size // (micro_batch_size * world_size)
@@ -182,27 +182,39 @@ def test_a_mixture_goes_on_exactly(demo, epochized, tmp_path, one_epoch, num_wor
     assert runs[0][0] != runs[1][0] and {key for keys in runs[0][0] for key in keys}
 
 
-def interrupted(demo, path, state, one_epoch, num_workers):
-    """[what comes, what comes after a restore] after 10 and 100 of the epoch's 192 batches, and, where it ends, after it."""
+def begins_anew():
+    from rsa_megatron.data import one_pass
+
+    one_pass._OnePass.__iter__ = lambda self: iter(self.dataset)
+
+
+def test_a_data_set_that_begins_anew_would_be_seen(demo, epochized, tmp_path):
+    (runs,) = processes.run(interrupted, 1, demo, epochized, tmp_path / "state.pt", True, 0, begins_anew)
+    assert [restored == expected for expected, restored in runs] == [True, False, True]
+
+
+STOPS = (10, 185, 195)  # of an epoch's 192 batches: in the middle, while the shuffle buffer is emptied, and after it
+
+
+def interrupted(demo, path, state, one_epoch, num_workers, sabotage=None):
+    """[what comes, what comes after a restore] at each stop."""
+    if sabotage:
+        sabotage()
 
     def loader():
-        encoder = make_encoder(demo, fill_to=4)
         config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers, seed_offset=5)
-        return TrainLoader(path, encoder, config, 4, 20, one_epoch=one_epoch)
+        return TrainLoader(path, make_encoder(demo), config, 4, 100, one_epoch=one_epoch)
 
-    runs, first = [], loader()
-    reached = 0
-    for stop in (10, 100, 195):
-        for _ in range(stop - reached):
-            next(first)
-        save(first, state.with_name(f"{stop}.pt"))
-        reached = stop
-    for stop in (10, 100, 195):
-        straight, restored = loader(), loader()
-        for _ in range(stop):
-            next(straight)
+    first, keys = loader(), []
+    for count in range(STOPS[-1] + 30):
+        if count in STOPS:
+            save(first, state.with_name(f"{count}.pt"))
+        keys.append(next(first).keys)
+    runs = []
+    for stop in STOPS:
+        restored = loader()
         restored.restore_state(state.with_name(f"{stop}.pt"))
-        runs.append([[next(each).keys for _ in range(110)] for each in (straight, restored)])
+        runs.append([keys[stop : stop + 30], [next(restored).keys for _ in range(30)]])
     return runs
 
 

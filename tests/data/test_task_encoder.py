@@ -303,8 +303,7 @@ def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
 
 
 def test_a_batch_is_filled_up_with_rows_that_weigh_nothing(tokenizer, caplog):
-    encoder = make_encoder(tokenizer, "anyres")
-    encoder.fill_to = 4
+    encoder = make_encoder(tokenizer, "anyres").of_one_epoch(4, shuffle_buffer_size=1)
     unusable = encoder.encode_sample(stored("bad", answer=""))
     batch = encoder.batch([encoder.encode_sample(stored("good")), unusable])
     assert batch.keys == ["good", "bad", "", ""] and batch.num_skipped == 1 and "skipped sample bad" in caplog.text

@@ -154,11 +154,23 @@ def some_of_texts(num_micro_batches) -> list[list]:
     return [[texts[0], *images[1:]] for texts, images in zip(of_texts(num_micro_batches), with_images)]
 
 
+def of_questions(num_micro_batches) -> list[list]:
+    """Images that are no pairs: the kernels are empty."""
+    return [[tiny.batch(100 * i + m, (0, 0, 0, 0), tiles=TILES) for m in range(num_micro_batches)] for i in range(2)]
+
+
+def of_every_kind(num_micro_batches) -> list[list]:
+    """A caption, a question about an image, a text, and an empty row, as the last batch of an epoch has them."""
+    kinds = dict(eligible=(1, 0, 0, 0), tiles=(3, 1, 0, 0), num_targets=(9, 7, 8, 0))
+    turned = {name: value[2:] + value[:2] for name, value in kinds.items()}
+    return [[tiny.batch(100 * i + m, **(turned if m % 2 else kinds)) for m in range(num_micro_batches)] for i in range(2)]
+
+
 # A parameter that has no gradient would be waited for, and asserted, when gradients are reduced as they come.
 OVERLAP = ("--overlap-grad-reduce",)
 
 
-@pytest.mark.parametrize("kind", [of_grids, of_texts, some_of_texts], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [of_grids, of_texts, some_of_texts, of_questions, of_every_kind], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_images_of_several_tiles_and_texts_in_every_layout(parity, layout, kind):
     case = (layout, 2, True, False)  # per token: the losses of ranks with fewer tokens weigh less
