@@ -47,7 +47,7 @@ STAGE_1 = $(TORCHRUN) examples/pretrain_llava_rsa.py --model demo --stage 1 $(FL
 # The whole output goes to a log, the lines that tell the story to the screen: iterations with their losses,
 # mutual-kNN, errors.
 STORY = sed --unbuffered --quiet --regexp-extended \
-  --expression '/^error|skipped sample|mutual-knn value/p' \
+  --expression '/^error|^\[stage|skipped sample|mutual-knn value/p' \
   --expression 's/.*(iteration +[0-9]+\/ *[0-9]+) \|.*\| (lm loss: .*) \| loss scale.*/ \1 | \2/p'
 
 # A run in a folder is the run of its settings: others would be shown under a wrong name.
@@ -105,17 +105,13 @@ STAGES_OUT = $(OUT)/stages
 RUN_STAGES = PATH=$(CURDIR)/$(VENV)/bin:$$PATH OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) GPU_FLAGS= GPUS=$(PROCESSES) MODEL=demo \
   DATA=$(DEMO)/data TOKENIZER=$(DEMO)/tokenizer PRETRAINED=$(OUT)/parts STAGE1_FLAGS="--train-iters 150 --eval-interval 1000" \
   examples/run_stages.sh --seed $(SEED)
-STAGE_STORY = sed --unbuffered --quiet --regexp-extended --expression '/^\[stage/p' \
-  --expression '/^error|skipped sample|mutual-knn value/p' \
-  --expression 's/.*(iteration +[0-9]+\/ *[0-9]+) \|.*\| (lm loss: .*) \| loss scale.*/ \1 | \2/p'
-
 demo-stages: $(INSTALLED)
 	@echo "[1] data: captions, questions, written words and texts, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO)
 	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log
 	@echo "[4] the three stages with RSA, then without; two times five minutes"
-	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) 2>&1 | $(STAGE_STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
-	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) --rsa-weight 0 2>&1 | $(STAGE_STORY); $(call OR_STOP,$(STAGES_OUT)/without)
+	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
+	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) --rsa-weight 0 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/without)
 	@echo "[5] what came of it"
 	@$(PY) examples/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
 	  --run "without" $(STAGES_OUT)/without --out $(STAGES_OUT)/stages.png --jsonl $(STAGES_OUT)/stages.jsonl
