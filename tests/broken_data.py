@@ -1,4 +1,4 @@
-"""A data set with one of each unusable sample among good ones, as a user may bring it."""
+"""A data set with one of each unusable sample among good ones, some of these odd, as a user may bring it."""
 
 import argparse
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import prepare_demo
 import webdataset
+from PIL import Image
 
 from rsa_megatron.data import scenes
 
@@ -27,18 +28,35 @@ REASONS = {
     "turn-of-text": 'a turn of "conversations" is no {',
     "speaker-of-two": "is from ['human', 'gpt']; it must be",
     "huge": "Image size (400000000 pixels) exceeds limit",
+    "zero-bytes": "cannot identify image file, 0 bytes",
+    "svg": "cannot identify image file",
+    "float-tiff": "32",
+    "not-utf-8": "its .json cannot be read",
+    "nested-json": "RecursionError",
+    "list-of-turns": 'its .json has no list "conversations"',
+    "null-conversations": 'its .json has no list "conversations"',
+    "no-turns": "one of them from gpt",
+    "no-answer": "one of them from gpt",
+    "number-for-text": "turns {",
+    "unknown-role": "is from 'robot'; it must be",
+    "text-for-turns": 'its .json has no list "conversations"',
 }
+
+#: good samples whose picture or text is an odd one: each is to be used
+ODD = ("grey", "bilevel", "cmyk", "alpha", "palette", "sixteen-bit", "animated", "rotated", "strip", "one-pixel", "unicode", "bom",
+       "long-text", "same-key-twice-in-json")  # fmt: skip
 
 
 def write(folder: Path, num_good: int = 40) -> None:
-    """Write the training part: each bad sample after two good ones; and a validation part of good ones."""
+    """Write the training part: each bad sample before a good one; and a validation part of good ones."""
     folder.mkdir(parents=True)
     bad = list(REASONS)
     with webdataset.TarWriter(str(folder / "train-00000.tar")) as writer:
         for index in range(num_good):
-            if index % 2 == 0 and index // 2 < len(bad):
-                writer.write(_bad(bad[index // 2]))
-            writer.write(_good(f"good-{index:03d}", index))
+            if index < len(bad):
+                writer.write(_bad(bad[index]))
+            odd = ODD[index] if index < len(ODD) else None
+            writer.write(_odd(odd) if odd else _good(f"good-{index:03d}", index))
     with webdataset.TarWriter(str(folder / "val-00000.tar")) as writer:
         for index in range(16):
             writer.write(_good(f"good-val-{index:03d}", 1000 + index))
@@ -79,12 +97,70 @@ def _bad(key: str) -> dict:
         # A picture whose header says 20000 x 20000: the header begins at byte 12 and ends in its checksum.
         header = b"IHDR" + struct.pack(">II", 20000, 20000) + sample["png"][24:29]
         sample["png"] = sample["png"][:12] + header + struct.pack(">I", zlib.crc32(header)) + sample["png"][33:]
-    sample["json"] = json.dumps(record).encode()
+    elif key == "zero-bytes":
+        sample["png"] = b""
+    elif key == "svg":
+        sample["png"] = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
+    elif key == "float-tiff":
+        sample["png"] = _file(Image.new("F", (20, 20)), "TIFF")
+    elif key == "null-conversations":
+        record["conversations"] = None
+    elif key == "no-turns":
+        record["conversations"] = []
+    elif key == "no-answer":
+        del record["conversations"][1]
+    elif key == "number-for-text":
+        record["conversations"][1]["value"] = 7
+    elif key == "unknown-role":
+        record["conversations"][1]["from"] = "robot"
+    elif key == "text-for-turns":
+        record["conversations"] = "a red boat"
+    sample["json"] = json.dumps(record["conversations"] if key == "list-of-turns" else record).encode()
+    if key == "not-utf-8":
+        sample["json"] = sample["json"].replace(b"gpt", b"\xff\xfe")
+    if key == "nested-json":
+        sample["json"] = b"[" * 100_000
     if key == "broken-json":
         sample["json"] = sample["json"][:-20]
     if key == "no-json":
         del sample["json"]
     return sample
+
+
+def _odd(key: str) -> dict:
+    sample = _good(f"good-{key}", 0)
+    image, record = Image.open(io.BytesIO(sample["png"])), json.loads(sample["json"])
+    modes = {"grey": "L", "bilevel": "1", "palette": "P", "alpha": "RGBA", "cmyk": "CMYK"}
+    if key in modes:
+        sample["png"] = _file(image.convert(modes[key]), "TIFF" if key == "cmyk" else "PNG")
+    elif key == "sixteen-bit":
+        sample["png"] = _file(Image.new("I;16", (30, 20), 40_000), "PNG")
+    elif key == "animated":
+        sample["gif"] = _file(image, "GIF", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
+        del sample["png"]
+    elif key == "rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        sample["jpg"] = _file(image, "JPEG", exif=exif)
+        del sample["png"]
+    elif key in ("strip", "one-pixel"):
+        sample["png"] = _file(image.resize((1, 4000 if key == "strip" else 1)), "PNG")
+    elif key == "unicode":
+        record["conversations"][1]["value"] = "Ein rotes Boot \U0001f6a4 \u8239 \u0301\u200b\u202e"
+    elif key == "long-text":
+        record["conversations"][1]["value"] *= 20
+    sample["json"] = json.dumps(record).encode()
+    if key == "bom":
+        sample["json"] = b"\xef\xbb\xbf" + sample["json"]
+    if key == "same-key-twice-in-json":
+        sample["json"] = sample["json"].replace(b"{", b'{"conversations": 7, ', 1)
+    return sample
+
+
+def _file(image: Image.Image, form: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
 
 
 def picture(size: int = 56) -> bytes:

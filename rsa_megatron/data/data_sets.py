@@ -30,9 +30,12 @@ def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch
                 "samples, lower --num-workers or --micro-batch-size, or leave out the evaluation (--eval-iters 0)"
             )
         for shard in shards:
-            if shard.path.is_local() and not shard.path.is_file():
+            if not shard.path.is_local():
+                continue
+            fault = "is missing" if not shard.path.is_file() else "has 0 bytes" if shard.count and not shard.path.size() else None
+            if fault:
                 raise ValueError(
-                    f"--data-path {path}: shard {shard.path} is missing, which its index lists; restore the file, or "
+                    f"--data-path {path}: shard {shard.path} {fault}, which its index lists; restore the file, or "
                     "run `energon prepare --force-overwrite` to index what is there"
                 )
 

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
 from rsa_megatron.data.record import Record, Unusable, inside
+from rsa_megatron.data.tiles import decode_images
 
 # By content, not by name: many a .jpg is a PNG. MPO is what some cameras' .jpg are. Whatever else Pillow reads is stored
 # as "png": the name says that it is an image, and readers go by its bytes.
@@ -130,13 +131,12 @@ def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             extension = _EXTENSIONS.get(opened.format, "png")
-            width, height = opened.size
-            opened.convert("RGB")
+        (image,) = decode_images({"png": data})  # as training will
     except Exception as error:  # Pillow raises whatever a decoder of broken bytes comes upon
         # The bytes' address in memory would differ from run to run.
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise Unusable("unreadable image", f"{name} cannot be decoded: {reason}") from error
-    return ImportedImage(data, extension, height, width, path)
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error).removeprefix("png: ")
+        raise Unusable("unreadable image", f"{name} cannot be decoded: {reason or type(error).__name__}") from error
+    return ImportedImage(data, extension, image.height, image.width, path)
 
 
 def _read(path: str, image_root: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The position of the training data can be saved and taken up exactly; where it cannot, that is said."""
 
 import json
+from pathlib import Path
 
 import broken_data
 import prepare_demo
@@ -191,9 +192,10 @@ def read_validation(demo, num_workers, micro_batch_size):
     next(ValidationLoader(str(demo / "data" / "captions"), make_encoder(demo), config, micro_batch_size))
 
 
-def test_a_missing_shard_is_named_before_training(tmp_path):
+@pytest.mark.parametrize("spoil, fault", [(Path.unlink, "is missing"), (lambda tar: tar.write_bytes(b""), "has 0 bytes")])
+def test_a_shard_that_is_gone_or_empty_is_named_before_training(tmp_path, spoil, fault):
     broken_data.write(tmp_path / "data")
-    (tmp_path / "data" / "val-00000.tar").unlink()
+    spoil(tmp_path / "data" / "val-00000.tar")
     check_data(str(tmp_path / "data"), ["train"], num_readers=1, micro_batch_size=4)
-    with pytest.raises(ValueError, match="shard .*val-00000.tar is missing, which its index lists; restore the file"):
+    with pytest.raises(ValueError, match=f"shard .*val-00000.tar {fault}, which its index lists; restore the file"):
         check_data(str(tmp_path / "data"), ["train", "val"], num_readers=1, micro_batch_size=4)

@@ -167,6 +167,27 @@ def test_unusable_samples_keep_their_place_in_an_epoch(demo, tmp_path):
     assert sum(learnt.values()) == len(learnt) - len(broken_data.REASONS) >= 40
 
 
+@pytest.mark.parametrize("name, num_sets, flagged", [("stage1", 1, 1), ("stage1_5", 7, 3), ("stage2", 84, 0)])
+def test_the_papers_mixtures_are_read(demo, tmp_path, name, num_sets, flagged):
+    """Each source by its name, here a link to the same demo data of 240 samples."""
+    mixture = tmp_path / f"{name}.yaml"
+    mixture.write_text((ROOT / "examples" / "mixtures" / f"{name}.yaml").read_text())
+    sources = yaml.safe_load(mixture.read_text())["splits"]["train"]["blend_epochized"]
+    for each in [*sources, {"path": "LLaVA-ReCap-558K"}]:
+        link = tmp_path / each["path"]
+        link.parent.mkdir(exist_ok=True)
+        if not link.exists():
+            link.symlink_to(demo / "data" / "questions")
+    check_data(str(mixture), ["train", "val"], num_readers=1, micro_batch_size=4)
+    layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=1, global_batch_size=1, drop_last=False)
+    shares = [int(each.get("subset", {"range": ["0%", "100%"]})["range"][1].rstrip("%")) for each in sources]
+    assert len(sources) == num_sets and shares.count(100) >= num_sets - 19
+    assert epoch_iterations(str(mixture), **layout) == sum(240 * share // 100 for share in shares)
+    assert sum(each.get("subflavors", {}).get("rsa", False) for each in sources) == flagged
+    batch = next(TrainLoader(str(mixture), make_encoder(demo), WorkerConfig(rank=0, world_size=1, num_workers=0), 8, 1))
+    assert batch.tokens.shape[0] == 8
+
+
 def test_a_blend_by_weight_has_no_epoch(demo):
     layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=4, global_batch_size=8, drop_last=False)
     with pytest.raises(ValueError, match="stage1_5.yaml: a blend by weight has no end: name --train-iters, or .*blend_epochized"):
