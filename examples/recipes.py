@@ -33,8 +33,6 @@ def stage_1() -> dict:
         micro_batch_size=8,
         global_batch_size=256,
         lr=2e-6,
-        vision_lr=2e-6,
-        projector_lr=2e-6,
         min_lr=0.0,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.03,
@@ -68,7 +66,7 @@ def stage_1_5() -> dict:
         seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768; under PP every row is padded to this
         micro_batch_size=1,
         lr=1e-5,
-        projector_lr=1e-5,
+        vision_lr=2e-6,
     )
 
 
@@ -102,8 +100,6 @@ def demo_stage_1() -> dict:
         global_batch_size=32,
         train_iters=300,
         lr=1e-3,
-        vision_lr=1e-3,
-        projector_lr=1e-3,
         eval_interval=120,  # at 120 and 240; Megatron evaluates once more at the end
         eval_iters=5,
         log_interval=10,
@@ -130,7 +126,6 @@ def _demo(stage: dict) -> dict:
         micro_batch_size=8,
         lr=5e-4,
         vision_lr=1e-4,
-        projector_lr=5e-4,
         eval_interval=1000,  # at the end
         save_interval=20,
     )
@@ -142,7 +137,6 @@ def demo_parts() -> dict:
         trainable=["vision", "embeddings", "language"],
         train_iters=200,
         lr=2e-3,
-        vision_lr=2e-3,
         eval_interval=1000,
         eval_iters=0,
         mutual_knn_samples=0,
