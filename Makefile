@@ -108,10 +108,14 @@ RUN_STAGES = PATH=$(CURDIR)/$(VENV)/bin:$$PATH OMP_NUM_THREADS=$$(( ($$(nproc) +
 demo-stages: $(INSTALLED)
 	@echo "[1] data: captions, questions, written words and texts, and a tokenizer"
 	@$(PY) examples/prepare_demo.py --out $(DEMO)
+	@mkdir -p $(STAGES_OUT)
+	@if [ -s $(STAGES_OUT)/settings ] && [ "$$(cat $(STAGES_OUT)/settings)" != '$(SETTINGS)' ]; then \
+	  echo "error: $(STAGES_OUT) holds runs of other settings: $$(cat $(STAGES_OUT)/settings); name another OUT=folder"; exit 1; fi
+	@echo '$(SETTINGS)' > $(STAGES_OUT)/settings
 	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log
 	@echo "[4] the three stages with RSA, then without; two times five minutes"
-	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
-	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) --rsa-weight 0 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/without)
+	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) $(RSA) 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
+	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) $(RSA) --rsa-weight 0 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/without)
 	@echo "[5] what came of it"
 	@$(PY) examples/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
 	  --run "without" $(STAGES_OUT)/without --out $(STAGES_OUT)/stages.png --jsonl $(STAGES_OUT)/stages.jsonl

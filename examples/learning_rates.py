@@ -28,6 +28,8 @@ def check_arguments(args) -> None:
             continue
         if not rate >= 0:
             raise ValueError(f"{flag} {rate}: a learning rate is 0 or more")
+        if args.lr_warmup_init and rate != args.lr:
+            raise ValueError(f"{flag} goes with a warm-up from 0 alone: all rates begin at --lr-warmup-init; leave that out")
         if args.lr == 0 and args.min_lr > 0:
             raise ValueError(f"{flag} with --lr 0 needs --min-lr 0: the other rates decay in proportion to --lr")
 

@@ -3,7 +3,7 @@
     python examples/prepare_shards.py pack SOURCE --out DIR --rsa          Energon shards; --data-path DIR
     python examples/prepare_shards.py link SOURCE --out DIR --images ROOT  images stay where they are;
                                                                            --data-path DIR/mixture.yaml
-    python examples/prepare_shards.py show PATH --index 3 --tokenizer TOKENIZER
+    python examples/prepare_shards.py show PATH --index 3 --tokenizer TOKENIZER --stage 1.5
 
 SOURCE: LLaVA's JSON or JSONL, LLaVA-OneVision's YAML of such files, Hugging Face's parquet files (one, or a folder of
 them), or a folder of images with a text file beside each. PATH is a SOURCE, a folder that pack has written, or a mixture.

@@ -17,6 +17,7 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from learning_rates import LearningRates
 from recipes import demo_parts
 
 from rsa_megatron.data import scenes
@@ -29,6 +30,7 @@ def main():
     rsa = RSAPlugin()
     args = train.parse(rsa, settings=demo_parts())
     megatron_repairs.repair()
+    LearningRates(args).apply()
     pretrain(
         pretrain_cfg_container_from_args(args),
         train.datasets_provider,

@@ -130,7 +130,7 @@ def datasets_provider(num_samples, vp_stage=None):
             worker_config(args),
             args.micro_batch_size,
             args.shuffle_buffer_size,
-            one_epoch=args.one_epoch,
+            one_epoch=args.train_iters if args.one_epoch else 0,
             drop_last=args.drop_last,
         )
         if args.iteration > 0 and not args.restart_data:

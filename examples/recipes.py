@@ -20,7 +20,7 @@ def stage_1() -> dict:
     """Stage 1, language-image alignment: the tower and the projector learn, RSA is on, the language model is frozen.
 
         torchrun --nproc-per-node 8 examples/pretrain_llava_rsa.py --model llava-ov-7b --stage 1 --bf16 \\
-            --data-path data/stage1.yaml --tokenizer-model QWEN2 --pretrained-checkpoint CONVERTED --save runs/stage1
+            --data-path data/stage1.yaml --tokenizer-model CONVERTED/hf --pretrained-checkpoint CONVERTED --save runs/stage1
 
     558K captions. 8 A100 of 80 GB: about 5 hours for the 7B (rows of 900 positions).
     """
@@ -52,7 +52,7 @@ def stage_1() -> dict:
 def stage_1_5() -> dict:
     """Stage 1.5, high-quality knowledge: all learns, on captions (RSA), written words and text; AnyRes up to 5 x 729.
 
-        STAGE=1.5 DATA=data/stage1_5.yaml MODEL=llava-ov-7b TOKENIZER=QWEN2 PRETRAINED=runs/stage1 OUT=runs/stage1_5 \\
+        STAGE=1.5 DATA=data/stage1_5.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1 OUT=runs/stage1_5 \\
             sbatch --nodes 32 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 2 --sequence-parallel \\
             --recompute-activations
 
@@ -73,7 +73,7 @@ def stage_1_5() -> dict:
 def stage_2() -> dict:
     """Stage 2, visual instruction tuning: stage 1.5 with finer grids, up to 10 x 729 tokens, and without RSA.
 
-        STAGE=2 DATA=data/stage2.yaml MODEL=llava-ov-7b TOKENIZER=QWEN2 PRETRAINED=runs/stage1_5 OUT=runs/stage2 \\
+        STAGE=2 DATA=data/stage2.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1_5 OUT=runs/stage2 \\
             sbatch --nodes 32 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 2 --sequence-parallel \\
             --recompute-activations
 

@@ -11,6 +11,7 @@ import numpy
 import yaml
 from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_val_dataset
 from PIL import Image
+from recipes import STAGES
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -36,15 +37,18 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("--part", choices=["train", "val"], default="train", help="of shards or a mixture")
     parser.add_argument("--images", type=Path, help="folder that a SOURCE's paths of images are relative to; its own")
     parser.add_argument("--seed", type=int, default=0, help="of sampling_strategy random, as for pack")
-    parser.add_argument("--template", choices=conversation.TEMPLATES, default="plain")
-    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, default="llava")
-    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, default="anyres")
+    parser.add_argument("--stage", choices=list(STAGES), default="1", help="as this stage's recipe has it")
+    parser.add_argument("--template", choices=conversation.TEMPLATES, help="in the place of the stage's")
+    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="in the place of the stage's")
+    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="in the place of the stage's")
     parser.add_argument("--image-size", type=int, default=384, help="side of a tile, pixels")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
 
 
 def show(args) -> None:
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer, settings = load_tokenizer(args.tokenizer), STAGES[args.stage]()
+    for name in ("template", "label_style", "image_aspect_ratio"):
+        setattr(args, name, getattr(args, name) or settings[name])
     conversation.check_tokenizer(tokenizer, args.template)
     if args.index < 0:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
@@ -53,10 +57,12 @@ def show(args) -> None:
     record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     images = decode_images(read_parts(sample))
+    size = args.image_size
+    grids = [(rows * size, columns * size) for rows, columns in settings.get("image_grids") or []]
     tiler = ImageTiler(
-        image_size=args.image_size,
+        image_size=size,
         image_aspect_ratio=args.image_aspect_ratio,
-        grid_pinpoints=square_grids(args.image_size, 6, 6),
+        grid_pinpoints=grids or square_grids(size, 6, 6),
     )
     layouts = tiler.layouts(images)
     num_image_tokens = sum(layout.num_tokens(args.image_size // _PATCH_SIZE, _MAX_TILES) for layout in layouts)
@@ -65,6 +71,8 @@ def show(args) -> None:
     num_positions = len(text.tokens) - len(images) + num_image_tokens
     print(f"\n«learnt» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are learnt and "
           f"{sum(text.is_caption)} the caption's; {num_positions} with the images' own")  # fmt: skip
+    if num_positions > settings["seq_length"]:
+        print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit")
     takes_part = "yes, it takes part" if prepared else "yes, if it is packed or linked with --rsa"
     print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
     for image, layout in zip(images, layouts):

@@ -100,7 +100,8 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group.add_argument("--image-grids", nargs="+", type=grid, metavar="ROWSxCOLUMNS",
                        help="the grids of tiles that anyres may choose from; default: the model's own")  # fmt: skip
     group.add_argument("--drop-last", action="store_true",
-                       help="of a single pass over the data, leave out the last samples that do not fill a batch")  # fmt: skip
+                       help="of a single pass over the data, leave out each reader's last samples that do not fill a micro-batch, "
+                            "and the last iterations for which not every rank has data")  # fmt: skip
     group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
     group.add_argument("--mutual-knn-samples", type=int, default=1000,
                        help="validation pairs for mutual-knn at each evaluation; 0: none")  # fmt: skip
@@ -110,6 +111,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     rsa.add_arguments(parser)
     known, _ = parser.parse_known_args()
+    set_default_tokenizer(parser, known)
     architecture = find_architecture(known.model)
     settings = settings or recipe(known.model, known.stage)
     parser.set_defaults(
@@ -127,6 +129,14 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
     rsa.config = dataclasses.replace(rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")})
     return parser
+
+
+def set_default_tokenizer(parser, known) -> None:
+    """That of the model: in its folder, or beside the checkpoint that the run begins from."""
+    folders = [Path(folder, "hf") for folder in (known.load, known.pretrained_checkpoint) if folder] + [Path(known.model)]
+    found = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+    if found:
+        parser.set_defaults(tokenizer_model=str(found))
 
 
 def grid(text: str) -> tuple[int, int]:

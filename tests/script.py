@@ -55,13 +55,13 @@ def losses(outputs: list[str]) -> dict[int, tuple[str, ...]]:
     return {i: tuple(figures[name] for name in names if name in figures) for i, figures in iterations(outputs).items()}
 
 
-def plain_tensors(folder) -> dict[str, torch.Tensor]:
-    """A torch_dist checkpoint's tensors but the optimizer's, whole, by name."""
+def plain_tensors(folder, prefix: str | None = None) -> dict[str, torch.Tensor]:
+    """A torch_dist checkpoint's tensors but the optimizer's, whole, by name; or those with a prefix."""
     reader = FileSystemReader(folder)
     tensors = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
         for name, item in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(item, "size") and not name.startswith("optimizer")
+        if hasattr(item, "size") and (name.startswith(prefix) if prefix else not name.startswith("optimizer"))
     }
     load(tensors, storage_reader=reader)
     return tensors

@@ -9,7 +9,7 @@ and two styles of labels for the second:
     llava         the answers with "<|im_start|>assistant\\n" before and "\\n" after them; and wherever else they stand, also
                   in questions, the tokens "\\n", <|im_start|> and <|im_end|>: so LLaVA-OneVision was trained
     answer_only   the answers, each with its <|im_end|>
-In all, the caption is the answers' own tokens: no template, no image.
+In all, the caption is the answers' own tokens: no template, no image. The only image of a turn comes first in it.
 
 (LLaVA-NeXT, llava/train/train.py: preprocess_plain, preprocess_qwen, preprocess_multimodal.)
 """
@@ -86,7 +86,7 @@ def encode(
     Raises:
         ValueError: when it is not a conversation, or has no answer.
     """
-    turns = check_conversation(conversation)
+    turns = [(role, _image_first(value)) for role, value in check_conversation(conversation)]
     pieces = _plain(turns) if template == "plain" else _qwen_1_5(turns, label_style)
     text = _tokenize(tokenizer, pieces)
     if template == "qwen_1_5" and label_style == "llava":
@@ -132,7 +132,7 @@ def _qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
         whole_turn = is_answer and label_style == "llava"
         pieces += [
             (f"{_START}{role}\n", whole_turn, False),
-            (value if is_answer else _image_first(value), is_answer, is_answer),
+            (value, is_answer, is_answer),
             (_END, is_answer, False),
             ("\n", whole_turn, False),
         ]

@@ -15,8 +15,8 @@ from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
 from rsa_megatron.data.record import Record, Unusable, inside
 from rsa_megatron.data.tiles import decode_images
 
-# By content, not by name: many a .jpg is a PNG. MPO is what some cameras' .jpg are. Whatever else Pillow reads is stored
-# as "png": the name says that it is an image, and readers go by its bytes.
+# By content, not by name: many a .jpg is a PNG. MPO is what some cameras' .jpg are. GIF and TIFF are stored as "png": the
+# name says that it is an image, and readers go by its bytes.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
 

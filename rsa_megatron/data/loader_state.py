@@ -30,8 +30,8 @@ class DataLayout:
     num_workers: int
     micro_batch_size: int
     shuffle_buffer_size: int
-    #: whether the data is passed over once, then ends
-    one_epoch: bool
+    #: iterations of a single pass over the data; 0 where it never ends
+    one_epoch: int
     #: of the shards' names and sizes (`fingerprint`)
     data_fingerprint: str
 
@@ -41,7 +41,7 @@ class DataLayout:
         "num_workers": "--num-workers",
         "micro_batch_size": "--micro-batch-size",
         "shuffle_buffer_size": "--shuffle-buffer-size",
-        "one_epoch": "one pass over the data (a run without --train-iters)",
+        "one_epoch": "iterations of a single pass over the data (by --global-batch-size and --drop-last; 0: a run of --train-iters)",
         "data_fingerprint": "the shards behind --data-path, with the fingerprint",
     }
 
@@ -49,7 +49,7 @@ class DataLayout:
         """Raise ValueError unless a position saved with the layout `then` means the same samples here."""
         for name, what in self.FLAGS.items():
             # Before there was a choice, all runs went on for ever.
-            saved, current = then.get(name, False), getattr(self, name)
+            saved, current = then.get(name, 0), getattr(self, name)
             if saved != current:
                 raise ValueError(
                     f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "

@@ -28,8 +28,8 @@ class TrainLoader:
     """Batches of the training part, with a position that can be saved and taken up again.
 
     Args:
-        one_epoch: pass over the data once, and give empty batches from then on: ranks end together, whatever each has
-            read. Otherwise the data never ends.
+        one_epoch: iterations of a single pass over the data (`epoch_iterations`), after which there are empty batches: ranks
+            end together, whatever each has read. 0: the data never ends.
         drop_last: with one_epoch, leave out samples that do not fill a micro-batch.
 
     Raises:
@@ -44,7 +44,7 @@ class TrainLoader:
         micro_batch_size: int,
         shuffle_buffer_size: int,
         *,
-        one_epoch: bool = False,
+        one_epoch: int = 0,
         drop_last: bool = False,
     ):
         if one_epoch:
@@ -63,7 +63,7 @@ class TrainLoader:
             worker_config,
             micro_batch_size,
             None if one_epoch else shuffle_buffer_size,
-            one_epoch=one_epoch,
+            one_epoch=one_epoch > 0,
             drop_last=drop_last,
         )
         self._task_encoder = task_encoder
@@ -95,7 +95,6 @@ class TrainLoader:
             ValueError: when the file is of another layout.
         """
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
-        # Before there was a choice, all runs went on for ever.
         self.layout.check_same(state["layout"], state_file)
         self._ended = state["energon"] is None
         if not self._ended:

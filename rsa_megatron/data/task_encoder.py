@@ -16,11 +16,12 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path
 
 import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, SkipSample, basic_sample_keys, stateless
 from megatron.energon.cache import FileStore
+from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.flavors import Sample
 from torch import Tensor
@@ -30,6 +31,7 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
 from rsa_megatron.data.one_pass import shuffled_once
+from rsa_megatron.data.record import Unusable, inside
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
 
 logger = logging.getLogger(__name__)
@@ -77,16 +79,23 @@ def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
 def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dict[str, bytes | Exception]:
     # What goes wrong is kept, not raised: the sample is counted and named where all that cannot be used are.
     parts = {}
-    for number, path in enumerate([paths] if isinstance(paths, str) else paths or []):
+    for number, path in enumerate(paths if isinstance(paths, list) else [] if paths is None else [paths]):
         try:
-            if images is None:
-                raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise ValueError(f"its image {path} lies outside of the folder of images")
-            parts[f"{number}.png"] = images[path][0]  # whatever it is: its bytes say so
+            parts[f"{number}.png"] = _read_image(path, images)  # whatever it is: its bytes say so
         except Exception as error:
             parts[f"{number}.png"] = error
     return parts
+
+
+def _read_image(path: str, images: FileStore | None) -> bytes:
+    if not isinstance(path, str):
+        raise ValueError(f"its image is {path!r}; it must be a path")
+    if images is None:
+        raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
+    root = EPath(images.get_path())
+    if root.is_local() and not inside(Path(images.get_path()).resolve(), path).is_file():  # reading a pipe would never end
+        raise ValueError(f"its image {path} is no file in {root}")
+    return images[path][0]
 
 
 class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
@@ -214,7 +223,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             layouts=layouts,
             tiles=self._tiler.tiles(images),
             # An image-caption pair, as the paper asks for (section 3.3), of which the caption is still there.
-            eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption),
+            eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption[:-1]),
             record=record,
             row_length=len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts),
             is_cut=text is not whole,
@@ -229,7 +238,8 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         if len(text.tokens) <= room:
             return text
         cut = text.truncated(max(room, 0))
-        if cut.tokens.count(self._image_token_id) < len(layouts) or not any(cut.is_target[1:]):
+        # The last token is label alone: an image there would have tiles and no place.
+        if cut.tokens[:-1].count(self._image_token_id) < len(layouts) or not any(cut.is_target[1:]):
             raise ValueError(
                 f"{len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
                 f"{self.max_sequence_length}, and what fits has nothing to learn: raise it"
@@ -245,7 +255,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1
         self._num_skipped_in_a_row += 1
-        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
         line = f"skipped sample {sample.__key__}{_where(sample)}: {reason}"
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             # Something is wrong with all of them: going on would spin through the data set for ever.

@@ -84,7 +84,7 @@ CASES = {
     "plain, unicode": (
         "plain", "llava", turns(("human", "<image>"), ("gpt", "é 船 😀")), "I é* 船* 😀* N!"),
     "plain, a caption with the image token": (
-        "plain", "llava", turns(("human", "<image>"), ("gpt", "a <image> boat")), "I a* I boat* N!"),
+        "plain", "llava", turns(("human", "<image>"), ("gpt", "a<image> boat")), "I I N* a* boat* N!"),
     "plain, answers alone, whoever begins": (
         "plain", "llava", turns(("gpt", "two"), ("human", "hi"), ("gpt", "left")), "two* N! left* N!"),
     "a question with an image": (
@@ -115,8 +115,8 @@ CASES = {
         "qwen_1_5", "llava", turns(("system", "hi"), ("user", "a\nboat?\nhi\n\nthere"), ("assistant", "two")),
         "S!system N!hi E!N!S!user N!a N!boat ?N hi NN there E!N!S!assistant! N!two* E!N!"),
     "an answer with the image token": (
-        "qwen_1_5", "answer_only", turns(("system", "hi"), ("human", "what"), ("gpt", "a <image> boat")),
-        "S system N hi E N S user N what E N S assistant N a* I boat* E!N"),
+        "qwen_1_5", "answer_only", turns(("system", "hi"), ("human", "what"), ("gpt", "a<image> boat")),
+        "S system N hi E N S user N what E N S assistant N I N* a* boat* E!N"),
     "unicode": (
         "qwen_1_5", "answer_only", turns(("system", "船"), ("human", "é 😀"), ("gpt", "😀 船 é")),
         "S system N 船 E N S user N é 😀 E N S assistant N 😀* 船* é* E!N"),

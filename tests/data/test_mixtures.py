@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -251,6 +252,15 @@ def test_a_position_of_other_weights_is_refused(demo, tmp_path):
         other.restore_state(tmp_path / "state.pt")
 
 
+def test_a_pass_in_another_number_of_iterations_is_refused(demo, epochized, tmp_path):
+    """As after another --global-batch-size: the iteration of the checkpoint would mean other samples."""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    first, other = (TrainLoader(epochized, make_encoder(demo), config, 4, 1, one_epoch=count) for count in (96, 48))
+    save(first, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="iterations of a single pass .*--global-batch-size.* = 96, this run has 48"):
+        other.restore_state(tmp_path / "state.pt")
+
+
 def test_linked_data_is_checked_like_shards(linked, epochized):
     with pytest.raises(ValueError, match="part 'val'"):
         check_data(linked, ["train", "val"], num_readers=1, micro_batch_size=4)
@@ -262,13 +272,17 @@ def test_a_linked_image_outside_its_folder_or_gone_is_named(demo, linked, tmp_pa
     folder = Path(linked).parent.parent
     Image.new("RGB", (30, 30)).save(tmp_path / "outside.png")
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
-    names = ["0.png", "gone.png", str(tmp_path / "outside.png"), "../0.png", "1.png"]
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    names = ["0.png", "gone.png", str(tmp_path / "outside.png"), "../0.png", "1.png", 5, "pipe.png", "link.png", [7], "0.png"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"image": name, "conversations": turns}) + "\n" for name in names))
     JsonlPreparator.prepare_dataset(tmp_path / "train.jsonl")
     aux = {"images": f"filesystem://{folder}"}
     path = write_mixture(tmp_path / "m.yaml", [{"path": "train.jsonl", "repetitions": 1, "aux": aux}], epochized=True)
     _, (batches,) = one_epoch(demo, path, micro_batch_size=5, world_size=1, num_workers=0, global_batch_size=5)
     learnt = {key for keys, row in batches for key, targets in zip(keys, row) if targets}
-    assert learnt == {"train.jsonl/0", "train.jsonl/4"}
-    for line in ("train.jsonl/1 .*No such file.*gone.png", "train.jsonl/2 .*outside.png lies outside", "train.jsonl/3 .*0.png lies out"):
+    assert learnt == {"train.jsonl/0", "train.jsonl/4", "train.jsonl/9"} and len(batches) == 2
+    for line in ("train.jsonl/1 .*gone.png is no file", "train.jsonl/2 .*outside.png leads out", "train.jsonl/3 .*0.png leads out",
+                 "train.jsonl/5 .*its image is 5; it must", "train.jsonl/6 .*pipe.png is no file", "train.jsonl/7 .*link.png leads out",
+                 "train.jsonl/8 .*its image is 7; it must"):  # fmt: skip
         assert re.search(f"skipped sample {line}", caplog.text)

@@ -281,6 +281,27 @@ def test_the_longest_row_that_fits_is_whole_and_one_more_token_is_cut(tokenizer,
     assert batch.row_lengths.tolist() == [128, 128] and batch.num_cut == 1
 
 
+def test_wherever_a_conversation_is_cut_images_and_their_places_agree(tokenizer, caplog):
+    turns = [("human", "<image>\none"), ("gpt", "a red ball"), ("human", "<image>\ntwo"), ("gpt", "a blue box")]
+    sample = stored(images=2)
+    sample.record = {"conversations": [{"from": who, "value": value} for who, value in turns]}
+    lengths = {}
+    for length in range(1, 120):
+        encoder = LlavaTaskEncoder(
+            tokenizer, image_size=TILE, patch_size=14, max_sequence_length=length, template="qwen_1_5",
+            image_aspect_ratio="square", grid_pinpoints=PINPOINTS, max_tiles=2,
+        )  # fmt: skip
+        try:
+            batch = encoder.batch([encoder.encode_sample(sample)])
+        except SkipSample:
+            assert not lengths  # too short for both images; from some length on it fits
+            continue
+        lengths[length] = batch.row_lengths.item()
+        assert (batch.tokens == 3).sum() == len(batch.image_layouts) == 2 and lengths[length] <= length
+        assert lengths[length] == batch.tokens.shape[1] + 2 * 3  # an image is 4 positions
+    assert len(lengths) > 30 and len(set(lengths.values())) > 15
+
+
 def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
     def eligible(**sample):
         return encoder.encode_sample(stored(**sample)).eligible
@@ -298,6 +319,16 @@ def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
     sample.record = {"conversations": turns}
     cut = encoder.encode_sample(sample)
     assert cut.is_cut and any(cut.text.is_target) and not cut.eligible
+    # A caption whose only token that is left is label alone has none in the row.
+    for length, is_eligible in ((4, False), (5, True)):
+        encoder = make_encoder(tokenizer, "square")
+        encoder.max_sequence_length = length
+        found = encoder.encode_sample(stored())
+        assert found.eligible == is_eligible == bool(encoder.batch([found]).rsa.caption_mask.any())
+    encoder = LlavaTaskEncoder(
+        tokenizer, image_size=TILE, patch_size=14, max_sequence_length=60, template="qwen_1_5", image_aspect_ratio="square",
+        grid_pinpoints=PINPOINTS, max_tiles=2,
+    )  # fmt: skip
     encoder.max_sequence_length = 128
     assert encoder.encode_sample(sample).eligible
 

@@ -301,7 +301,7 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
         (tmp_path / "linked" / "mixture.yaml", "no, its data set has no subflavor rsa: true"),
     ):
         capsys.readouterr()
-        prepare_shards.main([*map(str, ["show", path, *show, "--template", "qwen_1_5", "--label-style", "answer_only"])])
+        prepare_shards.main([*map(str, ["show", path, *show, "--stage", "2", "--label-style", "answer_only"])])
         said = capsys.readouterr().out
         assert "What is it?<|im_end|>\n<|im_start|>assistant\n«‹A red boat.›<|im_end|>»" in said
         assert f"RSA: {rsa}" in said and "id 2" in said and "tokens, of which" in said

@@ -336,6 +336,7 @@ def skip_a_batch_on_the_last_stage():
     (["--model", "llava-9000"], "error: --model llava-9000: neither a folder with a config.json nor one of demo, llava-ov-0.5b"),
     (["--pretrained-checkpoint", "/nowhere"], "error: --pretrained-checkpoint /nowhere: no latest_checkpointed_iteration.txt there"),
     (["--drop-last"], "error: --drop-last is about a single pass over the data; leave it out, or leave out the number of iter"),
+    (["--vision-lr", 0, "--lr-warmup-init", 1e-7], "error: --vision-lr goes with a warm-up from 0 alone"),
     (["--vision-lr", -1], "error: --vision-lr -1.0: a learning rate is 0 or more"),
     (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
     (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),

@@ -71,7 +71,8 @@ def test_each_stage_learns_what_it_is_to_learn_with_rsa_where_it_belongs(stages)
 
 @pytest.mark.parametrize("form", ["--load", "--pretrained-checkpoint"])
 def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(demo, stages, tmp_path, form):
-    still = ("--lr", 0, "--vision-lr", 0, "--projector-lr", 0, "--min-lr", 0, "--train-iters", 1, "--save-interval", 1)
+    still = ("--lr", 0, "--vision-lr", 0, "--projector-lr", 0, "--min-lr", 0, "--train-iters", 1, "--save-interval", 1,
+             "--clip-grad", 0)  # fmt: skip
     command = ("--stage", "1.5", "--save", tmp_path, form, stages["1"][0], *still)
     if form == "--pretrained-checkpoint":
         command = (*command, "--load", tmp_path)
@@ -79,9 +80,20 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(demo
     assert list(script.iterations(outputs)) == [1]
     expected, actual = script.plain_tensors(stages["1"][0] / "iter_0000006"), script.plain_tensors(tmp_path / "iter_0000001")
     assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
-    # Adam's moments, had they been loaded, would move the next step's parameters though their rate is 0 here; the
-    # schedule and the data would go on from iteration 6.
+    # The schedule and the data begin anew, and so do Adam's moments: after one step from nothing they are (1 - 0.9) g and
+    # (1 - 0.999) g^2.
+    moments = {name: moments_of(tmp_path / "iter_0000001", name) for name in ("exp_avg", "exp_avg_sq")}
+    assert moments["exp_avg"].keys() == moments["exp_avg_sq"].keys() and len(moments["exp_avg"]) > 20
+    for name, first in moments["exp_avg"].items():
+        torch.testing.assert_close(moments["exp_avg_sq"][name] * 1000, (first * 10) ** 2, rtol=1e-4, atol=1e-12)
+    later = {name: moments_of(stages["1"][0] / "iter_0000006", name) for name in moments}  # which those of six steps are not
+    assert not all(torch.allclose(later["exp_avg_sq"][name] * 1000, (m * 10) ** 2, 1e-2) for name, m in later["exp_avg"].items())
     assert re.search(r"consumed samples: +8 ", "".join(outputs))
+
+
+def moments_of(folder, moment):
+    tensors = script.plain_tensors(folder, prefix=f"optimizer.state.{moment}.")
+    return {name: tensor for name, tensor in tensors.items() if tensor.any()}
 
 
 def test_what_does_not_follow_is_one_line(demo, stages, tmp_path):
@@ -202,3 +214,25 @@ def test_run_stages_runs_them_in_order_and_goes_on_where_it_stopped(demo, tmp_pa
     # A stage that fails ends the script, with its log named.
     failing = run(OUT=str(tmp_path / "other"), DATA=str(tmp_path))
     assert failing.returncode != 0 and "error: --data-path" in failing.stdout
+    assert "error: stage 1 ended at iteration 0, where it began; see" in failing.stderr
+
+
+def test_a_run_that_is_lost_is_started_again_as_long_as_it_gets_on(tmp_path):
+    """A stand-in for a cluster's job: it fails after 10 more iterations, and ends well at 30."""
+    job = tmp_path / "job.sh"
+    job.write_text("""#!/bin/bash
+reached=$(($(cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0) + 10))
+[ "$STAGE" = 2 ] && { echo "no step further"; exit 1; }
+echo $reached > "$OUT/latest_checkpointed_iteration.txt"
+echo "$STAGE from ${PRETRAINED:-nothing} with $DATA $* at $reached"
+[ $reached -lt 30 ] && exit 1
+echo '{"finished": 30}' > "$OUT/run.json"
+""")
+    job.chmod(0o755)
+    environment = os.environ | {"RUN_STAGE": str(job), "DATA": "data", "TOKENIZER": "t", "OUT": str(tmp_path / "o"), "STAGE1_FLAGS": "--a b"}
+    result = subprocess.run(["bash", "examples/run_stages.sh", "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "error: stage 2 ended at iteration 0, where it began" in result.stderr
+    launches = [line for line in result.stdout.splitlines() if " with " in line]
+    assert launches == [f"1 from nothing with data/stage1.yaml --seed 1 --a b at {n}" for n in (10, 20, 30)] + [
+        f"1.5 from {tmp_path}/o/stage1 with data/stage1_5.yaml --seed 1 at {n}" for n in (10, 20, 30)
+    ]
