@@ -92,8 +92,8 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(demo
 
 
 def moments_of(folder, moment):
-    tensors = script.plain_tensors(folder, prefix=f"optimizer.state.{moment}.")
-    return {name: tensor for name, tensor in tensors.items() if tensor.any()}
+    prefix = f"optimizer.state.{moment}."
+    return {name.removeprefix(prefix): tensor for name, tensor in script.plain_tensors(folder, prefix).items() if tensor.any()}
 
 
 def test_what_does_not_follow_is_one_line(demo, stages, tmp_path):
