@@ -43,7 +43,7 @@ bench: $(INSTALLED)
 PROCESSES = $(shell $(PY) -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 TORCHRUN = OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
 FLAGS = --data-path $(DEMO)/data/captions --tokenizer-model $(DEMO)/tokenizer --seed $(SEED)
-STAGE_1 = $(TORCHRUN) examples/pretrain_llava_rsa.py --model demo --stage 1 $(FLAGS) --pretrained-checkpoint $(OUT)/parts
+STAGE_1 = $(TORCHRUN) examples/pretrain_llava_rsa.py --model demo --stage 1 --train-iters 300 $(FLAGS) --pretrained-checkpoint $(OUT)/parts
 # The whole output goes to a log, the lines that tell the story to the screen: iterations with their losses,
 # mutual-kNN, errors.
 STORY = sed --unbuffered --quiet --regexp-extended \
@@ -104,6 +104,7 @@ demo-compare:
 STAGES_OUT = $(OUT)/stages
 RUN_STAGES = PATH=$(CURDIR)/$(VENV)/bin:$$PATH OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) GPU_FLAGS= GPUS=$(PROCESSES) MODEL=demo \
   DATA=$(DEMO)/data TOKENIZER=$(DEMO)/tokenizer PRETRAINED=$(OUT)/parts STAGE1_FLAGS="--train-iters 150 --eval-interval 1000" \
+  STAGE1_5_FLAGS="--train-iters 60" STAGE2_FLAGS="--train-iters 40" \
   examples/run_stages.sh --seed $(SEED)
 demo-stages: $(INSTALLED)
 	@echo "[1] data: captions, questions, written words and texts, and a tokenizer"

@@ -1,7 +1,7 @@
 """Training settings of a stage, as defaults of Megatron's arguments: any of them is overridden by its flag.
 
-A recipe is a function; a variant is the base and its changes. No recipe says how long: a run without --train-iters is one
-pass over its data, as all of the paper's stages are.
+A recipe is a function; a variant is the base and its changes. No stage's recipe says how long: a run without --train-iters
+is one pass over its data, as all of the paper's stages are. (The Makefile says it for the demo.)
 
 Where the numbers come from: the RSA paper's table B.1 and section 5.1, "We follow LLaVA-OneVision training configuration
 with minor differences on learning rate at Stage-1"; so what the table leaves out is LLaVA-OneVision's (LLaVA-NeXT,
@@ -87,7 +87,7 @@ def stage_2() -> dict:
 
 
 def demo_stage_1() -> dict:
-    """Stage 1 of the demo model on rendered scenes (`make demo`): two processes on two CPU cores, four minutes.
+    """Stage 1 of the demo model on rendered scenes (`make demo`): 300 iterations on two CPU cores, four minutes.
 
     The towers are small and have seen little: they take a larger rate than the paper's. The weight is such that on
     the training split's first batch the weighted RSA loss is about the LM loss: 1500 x 0.001 against 1.1. (The
@@ -98,7 +98,6 @@ def demo_stage_1() -> dict:
         seq_length=160,
         micro_batch_size=16,
         global_batch_size=32,
-        train_iters=300,
         lr=1e-3,
         eval_interval=120,  # at 120 and 240; Megatron evaluates once more at the end
         eval_iters=5,
@@ -109,12 +108,12 @@ def demo_stage_1() -> dict:
 
 def demo_stage_1_5() -> dict:
     """Stage 1.5 of the demo (`make demo-stages`): captions, written words and texts, grids of up to 2 x 2 tiles."""
-    return _demo(stage_1_5()) | dict(train_iters=60)
+    return _demo(stage_1_5())
 
 
 def demo_stage_2() -> dict:
     """Stage 2 of the demo (`make demo-stages`): captions and questions, without RSA."""
-    return _demo(stage_2()) | dict(train_iters=40, rsa_weight=0.0)
+    return _demo(stage_2()) | dict(rsa_weight=0.0)
 
 
 def _demo(stage: dict) -> dict:

@@ -22,6 +22,11 @@ for stage in ${STAGES:-1 1.5 2}; do
   own_flags=${name^^}_FLAGS
   folder=$OUT/$name
   mkdir -p "$folder"
+  if finished "$folder"; then
+    echo "[stage $stage] was done before: $folder (to run it again, remove that or name another OUT)"
+    previous=$folder
+    continue
+  fi
   while ! finished "$folder"; do
     before=$(reached "$folder")
     echo "[stage $stage] from iteration $before${previous:+, weights of $previous}; $folder/run.log"

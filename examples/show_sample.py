@@ -74,6 +74,8 @@ def show(args) -> None:
     if num_positions > settings["seq_length"]:
         print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit")
     takes_part = "yes, it takes part" if prepared else "yes, if it is packed or linked with --rsa"
+    if settings.get("rsa_weight") == 0:
+        takes_part = f"no, stage {args.stage} trains without it"
     print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
     for image, layout in zip(images, layouts):
         print(f"image of {image.width} x {image.height} pixels: {in_words(layout)}")

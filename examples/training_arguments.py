@@ -55,7 +55,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None):
             "a resumed run will need --restart-data")  # fmt: skip
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
-    if "language" not in args.trainable and not (args.pretrained_checkpoint or args.load):
+    if "language" not in args.trainable and not has_checkpoint(args):
         say("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
     return args
 
@@ -135,7 +135,9 @@ def set_default_tokenizer(parser, known) -> None:
     """That of the model: in its folder, or beside the checkpoint that the run begins from."""
     folders = [Path(folder, "hf") for folder in (known.load, known.pretrained_checkpoint) if folder] + [Path(known.model)]
     found = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
-    if found:
+    if not (found or known.tokenizer_model):
+        raise ValueError("--tokenizer-model is missing: name a folder with a tokenizer in Hugging Face format")
+    if not known.tokenizer_model:
         parser.set_defaults(tokenizer_model=str(found))
 
 
@@ -202,10 +204,11 @@ def check_arguments(args) -> None:
     for flag in ("full_validation", "iterations_to_skip", "sft"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with this script's data; leave it out")
-    found = [Path(folder, TRACKER).is_file() for folder in (args.load, args.pretrained_checkpoint) if folder]
-    if args.pretrained_checkpoint and not any(found):
+    # --load with --save's folder is a run that goes on if there is something to go on from.
+    named = "load" if args.load and args.load != args.save else "pretrained_checkpoint"
+    if getattr(args, named) and not has_checkpoint(args):
         raise ValueError(
-            f"--pretrained-checkpoint {args.pretrained_checkpoint}: no {TRACKER} there; name the "
+            f"--{named.replace('_', '-')} {getattr(args, named)}: no {TRACKER} there; name the "
             "folder that --save or hf-to-megatron has written"
         )
     if not args.data_path:
@@ -220,6 +223,10 @@ def check_arguments(args) -> None:
             num_readers=args.data_parallel_size * max(1, args.num_workers),
             micro_batch_size=args.eval_micro_batch_size,
         )
+
+
+def has_checkpoint(args) -> bool:
+    return any(Path(folder, TRACKER).is_file() for folder in (args.load, args.pretrained_checkpoint) if folder)
 
 
 def check_parallelism(args) -> None:

@@ -36,6 +36,9 @@ def main():
         mistakes.append(row("padding rows in the softmax", [
             models.differences(*padding, sabotage=test_hf_parity.padding_in_the_softmax) for models in both
         ]))  # fmt: skip
+        mistakes.append(row("the token after an image not learnt", [
+            models.differences(sabotage=test_hf_parity.token_after_an_image_not_learnt) for models in both
+        ]))  # fmt: skip
         torch_dist_save.join = test_hf_parity.parts_one_after_the_other
         mistakes.append(row("q, k, v not interleaved by group", [
             models.differences(checkpoint=models.convert(folder / f"wrong-{i}")) for i, models in enumerate(both)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors.jsonl.crude_jsonl_dataset import CrudeJsonlDatasetFactory
@@ -70,7 +71,16 @@ def _loaded(path: str, part: str) -> list[LoadedDataset]:
     try:
         return load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config).datasets
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
-        raise ValueError(
-            f"--data-path {path}, part {part!r}: {error}; name a folder that `energon prepare` has been run on, or a "
-            "MetadatasetV2 .yaml of such folders"
-        ) from error
+        raise ValueError(f"--data-path {path}, part {part!r}: {error}; {_remedy(path, str(error))}") from error
+
+
+def _remedy(path: str, error: str) -> str:
+    if "://" not in path and not Path(path).exists():
+        return "it is not there"
+    if Path(path, "mixture.yaml").is_file():
+        return f"name {Path(path, 'mixture.yaml')}"
+    if "split part" in error.lower():
+        return ("hold samples out for validation (prepare_shards.py --val), or leave out the evaluation (--eval-iters 0 "
+                "--mutual-knn-samples 0)")  # fmt: skip
+    return ("name a folder that examples/prepare_shards.py has written or `energon prepare` has been run on, or a MetadatasetV2 "
+            ".yaml of such folders, all of which must be there")  # fmt: skip

@@ -143,7 +143,7 @@ def _read(path: str, image_root: Path) -> bytes:
     file = inside(image_root, path)
     try:
         if not file.exists():
-            raise Unusable("missing image", f"{path} is not in {image_root}")
+            raise Unusable("missing image", f"{path} is not in {image_root}; --images names the folder")
         if not file.is_file():  # reading a pipe would never end
             raise Unusable("unreadable image", f"{path} is no file")
         return file.read_bytes()

@@ -257,6 +257,8 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         self._num_skipped_in_a_row += 1
         reason = str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
         line = f"skipped sample {sample.__key__}{_where(sample)}: {reason}"
+        if isinstance(sample.record, dict) and sample.record.get("image"):
+            line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             # Something is wrong with all of them: going on would spin through the data set for ever.
             raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row cannot be used; the last: {line}")

@@ -296,8 +296,8 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
     show = ["--index", 2, "--tokenizer", tokenizer_folder, "--image-size", 28, "--out", tmp_path / "sample.png"]
     assert "tokens of text" in json.loads((tmp_path / "packed" / "summary.json").read_text())["histograms"]
     for path, rsa in (
-        (tmp_path / "d.jsonl", "yes, if it is packed"),
-        (tmp_path / "packed", "yes, it takes part"),
+        (tmp_path / "d.jsonl", "no, stage 2 trains without it"),
+        (tmp_path / "packed", "no, stage 2 trains without it"),
         (tmp_path / "linked" / "mixture.yaml", "no, its data set has no subflavor rsa: true"),
     ):
         capsys.readouterr()
@@ -310,7 +310,10 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
         assert drawn.size == (5 * 34 + 6, 3 * 34 + 6)
         (tmp_path / "sample.png").unlink()
     prepare_shards.main([*map(str, ["show", tmp_path / "packed", *show])])
-    assert "<image>«‹A red boat.›↵\n»" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "<image>«‹A red boat.›↵\n»" in said and "RSA: yes, it takes part" in said
+    prepare_shards.main([*map(str, ["show", tmp_path / "d.jsonl", *show])])
+    assert "RSA: yes, if it is packed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--index 7: .*packed has 3 samples in its part train"):
         prepare_shards.main([*map(str, ["show", tmp_path / "packed", *show, "--index", 7])])
     with pytest.raises(SystemExit, match="--index 3: .*d.jsonl has 3 samples"):
