@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rsa_megatron.anyres import choose_grid
 from rsa_megatron.data.imported_sample import ImportedSample
-from rsa_megatron.llava.architectures import square_grids
+from rsa_megatron.llava.architectures import get_architecture
 
-# LLaVA-OneVision's: SigLIP's tiles, in grids of up to 6 x 6.
-TILE_SIZE = 384
-PINPOINTS = square_grids(TILE_SIZE, 6, 6)
+# All of LLaVA-OneVision's models cut images alike.
+_MODEL = get_architecture("llava-ov-7b")
+TILE_SIZE, PINPOINTS = _MODEL.vision.image_size, _MODEL.grid_pinpoints
 
 
 class Figures:

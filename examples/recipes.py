@@ -108,17 +108,17 @@ def demo_stage_1() -> dict:
 
 def demo_stage_1_5() -> dict:
     """Stage 1.5 of the demo (`make demo-stages`): captions, written words and texts, grids of up to 2 x 2 tiles."""
-    return _demo(stage_1_5())
+    return _demo(stage_1_5()) | dict(rsa_weight=demo_stage_1()["rsa_weight"])
 
 
 def demo_stage_2() -> dict:
     """Stage 2 of the demo (`make demo-stages`): captions and questions, without RSA."""
-    return _demo(stage_2()) | dict(rsa_weight=0.0)
+    return _demo(stage_2())
 
 
 def _demo(stage: dict) -> dict:
     """A later stage in the demo's sizes; the tower at a fifth of the others' rate, as the paper has it."""
-    sizes = {name: demo_stage_1()[name] for name in ("rsa_weight", "global_batch_size", "eval_iters", "log_interval")}
+    sizes = {name: demo_stage_1()[name] for name in ("global_batch_size", "eval_iters", "log_interval")}
     return stage | sizes | dict(
         image_grids=None,
         seq_length=448,  # 180 + 12 positions of an image, and a text

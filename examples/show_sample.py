@@ -22,10 +22,9 @@ from rsa_megatron.data.data_sets import check_data
 from rsa_megatron.data.record import Unusable
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from rsa_megatron.data.tiles import ASPECT_RATIOS, ImageTiler, decode_images
-from rsa_megatron.llava.architectures import square_grids
+from rsa_megatron.llava.architectures import get_architecture, square_grids
 
-# Of LLaVA-OneVision: SigLIP's patches, and the 9 of anyres_max_9.
-_PATCH_SIZE, _MAX_TILES = 14, 9
+_MODEL = get_architecture("llava-ov-7b")  # all of LLaVA-OneVision's cut images alike
 _GAP = 6  # pixels between tiles
 _GREEN, _UNDERLINE, _PLAIN = "\033[32m", "\033[4m", "\033[0m"
 
@@ -41,7 +40,7 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("--template", choices=conversation.TEMPLATES, help="in the place of the stage's")
     parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="in the place of the stage's")
     parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="in the place of the stage's")
-    parser.add_argument("--image-size", type=int, default=384, help="side of a tile, pixels")
+    parser.add_argument("--image-size", type=int, default=_MODEL.vision.image_size, help="side of a tile, pixels")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
 
 
@@ -65,7 +64,7 @@ def show(args) -> None:
         grid_pinpoints=grids or square_grids(size, 6, 6),
     )
     layouts = tiler.layouts(images)
-    num_image_tokens = sum(layout.num_tokens(args.image_size // _PATCH_SIZE, _MAX_TILES) for layout in layouts)
+    num_image_tokens = sum(layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts)
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
     print(marked(tokenizer, text, colour=sys.stdout.isatty()))
     num_positions = len(text.tokens) - len(images) + num_image_tokens

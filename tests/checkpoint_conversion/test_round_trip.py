@@ -1,7 +1,6 @@
 """Hugging Face to Megatron and back gives the same names and, to the bit, the same tensors."""
 
 import json
-from pathlib import Path
 
 import chunks
 import models

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rsa_megatron.data import conversation
-from rsa_megatron.data.conversation import IMAGE_TOKEN, LABEL_STYLES, encode
+from rsa_megatron.data.conversation import IMAGE_TOKEN, encode
 
 CAPTION = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "A red boat is on the left."}]
 TALK = [
