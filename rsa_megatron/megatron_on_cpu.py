@@ -137,7 +137,8 @@ def _stand_in_for_torch_cuda():
     torch.cuda.nvtx = SimpleNamespace(range_push=lambda *a: None, range_pop=lambda *a: None, mark=lambda *a: None)
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    torch.cuda.manual_seed = torch.cuda.random.manual_seed = torch.manual_seed
+    # A function of its own: torch 2.11's dynamo, which transformers loads, refuses one function under two names.
+    torch.cuda.manual_seed = torch.cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
     # Data loaders ask here whether there is anything to pin memory for.
     torch.accelerator.is_available = lambda: False
 
