@@ -39,6 +39,13 @@ class RSAConfig:
     )
     """The side whose vectors are constants: with "text", RSA leaves the language model alone (table 2)."""
 
+    text_source: str = field(
+        default="sequence",
+        metadata={"choices": ("sequence", "caption"), "help": "sequence: t is the mean of the caption's states after its image; "
+                  "caption: of the caption read alone, once more at the end of its row (eq. 2 read literally)"},
+    )  # fmt: skip
+    """Whether t_i comes from the multimodal row, or from the caption alone. The paper does not say which it used."""
+
     normalize: str = field(
         default="none",
         metadata={"choices": ("none", "mean-distance"), "help": "mean-distance divides each kernel by its own mean, "

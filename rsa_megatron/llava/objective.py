@@ -49,6 +49,9 @@ class RSATerm:
     #: pairs of all ranks, N, and of this rank
     num_pairs: int
     num_own_pairs: int
+    #: positions of a row that hold copies of captions, and the others
+    num_copied: int
+    num_others: int
 
 
 def rsa_term(
@@ -82,7 +85,8 @@ def rsa_term(
         normalize=config.normalize,
         group=pg_collection.dp,
     )
-    return RSATerm(parts, num_pairs=v_ND.shape[0], num_own_pairs=own_v_nD.shape[0])
+    length, num_copied = representations.caption_mask_BL.shape[1], representations.num_copied
+    return RSATerm(parts, v_ND.shape[0], own_v_nD.shape[0], num_copied, length - num_copied)
 
 
 def add_to_loss(
@@ -99,10 +103,10 @@ def add_to_loss(
     else:
         scale = num_tokens[0].clamp(min=1) * (data_size * context_size)
     loss = loss + config.weight * scale * term.parts.loss
-    return (loss, *num_tokens, {**report, **_report(term, data_size, context_size)})
+    return (loss, *num_tokens, {**report, **_report(term, config, data_size)})
 
 
-def _report(term: RSATerm, data_size: int, context_size: int) -> dict[str, Tensor]:
+def _report(term: RSATerm, config: RSAConfig, data_size: int) -> dict[str, Tensor]:
     """(numerator, denominator) pairs, which Megatron adds up over micro-batches and the D*C ranks, then divides."""
     parts = term.parts
     share = 1 / data_size  # denominators of the D ranks add up to 1 a micro-batch; the C ranks count alike
@@ -113,6 +117,8 @@ def _report(term: RSATerm, data_size: int, context_size: int) -> dict[str, Tenso
         "rsa dist vision": (parts.distance_sum_v, num_distances),
         "rsa dist text": (parts.distance_sum_t, num_distances),
     }
+    if config.text_source == "caption":
+        values["rsa extra positions"] = (term.num_copied, term.num_others)
     return {
         key: torch.stack([torch.as_tensor(x, dtype=torch.float32, device=parts.loss.device) for x in pair])
         for key, pair in values.items()

@@ -7,6 +7,8 @@ that training scripts and checkpoints see the model they know.
     set_input_tensor           takes the carrier rows off what the stage before has sent      (other stages)
     language_model.decoder     forward hook: its output, after the final norm                (last stage)
     model, before and after    the caption mask on its way through LLaVAModel's splice; the carrier rows put on
+    with text_source caption   caption_copies.py: the captions put on before, and kept apart in the decoder; LLaVAModel's
+                               splice tells where they have come to lie                      (every stage)
 
 The caption mask has to follow the tokens through everything LLaVAModel does to a row: image tokens spliced in,
 padding, truncation, the split over context-parallel ranks. LLaVAModel does all that to the loss mask, moving its
@@ -26,7 +28,7 @@ from torch import Tensor
 from rsa_megatron.alignment.pooling import pool_tiles
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.llava import carrier
+from rsa_megatron.llava import caption_copies, carrier
 from rsa_megatron.llava.broadcast import broadcast_tensors
 
 _FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
@@ -43,6 +45,8 @@ class Representations:
     #: 1 where a row of the whole sequence (this context-parallel rank's part of it) is a caption token's, [B, L]
     caption_mask_BL: Tensor
     samples: RSASamples
+    #: positions that copies of captions have added to each row
+    num_copied: int
 
 
 class Taps:
@@ -59,6 +63,13 @@ class Taps:
         self._active = False
         self._v = self._hidden = self._caption_mask = self._carried = None
         self._mask_dtype = None
+        self._num_copied = 0
+        self._segments = None
+        if config.text_source == "caption":
+            caption_copies.check_model(model)
+            self._segments = caption_copies.SeparateSegments(model)
+            self._model, self._splice = model, model._preprocess_data
+            model._preprocess_data = self._splice_with_copies
 
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward)
@@ -80,7 +91,7 @@ class Taps:
         self._v = self._hidden = self._caption_mask = self.samples = self._captured = None
         if samples is None or hidden is None or mask is None:
             return None
-        return Representations(v, hidden, mask, samples)
+        return Representations(v, hidden, mask, samples, self._num_copied)
 
     # The hooks, in the order in which they fire.
 
@@ -103,15 +114,35 @@ class Taps:
                                "(RSAPlugin.wrap_forward_step)")  # fmt: skip
         self._v = self._hidden = self._caption_mask = None
         self.samples = self._broadcast_samples() if self.is_first or self.is_last else None
-        if self.samples is None or not self.is_last:
+        if self._segments:
+            self._num_copied = 0
+            # The first stage learns it from the splice.
+            self._segments.start_B = None if self.is_first else carrier.unpack(self._carried, self.vision_width)[2]
+        if self.samples is None:
             return None
-        mask_BS = bound.arguments.get("loss_mask")
-        if mask_BS is None:
-            raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
-        self._mask_dtype = mask_BS.dtype
-        magnitude_BS = mask_BS if mask_BS.is_floating_point() else mask_BS.float()
-        bound.arguments["loss_mask"] = torch.copysign(magnitude_BS, (0.5 - self.samples.caption_mask).to(magnitude_BS))
+        if self.is_last:
+            self._check_loss_mask(bound.arguments.get("loss_mask"))
+        if self._segments:
+            self.samples, self._num_copied = caption_copies.append(bound.arguments, self.samples)
+        if self.is_last:
+            mask_BS = bound.arguments["loss_mask"]
+            magnitude_BS = mask_BS if mask_BS.is_floating_point() else mask_BS.float()
+            bound.arguments["loss_mask"] = torch.copysign(magnitude_BS, (0.5 - self.samples.caption_mask).to(magnitude_BS))
         return bound.args, bound.kwargs
+
+    def _splice_with_copies(self, *args, **kwargs):
+        """LLaVAModel's splice, in rows longer by the copies than its longest; and where they have come to lie."""
+        given = inspect.signature(self._splice).bind(*args, **kwargs).arguments
+        if self._num_copied and self.is_first:
+            per_tile = 1 if given.get("is_packed_dynamic_res") else self._model.img_seq_len
+            self._segments.start_B = caption_copies.starts(
+                given["input_ids"], self._num_copied, given["image_token_index"], given["num_image_tiles"] * per_tile
+            )
+        self._model._language_max_sequence_length += self._num_copied
+        try:
+            return self._splice(*args, **kwargs)
+        finally:
+            self._model._language_max_sequence_length -= self._num_copied
 
     def _after_vision(self, module, args, tokens_TPD):
         if self._active and self.samples is not None:
@@ -131,7 +162,7 @@ class Taps:
         if not self.is_last:
             return torch.cat([output, self._carrier_rows(output)]), mask_BL
         if not self.is_first and self.samples is not None:
-            self._v, first_stage_ids = carrier.unpack(self._carried, self.vision_width)
+            self._v, first_stage_ids, _ = carrier.unpack(self._carried, self.vision_width)
             self._check_same_samples(first_stage_ids)
         elif self._v is None and self.samples is not None:  # a batch of text
             self._v = output.new_zeros(self.samples.eligible.shape[0], self.vision_width, dtype=torch.float32)
@@ -139,6 +170,11 @@ class Taps:
         return output, mask_BL
 
     # What they need.
+
+    def _check_loss_mask(self, mask_BS: Tensor | None) -> None:
+        if mask_BS is None:
+            raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
+        self._mask_dtype = mask_BS.dtype
 
     def _broadcast_samples(self) -> RSASamples | None:
         """The batch's RSASamples from the tensor-parallel rank that has read it, to those that share the layer."""
@@ -172,7 +208,9 @@ class Taps:
             sample_id_B, self.samples = self.samples.sample_id, None
         else:
             sample_id_B = torch.zeros(batch_size, dtype=torch.int64, device=output_LBH.device)
-        return carrier.pack(v_BD, sample_id_B, hidden_width, output_LBH.dtype)
+        start_B = self._segments.start_B if self._segments else None
+        start_B = torch.zeros_like(sample_id_B) if start_B is None else start_B
+        return carrier.pack(v_BD, sample_id_B, start_B, hidden_width, output_LBH.dtype)
 
     def _check_same_samples(self, first_stage_ids: Tensor) -> None:
         differ = (first_stage_ids != self.samples.sample_id).nonzero().flatten().tolist()

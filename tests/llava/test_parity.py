@@ -5,6 +5,7 @@ alone, 2 on two data-parallel ranks). The tolerances and the largest differences
 """
 
 import layouts
+import packed_attention
 import processes
 import pytest
 import tiny
@@ -193,6 +194,29 @@ def test_texts_without_the_black_tile_would_be_seen(parity):
         parity.run((layout_of("DP=2"), 2, True, False), no_black_tile, OVERLAP, of_texts)
 
 
+CAPTION = ("--rsa-text-source", "caption")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_captions_read_alone_in_every_layout(parity, layout):
+    # Captions, grids of tiles, a text and an empty row in one micro-batch; then with the rows recomputed in backward.
+    for kind, options in ((None, CAPTION), (of_every_kind, (*CAPTION, *RECOMPUTE))):
+        differences = parity.differences((layout, 2, True, False), options=options, batches_of=kind)
+        assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.parametrize("name", ["DP=2", "TP=2 PP=2", "PP=2 VPP=2"])
+def test_packed_sequences_in_the_place_of_a_mask_are_the_same(parity, name):
+    for options in (CAPTION, (*CAPTION, *RECOMPUTE)):
+        differences = parity.differences((layout_of(name), 2, True, False), packed_attention.use, options, of_every_kind)
+        assert max(differences.values()) < TOLERANCE, differences
+
+
+def test_packed_sequences_need_whole_rows(parity):
+    with pytest.raises(processes.Failed, match="--sequence-parallel: each rank has a part of every row.*--micro-batch-size 1"):
+        parity.run((layout_of("TP=2 SP"), 1, False, False), packed_attention.use, CAPTION)
+
+
 def old_pair_of_loss_and_report():
     import pretrain_llava_rsa as script
 
@@ -284,6 +308,19 @@ def test_a_mistake_would_be_seen(parity, name, sabotage):
     assert parity.differences((layout_of(name), 1, False, False), sabotage)["gradients"] > 1000 * TOLERANCE
 
 
+def carrier_without_starts():
+    from rsa_megatron.llava import carrier
+
+    right = carrier.pack
+    carrier.pack = lambda v_BD, sample_id_B, start_B, *args: right(v_BD, sample_id_B, 0 * start_B, *args)
+
+
+@pytest.mark.parametrize("name", ["PP=2", "PP=2 VPP=2"])
+def test_stages_that_do_not_know_where_the_copies_begin_would_be_seen(parity, name):
+    differences = parity.differences((layout_of(name), 2, True, False), carrier_without_starts, CAPTION)
+    assert differences["gradients"] > 1000 * TOLERANCE
+
+
 FIRST_TILES, LAST_TILES = [[0], [1], [4], [5]], [[0], [3], [4], [6]]
 ALL_TILES = [[0], [1, 2, 3], [4], [5, 6]]
 
@@ -294,16 +331,35 @@ ALL_TILES = [[0], [1, 2, 3], [4], [5, 6]]
     (("--rsa-image-pooling", "full"), ALL_TILES, ""),
     (("--rsa-stop-gradient", "text"), FIRST_TILES, "t"),
     (("--rsa-stop-gradient", "vision"), FIRST_TILES, "v"),
+    (CAPTION, FIRST_TILES, ""),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
 def test_one_process_is_equation_6(parity, demo, options, tiles_of, detached):
     """The reference of all others against LM loss + weight * eq. 5, written down anew and left to autograd."""
-    argv = [*flags(demo, 1, False, False, 1, None), *options]
-    batch = tiny.batch(0, ELIGIBLE[0], tiles=TILES)
-    actual = layouts.run(SINGLE, [[batch]], argv, load=parity.initial)
-    (expected,) = processes.run(_by_plain_autograd, 1, argv, str(parity.initial), batch, tiles_of, detached)
+    actual, expected = with_and_by_plain_autograd(parity, demo, options, tiles_of, detached)
     for name in ("lm loss", "rsa loss"):
         assert actual.losses[0][name] == pytest.approx(expected[name], rel=1e-5)
     assert largest_difference(actual.gradients, layouts._assemble([expected["gradients"]]))[0] < TOLERANCE
+
+
+def copies_that_see_their_row():
+    from rsa_megatron.llava import caption_copies
+
+    right = caption_copies.segment_mask
+    caption_copies.segment_mask = lambda start_B, length: right(0 * start_B, length)
+
+
+def test_copies_that_saw_their_row_would_be_seen(parity, demo):
+    actual, expected = with_and_by_plain_autograd(parity, demo, CAPTION, FIRST_TILES, "", copies_that_see_their_row)
+    assert actual.losses[0]["lm loss"] == pytest.approx(expected["lm loss"], rel=1e-5)
+    assert abs(actual.losses[0]["rsa loss"] / expected["rsa loss"] - 1) > 1e-2
+
+
+def with_and_by_plain_autograd(parity, demo, options, tiles_of, detached, sabotage=None):
+    argv = [*flags(demo, 1, False, False, 1, None), *options]
+    batch = tiny.batch(0, ELIGIBLE[0], tiles=TILES)
+    actual = layouts.run(SINGLE, [[batch]], argv, load=parity.initial, sabotage=sabotage)
+    (expected,) = processes.run(_by_plain_autograd, 1, argv, str(parity.initial), batch, tiles_of, detached)
+    return actual, expected
 
 
 def _by_plain_autograd(argv, initial, batch, tiles_of, detached):
@@ -321,14 +377,21 @@ def _by_plain_autograd(argv, initial, batch, tiles_of, detached):
         image_layouts=batch.image_layouts, sound_clips=torch.zeros(0),
     )  # fmt: skip
     lm_loss, num_targets, v, t = 0, 0, [], []
+    tokens_of_tiles, in_rows = seen["vision"], seen["text"]
     for b, tiles in enumerate(TILES):
         # The image token at position 0 became so many rows: text position p is row p + shift.
         shift = tiny.layout(tiles).num_tokens(side=2, max_tiles=9) - 1
         learnt = torch.nonzero(batch.loss_mask[b]).flatten()
         lm_loss, num_targets = lm_loss + token_loss[b, shift + learnt].sum(), num_targets + len(learnt)
         if batch.rsa.eligible[b]:
-            v.append(torch.cat([seen["vision"][tile] for tile in tiles_of[b]]).mean(0))
-            t.append(seen["text"][shift + torch.nonzero(batch.rsa.caption_mask[b]).flatten(), b].mean(0))
+            v.append(torch.cat([tokens_of_tiles[tile] for tile in tiles_of[b]]).mean(0))
+            caption = torch.nonzero(batch.rsa.caption_mask[b]).flatten()
+            if "caption" in argv:  # by itself
+                alone = batch.tokens[b, caption][None]
+                model(batch.images[:0], alone, None, None, sound_clips=torch.zeros(0), image_layouts=torch.zeros(0, 5).long())
+                t.append(seen["text"][:, 0].mean(0))
+            else:
+                t.append(in_rows[shift + caption, b].mean(0))
     v_ND, t_NE = torch.stack(v), torch.stack(t)
     lm_loss = lm_loss / num_targets
     rsa_loss = rsa_loss_reference(v_ND.detach() if detached == "v" else v_ND, t_NE.detach() if detached == "t" else t_NE)
