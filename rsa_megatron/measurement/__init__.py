@@ -1,0 +1,1 @@
+"""Measuring alignment: pairs to measure on, features of backbones, and the scores of their layers."""
