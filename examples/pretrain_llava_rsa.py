@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import time
 from pathlib import Path
 
 from training_arguments import architecture_of, dataloader_folder, end_with, load_tokenizer, parse, say, write_stage  # first:
@@ -187,6 +188,7 @@ def mutual_knn(model, *, rsa: RSAPlugin) -> dict[str, float]:
     reads = mpu.get_tensor_model_parallel_rank() == 0 and (
         mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
     )
+    begin = time.monotonic()
     result = measure_mutual_knn(
         model,
         # Base tiles alone are measured; with anyres the others would be cut for nothing.
@@ -196,18 +198,22 @@ def mutual_knn(model, *, rsa: RSAPlugin) -> dict[str, float]:
         seq_length=args.seq_length,
         k=args.mutual_knn_k,
         base_tile=rsa.config.base_tile,
+        layer_pairs=args.mutual_knn_layers,
     )
     if result is None:
         return {}
-    score, num_pairs = result
+    scores, num_pairs = result
+    seconds = time.monotonic() - begin
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
     chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
-    print_rank_last(
-        f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | mutual-knn value: {score:.4f} | "
-        f"{num_pairs} pairs, image alone against caption alone | chance {chance:.4f} |"
-    )
-    return {"mutual-knn": score}
+    named = {"mutual-knn" + ("" if pair == (-1, -1) else " {}:{}".format(*pair)): score for pair, score in scores.items()}
+    for name, score in named.items():
+        print_rank_last(
+            f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | {name} value: {score:.4f} | "
+            f"{num_pairs} pairs, image alone against caption alone, {seconds:.1f} s | chance {chance:.4f} |"
+        )
+    return named
 
 
 def write_mutual_knn(scores: dict[str, float], iteration: int, writer) -> None:

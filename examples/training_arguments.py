@@ -34,19 +34,25 @@ from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.huggingface import find_architecture, is_model_folder
 from rsa_megatron.llava.architectures import Architecture
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
+from rsa_megatron.llava.layer_vectors import layer_number
 from rsa_megatron.llava.model import PARTS
 from rsa_megatron.plugin import RSAPlugin
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def parse(rsa: RSAPlugin, settings: dict | None = None):
-    """The run's arguments: Megatron's, ours and the plugin's, with `settings` or else --stage's as their defaults."""
+def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = True):
+    """The run's arguments: Megatron's, ours and the plugin's, with `settings` or else --stage's as their defaults.
+
+    Ends the process with one line where they are wrong. `reads_data`: whether --data-path is needed.
+    """
     try:
         provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
         args = parse_and_validate_args(extra_args_provider=provider)
         take_weights_of_another_stage(args)
         check_arguments(args)
+        if reads_data:
+            check_data_path(args)
         set_one_epoch(args)
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
@@ -106,6 +112,8 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group.add_argument("--mutual-knn-samples", type=int, default=1000,
                        help="validation pairs for mutual-knn at each evaluation; 0: none")  # fmt: skip
     group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours")
+    group.add_argument("--mutual-knn-layers", type=layer_pairs, default=[(-1, -1)], metavar="VISION:TEXT,...",
+                       help="layers to compare, as --mutual-knn-layers=-1:-1,12:14; -1 is the last, 0 what goes into the first")  # fmt: skip
     group.add_argument("--restart-data", action="store_true",
                        help="resume from a checkpoint with the data from its beginning")  # fmt: skip
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
@@ -147,6 +155,17 @@ def grid(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
         raise argparse.ArgumentTypeError(f"{text} is no grid of ROWSxCOLUMNS, such as 2x3")
     return int(rows), int(columns)
+
+
+def layer_pairs(text: str) -> list[tuple[int, int]]:
+    """ "-1:-1,12:14" as [(-1, -1), (12, 14)]."""
+    try:
+        pairs = [tuple(int(layer) for layer in pair.split(":")) for pair in text.split(",")]
+    except ValueError:
+        pairs = [()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text} is no list of VISION:TEXT layers, such as -1:-1,12:14")
+    return pairs
 
 
 def take_weights_of_another_stage(args) -> None:
@@ -201,6 +220,9 @@ def check_arguments(args) -> None:
         chunks=args.virtual_pipeline_model_parallel_size or 1,
     )
     check_parallelism(args)
+    for pair in args.mutual_knn_layers:
+        for layer, side in zip(pair, (architecture.vision, architecture.decoder)):
+            layer_number(layer, side.num_layers, named="--mutual-knn-layers")
     for flag in ("full_validation", "iterations_to_skip", "sft"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with this script's data; leave it out")
@@ -211,11 +233,14 @@ def check_arguments(args) -> None:
             f"--{named.replace('_', '-')} {getattr(args, named)}: no {TRACKER} there; name the "
             "folder that --save or hf-to-megatron has written"
         )
+    check_model(args)
+
+
+def check_data_path(args) -> None:
     if not args.data_path:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
     if len(args.data_path) > 1:
         raise ValueError(f"--data-path takes one data set, not {len(args.data_path)}: name a mixture (.yaml) of them")
-    check_model(args)
     if int(os.environ.get("RANK", "0")) == 0:
         check_data(
             args.data_path[0],

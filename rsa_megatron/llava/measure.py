@@ -1,33 +1,24 @@
-"""How well the two backbones agree, measured on a model in whatever layout it trains.
+"""How well the two backbones agree, on validation pairs and on the model as it trains.
 
-An image goes alone through the tower, its caption alone through the decoder. In the training pass the caption's
-states have seen the image through attention: they share neighbours with it whether or not anything was learnt, so
-nothing is read there.
-
-Shapes: B samples a micro-batch, S caption tokens, D and E widths of v and t.
+Shapes: N pairs, B samples a micro-batch, D and E widths of v and t.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
 import torch.distributed
-from megatron.core.models.multimodal.llava_model import LLaVAModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from rsa_megatron.alignment.gather import gather_rows
-from rsa_megatron.alignment.metrics import mutual_knn
-from rsa_megatron.alignment.pooling import pool_tiles
+from rsa_megatron.alignment.neighbours import nearest_neighbours, shared_neighbours
 from rsa_megatron.batch import LlavaBatch
-from rsa_megatron.llava.broadcast import broadcast_tensors
-from rsa_megatron.llava.objective import caption_vectors
+from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors, layer_number
+
+#: A layer of the tower and one of the decoder; -1 is the last (paper, section 3.2), 0 what goes into the first.
+LayerPair = tuple[int, int]
 
 
-@torch.no_grad()
 def measure_mutual_knn(
     model: list[torch.nn.Module],
     batches: Iterator[LlavaBatch] | None,
@@ -37,8 +28,9 @@ def measure_mutual_knn(
     seq_length: int,
     k: int,
     base_tile: str = "first",
-) -> tuple[float, int] | None:
-    """mutual-kNN between last layers, image alone against caption alone (paper, eq. 9 and section 4.1).
+    layer_pairs: Sequence[LayerPair] = ((-1, -1),),
+) -> tuple[dict[LayerPair, float], int] | None:
+    """mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
 
     Every rank must call it. Only eligible samples count: one image, one caption.
 
@@ -49,45 +41,63 @@ def measure_mutual_knn(
         micro_batch_size, seq_length: as in training; the pipeline's shapes.
         k: neighbours.
         base_tile: which tile of an image is the whole picture, "first" or "last" (RSAConfig.base_tile).
+        layer_pairs: which layers of tower and decoder to compare.
 
     Returns:
-        The score and the number of pairs it was taken over, on ranks of the last pipeline stage; else None.
-        With k pairs or fewer there is no score: nan.
+        The score of each pair of layers and the number of samples they were taken over, on ranks of the last pipeline
+        stage; else None. With k samples or fewer, or where all of a layer's vectors are equal, there is no score: nan.
     """
-    chunks = [get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True) for chunk in model]
+    chunks = chunks_of(model)
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     last = next((chunk for chunk in chunks if chunk.post_process), None)
-    pairs = _read(batches, -(-num_samples // (micro_batch_size * groups.dp.size())), first or last, groups, base_tile)
+    needs_data = bool(first or last)
+    pairs = _read(batches, -(-num_samples // (micro_batch_size * groups.dp.size())), needs_data, groups, base_tile)
     if not pairs:
-        return (float("nan"), 0) if last else None
-    v_ND = torch.cat([_image_vectors(first, pair) for pair in pairs]) if first else None
-    v_ND = _from_first_stage(v_ND, len(pairs) * micro_batch_size, groups.pp)
-    vectors = _caption_vectors(model, last, pairs, micro_batch_size, seq_length)
+        return (dict.fromkeys(layer_pairs, float("nan")), 0) if last else None
+    t_NE = caption_vectors_of_layers(
+        model,
+        pairs,
+        sorted({layer_number(text, chunks[0].config.num_layers) for _, text in layer_pairs}),
+        micro_batch_size=micro_batch_size,
+        seq_length=seq_length,
+    )
+    num_vision_layers = _from_first_stage(len(first.vision_model.decoder.layers) if first else None, groups.pp)
+    numbers = sorted({layer_number(vision, num_vision_layers) for vision, _ in layer_pairs})
+    v_ND = _image_vectors(first, pairs, numbers, len(pairs) * micro_batch_size, groups.pp)
     if last is None:
         return None
-    t_NE, count_N = (torch.cat(parts) for parts in zip(*vectors))
-    valid_N = (torch.cat([pair.eligible_B for pair in pairs]) > 0) & (count_N > 0)
-    gathered, _ = gather_rows(torch.cat([v_ND, t_NE], dim=1), valid_N, groups.dp)
-    v_ND, t_NE = gathered.split([v_ND.shape[1], t_NE.shape[1]], dim=1)
-    v_ND, t_NE = v_ND[:num_samples], t_NE[:num_samples]
-    num_pairs = v_ND.shape[0]
-    return (mutual_knn(v_ND, t_NE, k) if num_pairs > k else float("nan")), num_pairs
+    valid_N = torch.cat([(pair.eligible_B > 0) & (pair.mask.sum(dim=1) > 0) for pair in pairs])
+    neighbours = {}
+    for side, vectors in (("vision", v_ND), ("text", t_NE)):
+        for number, vectors_nW in vectors.items():
+            gathered, _ = gather_rows(vectors_nW, valid_N, groups.dp)
+            rows = gathered[:num_samples]
+            neighbours[side, number] = _neighbours(rows, k)
+    num_pairs = rows.shape[0]
+    return {
+        (vision, text): _score(
+            neighbours["vision", layer_number(vision, num_vision_layers)],
+            neighbours["text", layer_number(text, chunks[0].config.num_layers)],
+        )
+        for vision, text in layer_pairs
+    }, num_pairs
 
 
-@dataclass
-class _Pairs:
-    """One micro-batch: images and captions, each for itself. A sample that is not eligible keeps a dummy's place."""
-
-    #: base image of each sample, [B, 3, height, width]
-    images: Tensor
-    #: caption tokens from the left, [B, S], and 1 where there is one
-    tokens: Tensor
-    mask: Tensor
-    eligible_B: Tensor
+def _neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
+    if rows_ND.shape[0] <= k:
+        return None
+    try:
+        return nearest_neighbours(rows_ND, k)
+    except ValueError:  # a space that has collapsed into one point has none; a training run goes on
+        return None
 
 
-def _read(batches, wanted: int, needs_data: bool, groups: ProcessGroupCollection, base_tile: str) -> list[_Pairs]:
+def _score(a_Nk: Tensor | None, b_Nk: Tensor | None) -> float:
+    return float("nan") if a_Nk is None or b_Nk is None else shared_neighbours(a_Nk, b_Nk)
+
+
+def _read(batches, wanted: int, needs_data: bool, groups, base_tile: str) -> list[Pairs | None]:
     """Up to `wanted` micro-batches, as many on every rank; nothing but their number on ranks between the stages."""
     reads = needs_data and groups.tp.rank() == 0
     # The captions and base images alone are kept: a batch's other tiles may be gigabytes.
@@ -95,86 +105,36 @@ def _read(batches, wanted: int, needs_data: bool, groups: ProcessGroupCollection
     smallest = torch.tensor([len(raw) if reads else wanted], device=torch.cuda.current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
     raw = raw[: int(smallest)] if reads else [None] * int(smallest)
-    return [_share(separated, groups.tp) for separated in raw] if needs_data else raw
+    return [Pairs.share(pair, groups.tp) for pair in raw] if needs_data else raw
 
 
-def _share(separated: tuple[dict, dict] | None, tp_group) -> _Pairs:
-    integers, floats = separated or (None, None)
-    integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
-    images = broadcast_tensors(["images"], floats, torch.float32, tp_group)["images"]
-    return _Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
-
-
-def _separate(batch: LlavaBatch, base_tile: str) -> tuple[dict, dict]:
+def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
     """Take the captions out of their rows and the base images out of the tiles."""
     captions = [row[mask > 0] for row, mask in zip(batch.tokens, batch.rsa.caption_mask)]
-    tokens = torch.zeros(len(captions), max(1, *map(len, captions)), dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, caption in enumerate(captions):
-        tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
     images = torch.zeros(len(captions), *batch.images.shape[1:])
     has_image = batch.rsa.num_tiles > 0
     last = batch.rsa.num_tiles.cumsum(0) - 1
     base = last if base_tile == "last" else last - batch.rsa.num_tiles + 1
     images[has_image] = batch.images[base[has_image]]
-    return dict(tokens=tokens, mask=mask, eligible=batch.rsa.eligible), dict(images=images)
+    return Pairs.of(images, captions, batch.rsa.eligible)
 
 
-def _image_vectors(first: LLaVAModel, pair: _Pairs) -> Tensor:
-    tower = first.vision_model
-    tokens_BPD = tower(pair.images.to(next(tower.parameters()).dtype))
-    return pool_tiles(tokens_BPD, torch.eye(len(pair.images), device=tokens_BPD.device))
-
-
-def _from_first_stage(v_ND: Tensor | None, num_rows: int, pp_group) -> Tensor:
+def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
+    """v after each layer, [n, D], on every stage."""
+    of_pairs = [image_vectors(first, pair.images, layers) for pair in pairs] if first else []
+    vectors = {number: torch.cat([pair[number] for pair in of_pairs]) for number in layers} if first else {}
     if pp_group.size() == 1:
-        return v_ND
-    source = torch.distributed.get_process_group_ranks(pp_group)[0]
-    width = torch.tensor([v_ND.shape[1] if v_ND is not None else 0], device=torch.cuda.current_device())
-    torch.distributed.broadcast(width, source, group=pp_group)
-    if v_ND is None:
-        v_ND = torch.empty(num_rows, int(width), device=torch.cuda.current_device())
-    torch.distributed.broadcast(v_ND, source, group=pp_group)
-    return v_ND
-
-
-def _caption_vectors(model, last, pairs, micro_batch_size, seq_length) -> list[tuple[Tensor, Tensor]]:
-    """(t, number of tokens) of each micro-batch, through Megatron's own forward-only schedule; on the last stage."""
-    read_state = []
-    if last:
-        hook = last.language_model.decoder.register_forward_hook(
-            lambda module, args, output: read_state.append(output[0] if isinstance(output, tuple) else output)
-        )
-
-    def forward_step(data_iterator, chunk):
-        llava = get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True)
-        if not (llava.pre_process or llava.post_process):
-            return chunk(None, None, None, None)[0], None
-        pair = next(data_iterator)
-        output, mask_BL = chunk(
-            pair.images[:0],
-            pair.tokens,
-            torch.arange(pair.tokens.shape[1], device=pair.tokens.device).expand_as(pair.tokens),
-            None,
-            labels=pair.tokens,  # only so that the mask is laid out as the row is
-            loss_mask=pair.mask.float(),
-            sound_clips=pair.images.new_zeros(0),
-        )
-        return output, lambda output, non_loss_data: caption_vectors(
-            read_state.pop(), mask_BL, llava.config, llava.pg_collection
-        )
-
-    iterators = [iter(pairs) for _ in model]
-    vectors = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(model) > 1 else iterators[0],
-        model=model,
-        num_microbatches=len(pairs),
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    if last:
-        hook.remove()
+        return vectors
+    width = _from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
+    for number in layers:
+        vectors.setdefault(number, torch.empty(num_rows, width, device=torch.cuda.current_device()))
+        torch.distributed.broadcast(vectors[number], torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
     return vectors
+
+
+def _from_first_stage(number: int | None, pp_group) -> int:
+    if pp_group.size() == 1:
+        return number
+    told = torch.tensor([number or 0], device=torch.cuda.current_device())
+    torch.distributed.broadcast(told, torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
+    return int(told)

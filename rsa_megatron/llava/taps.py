@@ -116,8 +116,9 @@ class Taps:
         self.samples = self._broadcast_samples() if self.is_first or self.is_last else None
         if self._segments:
             self._num_copied = 0
-            # The first stage learns it from the splice.
-            self._segments.start_B = None if self.is_first else carrier.unpack(self._carried, self.vision_width)[2]
+            # The first stage learns it from the splice, the others from the carrier.
+            is_told = not (self.is_first or self._captured is None)
+            self._segments.start_B = carrier.unpack(self._carried, self.vision_width)[2] if is_told else None
         if self.samples is None:
             return None
         if self.is_last:

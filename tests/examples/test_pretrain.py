@@ -222,8 +222,8 @@ def test_a_checkpoint_of_tp_2_goes_on_under_pp_2_and_alone(demo, tmp_path, optim
 
 def validation_figures(outputs):
     text = "\n".join(outputs)
-    score = re.search(r"mutual-knn value: ([\d.]+)", text)[1]
-    return {"mutual-knn": float(score)} | {
+    scores = re.findall(r"(mutual-knn(?: -?\d+:-?\d+)?) value: ([\d.]+)", text)
+    return {name: float(score) for name, score in scores} | {
         name: float(value) for name, value in re.findall(r"\| ([a-z ]+) value: ([\d.E+-]+)", text.split("validation loss")[1])
     }
 
@@ -238,16 +238,21 @@ def initial_weights(demo, tmp_path_factory):
 @pytest.mark.parametrize("rsa", [(), ("--rsa-weight", 0)], ids=["with RSA", "without"])
 def test_evaluation_gives_the_same_under_every_layout(demo, initial_weights, rsa):
     flags = ("--skip-train", "--pretrained-checkpoint", initial_weights, "--eval-iters", 2, "--mutual-knn-samples", 64,
-             "--micro-batch-size", 2, *rsa)  # fmt: skip
+             "--mutual-knn-layers=-1:-1,0:0,1:3,2:4,-2:1", "--micro-batch-size", 2, *rsa)  # fmt: skip
     expected = validation_figures(script.run(1, demo, *flags))
-    assert expected["mutual-knn"] > 0 and ("rsa loss" in expected) == (not rsa)
+    layers = [name for name in expected if name.startswith("mutual-knn")]
+    assert layers == ["mutual-knn", "mutual-knn 0:0", "mutual-knn 1:3", "mutual-knn 2:4", "mutual-knn -2:1"]
+    assert all(expected[name] > 0 for name in layers) and ("rsa loss" in expected) == (not rsa)
+    # -1 is the last of 2 and of 4; the others are other spaces.
+    assert expected["mutual-knn 2:4"] == expected["mutual-knn"] and len({expected[name] for name in layers}) >= 4
     for world_size, layout in ((2, TP), (2, (*TP, "--sequence-parallel")), (2, PP), (2, VPP), (4, TP + PP)):
         actual = validation_figures(script.run(world_size, demo, *flags, *layout))
         assert actual.keys() == expected.keys()
-        assert actual.pop("mutual-knn") == expected["mutual-knn"]  # a count of neighbours
+        assert all(actual[name] == expected[name] for name in layers)  # counts of neighbours
         assert all(value == pytest.approx(expected[name], rel=2e-5) for name, value in actual.items())
     # Two data-parallel ranks read other batches, but all 64 pairs: the measure is the same.
-    assert validation_figures(script.run(2, demo, *flags))["mutual-knn"] == expected["mutual-knn"]
+    parallel = validation_figures(script.run(2, demo, *flags))
+    assert all(parallel[name] == expected[name] for name in layers)
 
 
 def test_a_micro_batch_of_text_alone_trains_on_every_layout(demo):

@@ -1,0 +1,198 @@
+"""The vector of an image, or of a caption, after any layer of either backbone, on a model in whatever layout it trains.
+
+An image goes alone through the tower, its caption alone through the decoder. In the training pass the caption's
+states have seen the image through attention: they share neighbours with it whether or not anything was learnt, so
+nothing is read there.
+
+Layer 0 is what goes into the first layer, layer l what comes out of the l-th; the decoder's last is taken after its final
+norm. (transformers' hidden_states are numbered so.) Hooks pool each layer's states as they come: no more than one layer's
+tokens are held.
+
+Shapes: B samples of a micro-batch, n of all micro-batches, S caption tokens, L positions, D and E widths of v and t.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from rsa_megatron.llava.broadcast import broadcast_tensors
+from rsa_megatron.llava.objective import caption_vectors
+
+
+@dataclass
+class Pairs:
+    """One micro-batch: images and captions, each for itself. A sample that is not eligible keeps a dummy's place."""
+
+    #: the whole picture of each sample in one tile, [B, 3, height, width]
+    images: Tensor
+    #: caption tokens from the left, [B, S], and 1 where there is one
+    tokens: Tensor
+    mask: Tensor
+    eligible_B: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, captions: Sequence[Tensor], eligible_B: Tensor) -> "Pairs":
+        """From the token ids of each caption."""
+        tokens = torch.zeros(len(captions), max(1, *map(len, captions)), dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, caption in enumerate(captions):
+            tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
+        return cls(images, tokens, mask, eligible_B)
+
+    def on(self, device) -> "Pairs":
+        """The same on a device."""
+        return Pairs(*(tensor.to(device) for tensor in (self.images, self.tokens, self.mask, self.eligible_B)))
+
+    def share(self: "Pairs | None", tp_group) -> "Pairs":
+        """On every tensor-parallel rank of a stage what its first has; None on the others."""
+        integers = self and dict(tokens=self.tokens, mask=self.mask, eligible=self.eligible_B)
+        integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
+        images = broadcast_tensors(["images"], self and dict(images=self.images), torch.float32, tp_group)["images"]
+        return Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
+
+
+def layer_number(layer: int, num_layers: int, *, named: str = "layer") -> int:
+    """A layer's number from 0, where -1 is the last.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if not -num_layers - 1 <= layer <= num_layers:
+        raise ValueError(f"{named} {layer}: it has {num_layers} layers; 0 is what goes into the first, -1 the last")
+    return layer if layer >= 0 else num_layers + 1 + layer
+
+
+def chunks_of(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
+    """The LLaVAModels within what Megatron has wrapped around them."""
+    return [get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True) for chunk in model]
+
+
+@torch.no_grad()
+def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """v of each image after each of `layers`, [B, D] in float32: the mean of its tokens (paper, eq. 1)."""
+    tower, pooled = first.vision_model, {}
+    blocks = tower.decoder.layers
+    states = {0: None, **{number: block for number, block in enumerate(blocks, start=1)}}
+
+    def keep(number, state_PBD):
+        pooled[number] = state_PBD.mean(dim=0, dtype=torch.float32)
+
+    hooks = [_after(states[number], keep, number) for number in layers if number]
+    if 0 in layers:
+        hooks.append(_before(tower.decoder, keep, 0))
+    try:
+        tower(images.to(next(tower.parameters()).dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {number: pooled[number] for number in layers}
+
+
+@torch.no_grad()
+def caption_vectors_of_layers(
+    model: Sequence[torch.nn.Module], pairs: Sequence[Pairs], layers: Sequence[int], *, micro_batch_size: int, seq_length: int
+) -> dict[int, Tensor]:
+    """t of each caption after each of `layers`, [n, E] in float32, on every rank: the mean of its tokens (paper, eq. 2).
+
+    Every rank of the pipeline must call it. Through Megatron's own forward-only schedule.
+
+    Args:
+        model: this rank's chunks, as Megatron holds them, in evaluation mode.
+        pairs: the micro-batches, of which stages between the first and the last need nothing.
+        seq_length: as the model was made for; the pipeline's shapes.
+    """
+    chunks = chunks_of(model)
+    groups = chunks[0].pg_collection
+    masks = [_mask_on_every_stage(pair, groups.pp) for pair in pairs]
+    pooled: dict[int, list[Tensor]] = {number: [] for number in layers}
+    in_hand = {}
+
+    def keep(number, state_LBE):
+        mask_BL = masks[in_hand["number"]].float()
+        pooled[number].append(caption_vectors(state_LBE, mask_BL, chunks[0].config, groups)[0])
+
+    counts = {chunk: iter(range(len(pairs))) for chunk in chunks}
+
+    def forward_step(data_iterator, wrapped):
+        (chunk,) = chunks_of([wrapped])
+        in_hand["number"] = next(counts[chunk])
+        if not (chunk.pre_process or chunk.post_process):
+            output, _ = wrapped(None, None, None, None)
+        else:
+            output = _through_decoder(wrapped, pairs[in_hand["number"]])
+        return output, lambda output, non_loss_data: None
+
+    hooks = [hook for chunk in chunks for hook in _decoder_hooks(chunk, layers, keep)]
+    try:
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(model) if len(model) > 1 else None,
+            model=list(model),
+            num_microbatches=len(pairs),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    num_rows, width = sum(len(mask) for mask in masks), chunks[0].config.hidden_size
+    return {number: _from_its_stage(parts, num_rows, width, groups.pp) for number, parts in pooled.items()}
+
+
+def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
+    output, _ = chunk(
+        pair.images[:0],
+        pair.tokens,
+        torch.arange(pair.tokens.shape[1], device=pair.tokens.device).expand_as(pair.tokens),
+        None,
+        labels=pair.tokens,
+        loss_mask=pair.mask.float(),
+        sound_clips=pair.images.new_zeros(0),
+    )
+    return output
+
+
+def _decoder_hooks(chunk: LLaVAModel, layers: Sequence[int], keep) -> list:
+    decoder = chunk.language_model.decoder
+    hooks = [_before(decoder, keep, 0)] if chunk.pre_process and 0 in layers else []
+    for block in decoder.layers:
+        is_last = block.layer_number == chunk.config.num_layers
+        if block.layer_number in layers:
+            hooks.append(_after(decoder if is_last else block, keep, block.layer_number))
+    return hooks
+
+
+def _before(module, keep, number: int):
+    """A hook that keeps what goes into a module."""
+
+    def hook(module, args, kwargs):
+        keep(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _after(module, keep, number: int):
+    return module.register_forward_hook(
+        lambda module, args, output: keep(number, output[0] if isinstance(output, tuple) else output)
+    )
+
+
+def _mask_on_every_stage(pair: Pairs | None, pp_group) -> Tensor:
+    # Captions stand at the beginning of their rows, with no image before them: their mask is the row's.
+    return broadcast_tensors(["mask"], pair and dict(mask=pair.mask), torch.int64, pp_group)["mask"]
+
+
+def _from_its_stage(parts: list[Tensor], num_rows: int, width: int, pp_group) -> Tensor:
+    own = torch.cat(parts) if parts else torch.zeros(num_rows, width, device=torch.cuda.current_device())
+    if pp_group.size() > 1:
+        torch.distributed.all_reduce(own, group=pp_group)  # zeros from all stages but one
+    return own
