@@ -33,6 +33,7 @@ from rsa_megatron.data.loaders import epoch_iterations
 from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.huggingface import find_architecture, is_model_folder
 from rsa_megatron.llava.architectures import Architecture
+from rsa_megatron.llava.caption_copies import check_settings
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.llava.layer_vectors import layer_number
 from rsa_megatron.llava.model import PARTS
@@ -51,6 +52,8 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         args = parse_and_validate_args(extra_args_provider=provider)
         take_weights_of_another_stage(args)
         check_arguments(args)
+        if rsa.config.text_source == "caption" and rsa.config.weight > 0:
+            check_settings(args, packed=args.transformer_impl == "transformer_engine")
         if reads_data:
             check_data_path(args)
         set_one_epoch(args)

@@ -25,14 +25,18 @@ from torch import Tensor
 from rsa_megatron.batch import RSASamples
 
 
-def check_model(model: LLaVAModel) -> None:
-    """Raise ValueError, naming the remedy, where a setting of the decoder would not see the segments."""
-    config = model.config
+def check_settings(settings, *, packed: bool) -> None:
+    """Raise ValueError, naming the remedy, where attention would not see the segments.
+
+    Args:
+        settings: the decoder's config, or Megatron's arguments, which call these by the same names.
+        packed: the layers take packed sequences (Transformer Engine's), not a mask.
+    """
     refused = {
-        "--context-parallel-size above 1": config.context_parallel_size > 1,
-        "--tp-comm-overlap": config.tp_comm_overlap,
-        "--window-size": config.window_size is not None,
-        "--masked-softmax-fusion (pass --no-masked-softmax-fusion)": _takes_a_mask(model) and config.masked_softmax_fusion,
+        "--context-parallel-size above 1": settings.context_parallel_size > 1,
+        "--tp-comm-overlap": settings.tp_comm_overlap,
+        "a window_size": getattr(settings, "window_size", None) is not None,  # no flag of Megatron's
+        "the fused softmax of local layers: pass --no-masked-softmax-fusion": not packed and settings.masked_softmax_fusion,
     }
     for setting, is_on in refused.items():
         if is_on:
@@ -100,7 +104,9 @@ class SeparateSegments:
 
     def __init__(self, model: LLaVAModel):
         self.start_B: Tensor | None = None
-        self._takes_a_mask = _takes_a_mask(model)
+        layers = model.language_model.decoder.layers
+        self._takes_a_mask = all(isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in layers)
+        check_settings(model.config, packed=not self._takes_a_mask)
         self._shards = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
         decoder = model.language_model.decoder
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -145,7 +151,3 @@ def packed_segments(start_B: Tensor, length: int) -> PackedSeqParams:
 def _one_after_another(hidden_LBH: Tensor) -> Tensor:
     return hidden_LBH.transpose(0, 1).flatten(0, 1)[:, None]
 
-
-def _takes_a_mask(model: LLaVAModel) -> bool:
-    layers = model.language_model.decoder.layers
-    return all(isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in layers)

@@ -66,7 +66,6 @@ class Taps:
         self._num_copied = 0
         self._segments = None
         if config.text_source == "caption":
-            caption_copies.check_model(model)
             self._segments = caption_copies.SeparateSegments(model)
             self._model, self._splice = model, model._preprocess_data
             model._preprocess_data = self._splice_with_copies

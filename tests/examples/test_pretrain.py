@@ -356,6 +356,8 @@ def skip_a_batch_on_the_last_stage():
     ([*TP, "--sequence-parallel", "--seq-length", 127], "error: --seq-length 127 must be a multiple of .* 2"),
     (["--transformer-impl", "transformer_engine"], "Transformer Engine is not installed"),
     (["--rsa-weight", "-1"], "error: --rsa-weight must be 0 or more, not -1.0"),
+    (["--mutual-knn-layers=-1:-1,2"], "error: argument --mutual-knn-layers: -1:-1,2 is no list of VISION:TEXT layers"),
+    (["--mutual-knn-layers=-1:9"], "error: --mutual-knn-layers 9: it has 4 layers; 0 is what goes into the first"),
     (["--micro-batch-size", 0], "error: .*micro_batch_size"),
     (["--data-path", "one", "two"], "error: --data-path takes one data set, not 2: name a mixture"),
     (["--full-validation"], "error: --full-validation does not go with this script's data"),
