@@ -8,7 +8,6 @@ what would run and stops. Without a CUDA device the same script runs on the CPU.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import time
@@ -33,7 +32,7 @@ from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.huggingface import is_model_folder, read_architecture
 from rsa_megatron.huggingface_files import copy_model_files, write_chat_template, write_model_files
-from rsa_megatron.llava.measure import measure_mutual_knn
+from rsa_megatron.llava.measure import measure_mutual_knn, read_pairs
 from rsa_megatron.llava.model import LlavaOneVision, set_trainable
 from rsa_megatron.llava.train_step import forward_step
 from rsa_megatron.plugin import RSAPlugin
@@ -59,7 +58,7 @@ def main():
         ModelType.encoder_or_decoder,
         rates.wrap_forward_step(rsa.wrap_forward_step(forward_step)),
         rsa.wrap_model_provider(model_provider),
-        non_loss_data_func=functools.partial(mutual_knn, rsa=rsa) if args.mutual_knn_samples else None,
+        non_loss_data_func=MutualKnn(rsa) if args.mutual_knn_samples else None,
         process_non_loss_data_func=write_mutual_knn if args.mutual_knn_samples else None,
     )
     # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
@@ -182,28 +181,45 @@ def worker_config(args) -> WorkerConfig:
     )
 
 
-def mutual_knn(model, *, rsa: RSAPlugin) -> dict[str, float]:
-    """For Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on validation pairs."""
-    args = get_args()
-    reads = mpu.get_tensor_model_parallel_rank() == 0 and (
-        mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
-    )
-    begin = time.monotonic()
-    result = measure_mutual_knn(
-        model,
+class MutualKnn:
+    """For Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on the same validation pairs."""
+
+    def __init__(self, rsa: RSAPlugin):
+        self._rsa = rsa
+        self._pairs = None
+
+    def __call__(self, model) -> dict[str, float]:
+        args, begin = get_args(), time.monotonic()
+        if self._pairs is None:
+            self._pairs = self._read(args, model)
+        result = measure_mutual_knn(
+            model,
+            self._pairs,
+            num_samples=args.mutual_knn_samples,
+            micro_batch_size=args.eval_micro_batch_size,
+            seq_length=args.seq_length,
+            k=args.mutual_knn_k,
+            layer_pairs=args.mutual_knn_layers,
+        )
+        return said(args, *result, time.monotonic() - begin) if result else {}
+
+    def _read(self, args, model) -> list:
+        reads = mpu.get_tensor_model_parallel_rank() == 0 and (
+            mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+        )
         # Base tiles alone are measured; with anyres the others would be cut for nothing.
-        validation_loader(args, say_skipped=False, image_aspect_ratio="square").one_pass() if reads else None,
-        num_samples=args.mutual_knn_samples,
-        micro_batch_size=args.eval_micro_batch_size,
-        seq_length=args.seq_length,
-        k=args.mutual_knn_k,
-        base_tile=rsa.config.base_tile,
-        layer_pairs=args.mutual_knn_layers,
-    )
-    if result is None:
-        return {}
-    scores, num_pairs = result
-    seconds = time.monotonic() - begin
+        loader = validation_loader(args, say_skipped=False, image_aspect_ratio="square") if reads else None
+        return read_pairs(
+            model,
+            loader and loader.one_pass(),
+            num_samples=args.mutual_knn_samples,
+            micro_batch_size=args.eval_micro_batch_size,
+            base_tile=self._rsa.config.base_tile,
+        )
+
+
+def said(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: float) -> dict[str, float]:
+    """The scores by the names that the log calls them by, once it has."""
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
     chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan

@@ -46,9 +46,10 @@ class Pairs:
             tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
         return cls(images, tokens, mask, eligible_B)
 
-    def on(self, device) -> "Pairs":
-        """The same on a device."""
-        return Pairs(*(tensor.to(device) for tensor in (self.images, self.tokens, self.mask, self.eligible_B)))
+    def kept(self, dtype: torch.dtype | None) -> "Pairs":
+        """In host memory; the images in `dtype`, or none of them."""
+        images = self.images[:0] if dtype is None else self.images.to(dtype)
+        return Pairs(*(tensor.cpu() for tensor in (images, self.tokens, self.mask, self.eligible_B)))
 
     def share(self: "Pairs | None", tp_group) -> "Pairs":
         """On every tensor-parallel rank of a stage what its first has; None on the others."""
@@ -105,7 +106,7 @@ def caption_vectors_of_layers(
 
     Args:
         model: this rank's chunks, as Megatron holds them, in evaluation mode.
-        pairs: the micro-batches, of which stages between the first and the last need nothing.
+        pairs: the micro-batches, on any device; None on stages between the first and the last.
         seq_length: as the model was made for; the pipeline's shapes.
     """
     chunks = chunks_of(model)
@@ -149,14 +150,16 @@ def caption_vectors_of_layers(
 
 
 def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
+    device = torch.cuda.current_device()
+    tokens = pair.tokens.to(device)
     output, _ = chunk(
-        pair.images[:0],
-        pair.tokens,
-        torch.arange(pair.tokens.shape[1], device=pair.tokens.device).expand_as(pair.tokens),
+        pair.images[:0].to(device),
+        tokens,
+        torch.arange(tokens.shape[1], device=device).expand_as(tokens),
         None,
-        labels=pair.tokens,
-        loss_mask=pair.mask.float(),
-        sound_clips=pair.images.new_zeros(0),
+        labels=tokens,
+        loss_mask=pair.mask.float().to(device),
+        sound_clips=torch.zeros(0, device=device),
     )
     return output
 

@@ -19,15 +19,49 @@ from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, c
 LayerPair = tuple[int, int]
 
 
-def measure_mutual_knn(
+def read_pairs(
     model: list[torch.nn.Module],
     batches: Iterator[LlavaBatch] | None,
     *,
     num_samples: int,
     micro_batch_size: int,
+    base_tile: str = "first",
+) -> list[Pairs | None]:
+    """What to measure on, micro-batch by micro-batch, in host memory: to be read once and used at every evaluation.
+
+    Every rank must call it. A micro-batch is None on the stages between the first and the last. Images are kept where the
+    tower is, in its type: 1000 of 384 x 384 in bfloat16 are 0.9 GB, divided by the data-parallel size.
+
+    Args:
+        batches: the samples, each once; None where this rank reads no data.
+        num_samples: how many to read, over all data-parallel ranks; fewer where there are fewer.
+        base_tile: which tile of an image is the whole picture, "first" or "last" (RSAConfig.base_tile).
+    """
+    chunks = chunks_of(model)
+    groups = chunks[0].pg_collection
+    first = next((chunk for chunk in chunks if chunk.pre_process), None)
+    needs_data = any(chunk.pre_process or chunk.post_process for chunk in chunks)
+    wanted = -(-num_samples // (micro_batch_size * groups.dp.size()))
+    reads = needs_data and groups.tp.rank() == 0
+    # The captions and base images alone are kept: a batch's other tiles may be gigabytes.
+    own = [_separate(batch, base_tile) for batch in islice(batches, wanted)] if reads else []
+    smallest = torch.tensor([len(own) if reads else wanted], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+    own = own[: int(smallest)] if reads else [None] * int(smallest)
+    if not needs_data:
+        return own
+    dtype = next(first.vision_model.parameters()).dtype if first else None
+    return [Pairs.share(pair, groups.tp).kept(dtype) for pair in own]
+
+
+def measure_mutual_knn(
+    model: list[torch.nn.Module],
+    pairs: list[Pairs | None],
+    *,
+    num_samples: int,
+    micro_batch_size: int,
     seq_length: int,
     k: int,
-    base_tile: str = "first",
     layer_pairs: Sequence[LayerPair] = ((-1, -1),),
 ) -> tuple[dict[LayerPair, float], int] | None:
     """mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
@@ -36,11 +70,10 @@ def measure_mutual_knn(
 
     Args:
         model: this rank's chunks, as Megatron holds them, in evaluation mode.
-        batches: the samples to measure on, each once; None where this rank reads no data.
-        num_samples: how many to read, over all data-parallel ranks; fewer where there are fewer.
+        pairs: of read_pairs.
+        num_samples: how many of them count, over all data-parallel ranks.
         micro_batch_size, seq_length: as in training; the pipeline's shapes.
         k: neighbours.
-        base_tile: which tile of an image is the whole picture, "first" or "last" (RSAConfig.base_tile).
         layer_pairs: which layers of tower and decoder to compare.
 
     Returns:
@@ -51,8 +84,6 @@ def measure_mutual_knn(
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     last = next((chunk for chunk in chunks if chunk.post_process), None)
-    needs_data = bool(first or last)
-    pairs = _read(batches, -(-num_samples // (micro_batch_size * groups.dp.size())), needs_data, groups, base_tile)
     if not pairs:
         return (dict.fromkeys(layer_pairs, float("nan")), 0) if last else None
     t_NE = caption_vectors_of_layers(
@@ -68,6 +99,7 @@ def measure_mutual_knn(
     if last is None:
         return None
     valid_N = torch.cat([(pair.eligible_B > 0) & (pair.mask.sum(dim=1) > 0) for pair in pairs])
+    valid_N = valid_N.to(torch.cuda.current_device())
     neighbours = {}
     for side, vectors in (("vision", v_ND), ("text", t_NE)):
         for number, vectors_nW in vectors.items():
@@ -97,17 +129,6 @@ def _score(a_Nk: Tensor | None, b_Nk: Tensor | None) -> float:
     return float("nan") if a_Nk is None or b_Nk is None else shared_neighbours(a_Nk, b_Nk)
 
 
-def _read(batches, wanted: int, needs_data: bool, groups, base_tile: str) -> list[Pairs | None]:
-    """Up to `wanted` micro-batches, as many on every rank; nothing but their number on ranks between the stages."""
-    reads = needs_data and groups.tp.rank() == 0
-    # The captions and base images alone are kept: a batch's other tiles may be gigabytes.
-    raw = [_separate(batch, base_tile) for batch in islice(batches, wanted)] if reads else []
-    smallest = torch.tensor([len(raw) if reads else wanted], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
-    raw = raw[: int(smallest)] if reads else [None] * int(smallest)
-    return [Pairs.share(pair, groups.tp) for pair in raw] if needs_data else raw
-
-
 def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
     """Take the captions out of their rows and the base images out of the tiles."""
     captions = [row[mask > 0] for row, mask in zip(batch.tokens, batch.rsa.caption_mask)]
@@ -121,13 +142,14 @@ def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
 
 def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
     """v after each layer, [n, D], on every stage."""
-    of_pairs = [image_vectors(first, pair.images, layers) for pair in pairs] if first else []
+    device = torch.cuda.current_device()
+    of_pairs = [image_vectors(first, pair.images.to(device), layers) for pair in pairs] if first else []
     vectors = {number: torch.cat([pair[number] for pair in of_pairs]) for number in layers} if first else {}
     if pp_group.size() == 1:
         return vectors
     width = _from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
     for number in layers:
-        vectors.setdefault(number, torch.empty(num_rows, width, device=torch.cuda.current_device()))
+        vectors.setdefault(number, torch.empty(num_rows, width, device=device))
         torch.distributed.broadcast(vectors[number], torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
     return vectors
 
