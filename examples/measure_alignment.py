@@ -1,6 +1,8 @@
 """Measure alignment: every layer of one backbone against every layer of another, on image-caption pairs.
 
     python examples/measure_alignment.py --model HF --data DATA --out results/x.jsonl        both sides of one model
+    torchrun --nproc-per-node N examples/measure_alignment.py --checkpoint DIR --data DATA --out ...    a Megatron checkpoint of
+                                                   --save or hf-to-megatron, with any Megatron flags: in any TP x PP of N processes
     python examples/measure_alignment.py --vision HF --language HF --data DATA --out ...     two separate models
     python examples/measure_alignment.py --vision HF --vision HF --data DATA --out ...       the Vision-only baseline
     python examples/measure_alignment.py --language HF --language HF --data DATA --out ...   the Language-only baseline
@@ -19,8 +21,10 @@ was. Of each metric a line is written to --out. It takes the place of an earlier
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -60,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -73,6 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     what = parser.add_argument_group("what is measured")
     what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
+    what.add_argument("--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder")
     what.add_argument("--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model")
     what.add_argument("--language", metavar="HF", action="append", default=[],
                       help="a language model, or that of a vision-language model; captions are cut where its positions end")  # fmt: skip
@@ -103,7 +109,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a line a metric")
     names.add_argument("--label", help="name in tables and figures; the model's")
     names.add_argument("--data-name", help="name of the data there; DATA's own")
-    args = parser.parse_args(arguments)
+    args, args.megatron_flags = parser.parse_known_args(arguments)
     check(args)
     return args
 
@@ -111,13 +117,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """What argparse cannot see; ends with one line."""
     sides = len(args.vision) + len(args.language)
-    given = [name for name in ("model", "features", "random") if getattr(args, name)] + ["vision and --language"] * bool(sides)
+    if args.megatron_flags and not args.checkpoint:
+        fail(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
+    given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + ["vision and --language"] * bool(sides)
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
-        fail(f"name what to measure: one of --model, two of --vision and --language, --features, --random{found}")
+        fail(f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}")
     if sides not in (0, 2):
         fail(f"--vision and --language name two backbones between them, not {sides}")
-    needs_data = bool(args.model or sides)
+    needs_data = bool(args.model or args.checkpoint or sides)
     if needs_data != bool(args.data):
         fail("--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}")
     if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
@@ -172,17 +180,26 @@ def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", .
         return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
     if args.random:
         return StandardNormal(args, 0), StandardNormal(args, 1)
-    waiting = backbones(args)
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
     drawn = draw(pairs, args.num_samples, list(range(args.seeds)), data=args.data.resolve().name, split=args.split,
                  language=args.language_code)  # fmt: skip
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
-    # Popped, the first model leaves its memory to the second.
-    return tuple(stored_features(waiting.pop(0), drawn, args.store, **options) for _ in (0, 1))
+    with backbones(args) as waiting:
+        # Popped, the first model leaves its memory to the second.
+        return tuple(stored_features(waiting.pop(0), drawn, args.store, **options) for _ in (0, 1))
 
 
-def backbones(args: argparse.Namespace) -> list[Backbone]:
-    """That of the rows and that of the columns; weights are read only if their features are not on disk."""
+def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
+    """That of the rows and that of the columns."""
+    if not args.checkpoint:
+        return nullcontext(hugging_face_backbones(args))
+    from checkpoint_backbone import checkpoint_backbones  # loads Megatron, which nothing else here needs
+
+    return checkpoint_backbones(args.checkpoint, args.megatron_flags, dtype=args.dtype, batch_size=args.batch_size)
+
+
+def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
+    """Weights are read only if their features are not on disk."""
 
     def model(name: str) -> HFModel:
         return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])

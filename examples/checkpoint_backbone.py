@@ -1,0 +1,175 @@
+"""Both backbones of a Megatron checkpoint, for measure_alignment.py: on Megatron, in any TP x PP that its flags say.
+
+    torchrun --nproc-per-node 4 examples/measure_alignment.py --checkpoint runs/mine --data DATA --out results/x.jsonl \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+The first rank does all that measure_alignment.py does. The others serve: they wait for a batch, and take it through their
+part of the model with it.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from training_arguments import architecture_of, load_tokenizer, parse  # first: it prepares Megatron for machines without CUDA
+
+import megatron_repairs
+import torch
+import torch.distributed
+from megatron.core.enums import ModelType
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import get_model
+from pretrain_llava_rsa import model_provider
+from recipes import stage_1
+from torch import Tensor
+
+from rsa_megatron.data.tiles import ImageTiler
+from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors
+from rsa_megatron.llava.model import PARTS
+from rsa_megatron.measurement.hf_backbones import caption_tokens
+from rsa_megatron.measurement.pairs import CaptionedImage
+from rsa_megatron.plugin import RSAPlugin
+
+_STOP = "stop"
+
+
+@contextmanager
+def checkpoint_backbones(checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int) -> Iterator[list]:
+    """Tower and decoder of a checkpoint, on the first rank; the others serve while it is open, and end."""
+    model = CheckpointModel(checkpoint, megatron_flags, dtype=dtype, batch_size=batch_size)
+    if torch.distributed.get_rank() > 0:
+        model.serve()
+        sys.exit()
+    try:
+        yield [CheckpointVision(model), CheckpointText(model)]
+    finally:
+        _told(_STOP)
+
+
+class CheckpointModel:
+    """This rank's part of a checkpoint's model.
+
+    Args:
+        checkpoint: a folder of --save or hf-to-megatron, with its Hugging Face files in hf/.
+        megatron_flags: layout and whatever else Megatron is to be told.
+        dtype: float32 or bfloat16.
+
+    Raises:
+        ValueError: what is wrong with folder or flags.
+    """
+
+    def __init__(self, checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int):
+        files = checkpoint / "hf"
+        if not (files / "config.json").is_file():
+            raise ValueError(f"--checkpoint {checkpoint}: hf/config.json is missing; name a folder that --save or hf-to-megatron has written")
+        settings = stage_1() | dict(
+            trainable=list(PARTS), rsa_weight=0.0, train_iters=1, eval_iters=0, mutual_knn_samples=0, micro_batch_size=batch_size,
+            global_batch_size=batch_size * int(os.environ.get("WORLD_SIZE", "1")),  # a multiple, whatever the layout
+        )  # fmt: skip
+        sys.argv = [sys.argv[0], "--model", str(files), "--tokenizer-model", str(files), "--pretrained-checkpoint", str(checkpoint),
+                    *megatron_flags, *(["--bf16"] if dtype == "bfloat16" else [])]  # fmt: skip
+        self.args = parse(RSAPlugin(), settings, reads_data=False)
+        if self.args.data_parallel_size > 1:
+            raise ValueError(
+                f"{self.args.world_size} processes and {self.args.world_size // self.args.data_parallel_size} of TP x PP: start "
+                "torchrun with as many processes as the layout has"
+            )
+        megatron_repairs.repair()
+        initialize_megatron()
+        self.model = get_model(model_provider, ModelType.encoder_or_decoder, wrap_with_ddp=False)
+        load_checkpoint(self.model, None, None)
+        for chunk in self.model:
+            chunk.eval()
+        self.chunks = chunks_of(self.model)
+        self.revision = _revision(checkpoint)
+        self.title = checkpoint.resolve().name
+
+    def image_vectors(self, images: Tensor, layers: list[int]) -> dict[int, Tensor] | None:
+        """v of each layer, where the tower is."""
+        first = self.chunks[0]
+        return image_vectors(first, images.to(torch.cuda.current_device()), layers) if first.pre_process else None
+
+    def caption_vectors(self, captions: list[Tensor], layers: list[int]) -> dict[int, Tensor]:
+        """t of each layer."""
+        size = architecture_of(self.args).vision.image_size
+        pairs = Pairs.of(torch.zeros(0, 3, size, size), captions, torch.ones(len(captions), dtype=torch.int64))
+        return caption_vectors_of_layers(
+            self.model, [pairs], layers, micro_batch_size=len(captions), seq_length=self.args.seq_length
+        )
+
+    def serve(self) -> None:
+        """What every rank but the first does: its part of each batch, until it is told to stop."""
+        while (request := _told(None)) != _STOP:
+            name, *arguments = request
+            getattr(self, name)(*arguments)
+
+
+class CheckpointVision:
+    """The tower of a checkpoint, as a backbone (rsa_megatron/measurement/extraction.py)."""
+
+    side = "vision"
+
+    def __init__(self, model: CheckpointModel):
+        vision = architecture_of(model.args).vision
+        self._model = model
+        self._tiler = ImageTiler(image_size=vision.image_size, image_aspect_ratio="square", grid_pinpoints=[])
+        self.layers = [str(number) for number in range(vision.num_layers + 1)]
+        self.identity = _identity(model) | {"pooling": "mean of image tokens", "image": "base image"}
+
+    def prepare(self, pair: CaptionedImage) -> Tensor:
+        """The whole picture as one tile, [1, 3, height, width]."""
+        return self._tiler.tiles([pair.image()])
+
+    def features(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        """[n, D] of every layer, float32."""
+        _, images, layers = _told(("image_vectors", torch.cat(batch), [int(name) for name in self.layers]))
+        return _named(self._model.image_vectors(images, layers))
+
+
+class CheckpointText:
+    """The decoder of a checkpoint, as a backbone; it reads captions alone."""
+
+    side = "text"
+
+    def __init__(self, model: CheckpointModel):
+        self._model, self._tokenizer = model, load_tokenizer(model.args)
+        self.layers = [str(number) for number in range(model.args.num_layers + 1)]
+        self.identity = _identity(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
+
+    def prepare(self, pair: CaptionedImage) -> Tensor:
+        """The tokens of a pair's caption, cut where --seq-length ends."""
+        caption = caption_tokens(self._tokenizer, pair.caption, self._model.args.seq_length)
+        return caption.ids[caption.counts]  # Qwen2's tokenizers add nothing
+
+    def features(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        """[n, E] of every layer, float32."""
+        _, captions, layers = _told(("caption_vectors", batch, [int(name) for name in self.layers]))
+        return _named(self._model.caption_vectors(captions, layers))
+
+
+def _told(request):
+    """What the first rank asks for, on every rank."""
+    message = [request]
+    torch.distributed.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+def _named(vectors: dict[int, Tensor]) -> dict[str, Tensor]:
+    return {str(number): rows.cpu() for number, rows in vectors.items()}
+
+
+def _identity(model: CheckpointModel) -> dict:
+    dtype = "bfloat16" if model.args.bf16 else "float32"
+    return {"model": model.title, "revision": model.revision, "dtype": dtype}
+
+
+def _revision(checkpoint: Path) -> str:
+    """Which of a folder's checkpoints, and when it was written: a run that goes on writes others."""
+    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+    iteration = tracker.read_text().strip()
+    metadata = next(checkpoint.glob(f"*{iteration}/.metadata")) if iteration else tracker
+    return f"iteration {iteration}, sha256:{hashlib.sha256(metadata.read_bytes()).hexdigest()}"

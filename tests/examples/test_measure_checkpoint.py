@@ -1,0 +1,79 @@
+"""measure_alignment.py --checkpoint: a Megatron checkpoint gives what its Hugging Face export gives, in every layout."""
+
+import sys
+
+import hf_parity
+import measure_alignment
+import processes
+import pytest
+import torch
+from safetensors.torch import load_file
+
+PAIRS = 24
+TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+LAYOUTS = {"one process": (1, ()), "TP=2": (2, TP), "TP=2 SP": (2, (*TP, "--sequence-parallel")), "PP=2": (2, PP), "TP=2 PP=2": (4, TP + PP)}
+
+
+@pytest.fixture(scope="module")
+def models(demo, tmp_path_factory):
+    return hf_parity.Models(tmp_path_factory.mktemp("models"), demo, tied=True)
+
+
+def flags(demo, store, *more) -> list[str]:
+    options = {"--data": demo / "data" / "captions", "--split": "val", "--num-samples": PAIRS, "--seeds": 1, "--batch-size": 7,
+               "--store": store, "--out": store / "x.jsonl", "--k": 5}  # fmt: skip
+    return [str(word) for option in options.items() for word in option] + list(map(str, more))
+
+
+def measured(argv) -> str:
+    sys.argv = ["measure_alignment.py"]
+    try:
+        measure_alignment.main(argv)
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(processes.output()) from end
+    return processes.output()
+
+
+def stored(folder) -> dict[str, dict[str, torch.Tensor]]:
+    """Each side's layers."""
+    found = {}
+    for part in sorted(folder.rglob("part-*.safetensors")):
+        found[part.parent.name.rsplit("-", 1)[1]] = load_file(part)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_export(models, demo, tmp_path_factory):
+    store = tmp_path_factory.mktemp("hugging-face")
+    measure_alignment.main(flags(demo, store, "--model", models.hf))
+    return stored(store)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_gives_what_its_export_gives(models, demo, of_export, tmp_path, name):
+    world_size, layout = LAYOUTS[name]
+    argv = flags(demo, tmp_path, "--checkpoint", models.megatron, "--seq-length", 256, *layout)
+    processes.run(measured, world_size, argv)
+    of_checkpoint = stored(tmp_path)
+    assert of_checkpoint.keys() == of_export.keys() == {"vision", "text"}
+    for side, layers in of_export.items():
+        assert of_checkpoint[side].keys() == layers.keys() and len(layers) > 2
+        for layer, expected in layers.items():
+            # States of size 1: some tens of roundings of 6e-8, in another order.
+            torch.testing.assert_close(of_checkpoint[side][layer], expected, atol=1e-6, rtol=1e-6, msg=f"{side} {layer}")
+        # The comparison can fail: a layer is not its neighbour.
+        assert (layers["1"] - layers["2"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("world_size, more, message", [
+    (1, ("--checkpoint", "/nowhere"), "error: --checkpoint /nowhere: hf/config.json is missing; name a folder"),
+    (2, (), "error: 2 processes and 1 of TP x PP: start torchrun with as many processes as the layout has"),
+    (1, ("--no-such-flag",), "error: unrecognized arguments: --no-such-flag"),
+])  # fmt: skip
+def test_what_is_wrong_is_one_line(models, demo, tmp_path, world_size, more, message):
+    checkpoint = () if "--checkpoint" in more else ("--checkpoint", models.megatron)
+    with pytest.raises(processes.Failed) as failed:
+        processes.run(measured, world_size, flags(demo, tmp_path, *checkpoint, *more))
+    lines = [line for line in (str(failed.value) + failed.value.output).splitlines() if line.startswith("error:")]
+    assert lines and lines[0].startswith(message)
