@@ -1,6 +1,7 @@
 # make demo            trains the demo model with the RSA loss and shows what came of it
 # make demo-compare    the demo under four seeds, with and without RSA
 # make demo-stages     all three stages of the demo model, with and without RSA, and mutual-kNN after each
+# make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; under an hour on two cores
 # make test            runs the tests
 # make bench           runs the benchmarks
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
@@ -18,7 +19,7 @@ RUN := stage1
 SEED := 1
 RSA :=
 
-.PHONY: demo demo-compare demo-stages test bench clean
+.PHONY: demo demo-compare demo-stages reproduce test bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml
@@ -26,7 +27,7 @@ $(INSTALLED): pyproject.toml
 	echo "[set-up] $$($$python --version) in $(VENV); installing from PyPI (about 6 GB, a few minutes)"; \
 	$$python -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "[set-up] $$python cannot make virtual environments; on Debian and Ubuntu install python3.12-venv"; exit 1; }
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,plots,dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,plots,dev,openmoji]'
 	@touch $@
 
 test: $(INSTALLED)
@@ -34,6 +35,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(PY) benchmarks/rsa_loss.py --append results/benchmarks.jsonl
+	@$(PY) benchmarks/mutual_knn.py --append results/benchmarks.jsonl
 	@$(PY) benchmarks/conversion.py --append results/benchmarks.jsonl
 	@$(PY) benchmarks/task_encoder.py --append results/benchmarks.jsonl
 
@@ -120,6 +122,11 @@ demo-stages: $(INSTALLED)
 	@echo "[5] what came of it"
 	@$(PY) examples/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
 	  --run "without" $(STAGES_OUT)/without --out $(STAGES_OUT)/stages.png --jsonl $(STAGES_OUT)/stages.jsonl
+
+# What is done is not done again. FULL=--full: longer runs, for a machine with many cores.
+FULL :=
+reproduce: $(INSTALLED)
+	@$(PY) examples/reproduce.py $(FULL) $(ARGS)
 
 clean:
 	rm -rf $(DEMO)

@@ -28,6 +28,7 @@ from recipes import stage_1
 from torch import Tensor
 
 from rsa_megatron.data.tiles import ImageTiler
+from rsa_megatron.huggingface import find_architecture
 from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors
 from rsa_megatron.llava.model import PARTS
 from rsa_megatron.measurement.hf_backbones import caption_tokens
@@ -66,7 +67,9 @@ class CheckpointModel:
         files = checkpoint / "hf"
         if not (files / "config.json").is_file():
             raise ValueError(f"--checkpoint {checkpoint}: hf/config.json is missing; name a folder that --save or hf-to-megatron has written")
+        longest = find_architecture(str(files)).decoder.max_position_embeddings
         settings = stage_1() | dict(
+            seq_length=min(longest, stage_1()["seq_length"]),
             trainable=list(PARTS), rsa_weight=0.0, train_iters=1, eval_iters=0, mutual_knn_samples=0, micro_batch_size=batch_size,
             global_batch_size=batch_size * int(os.environ.get("WORLD_SIZE", "1")),  # a multiple, whatever the layout
         )  # fmt: skip

@@ -53,7 +53,7 @@ def of_export(models, demo, tmp_path_factory):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_checkpoint_gives_what_its_export_gives(models, demo, of_export, tmp_path, name):
     world_size, layout = LAYOUTS[name]
-    argv = flags(demo, tmp_path, "--checkpoint", models.megatron, "--seq-length", 256, *layout)
+    argv = flags(demo, tmp_path, "--checkpoint", models.megatron, *layout)
     processes.run(measured, world_size, argv)
     of_checkpoint = stored(tmp_path)
     assert of_checkpoint.keys() == of_export.keys() == {"vision", "text"}
