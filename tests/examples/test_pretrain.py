@@ -113,6 +113,19 @@ def test_mutual_knn_is_of_base_tiles_however_images_are_cut(demo):
     assert square == anyres and square_loss != anyres_loss
 
 
+def collapsed_images():
+    from rsa_megatron.llava import measure
+
+    right = measure.image_vectors
+    measure.image_vectors = lambda *args: {layer: torch.ones_like(v) for layer, v in right(*args).items()}
+
+
+def test_a_collapsed_space_has_no_neighbours_and_the_run_goes_on(demo):
+    flags = ("--train-iters", 2, "--eval-interval", 1, "--eval-iters", 1, "--mutual-knn-samples", 48)
+    outputs = script.run(1, demo, *flags, sabotage=collapsed_images)
+    assert "mutual-knn value: nan" in outputs[0] and list(script.iterations(outputs)) == [1, 2]
+
+
 # Kill and resume
 
 
