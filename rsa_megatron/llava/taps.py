@@ -106,6 +106,9 @@ class Taps:
     def _before_forward(self, model, args, kwargs):
         bound = self._signature.bind(*args, **kwargs)
         self._active = bound.arguments.get("inference_context") is None
+        self._num_copied = 0
+        if self._segments:
+            self._segments.start_B = None
         if not self._active:
             return None
         if self._captured is None and model.training:
@@ -113,11 +116,8 @@ class Taps:
                                "(RSAPlugin.wrap_forward_step)")  # fmt: skip
         self._v = self._hidden = self._caption_mask = None
         self.samples = self._broadcast_samples() if self.is_first or self.is_last else None
-        if self._segments:
-            self._num_copied = 0
-            # The first stage learns it from the splice, the others from the carrier.
-            is_told = not (self.is_first or self._captured is None)
-            self._segments.start_B = carrier.unpack(self._carried, self.vision_width)[2] if is_told else None
+        if self._segments and self._captured and not self.is_first:  # the first stage learns it from the splice
+            self._segments.start_B = carrier.unpack(self._carried, self.vision_width)[2]
         if self.samples is None:
             return None
         if self.is_last:
