@@ -66,7 +66,9 @@ class CheckpointModel:
     def __init__(self, checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int):
         files = checkpoint / "hf"
         if not (files / "config.json").is_file():
-            raise ValueError(f"--checkpoint {checkpoint}: hf/config.json is missing; name a folder that --save or hf-to-megatron has written")
+            raise ValueError(
+                f"--checkpoint {checkpoint}: hf/config.json is missing; name a folder that --save or hf-to-megatron has written"
+            )
         longest = find_architecture(str(files)).decoder.max_position_embeddings
         settings = stage_1() | dict(
             seq_length=min(longest, stage_1()["seq_length"]),

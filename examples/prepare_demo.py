@@ -14,11 +14,14 @@ What is there already is not made again. A data set appears under its name only 
 
 import argparse
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import webdataset
@@ -48,6 +51,8 @@ def parse():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="data sets to write")
     parser.add_argument("--train", type=int, default=8000, help="training scenes of each data set")
     parser.add_argument("--validation", type=int, default=1024, help="validation scenes of each data set")
+    parser.add_argument("--test", type=int, default=0,
+                        help="scenes of a third part, for figures that no setting was chosen by")  # fmt: skip
     parser.add_argument("--image-size", type=int, default=112, help="side of a picture, pixels")
     parser.add_argument("--shard-size", type=int, default=500, help="samples of a tar")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,18 +66,18 @@ def write_data_set(folder: Path, kind: str, args) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for split, count in (("train", args.train), ("val", args.validation)):
+    counts = {"train": args.train, "val": args.validation} | ({"test": args.test} if args.test else {})
+    for split, count in counts.items():
         with webdataset.ShardWriter(f"{unfinished}/{split}-%05d.tar", maxcount=args.shard_size, verbose=0) as writer:
             for index in tqdm(range(count), desc=f"{folder} {split}", unit="scene", mininterval=1):
                 writer.write(stored_sample(kind, index, split, args))
-    prepare(unfinished, kind)
+    prepare(unfinished, kind, counts)
     unfinished.rename(folder)
 
 
 def stored_sample(kind: str, index: int, split: str, args) -> dict:
     """A sample as webdataset writes it: LLaVA's conversations, what is in the scene, and the picture."""
-    # Each data set has scenes of its own.
-    scene = scenes.make_scene(args.seed + KINDS.index(kind), index, validation=split == "val")
+    scene = scene_of(kind, index, split, args)
     seed = f"{args.seed}/{kind}/{split}/{index}"
     if kind == "words" and not scene.word:
         scene = dataclasses.replace(scene, word=scene.theme.words[index % 2])
@@ -90,6 +95,27 @@ def stored_sample(kind: str, index: int, split: str, args) -> dict:
     return sample | {"json": json.dumps(record).encode()}
 
 
+def scene_of(kind: str, index: int, split: str, args) -> scenes.Scene:
+    """Each data set has scenes of its own. Those of the test part have a content that is in no other part of any of them."""
+    seed = args.seed + KINDS.index(kind)
+    if split != "test":
+        return scenes.make_scene(seed, index, validation=split == "val")
+    candidates = (scenes.make_scene(f"{seed}/test/{number}", index, validation=True) for number in itertools.count())
+    return next(scene for scene in candidates if content(scene) not in validation_contents(args.seed, args.validation))
+
+
+def content(scene: scenes.Scene) -> tuple:
+    """What training and validation are told apart by."""
+    return scene.theme.name, *sorted((thing.colour, thing.noun) for thing in scene.things)
+
+
+@functools.cache
+def validation_contents(seed: int, count: int) -> set[tuple]:
+    """Of all data sets: a setting may be chosen on any of them."""
+    numbers = itertools.product(range(len(KINDS)), range(count))
+    return {content(scenes.make_scene(seed + kind, index, validation=True)) for kind, index in numbers}
+
+
 def conversations(kind: str, scene: scenes.Scene, seed) -> list[dict]:
     if kind == "captions":
         return turns([(PROMPT, scenes.caption(scene, seed))])
@@ -105,11 +131,11 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict]:
     return [{"from": who, "value": value} for pair in pairs for who, value in zip(("human", "gpt"), pair)]
 
 
-def prepare(folder: Path, kind: str) -> None:
+def prepare(folder: Path, kind: str, parts: Iterable[str] = ("train", "val")) -> None:
     """Energon's own index; then the subflavors that the task encoder reads."""
     command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", "--non-interactive", "--no-progress",
                "--num-workers", "2", "--sample-type", "CrudeWebdataset",
-               "--split-parts", "train:train-.*", "--split-parts", "val:val-.*", str(folder)]  # fmt: skip
+               *(word for part in parts for word in ("--split-parts", f"{part}:{part}-.*")), str(folder)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"energon prepare {folder} failed:\n{result.stdout}{result.stderr}")

@@ -15,7 +15,7 @@ import megatron_repairs
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, pretrain
+from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from learning_rates import LearningRates
 from recipes import demo_parts

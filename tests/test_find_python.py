@@ -1,6 +1,5 @@
 """The set-up's search for a Python 3.12, on machines made up of folders."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path

@@ -18,7 +18,6 @@ import torch
 import torch.distributed
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 
 PAIRS = 24
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
-LAYOUTS = {"one process": (1, ()), "TP=2": (2, TP), "TP=2 SP": (2, (*TP, "--sequence-parallel")), "PP=2": (2, PP), "TP=2 PP=2": (4, TP + PP)}
+LAYOUTS = {
+    "one process": (1, ()),
+    "TP=2": (2, TP),
+    "TP=2 SP": (2, (*TP, "--sequence-parallel")),
+    "PP=2": (2, PP),
+    "TP=2 PP=2": (4, TP + PP),
+}
 
 
 @pytest.fixture(scope="module")
