@@ -14,7 +14,6 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessor,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     SiglipConfig,
     SiglipVisionConfig,
 )
