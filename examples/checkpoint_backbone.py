@@ -7,14 +7,14 @@ The first rank does all that measure_alignment.py does. The others serve: they w
 part of the model with it.
 """
 
-import hashlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training_arguments import architecture_of, load_tokenizer, parse  # first: it prepares Megatron for machines without CUDA
+from training_arguments import TRACKER, architecture_of, load_tokenizer, parse  # first: it prepares Megatron for machines without CUDA
 
 import megatron_repairs
 import torch
@@ -32,6 +32,7 @@ from rsa_megatron.huggingface import find_architecture
 from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors
 from rsa_megatron.llava.model import PARTS
 from rsa_megatron.measurement.hf_backbones import caption_tokens
+from rsa_megatron.measurement.hf_models import fingerprint
 from rsa_megatron.measurement.pairs import CaptionedImage
 from rsa_megatron.plugin import RSAPlugin
 
@@ -41,14 +42,23 @@ _STOP = "stop"
 @contextmanager
 def checkpoint_backbones(checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int) -> Iterator[list]:
     """Tower and decoder of a checkpoint, on the first rank; the others serve while it is open, and end."""
+    one_process_without_torchrun()
     model = CheckpointModel(checkpoint, megatron_flags, dtype=dtype, batch_size=batch_size)
     if torch.distributed.get_rank() > 0:
         model.serve()
         sys.exit()
-    try:
-        yield [CheckpointVision(model), CheckpointText(model)]
-    finally:
-        _told(_STOP)
+    yield [CheckpointVision(model), CheckpointText(model)]
+    # Not after an error: the others may be waiting for this rank within a layer. It ends, and torchrun ends them.
+    _told(_STOP)
+
+
+def one_process_without_torchrun() -> None:
+    """What torchrun would have set."""
+    if "RANK" not in os.environ:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 class CheckpointModel:
@@ -78,6 +88,8 @@ class CheckpointModel:
         sys.argv = [sys.argv[0], "--model", str(files), "--tokenizer-model", str(files), "--pretrained-checkpoint", str(checkpoint),
                     *megatron_flags, *(["--bf16"] if dtype == "bfloat16" else [])]  # fmt: skip
         self.args = parse(RSAPlugin(), settings, reads_data=False)
+        if self.args.virtual_pipeline_model_parallel_size:
+            raise ValueError("--checkpoint takes pipelines that are not interleaved: leave out the virtual stages")
         if self.args.data_parallel_size > 1:
             raise ValueError(
                 f"{self.args.world_size} processes and {self.args.world_size // self.args.data_parallel_size} of TP x PP: start "
@@ -90,8 +102,10 @@ class CheckpointModel:
         for chunk in self.model:
             chunk.eval()
         self.chunks = chunks_of(self.model)
-        self.revision = _revision(checkpoint)
-        self.title = checkpoint.resolve().name
+        iteration = str(self.args.ckpt_step or (checkpoint / TRACKER).read_text().strip())
+        step = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+        self.revision = fingerprint(checkpoint / step)
+        self.title = f"{os.path.relpath(checkpoint)}, {f'iteration {iteration}' if iteration.isdecimal() else iteration}"
 
     def image_vectors(self, images: Tensor, layers: list[int]) -> dict[int, Tensor] | None:
         """v of each layer, where the tower is."""
@@ -171,10 +185,3 @@ def _identity(model: CheckpointModel) -> dict:
     dtype = "bfloat16" if model.args.bf16 else "float32"
     return {"model": model.title, "revision": model.revision, "dtype": dtype}
 
-
-def _revision(checkpoint: Path) -> str:
-    """Which of a folder's checkpoints, and when it was written: a run that goes on writes others."""
-    tracker = checkpoint / "latest_checkpointed_iteration.txt"
-    iteration = tracker.read_text().strip()
-    metadata = next(checkpoint.glob(f"*{iteration}/.metadata")) if iteration else tracker
-    return f"iteration {iteration}, sha256:{hashlib.sha256(metadata.read_bytes()).hexdigest()}"

@@ -63,15 +63,25 @@ def main(arguments: list[str] | None = None) -> None:
         fail("interrupted; the same command goes on from here")
 
 
+# Under torchrun, of --checkpoint: the first rank does all but its part of the model, in which the others serve.
+RANK = int(os.environ.get("RANK", "0"))
+
+
 def fail(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {message}", file=sys.stderr)
+    print(f"error{f' on rank {RANK}' if RANK else ''}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def fail_once(message: str) -> None:
+    """For what every rank finds."""
+    if RANK:
+        sys.exit(2)
+    fail(message)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        fail(message)
+        fail_once(message)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -118,31 +128,33 @@ def check(args: argparse.Namespace) -> None:
     """What argparse cannot see; ends with one line."""
     sides = len(args.vision) + len(args.language)
     if args.megatron_flags and not args.checkpoint:
-        fail(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
+        fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
     given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + ["vision and --language"] * bool(sides)
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
-        fail(f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}")
+        fail_once(f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}")
     if sides not in (0, 2):
-        fail(f"--vision and --language name two backbones between them, not {sides}")
+        fail_once(f"--vision and --language name two backbones between them, not {sides}")
     needs_data = bool(args.model or args.checkpoint or sides)
     if needs_data != bool(args.data):
-        fail("--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}")
+        fail_once("--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}")
     if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
-        fail(f"--text-reading {args.text_reading} needs a language model that is read")
+        fail_once(f"--text-reading {args.text_reading} needs a language model that is read")
     for name in ("num_samples", "seeds", "k", "batch_size", "num_workers"):
         if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+            fail_once(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if min(args.random_dims) < 1:
-        fail(f"--random-dims must be at least 1, not {min(args.random_dims)}")
+        fail_once(f"--random-dims must be at least 1, not {min(args.random_dims)}")
     if args.k >= args.num_samples and not args.features:
-        fail(f"--k {args.k} needs more than {args.k} samples; --num-samples is {args.num_samples}")
+        fail_once(f"--k {args.k} needs more than {args.k} samples; --num-samples is {args.num_samples}")
     if args.out.is_dir():
-        fail(f"--out {args.out} is a folder; name a file")
+        fail_once(f"--out {args.out} is a folder; name a file")
+    if RANK:
+        return
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        fail_once(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -155,7 +167,7 @@ def measure(args: argparse.Namespace) -> None:
         scores = score_layers(rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric))
         gap = gap_figures(rows, columns, scores, samples=samples, device=args.device)
         lines.append(make_line(rows, columns, scores, gap, k=args.k, label=args.label, data=args.data_name))
-    write_lines(args.out, lines)
+        write_lines(args.out, lines[-1:])  # a metric that has no value for a layer ends the run, and takes no other with it
     print(table(lines))
 
 
@@ -180,9 +192,12 @@ def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", .
         return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
     if args.random:
         return StandardNormal(args, 0), StandardNormal(args, 1)
+    if RANK:
+        with backbones(args):
+            raise AssertionError("the other ranks serve in there, and end")
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
     drawn = draw(pairs, args.num_samples, list(range(args.seeds)), data=args.data.resolve().name, split=args.split,
-                 language=args.language_code)  # fmt: skip
+                 language=args.language_code, images=str(args.images and args.images.resolve()))  # fmt: skip
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     with backbones(args) as waiting:
         # Popped, the first model leaves its memory to the second.

@@ -36,6 +36,8 @@ def check_settings(settings, *, packed: bool) -> None:
         "--context-parallel-size above 1": settings.context_parallel_size > 1,
         "--tp-comm-overlap": settings.tp_comm_overlap,
         "a window_size": getattr(settings, "window_size", None) is not None,  # no flag of Megatron's
+        "--sequence-parallel with Transformer Engine unless --micro-batch-size is 1": packed and settings.sequence_parallel
+        and getattr(settings, "micro_batch_size", 1) > 1,  # a config does not know it
         "the fused softmax of local layers: pass --no-masked-softmax-fusion": not packed and settings.masked_softmax_fusion,
     }
     for setting, is_on in refused.items():

@@ -45,6 +45,10 @@ class Pairs:
             tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
         return cls(images, tokens, mask, eligible_B)
 
+    def not_counted(self) -> "Pairs":
+        """The same micro-batch, none of whose samples is eligible."""
+        return Pairs(self.images, self.tokens, self.mask, torch.zeros_like(self.eligible_B))
+
     def kept(self, dtype: torch.dtype | None) -> "Pairs":
         """In host memory; the images in `dtype`, or none of them."""
         images = self.images[:0] if dtype is None else self.images.to(dtype)
@@ -130,7 +134,10 @@ def caption_vectors_of_layers(
         return output, lambda output, non_loss_data: None
 
     hooks = [hook for chunk in chunks for hook in _decoder_hooks(chunk, layers, keep)]
+    has_output = [chunk.language_model.post_process for chunk in chunks]
     try:
+        for chunk in chunks:  # GPTModel then ends at the hidden states: logits of a large vocabulary would be most of the memory
+            chunk.language_model.post_process = False
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[None] * len(model) if len(model) > 1 else None,
@@ -144,6 +151,8 @@ def caption_vectors_of_layers(
     finally:
         for hook in hooks:
             hook.remove()
+        for chunk, before in zip(chunks, has_output):
+            chunk.language_model.post_process = before
     num_rows, width = sum(len(mask) for mask in masks), chunks[0].config.hidden_size
     return {number: _from_its_stage(parts, num_rows, width, groups.pp) for number, parts in pooled.items()}
 

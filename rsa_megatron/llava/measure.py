@@ -30,7 +30,8 @@ def read_pairs(
     """What to measure on, micro-batch by micro-batch, in host memory: to be read once and used at every evaluation.
 
     Every rank must call it. A micro-batch is None on the stages between the first and the last. Images are kept where the
-    tower is, in its type: 1000 of 384 x 384 in bfloat16 are 0.9 GB, divided by the data-parallel size.
+    tower is, in its type: 1000 of 384 x 384 in bfloat16 are 0.9 GB, divided by the data-parallel size, on each
+    tensor-parallel rank.
 
     Args:
         batches: the samples, each once; None where this rank reads no data.
@@ -48,6 +49,9 @@ def read_pairs(
     smallest = torch.tensor([len(own) if reads else wanted], device=torch.cuda.current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
     own = own[: int(smallest)] if reads else [None] * int(smallest)
+    if len(model) > 1 and own:
+        # Interleaved schedules take a multiple of the pipeline's size: what is missing is made up, and does not count.
+        own += [own[0] and own[0].not_counted()] * (-len(own) % groups.pp.size())
     if not needs_data:
         return own
     dtype = next(first.vision_model.parameters()).dtype if first else None

@@ -165,6 +165,8 @@ def _rows(path: Path, columns: list[str], reader, delimiter: str) -> Iterator[Ro
     with _long_fields():
         try:
             for values in filter(None, reader):
+                if delimiter == "\t" and any("\n" in value and "\t" in value for value in values):
+                    raise csv.Error("a column holds other rows")
                 # A delimiter too many is the last column's own, in which captions are. What a row lacks at its end is empty.
                 values[last:] = [delimiter.join(values[last:])] if len(values) > last else []
                 yield Row(f"{path.name}, line {reader.line_num + 1}", dict(zip(columns, map(str.strip, values))))

@@ -1,5 +1,6 @@
 """measure_alignment.py --checkpoint: a Megatron checkpoint gives what its Hugging Face export gives, in every layout."""
 
+import shutil
 import sys
 
 import hf_parity
@@ -8,6 +9,8 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from rsa_megatron.measurement.hf_models import fingerprint
 
 PAIRS = 24
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
@@ -83,3 +86,33 @@ def test_what_is_wrong_is_one_line(models, demo, tmp_path, world_size, more, mes
         processes.run(measured, world_size, flags(demo, tmp_path, *checkpoint, *more))
     lines = [line for line in (str(failed.value) + failed.value.output).splitlines() if line.startswith("error:")]
     assert lines and lines[0].startswith(message)
+
+
+def fail_in_the_middle(argv):
+    from rsa_megatron.llava import layer_vectors
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("made up")
+
+    if torch.distributed.get_rank() == 0:
+        layer_vectors._through_decoder = out_of_memory
+    return measured(argv)
+
+
+def test_an_error_within_the_model_ends_the_first_rank_at_once(models, demo, tmp_path):
+    argv = flags(demo, tmp_path, "--checkpoint", models.megatron, *PP)
+    with pytest.raises(processes.Failed, match="rank 0:") as failed:
+        processes.run(fail_in_the_middle, 2, argv, timeout=60)
+    assert "error: --batch-size 7 is too large for the device: made up" in str(failed.value) + failed.value.output
+
+
+def test_checkpoints_of_other_weights_have_other_features(models, demo, tmp_path):
+    """Their metadata are alike; what is stored of one must not be taken for the other."""
+    folder = models.megatron / "release"
+    other = tmp_path / "release"
+    shutil.copytree(folder, other)
+    weights = max(other.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(other) != fingerprint(folder)

@@ -268,6 +268,14 @@ def test_evaluation_gives_the_same_under_every_layout(demo, initial_weights, rsa
     assert all(parallel[name] == expected[name] for name in layers)
 
 
+def test_interleaved_pipelines_measure_an_odd_number_of_micro_batches(demo, initial_weights):
+    flags = ("--skip-train", "--pretrained-checkpoint", initial_weights, "--eval-iters", 2, "--mutual-knn-samples", 30,
+             "--micro-batch-size", 2)  # fmt: skip
+    expected, actual = (script.run(size, demo, *flags, *layout) for size, layout in ((1, ()), (2, VPP)))
+    assert validation_figures(actual)["mutual-knn"] == validation_figures(expected)["mutual-knn"]
+    assert "| 30 pairs" in "".join(actual)
+
+
 def test_a_micro_batch_of_text_alone_trains_on_every_layout(demo):
     for world_size, layout in ((1, ()), (2, ()), (2, PP), (2, VPP), (2, (*TP, "--sequence-parallel"))):
         outputs = script.run(
