@@ -192,14 +192,15 @@ def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", .
         return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
     if args.random:
         return StandardNormal(args, 0), StandardNormal(args, 1)
+    opened = backbones(args)
     if RANK:
-        with backbones(args):
+        with opened:
             raise AssertionError("the other ranks serve in there, and end")
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
     drawn = draw(pairs, args.num_samples, list(range(args.seeds)), data=args.data.resolve().name, split=args.split,
                  language=args.language_code, images=str(args.images and args.images.resolve()))  # fmt: skip
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
-    with backbones(args) as waiting:
+    with opened as waiting:
         # Popped, the first model leaves its memory to the second.
         return tuple(stored_features(waiting.pop(0), drawn, args.store, **options) for _ in (0, 1))
 
