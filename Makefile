@@ -2,6 +2,7 @@
 # make demo-compare    the demo under four seeds, with and without RSA
 # make demo-stages     all three stages of the demo model, with and without RSA, and mutual-kNN after each
 # make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; under an hour on two cores
+# make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
 # make test            runs the tests
 # make bench           runs the benchmarks
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
@@ -19,7 +20,7 @@ RUN := stage1
 SEED := 1
 RSA :=
 
-.PHONY: demo demo-compare demo-stages reproduce test bench clean
+.PHONY: demo demo-compare demo-stages reproduce reproduce-openmoji test bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml
@@ -127,6 +128,10 @@ demo-stages: $(INSTALLED)
 FULL :=
 reproduce: $(INSTALLED)
 	@$(PY) examples/reproduce.py $(FULL) $(ARGS)
+
+# Stage 1 on natural pictures with their names, from the parts of `make reproduce`.
+reproduce-openmoji: $(INSTALLED)
+	@$(PY) examples/reproduce.py --data openmoji $(FULL) $(ARGS)
 
 clean:
 	rm -rf $(DEMO)
