@@ -24,8 +24,9 @@ BATCH = 32
 WITHOUT = ("--rsa-weight", "0")
 ANYRES = ("--image-aspect-ratio", "anyres", "--seq-length", "448")
 ALL_LEARN = ("--trainable", "vision", "projector", "embeddings", "language")
-# Stages 1.5 and 2 learn the answers alone, at the rate of the parts. With LLaVA's labels and the demo's rate so short a stage 2
-# learns the template, and greedy decoding begins every answer with a token of it (0 of 1280 right on val, with these 0.15).
+# Stages 1.5 and 2 learn the answers alone, at the rate of the parts. With LLaVA's labels so short a stage 2 learns the
+# template, and greedy decoding begins every answer with a token of it: of 1280 questions of val none was right after 60
+# iterations. With these 0.15 of them were, and after 120 iterations 0.37.
 LATER_STAGES = ("--label-style", "answer_only", "--lr", "2e-3", "--vision-lr", "4e-4")
 MAIN = {"with RSA": (), "without": WITHOUT}
 #: Data sets of a stage's mixture beside the captions.

@@ -98,7 +98,7 @@ def parsed(command):
 
 def test_it_fits_into_an_hour_on_two_cores():
     jobs = plan(PLACE, DEFAULT, [1, 2, 3], None)
-    assert reproduce.makespan(jobs, 2) < 50 * 60  # a sixth of the hour is left for a machine that is slower than assumed
+    assert reproduce.makespan(jobs, 2) < 54 * 60  # a tenth of the hour is left for a machine that is slower than assumed
 
 
 def test_openmoji_is_stage_1_from_the_parts_of_the_scenes():
