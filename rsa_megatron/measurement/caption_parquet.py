@@ -9,8 +9,7 @@ from PIL import Image
 from pyarrow.parquet import ParquetFile
 
 from rsa_megatron.data.record import Unusable
-from rsa_megatron.measurement.caption_tables import Row, Table
-from rsa_megatron.measurement.pairs import decode, find_image, open_image
+from rsa_megatron.measurement.pairs import Row, Table, decode, find_image, open_image
 
 # Rows that are in memory at once, without their images.
 _ROWS = 4096

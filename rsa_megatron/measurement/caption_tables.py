@@ -16,16 +16,14 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
 from rsa_megatron.measurement.caption_files import FoundPairs, answers
-from rsa_megatron.measurement.pairs import Pairs
+from rsa_megatron.measurement.pairs import Pairs, Row, Table
 
 # Of each the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
 _CAPTIONS = ("caption_reference_description", "raw", "comment", "caption", "captions", "text", "conversations", "messages")
@@ -34,27 +32,6 @@ _ADDRESSES = ("image_url", "url")
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; a quotation mark without its
 # partner would make one field of the rest of the file.
 _LONGEST_FIELD = 1 << 24
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it was found."""
-
-    #: file and row
-    place: str
-    #: by column
-    content: dict
-    #: opens the image that lies in the table itself
-    image: Callable[[], Image.Image] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    path: Path
-    columns: list[str]
-    #: the one of them that holds the images themselves
-    image_column: str | None
-    rows: Iterator[Row]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,29 @@ class CaptionedImage:
     #: Opens the image, upright RGB. Raises ValueError, naming the file, for one that cannot be read: among thousands there
     #: may be such, which whoever opens them leaves out and counts.
     image: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table of pairs, as it was found."""
+
+    #: file and row
+    place: str
+    #: by column
+    content: dict
+    #: opens the image that lies in the table itself
+    image: Callable[[], Image.Image] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of such rows (caption_tables.py, caption_parquet.py)."""
+
+    path: Path
+    columns: list[str]
+    #: the one of them that holds the images themselves
+    image_column: str | None
+    rows: Iterator[Row]
 
 
 class Pairs(Sequence[CaptionedImage]):
