@@ -82,13 +82,11 @@ def chunks_of(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
 def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     """v of each image after each of `layers`, [B, D] in float32: the mean of its tokens (paper, eq. 1)."""
     tower, pooled = first.vision_model, {}
-    blocks = tower.decoder.layers
-    states = {0: None, **{number: block for number, block in enumerate(blocks, start=1)}}
 
     def keep(number, state_PBD):
         pooled[number] = state_PBD.mean(dim=0, dtype=torch.float32)
 
-    hooks = [_after(states[number], keep, number) for number in layers if number]
+    hooks = [_after(tower.decoder.layers[number - 1], keep, number) for number in layers if number]
     if 0 in layers:
         hooks.append(_before(tower.decoder, keep, 0))
     try:
