@@ -55,6 +55,7 @@ def gradients_on_a_rank(mode, sabotage):
             hidden_LBE=states[m, data_rank, half] * weights[1],
             caption_mask_BL=mask[m, data_rank, :, half],
             samples=samples,
+            num_copied=0,
         )
         term = objective.rsa_term(representations, config, model_config, own)
         num_tokens = torch.tensor(num_tokens_of[m][data_rank][context_rank])
