@@ -1,7 +1,7 @@
 # make demo            trains the demo model with the RSA loss and shows what came of it
 # make demo-compare    the demo under four seeds, with and without RSA
 # make demo-stages     all three stages of the demo model, with and without RSA, and mutual-kNN after each
-# make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; planned at 51 minutes on two cores
+# make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; 59 minutes on two cores
 # make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
 # make test            runs the tests
 # make bench           runs the benchmarks

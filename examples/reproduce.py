@@ -1,6 +1,6 @@
 """Train with RSA and without, from one seed after the other, and tell what came of it: `make reproduce`.
 
-    python examples/reproduce.py                        planned at 51 minutes on two cores
+    python examples/reproduce.py                        59 minutes on two cores
     python examples/reproduce.py --full --jobs 10       longer runs, for a machine with many cores or a GPU
     python examples/reproduce.py --dry-run              what would run, and for how long
 
