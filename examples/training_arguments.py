@@ -35,7 +35,7 @@ from rsa_megatron.huggingface import find_architecture, is_model_folder
 from rsa_megatron.llava.architectures import Architecture
 from rsa_megatron.llava.caption_copies import check_settings
 from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS, layer_specs
-from rsa_megatron.llava.layer_vectors import layer_number
+from rsa_megatron.llava.layers import layer_number
 from rsa_megatron.llava.model import PARTS
 from rsa_megatron.plugin import RSAPlugin
 

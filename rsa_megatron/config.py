@@ -2,6 +2,19 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+
+class LayerPair(NamedTuple):
+    """Two layers whose geometries RSA aligns: 0 is what goes into the first layer, -1 is the last."""
+
+    vision: int
+    text: int
+    #: what its loss counts for beside those of other pairs
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.vision}:{self.text}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,20 @@ class RSAConfig:
     )  # fmt: skip
     """Whether t_i comes from the multimodal row, or from the caption alone. The paper does not say which it used."""
 
+    layers: str = field(
+        default="-1:-1",
+        metadata={"help": "vision:text pairs of layers, as -1:-1,-2:14@0.5; 0 is what goes into the first layer, -1 the last, "
+                  "the number after @ the pair's weight (1 without)"},
+    )  # fmt: skip
+    """Pairs of layers whose losses add up. The paper aligns the last layers and names others as open (appendix J)."""
+
+    scope: str = field(
+        default="micro-batch",
+        metadata={"choices": ("micro-batch", "global-batch"), "help": "the pairs of a kernel: of one micro-batch on all "
+                  "data-parallel ranks, or of the optimizer step's whole batch"},
+    )  # fmt: skip
+    """N of eq. 3 to 5: micro-batch x data-parallel ranks, or the whole batch (alignment/earlier_rows.py)."""
+
     normalize: str = field(
         default="none",
         metadata={"choices": ("none", "mean-distance"), "help": "mean-distance divides each kernel by its own mean, "
@@ -61,3 +88,28 @@ class RSAConfig:
             if choices and getattr(self, setting.name) not in choices:
                 flag = "--rsa-" + setting.name.replace("_", "-")
                 raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {getattr(self, setting.name)!r}")
+        if self.scope == "global-batch" and self.normalize != "none":
+            raise ValueError(
+                f"--rsa-scope global-batch does not go with --rsa-normalize {self.normalize}: the mean distance of a whole "
+                "batch is known after its last micro-batch alone"
+            )
+        pairs = [(pair.vision, pair.text) for pair in self.layer_pairs]
+        if len(set(pairs)) < len(pairs):
+            raise ValueError(f"--rsa-layers {self.layers} names a pair twice; give it a weight instead, as -1:-1@2")
+
+    @property
+    def layer_pairs(self) -> tuple[LayerPair, ...]:
+        """`layers`, taken apart."""
+        return tuple(_layer_pair(text, self.layers) for text in self.layers.split(","))
+
+
+def _layer_pair(text: str, whole: str) -> LayerPair:
+    layers, _, weight = text.partition("@")
+    try:
+        vision, _, decoder = layers.partition(":")
+        pair = LayerPair(int(vision), int(decoder), float(weight or 1))
+    except ValueError:
+        pair = None
+    if pair is None or not (math.isfinite(pair.weight) and pair.weight > 0):
+        raise ValueError(f"--rsa-layers {whole} is no list of VISION:TEXT or VISION:TEXT@WEIGHT, such as -1:-1,-2:14@0.5")
+    return pair

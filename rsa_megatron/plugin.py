@@ -4,39 +4,60 @@
     ... extra_args_provider=rsa.add_arguments              the --rsa-* flags
     ... model_provider=rsa.wrap_model_provider(provider)   hooks on the model; no parameters, same checkpoints
     ... rsa.wrap_forward_step(forward_step)                the RSA term in the loss, its figures in the log
+
+In Megatron-Bridge `provider.register_pre_wrap_hook(rsa.attach)` takes the place of the second.
 """
 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.utils import get_model_config
 
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
+from rsa_megatron.llava.model_samples import Selection
 from rsa_megatron.llava.objective import add_to_loss, rsa_term
+from rsa_megatron.llava.refusals import check_model
 from rsa_megatron.llava.taps import Taps
+from rsa_megatron.llava.whole_batch import WholeBatch
 
 
 class RSAPlugin:
-    """Adds the RSA loss to LLaVAModel training.
+    """Adds the RSA loss to the training of a megatron.core LLaVAModel.
 
     Args:
         config: the settings; flags of the command line override them.
-        select: from a batch, as the data iterator gives it, to its RSASamples. By default its attribute `rsa`.
+        select: which samples take part, and which tokens are their captions, from a batch as the data iterator gives it:
+            (caption_mask [B, S], eligible [n]), integers, of which either may be None for the default; or RSASamples.
+            By default what the batch itself has: an RSASamples as its attribute `rsa`, or `rsa_caption_mask` and
+            `rsa_eligible` (RSATaskEncoder's) as keys or attributes. Of what it does not have: every sample with one image
+            takes part, and its caption are the tokens that the LM loss learns.
     """
 
-    def __init__(self, config: RSAConfig = RSAConfig(), select: Callable[[object], RSASamples] | None = None):
+    def __init__(
+        self,
+        config: RSAConfig = RSAConfig(),
+        select: Callable[[object], "RSASamples | tuple[torch.Tensor | None, torch.Tensor | None]"] | None = None,
+    ):
         self.config = config
-        self._select = select or _batch_rsa
+        self._select = select or _of_batch
+
+    def __deepcopy__(self, memo) -> "RSAPlugin":
+        # Megatron-Bridge copies model providers, with the hooks that were registered: all of them mean this plugin.
+        return self
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add the --rsa-* flags, one a field of RSAConfig; a flag that is given changes this plugin's config.
 
         (Megatron parses inside or outside of pretrain() depending on its version; the flags act in both.)
         """
+        # argparse takes what begins with a dash for a flag unless it is a number: --rsa-layers -1:-1 is one, too.
+        parser._negative_number_matcher = re.compile(r"^-\d+$|^-\d*\.\d+$|^-\d+:")
         group = parser.add_argument_group("representational space alignment")
         for setting in dataclasses.fields(RSAConfig):
             group.add_argument(
@@ -49,11 +70,11 @@ class RSAPlugin:
             )
         return parser
 
-    def attach(self, model: LLaVAModel | list[LLaVAModel]) -> LLaVAModel | list[LLaVAModel]:
+    def attach(self, model: torch.nn.Module | list[torch.nn.Module]) -> torch.nn.Module | list[torch.nn.Module]:
         """Put the taps on a model chunk, or on each of a list of chunks, and return it; with weight 0, nothing.
 
-        Every rank of a pipeline must do it to each of its chunks, as model providers do: a stage without taps would
-        take the carrier rows for tokens.
+        A chunk is a LLaVAModel, or a module that has one within. Every rank of a pipeline must do it to each of its chunks,
+        as model providers do: a stage without taps would take the carrier rows for tokens.
         """
         for chunk in model if isinstance(model, list) else [model]:
             if self.config.weight > 0:
@@ -70,61 +91,92 @@ class RSAPlugin:
         return provide
 
     def wrap_forward_step(self, forward_step: Callable) -> Callable:
-        """The same forward step, its loss function's result with the RSA term and its figures added."""
+        """The same forward step, its loss function's result with the RSA term and its figures added.
 
-        @functools.wraps(forward_step)
-        def step(data_iterator, model, *args, **kwargs):
+        Args:
+            forward_step: (data_iterator, model, ...), as Megatron-LM's schedules call it, or (state, data_iterator, model, ...),
+                as Megatron-Bridge's do.
+        """
+
+        @functools.wraps(forward_step, updated=())
+        def step(*args, **kwargs):
             if self.config.weight == 0:
-                return forward_step(data_iterator, model, *args, **kwargs)
-            chunk = _chunk_with_taps(model)
+                return forward_step(*args, **kwargs)
+            if kwargs.get("return_schedule_plan"):
+                raise ValueError("RSA cannot train with combined forward and backward passes (1F1B that overlaps expert-parallel "
+                                 "communication): leave --overlap-moe-expert-parallel-comm out")  # fmt: skip
+            # The schedules pass both by their places, next to each other.
+            place = next(i for i, argument in enumerate(args) if isinstance(argument, torch.nn.Module))
+            before, data_iterator, model, after = args[: place - 1], args[place - 1], args[place], args[place + 1 :]
+            chunk = llava_within(model)
             reader = None if data_iterator is None else _Reader(data_iterator)
             # A rank that holds an iterator need not read from it: those of a tensor-parallel group receive.
-            chunk.rsa_taps.begin(lambda: None if reader is None or reader.last is None else self._select(reader.last))
-            output, loss_func = forward_step(reader, model, *args, **kwargs)
+            chunk.rsa_taps.begin(lambda: None if reader is None or reader.last is None else _said(self._select(reader.last)))
+            output, loss_func = forward_step(*before, reader, model, *after, **kwargs)
             representations = chunk.rsa_taps.take()
             if representations is None:
                 return output, loss_func
-            return output, functools.partial(self._loss, loss_func, representations, chunk)
+            return output, functools.partial(self._loss, loss_func, representations, chunk, get_model_config(model))
 
         return step
 
-    def _loss(self, loss_func, representations, chunk, output_tensor, **kwargs):
+    def _loss(self, loss_func, representations, chunk, model_config, output_tensor, **kwargs):
         outputs = loss_func(output_tensor, **kwargs)
         if kwargs.get("non_loss_data"):
             return outputs
-        model_config, groups = get_model_config(chunk), chunk.pg_collection
-        term = rsa_term(representations, self.config, model_config, groups)
-        return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, groups)
+        whole_batch = chunk.rsa_whole_batches[chunk.training] if self.config.scope == "global-batch" else None
+        if whole_batch:
+            whole_batch.begin_micro_batch()
+        term = rsa_term(representations, self.config, chunk.config, chunk.pg_collection, whole_batch)
+        return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, chunk.pg_collection)
 
-    def _attach_to_chunk(self, chunk: LLaVAModel) -> None:
+    def _attach_to_chunk(self, model: torch.nn.Module) -> None:
+        chunk = _llava_model(model)
         if hasattr(chunk, "rsa_taps"):
             raise ValueError("RSAPlugin.attach: this model has its taps already; attach it once")
-        if chunk.config.mtp_num_layers:
-            raise ValueError("RSA needs the last decoder layer's states on the last stage: set --mtp-num-layers 0")
+        check_model(chunk, self.config)
         if chunk.config.pipeline_model_parallel_size > 1:
-            # The hidden state with its carrier rows is longer than the sequence: let the stages tell each other.
-            # (Set here because TransformerConfig refuses it together with a default of its expert layers.)
-            chunk.config.variable_seq_lengths = True
+            # The hidden state with its carrier rows is longer than the sequence: let the stages tell each other. (Set here
+            # because TransformerConfig refuses it together with a default of its expert layers; and on both, as a module
+            # around LLaVAModel may have a config of its own, which is the one that the schedules ask.)
+            chunk.config.variable_seq_lengths = get_model_config(model).variable_seq_lengths = True
         chunk.rsa_taps = Taps(chunk, self.config)
+        chunk.rsa_whole_batches = {is_training: WholeBatch() for is_training in (True, False)}
 
 
-def _chunk_with_taps(model) -> LLaVAModel:
-    try:
-        return get_attr_wrapped_model(model, "rsa_taps", return_model_obj=True)
-    except RuntimeError as error:
+def llava_within(model: torch.nn.Module) -> LLaVAModel:
+    """The LLaVAModel, with its taps, in what Megatron has wrapped around it."""
+    chunk = _llava_model(model)
+    if not hasattr(chunk, "rsa_taps"):
         raise ValueError(
             "RSA's forward step is given a model without its taps: wrap the model provider too "
             "(RSAPlugin.wrap_model_provider, or attach)"
-        ) from error
-
-
-def _batch_rsa(batch) -> RSASamples:
-    if not hasattr(batch, "rsa"):
-        raise ValueError(
-            f"a batch of type {type(batch).__name__} has no attribute rsa: give it an RSASamples (rsa_megatron/batch.py), or "
-            "tell the plugin where they are: RSAPlugin(config, select=...)"
         )
-    return batch.rsa
+    return chunk
+
+
+def _llava_model(model: torch.nn.Module) -> LLaVAModel:
+    # Modules come from the outside in: no more than the few wrappers are looked at.
+    for module in model.modules():
+        if isinstance(module, LLaVAModel):
+            return module
+    raise ValueError(f"RSA is for megatron.core's LLaVAModel: there is none in {type(model).__name__}")
+
+
+def _of_batch(batch) -> RSASamples | tuple[torch.Tensor | None, torch.Tensor | None]:
+    read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
+    samples = read("rsa")
+    return samples if isinstance(samples, RSASamples) else (read("rsa_caption_mask"), read("rsa_eligible"))
+
+
+def _said(selection) -> RSASamples | Selection:
+    if isinstance(selection, RSASamples):
+        return selection
+    if not (isinstance(selection, tuple) and len(selection) == 2):
+        raise ValueError(f"RSAPlugin(select=...) gave {type(selection).__name__}: give (caption_mask, eligible) or an RSASamples "
+                         "(rsa_megatron/batch.py)")  # fmt: skip
+    caption_mask, eligible = selection
+    return Selection(eligible, caption_mask)
 
 
 class _Reader:

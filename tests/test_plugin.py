@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from rsa_megatron import RSAPlugin
+from rsa_megatron.plugin import _said
 
 
 def flags(demo):
@@ -72,9 +73,9 @@ def test_a_plugin_half_attached_is_named(demo, sabotage, message):
         layouts.run(layouts.SINGLE, [[tiny.batch(0)]], flags(demo), sabotage=sabotage)
 
 
-def test_a_batch_of_another_kind_is_named():
-    with pytest.raises(ValueError, match="a batch of type dict has no attribute rsa: .*select="):
-        RSAPlugin()._select({})
+def test_a_selection_of_another_kind_is_named():
+    with pytest.raises(ValueError, match=r"select=...\) gave list: give \(caption_mask, eligible\) or an RSASamples"):
+        _said([torch.ones(2), torch.ones(2)])
 
 
 class TheirBatch(dict):

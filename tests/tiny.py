@@ -107,6 +107,16 @@ def text_batch(seed: int) -> LlavaBatch:
     return batch(seed, eligible=(0, 0, 0, 0), tiles=(0, 0, 0, 0))
 
 
+def joined(*parts: LlavaBatch) -> LlavaBatch:
+    """The samples of several batches in one."""
+    rsa = RSASamples(*(torch.cat([getattr(one.rsa, name) for one in parts]) for name in RSASamples.__dataclass_fields__))
+    tensors = ("tokens", "labels", "loss_mask", "images", "image_layouts", "row_lengths")
+    return LlavaBatch(
+        **{name: torch.cat([getattr(one, name) for one in parts]) for name in tensors}, rsa=rsa,
+        keys=sum((one.keys for one in parts), []), records=sum((one.records for one in parts), []),
+    )  # fmt: skip
+
+
 def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
     """Part `index` of `count` equal parts: what one of several data-parallel ranks reads."""
     if count == 1:

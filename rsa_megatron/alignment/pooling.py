@@ -34,3 +34,15 @@ def pool_text(hidden_SBE: Tensor, mask_BS: Tensor) -> Tensor:
     """
     masked_SBE = hidden_SBE * mask_BS.T[..., None].to(hidden_SBE.dtype)
     return masked_SBE.sum(dim=0, dtype=torch.float32)
+
+
+def pool_packed_text(hidden_SE: Tensor, sample_S: Tensor, num_samples: int) -> Tensor:
+    """The same sums for n samples that share one row, [n, E] in float32.
+
+    Args:
+        hidden_SE: the row's states.
+        sample_S: s where a row is a caption token's of sample s = 1 .. n, else 0; int64.
+    """
+    # Slot 0 takes the rows of no caption. (The rows as float32 live until their sum is taken; nothing keeps them.)
+    sums = hidden_SE.new_zeros(num_samples + 1, hidden_SE.shape[1], dtype=torch.float32)
+    return sums.index_add(0, sample_S, hidden_SE.float())[1:]

@@ -75,19 +75,6 @@ def append(arguments: dict, samples: RSASamples) -> tuple[RSASamples, int]:
     return RSASamples(samples.eligible, caption_mask, samples.num_tiles, samples.sample_id), num_copied
 
 
-def starts(input_ids: Tensor, num_copied: int, image_token_index: int, tokens_of_images: Tensor) -> Tensor:
-    """Where each row's copy begins once its images are spliced in, [B].
-
-    Args:
-        input_ids: with the copies, [B, S + C].
-        tokens_of_images: positions that each image of the batch takes, in order.
-    """
-    is_image_BS = input_ids == image_token_index
-    lengths_BS = torch.ones_like(input_ids)
-    lengths_BS[is_image_BS] = tokens_of_images.to(lengths_BS.dtype)
-    return lengths_BS[:, : input_ids.shape[1] - num_copied].sum(dim=1) * (num_copied > 0)
-
-
 def segment_mask(start_B: Tensor, length: int) -> Tensor:
     """Megatron's attention mask, True where a position may not look, [B, 1, L, L]."""
     position_L = torch.arange(length, device=start_B.device)
@@ -104,11 +91,14 @@ class SeparateSegments:
     `start_B` is what holds for the next forward pass; None leaves it as it is.
     """
 
-    def __init__(self, model: LLaVAModel):
+    def __init__(self, model: LLaVAModel, *, reads_inner_layers: bool):
         self.start_B: Tensor | None = None
         layers = model.language_model.decoder.layers
         self._takes_a_mask = all(isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in layers)
         check_settings(model.config, packed=not self._takes_a_mask)
+        if reads_inner_layers and not self._takes_a_mask:
+            raise ValueError("--rsa-text-source caption with text layers before the last (--rsa-layers) needs local attention, as "
+                             "Transformer Engine's layers take the rows one after another: leave one out")  # fmt: skip
         self._shards = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
         decoder = model.language_model.decoder
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)

@@ -4,9 +4,7 @@ An image goes alone through the tower, its caption alone through the decoder. In
 states have seen the image through attention: they share neighbours with it whether or not anything was learnt, so
 nothing is read there.
 
-Layer 0 is what goes into the first layer, layer l what comes out of the l-th; the decoder's last is taken after its final
-norm. (transformers' hidden_states are numbered so.) Hooks pool each layer's states as they come: no more than one layer's
-tokens are held.
+Layers are numbered as in layers.py. Hooks pool each layer's states as they come: no more than one layer's tokens are held.
 
 Shapes: B samples of a micro-batch, n of all micro-batches, S caption tokens, L positions, D and E widths of v and t.
 """
@@ -22,7 +20,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from rsa_megatron.llava.broadcast import broadcast_tensors
-from rsa_megatron.llava.objective import caption_vectors
+from rsa_megatron.llava.caption_pooling import caption_vectors
+from rsa_megatron.llava.layers import on_decoder_layers, on_tower_layers
 
 
 @dataclass
@@ -62,17 +61,6 @@ class Pairs:
         return Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
 
 
-def layer_number(layer: int, num_layers: int, *, named: str = "layer") -> int:
-    """A layer's number from 0, where -1 is the last.
-
-    Raises:
-        ValueError: there is no such layer.
-    """
-    if not -num_layers - 1 <= layer <= num_layers:
-        raise ValueError(f"{named} {layer}: it has {num_layers} layers; 0 is what goes into the first, -1 the last")
-    return layer if layer >= 0 else num_layers + 1 + layer
-
-
 def chunks_of(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
     """The LLaVAModels within what Megatron has wrapped around them."""
     return [get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True) for chunk in model]
@@ -86,9 +74,7 @@ def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> d
     def keep(number, state_PBD):
         pooled[number] = state_PBD.mean(dim=0, dtype=torch.float32)
 
-    hooks = [_after(tower.decoder.layers[number - 1], keep, number) for number in layers if number]
-    if 0 in layers:
-        hooks.append(_before(tower.decoder, keep, 0))
+    hooks = on_tower_layers(tower, layers, keep)
     try:
         tower(images.to(next(tower.parameters()).dtype))
     finally:
@@ -131,7 +117,7 @@ def caption_vectors_of_layers(
             output = _through_decoder(wrapped, pairs[in_hand["number"]])
         return output, lambda output, non_loss_data: None
 
-    hooks = [hook for chunk in chunks for hook in _decoder_hooks(chunk, layers, keep)]
+    hooks = [hook for chunk in chunks for hook in on_decoder_layers(chunk, layers, keep)]
     has_output = [chunk.language_model.post_process for chunk in chunks]
     try:
         for chunk in chunks:  # GPTModel then ends at the hidden states: logits of a large vocabulary would be most of the memory
@@ -168,31 +154,6 @@ def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
         sound_clips=torch.zeros(0, device=device),
     )
     return output
-
-
-def _decoder_hooks(chunk: LLaVAModel, layers: Sequence[int], keep) -> list:
-    decoder = chunk.language_model.decoder
-    hooks = [_before(decoder, keep, 0)] if chunk.pre_process and 0 in layers else []
-    for block in decoder.layers:
-        is_last = block.layer_number == chunk.config.num_layers
-        if block.layer_number in layers:
-            hooks.append(_after(decoder if is_last else block, keep, block.layer_number))
-    return hooks
-
-
-def _before(module, keep, number: int):
-    """A hook that keeps what goes into a module."""
-
-    def hook(module, args, kwargs):
-        keep(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _after(module, keep, number: int):
-    return module.register_forward_hook(
-        lambda module, args, output: keep(number, output[0] if isinstance(output, tuple) else output)
-    )
 
 
 def _mask_on_every_stage(pair: Pairs | None, pp_group) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from rsa_megatron.alignment.gather import gather_rows
 from rsa_megatron.alignment.neighbours import nearest_neighbours, shared_neighbours
 from rsa_megatron.batch import LlavaBatch
-from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors, layer_number
+from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors
+from rsa_megatron.llava.layers import layer_number
 
 #: A layer of the tower and one of the decoder; -1 is the last (paper, section 3.2), 0 what goes into the first.
 LayerPair = tuple[int, int]

@@ -1,25 +1,28 @@
 """Reads the two representations out of a LLaVAModel that knows nothing of it.
 
-Hooks and one instance attribute on one model chunk; no wrapper around the model, no parameter, no buffer, so
+Hooks and instance attributes on one model chunk; no wrapper around the model, no parameter, no buffer, so
 that training scripts and checkpoints see the model they know.
 
     vision_model               forward hook: v_i from its output, before the projector       (first stage)
     set_input_tensor           takes the carrier rows off what the stage before has sent      (other stages)
     language_model.decoder     forward hook: its output, after the final norm                (last stage)
+    layers of either           forward hooks on those that --rsa-layers names                (any stage)
     model, before and after    the caption mask on its way through LLaVAModel's splice; the carrier rows put on
     with text_source caption   caption_copies.py: the captions put on before, and kept apart in the decoder; LLaVAModel's
                                splice tells where they have come to lie                      (every stage)
 
 The caption mask has to follow the tokens through everything LLaVAModel does to a row: image tokens spliced in,
-padding, truncation, the split over context-parallel ranks. LLaVAModel does all that to the loss mask, moving its
-numbers and computing nothing with them, so the caption mask rides in it as their sign (-0.0 is a caption's row that
-is not learnt) and is read back from what is returned: exact in every float type and for every weight of 0 or more.
+padding, truncation, the split over context-parallel ranks. LLaVAModel does all that to the loss mask on the last stage, and
+the caption mask rides in it (caption_marks.py). Text layers of earlier stages are pooled where they are: the first stage
+works out where the captions lie (splice.py), and the carrier takes mask and sums along.
 
-Shapes: B samples, S text positions, L positions of the spliced row, T tiles, D and E widths of v and t.
+Shapes: B rows, n samples (B of them, or those packed into one row), S text positions, L positions of the spliced row,
+T tiles of P tokens, D and E widths of v and t.
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -28,25 +31,51 @@ from torch import Tensor
 from rsa_megatron.alignment.pooling import pool_tiles
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.llava import caption_copies, carrier
+from rsa_megatron.llava import caption_copies, caption_marks, carrier, splice
 from rsa_megatron.llava.broadcast import broadcast_tensors
+from rsa_megatron.llava.caption_pooling import caption_sums
+from rsa_megatron.llava.carrier import Carried
+from rsa_megatron.llava.layers import layer_number, on_decoder_layers, on_tower_layers
+from rsa_megatron.llava.model_samples import Selection, samples_of
 
 _FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
 
 
 @dataclass
 class Representations:
-    """What the last stage has of one micro-batch once its forward pass is over."""
+    """What the last stage has of one micro-batch once its forward pass is over. Layers are named as --rsa-layers names them."""
 
-    #: image vectors, [B, D] float32; a row of zeros for a sample without an image
-    v_BD: Tensor
-    #: the decoder's output, [L, B, E], or this rank's part of the sequence
-    hidden_LBE: Tensor
-    #: 1 where a row of the whole sequence (this context-parallel rank's part of it) is a caption token's, [B, L]
+    #: image vectors of each vision layer, [n, D] float32; a row of zeros for a sample without an image
+    v: dict[int, Tensor]
+    #: states of the text layers that this stage has, [L, B, E], or this rank's part of the sequence
+    hidden: dict[int, Tensor]
+    #: of those that stages before it have, the sums over this context-parallel rank's caption rows, [n, E]
+    sums: dict[int, Tensor]
+    #: where a row of the whole sequence (this context-parallel rank's part of it) is a caption token's, [B, L]: 1, or
+    #: in a packed row s for its sample s = 1 .. n
     caption_mask_BL: Tensor
     samples: RSASamples
     #: positions that copies of captions have added to each row
     num_copied: int
+
+
+@dataclass
+class _InHand:
+    """What has been read of the micro-batch that is going forward."""
+
+    samples: RSASamples | None = None
+    v: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    caption_mask_BL: Tensor | None = None
+    loss_mask_dtype: torch.dtype | None = None
+    num_copied: int = 0
+    #: where the text positions lie in the spliced row, [B, S]
+    positions_BS: Tensor | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        return len(self.samples.eligible) != len(self.samples.caption_mask)
 
 
 class Taps:
@@ -55,167 +84,263 @@ class Taps:
     def __init__(self, model: LLaVAModel, config: RSAConfig):
         self.config = config
         self.is_first, self.is_last = model.pre_process, model.post_process
-        self.vision_width: int | None = model.vision_model.config.hidden_size if self.is_first else None
-        self.samples: RSASamples | None = None
-        self._model_config, self._pg_collection = model.config, model.pg_collection
+        self._model, self._model_config, self._pg_collection = model, model.config, model.pg_collection
         self._signature = inspect.signature(model.forward)
-        self._captured = None
-        self._active = False
-        self._v = self._hidden = self._caption_mask = self._carried = None
-        self._mask_dtype = None
-        self._num_copied = 0
+        self._vision_layers = list(dict.fromkeys(pair.vision for pair in config.layer_pairs))
+        depth = model.config.num_layers
+        #: The text layers and their numbers. The last is on the last stage; each other has a place in the carrier.
+        self._text_layers = {
+            pair.text: layer_number(pair.text, depth, named="--rsa-layers, text layer") for pair in config.layer_pairs
+        }
+        self._inner_layers = [layer for layer, number in self._text_layers.items() if number != depth]
+        self._carries_mask = bool(self._inner_layers) and not (self.is_first and self.is_last)
+        self._image_width: int | None = None
+        self._vector_width: int | None = None
+        #: The carrier's rows, as they have come from the stage before.
+        self._rows: Tensor | None = None
+        self._in_hand = _InHand()
+        self._active = self._tiles_are_checked = False
+        self._read = None
         self._segments = None
         if config.text_source == "caption":
-            self._segments = caption_copies.SeparateSegments(model)
-            self._model, self._splice = model, model._preprocess_data
+            self._segments = caption_copies.SeparateSegments(model, reads_inner_layers=bool(self._inner_layers))
+        if self._segments or self._carries_mask:
+            self._splice = model._preprocess_data
             model._preprocess_data = self._splice_with_copies
+        self._put_hooks(model)
 
+    def _put_hooks(self, model: LLaVAModel) -> None:
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward)
-        if self.is_first:
-            model.vision_model.register_forward_hook(self._after_vision)
-        else:
+        on_decoder_layers(model, set(self._text_layers.values()), self._keep_states)
+        if not self.is_first:
             self._set_input_tensor = model.set_input_tensor
             model.set_input_tensor = self._take_off_carrier
-        if self.is_last:
-            model.language_model.decoder.register_forward_hook(self._after_decoder)
+            return
+        tower = model.vision_model
+        # A tower that ends in a merger says how wide that is.
+        self._image_width = getattr(tower, "out_hidden_size", None) or tower.config.hidden_size
+        inner = [layer for layer in self._vision_layers if layer != -1]
+        numbers = {layer: layer_number(layer, tower.config.num_layers, named="--rsa-layers, vision layer") for layer in inner}
+        for layer, number in numbers.items():
+            on_tower_layers(tower, [number], lambda _, states_PTD, layer=layer: self._keep_tiles(layer, states_PTD.transpose(0, 1)))
+        tower.register_forward_hook(lambda module, args, tokens_TPD: self._keep_tiles(-1, tokens_TPD))
 
-    def begin(self, captured) -> None:
-        """A micro-batch begins. `captured()` gives its RSASamples where this rank has read the data, else None."""
-        self._captured = captured
+    def begin(self, read: Callable[[], RSASamples | Selection | None]) -> None:
+        """A micro-batch begins. `read()` gives what is said of it where this rank has read its batch, else None."""
+        self._read = read
 
     def take(self) -> Representations | None:
         """What was read of the micro-batch that has just gone forward; None where there was nothing to read."""
-        v, hidden, mask, samples = self._v, self._hidden, self._caption_mask, self.samples
-        self._v = self._hidden = self._caption_mask = self.samples = self._captured = None
-        if samples is None or hidden is None or mask is None:
+        found, self._in_hand, self._read = self._in_hand, _InHand(), None
+        if not self.is_last or found.samples is None or found.caption_mask_BL is None:
             return None
-        return Representations(v, hidden, mask, samples, self._num_copied)
+        return Representations(
+            {layer: found.v[layer] for layer in self._vision_layers},
+            found.hidden, found.sums, found.caption_mask_BL, found.samples, found.num_copied,
+        )  # fmt: skip
 
     # The hooks, in the order in which they fire.
 
     def _take_off_carrier(self, input_tensor):
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if received is not None:
-            self.vision_width = self.vision_width or carrier.vector_width(received)
-            k = carrier.num_rows(self.vision_width, received.shape[2], received.dtype)
+            self._vector_width = self._vector_width or carrier.vector_width(received)
+            k = carrier.num_rows_received(received, self._vector_width, self._shards if self._carries_mask else 0)
             # Slices along dim 0 of what was received: no copy, and both parts' gradients return through it.
-            self._carried, received = received[-k:], received[:-k]
+            self._rows, received = received[-k:], received[:-k]
         self._set_input_tensor([received])
 
     def _before_forward(self, model, args, kwargs):
         bound = self._signature.bind(*args, **kwargs)
         self._active = bound.arguments.get("inference_context") is None
-        self._num_copied = 0
+        self._in_hand = _InHand()
         if self._segments:
             self._segments.start_B = None
         if not self._active:
             return None
-        if self._captured is None and model.training:
+        if self._read is None and model.training:
             raise RuntimeError("RSA has its taps on the model and is told of no batch: wrap the forward step too "
                                "(RSAPlugin.wrap_forward_step)")  # fmt: skip
-        self._v = self._hidden = self._caption_mask = None
-        self.samples = self._broadcast_samples() if self.is_first or self.is_last else None
-        if self._segments and self._captured and not self.is_first:  # the first stage learns it from the splice
-            self._segments.start_B = carrier.unpack(self._carried, self.vision_width)[2]
-        if self.samples is None:
+        if self._read is None:
             return None
-        if self.is_last:
-            self._check_loss_mask(bound.arguments.get("loss_mask"))
+        if self._segments and not self.is_first:  # the first stage learns it from the splice
+            self._segments.start_B = self._unpacked(mask_length=0).start_B
+        if not (self.is_first or self.is_last):
+            return None
+        self._in_hand.samples = self._samples(bound.arguments)
+        self._check_batch(bound.arguments)
         if self._segments:
-            self.samples, self._num_copied = caption_copies.append(bound.arguments, self.samples)
+            self._in_hand.samples, self._in_hand.num_copied = caption_copies.append(bound.arguments, self._in_hand.samples)
         if self.is_last:
             mask_BS = bound.arguments["loss_mask"]
-            magnitude_BS = mask_BS if mask_BS.is_floating_point() else mask_BS.float()
-            bound.arguments["loss_mask"] = torch.copysign(magnitude_BS, (0.5 - self.samples.caption_mask).to(magnitude_BS))
+            self._in_hand.loss_mask_dtype = mask_BS.dtype
+            marks_BS = self._in_hand.samples.caption_mask
+            bound.arguments["loss_mask"] = caption_marks.put_on(mask_BS, marks_BS, packed=self._in_hand.is_packed)
         return bound.args, bound.kwargs
 
     def _splice_with_copies(self, *args, **kwargs):
-        """LLaVAModel's splice, in rows longer by the copies than its longest; and where they have come to lie."""
+        """LLaVAModel's splice, in rows longer by the copies than its longest; and where the text comes to lie."""
         given = inspect.signature(self._splice).bind(*args, **kwargs).arguments
-        if self._num_copied and self.is_first:
+        num_copied = self._in_hand.num_copied
+        if self.is_first and self._in_hand.samples is not None:
             per_tile = 1 if given.get("is_packed_dynamic_res") else self._model.img_seq_len
-            self._segments.start_B = caption_copies.starts(
-                given["input_ids"], self._num_copied, given["image_token_index"], given["num_image_tiles"] * per_tile
-            )
-        self._model._language_max_sequence_length += self._num_copied
+            positions_BS = splice.positions(given["input_ids"], given["image_token_index"], given["num_image_tiles"] * per_tile)
+            self._in_hand.positions_BS = positions_BS
+            if num_copied:
+                self._segments.start_B = positions_BS[:, -num_copied]
+        self._model._language_max_sequence_length += num_copied
         try:
             return self._splice(*args, **kwargs)
         finally:
-            self._model._language_max_sequence_length -= self._num_copied
+            self._model._language_max_sequence_length -= num_copied
 
-    def _after_vision(self, module, args, tokens_TPD):
-        if self._active and self.samples is not None:
-            self._v = pool_tiles(tokens_TPD, self._tile_weights(tokens_TPD.shape[0]))
+    def _keep_tiles(self, layer: int, tokens_TPD: Tensor) -> None:
+        if not self._active or self._in_hand.samples is None or layer not in self._vision_layers:
+            return
+        if self._model._drop_vision_class_token:
+            tokens_TPD = tokens_TPD[:, getattr(self._model.vision_model, "class_token_len", 0) :]
+        self._check_tiles(tokens_TPD.shape[0])
+        self._in_hand.v[layer] = pool_tiles(tokens_TPD, self._tile_weights(tokens_TPD.shape[0]))
 
-    def _after_decoder(self, module, args, output):
+    def _keep_states(self, number: int, hidden_LBE: Tensor) -> None:
         if self._active:
-            self._hidden = output[0] if isinstance(output, tuple) else output
+            self._in_hand.hidden |= {layer: hidden_LBE for layer, n in self._text_layers.items() if n == number}
 
     def _after_forward(self, model, args, result):
         if not self._active:
             return None
         output, mask_BL = result
-        if self.is_last and self.samples is not None:
-            self._caption_mask = mask_BL.signbit().to(mask_BL.dtype)
-            mask_BL = mask_BL.abs().to(self._mask_dtype)
+        found = self._in_hand
         if not self.is_last:
-            return torch.cat([output, self._carrier_rows(output)]), mask_BL
-        if not self.is_first and self.samples is not None:
-            self._v, first_stage_ids, _ = carrier.unpack(self._carried, self.vision_width)
-            self._check_same_samples(first_stage_ids)
-        elif self._v is None and self.samples is not None:  # a batch of text
-            self._v = output.new_zeros(self.samples.eligible.shape[0], self.vision_width, dtype=torch.float32)
-        self._carried = None
+            return torch.cat([output, self._rows_to_send(output)]), mask_BL
+        if found.samples is not None:
+            mask_BL, found.caption_mask_BL = caption_marks.take_off(mask_BL, found.loss_mask_dtype, packed=found.is_packed)
+            if not self.is_first:
+                self._unpack(self._unpacked(mask_length=0))
+            for layer in self._vision_layers:  # a batch of text
+                if layer not in found.v:
+                    found.v[layer] = self._no_image(output)
+        else:
+            found.hidden.clear()
+        self._rows = None
         return output, mask_BL
 
     # What they need.
 
-    def _check_loss_mask(self, mask_BS: Tensor | None) -> None:
-        if mask_BS is None:
-            raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
-        self._mask_dtype = mask_BS.dtype
+    @property
+    def _shards(self) -> int:
+        """Tensor-parallel ranks that share a sequence."""
+        return self._pg_collection.tp.size() if self._model_config.sequence_parallel else 1
 
-    def _broadcast_samples(self) -> RSASamples | None:
-        """The batch's RSASamples from the tensor-parallel rank that has read it, to those that share the layer."""
-        if self._captured is None:
-            return None
-        samples = self._captured()
-        data = {name: getattr(samples, name) for name in _FIELDS} if samples is not None else None
-        return RSASamples(**broadcast_tensors(_FIELDS, data, torch.int64, self._pg_collection.tp))
+    def _unpacked(self, mask_length: int) -> Carried:
+        return carrier.unpack(self._rows, self._vector_width, mask_length)
+
+    def _samples(self, arguments: dict) -> RSASamples:
+        """The batch's RSASamples: from the tensor-parallel rank that has read it, and from the model's arguments."""
+        said = self._read() or Selection()
+        not_said = torch.zeros(0, dtype=torch.int64)
+        data = {name: getattr(said, name, None) for name in _FIELDS}
+        data = {name: not_said if tensor is None else tensor for name, tensor in data.items()}
+        data = broadcast_tensors(_FIELDS, data, torch.int64, self._pg_collection.tp)
+        if data["sample_id"].numel():
+            return RSASamples(**data)
+        eligible, caption_mask = (data[name] if data[name].numel() else None for name in ("eligible", "caption_mask"))
+        return samples_of(arguments, self._model, Selection(eligible, caption_mask))
 
     def _tile_weights(self, num_tiles: int) -> Tensor:
-        """Part of each tile in each sample's mean, [B, T]: 1 for the base image, or 1/n for each of its n tiles."""
-        count_B = self.samples.num_tiles
-        end_B = count_B.cumsum(0)
-        start_B = end_B - count_B
-        tile_T = torch.arange(num_tiles, device=count_B.device)
+        """Part of each tile in each sample's mean, [n, T]: 1 for the base image, or 1/n for each of its n tiles."""
+        count_n = self._in_hand.samples.num_tiles
+        end_n = count_n.cumsum(0)
+        start_n = end_n - count_n
+        tile_T = torch.arange(num_tiles, device=count_n.device)
         if self.config.image_pooling == "full":
-            inside_BT = (tile_T >= start_B[:, None]) & (tile_T < end_B[:, None])
-            return inside_BT / count_B.clamp(min=1)[:, None]
-        base_B = start_B if self.config.base_tile == "first" else end_B - 1
-        return ((tile_T == base_B[:, None]) & (count_B > 0)[:, None]).float()
+            inside_nT = (tile_T >= start_n[:, None]) & (tile_T < end_n[:, None])
+            return inside_nT / count_n.clamp(min=1)[:, None]
+        base_n = start_n if self.config.base_tile == "first" else end_n - 1
+        return ((tile_T == base_n[:, None]) & (count_n > 0)[:, None]).float()
 
-    def _carrier_rows(self, output_LBH: Tensor) -> Tensor:
-        if not self.is_first:
-            carried, self._carried = self._carried, None
-            return carried
-        batch_size, hidden_width = output_LBH.shape[1:]
-        v_BD, self._v = self._v, None
-        if v_BD is None:  # a batch of text, or one that RSA was not told of: the rows keep their place
-            v_BD = output_LBH.new_zeros(batch_size, self.vision_width, dtype=torch.float32)
-        if self.samples is not None:
-            sample_id_B, self.samples = self.samples.sample_id, None
+    def _no_image(self, like_LBH: Tensor) -> Tensor:
+        samples = self._in_hand.samples
+        num_samples = like_LBH.shape[1] if samples is None else len(samples.eligible)
+        return like_LBH.new_zeros(num_samples, self._image_width, dtype=torch.float32)
+
+    def _rows_to_send(self, output_LBH: Tensor) -> Tensor:
+        """The carrier's rows for the next stage: what has come, with the sums of this stage's layers in their places."""
+        own_layers = [layer for layer in self._inner_layers if layer in self._in_hand.hidden]
+        rows, self._rows = self._rows, None
+        if not self.is_first and not own_layers:
+            return rows
+        length = output_LBH.shape[0] * self._shards * self._carries_mask
+        if self.is_first:
+            carried = self._first_carried(output_LBH, length)
         else:
-            sample_id_B = torch.zeros(batch_size, dtype=torch.int64, device=output_LBH.device)
+            carried = carrier.unpack(rows, self._vector_width, length)
+        vector_BF, hidden_width = carried.vector_BF, output_LBH.shape[2]
+        first_sum = vector_BF.shape[1] - hidden_width * len(self._inner_layers)
+        parts = list(vector_BF.split([first_sum] + [hidden_width] * len(self._inner_layers), dim=1))
+        for place, layer in enumerate(self._inner_layers, start=1):
+            if layer in own_layers:
+                hidden_LBE = self._in_hand.hidden[layer]
+                parts[place] = caption_sums(hidden_LBE, carried.mask_BL, len(carried.mask_BL), self._model_config, self._pg_collection.tp)
+        self._in_hand = _InHand()
+        return carrier.pack(carried._replace(vector_BF=torch.cat(parts, dim=1)), hidden_width, output_LBH.dtype)
+
+    def _first_carried(self, output_LBH: Tensor, length: int) -> Carried:
+        found, (batch_size, hidden_width) = self._in_hand, output_LBH.shape[1:]
+        v = [found.v[layer] if layer in found.v else self._no_image(output_LBH) for layer in self._vision_layers]
+        empty = output_LBH.new_zeros(batch_size, hidden_width * len(self._inner_layers), dtype=torch.float32)
+        no_id_B = torch.zeros(batch_size, dtype=torch.int64, device=output_LBH.device)
+        sample_id_B, mask_BL = no_id_B, no_id_B[:, None].expand(batch_size, length)
+        if found.samples is not None:
+            sample_id_B = found.samples.sample_id
+            if length:
+                cp = self._pg_collection.cp
+                whole_BL = splice.spliced(found.samples.caption_mask, found.positions_BS, length * cp.size())
+                mask_BL = splice.context_parallel_part(whole_BL, cp.size(), cp.rank())
         start_B = self._segments.start_B if self._segments else None
-        start_B = torch.zeros_like(sample_id_B) if start_B is None else start_B
-        return carrier.pack(v_BD, sample_id_B, start_B, hidden_width, output_LBH.dtype)
+        return Carried(torch.cat([*v, empty], dim=1), sample_id_B, no_id_B if start_B is None else start_B, mask_BL)
+
+    def _unpack(self, carried: Carried) -> None:
+        """On the last stage: v and the sums of the layers before it."""
+        self._check_same_samples(carried.sample_id_B)
+        found, hidden_width = self._in_hand, self._model_config.hidden_size
+        num_v, num_sums = len(self._vision_layers), len(self._inner_layers)
+        image_width = (self._vector_width - hidden_width * num_sums) // num_v
+        parts = carried.vector_BF.split([image_width] * num_v + [hidden_width] * num_sums, dim=1)
+        found.v = dict(zip(self._vision_layers, parts))
+        sums = zip(self._inner_layers, parts[num_v:])
+        found.sums = {layer: sum_BE for layer, sum_BE in sums if layer not in found.hidden}
+
+    # What they refuse.
+
+    def _check_batch(self, arguments: dict) -> None:
+        needs_captions = self.is_last or self._carries_mask or self._segments
+        if needs_captions and arguments.get("loss_mask") is None:
+            raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
+        if arguments.get("imgs_sizes") is not None:
+            raise ValueError("RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)")
+        if self._in_hand.is_packed and not (self.is_first and self.is_last):
+            raise ValueError("RSA with packed sequences needs both ends of the model on one rank: set "
+                             "--pipeline-model-parallel-size 1, or leave packing out")  # fmt: skip
+        if self._in_hand.is_packed and self._segments:
+            raise ValueError("--rsa-text-source caption does not go with packed sequences; leave one out")
+
+    def _check_tiles(self, num_tiles: int) -> None:
+        """Once: it waits for the device."""
+        if self._tiles_are_checked:
+            return
+        told = int(self._in_hand.samples.num_tiles.sum())
+        if told not in (0, num_tiles):  # 0: text alone, and a dummy image
+            raise ValueError(f"the tower has been given {num_tiles} tiles, and the batch's samples have {told}: num_image_tiles, "
+                             "or what RSAPlugin(select=...) gives, does not go with the images")  # fmt: skip
+        self._tiles_are_checked = True
 
     def _check_same_samples(self, first_stage_ids: Tensor) -> None:
-        differ = (first_stage_ids != self.samples.sample_id).nonzero().flatten().tolist()
+        samples = self._in_hand.samples
+        differ = (first_stage_ids != samples.sample_id).nonzero().flatten().tolist()
         if differ:
-            pairs = ", ".join(f"{first_stage_ids[b]:#018x} against {self.samples.sample_id[b]:#018x}" for b in differ)
+            pairs = ", ".join(f"{first_stage_ids[b]:#018x} against {samples.sample_id[b]:#018x}" for b in differ)
             raise RuntimeError(
                 f"the first and the last pipeline stage read different samples (ids {pairs}): image and caption "
                 "would be paired wrongly. Both stages must read the same data in the same order; a sample that "

@@ -47,14 +47,6 @@ def test_a_batch_without_pairs_stays_as_it_is():
     assert num_copied == 0 and torch.equal(given["input_ids"], TOKENS)
 
 
-def test_copies_begin_after_the_images_of_their_row():
-    given = arguments()
-    _, num_copied = caption_copies.append(given, samples())
-    # An image of 7 positions in the first row, of 4 in the third.
-    starts = caption_copies.starts(given["input_ids"], num_copied, IMAGE, torch.tensor([7, 4]))
-    assert starts.tolist() == [5 + 6, 5, 5 + 3]
-
-
 def test_a_position_looks_back_within_its_segment():
     mask = caption_copies.segment_mask(torch.tensor([2, 0]), 4)
     may_look = ~mask[:, 0]

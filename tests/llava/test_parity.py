@@ -90,7 +90,9 @@ class Parity:
         actual, expected = self.run(case, sabotage, options, batches_of), self.reference(case, options, batches_of)
         found = {
             name: max(abs(a[name] - e[name]) / max(abs(e[name]), 1e-30) for a, e in zip(actual.losses, expected.losses))
-            for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text")
+            for name in expected.losses[0]
+            # How far rows are filled up differs from layout to layout, and with it what the copies add to them.
+            if name == "lm loss" or (name.startswith("rsa ") and name != "rsa extra positions")
         }
         found["gradients"], _ = largest_difference(actual.gradients, expected.gradients)
         found["parameters"], _ = largest_difference(actual.parameters, expected.parameters)
@@ -275,27 +277,26 @@ def carrier_without_gradient():
     from rsa_megatron.llava import carrier
 
     right = carrier.pack
-    carrier.pack = lambda v_BD, *args: right(v_BD.detach(), *args)
+    carrier.pack = lambda carried, *args: right(carried._replace(vector_BF=carried.vector_BF.detach()), *args)
 
 
 def caption_mask_of_the_next_token():
     from rsa_megatron.llava import taps
 
-    right = taps.Taps._broadcast_samples
+    right = taps.Taps._samples
 
-    def shifted(self):
-        samples = right(self)
-        if samples is not None:
-            samples.caption_mask = samples.caption_mask.roll(-1, dims=1)
+    def shifted(self, arguments):
+        samples = right(self, arguments)
+        samples.caption_mask = samples.caption_mask.roll(-1, dims=1)
         return samples
 
-    taps.Taps._broadcast_samples = shifted
+    taps.Taps._samples = shifted
 
 
 def unsummed_sequence_parallel_text():
-    from rsa_megatron.llava import objective
+    from rsa_megatron.llava import caption_pooling
 
-    objective.reduce_from_tensor_model_parallel_region = lambda x, group: x
+    caption_pooling.reduce_from_tensor_model_parallel_region = lambda x, group: x
 
 
 @pytest.mark.parametrize("name, sabotage", [
@@ -312,7 +313,7 @@ def carrier_without_starts():
     from rsa_megatron.llava import carrier
 
     right = carrier.pack
-    carrier.pack = lambda v_BD, sample_id_B, start_B, *args: right(v_BD, sample_id_B, 0 * start_B, *args)
+    carrier.pack = lambda carried, *args: right(carried._replace(start_B=0 * carried.start_B), *args)
 
 
 @pytest.mark.parametrize("name", ["PP=2", "PP=2 VPP=2"])

@@ -1,0 +1,53 @@
+"""What RSA's taps cannot follow, by the settings that switch it on; each with what to do instead.
+
+megatron-core 0.16 to 0.20 name some settings differently, or not at all: one that a version does not have is off.
+"""
+
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+from rsa_megatron.config import RSAConfig
+
+
+def check_model(model: LLaVAModel, config: RSAConfig) -> None:
+    """Raise ValueError, naming setting and remedy, for a model whose training RSA would not get right."""
+    settings, tower = model.config, _of(model.vision_model, "config")
+    has_stages = settings.pipeline_model_parallel_size > 1
+    refused = [
+        (not model.add_decoder or bool(model.add_encoder) != bool(model.pre_process),
+         "the tower belongs to the first pipeline stage and to no other: build LLaVAModel with add_encoder=pre_process, "
+         "add_decoder=True"),
+        (_of(settings, "mtp_num_layers"), "the last decoder layer's states are to be on the last stage: leave --mtp-num-layers out"),
+        (_of(settings, "overlap_moe_expert_parallel_comm"),
+         "the loss is to follow its own forward pass: leave --overlap-moe-expert-parallel-comm out"),
+        (_has_full_iteration_graph(settings), "each micro-batch has other pairs: leave the full-iteration CUDA graph out"),
+        (_of(settings, "hybrid_context_parallel"), "the ranks of a sequence are to stay: leave --hybrid-context-parallel out"),
+        (tower and tower.tensor_model_parallel_size != settings.tensor_model_parallel_size,
+         "tower and decoder are to share their ranks: give the tower's config the decoder's tensor_model_parallel_size"),
+        (_of(model, "dynamic_resolution") or _of(model, "_dynamic_resolution") or (_of(model, "temporal_patch_dim") or 1) > 1,
+         "it reads the tower's output tile by tile: leave dynamic resolution and video patches out"),
+        (has_stages and not _of(model, "_drop_vision_class_token") and (_of(model.vision_model, "class_token_len") or 0) > 1,
+         "LLaVAModel counts one class token on stages without a tower, and this one keeps several: drop them "
+         "(drop_vision_class_token=True), or set --pipeline-model-parallel-size 1"),
+    ]  # fmt: skip
+    if any((pair.vision, pair.text) != (-1, -1) for pair in config.layer_pairs):
+        recomputes = [_of(of, "recompute_granularity") == "full" for of in (settings, tower)]
+        graphs = _of(settings, "cuda_graph_impl")
+        refused += [
+            (any(recomputes), "--rsa-layers reads each layer once: with layers before the last set --recompute-granularity selective"),
+            (graphs not in (None, "none"), "--rsa-layers reads layers before the last by hooks, which CUDA graphs leave out: "
+             "set --cuda-graph-impl none"),
+        ]  # fmt: skip
+    for is_on, reason in refused:
+        if is_on:
+            raise ValueError(f"RSA cannot train this model as it is set: {reason}")
+
+
+def _of(settings, name: str):
+    return getattr(settings, name, None)
+
+
+def _has_full_iteration_graph(settings) -> bool:
+    scope = _of(settings, "cuda_graph_scope") or ()
+    scopes = [scope] if isinstance(scope, str) else list(scope) if isinstance(scope, (list, tuple)) else [scope]
+    names = [*(getattr(one, "name", one) for one in scopes), _of(settings, "cuda_graph_impl")]
+    return "full_iteration" in map(str, names)

@@ -1,0 +1,31 @@
+"""Where LLaVAModel's splice puts things: an image token of the text becomes the tokens of its tiles.
+
+Shapes: B samples, S text positions, L positions of the spliced row, of which a context-parallel rank has L / C.
+"""
+
+import torch
+from torch import Tensor
+
+
+def positions(input_ids: Tensor, image_token_index: int, tokens_of_images: Tensor) -> Tensor:
+    """Where each text position lies in its spliced row, [B, S]; for an image its last token.
+
+    Args:
+        tokens_of_images: positions that each image of the batch takes, in order.
+    """
+    is_image_BS = input_ids == image_token_index
+    lengths_BS = torch.ones_like(input_ids)
+    lengths_BS[is_image_BS] = tokens_of_images.to(lengths_BS)
+    return lengths_BS.cumsum(dim=1) - 1
+
+
+def spliced(mask_BS: Tensor, position_BS: Tensor, length: int) -> Tensor:
+    """What stands at the text positions, where they have come to lie: [B, L]; 0 elsewhere, cut at L."""
+    longest = max(length, int(position_BS.max()) + 1)
+    return mask_BS.new_zeros(len(mask_BS), longest).scatter_(1, position_BS, mask_BS)[:, :length]
+
+
+def context_parallel_part(mask_BL: Tensor, size: int, rank: int) -> Tensor:
+    """A rank's part of each row under Megatron's zigzag order: of 2 C equal pieces the rank-th and the rank-th from the end."""
+    pieces = mask_BL.chunk(2 * size, dim=1)
+    return mask_BL if size == 1 else torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)

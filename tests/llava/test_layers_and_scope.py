@@ -1,0 +1,147 @@
+"""--rsa-layers and --rsa-scope in training: every layout equals one process, and one process equals what they are to mean.
+
+As test_parity.py has it, with its batches and its tolerance.
+"""
+
+import layouts
+import processes
+import pytest
+import tiny
+import torch
+from layouts import LAYOUTS, SINGLE, largest_difference
+from test_parity import CAPTION, RECOMPUTE, TOLERANCE, Parity, flags, layout_of, of_every_kind
+
+# Of the tower's 2 layers and the decoder's 4: last with last; layers of the first stage of two with either; what goes into the
+# first layers. With VPP=2 the decoder's layers lie one on each of four chunks.
+LAYERS = ("--rsa-layers", "-1:-1,-2:1@0.5,1:3@2,0:0@0.25,-1:2")
+PAIRS = [(-1, -1, 1.0), (-2, 1, 0.5), (1, 3, 2.0), (0, 0, 0.25), (-1, 2, 1.0)]
+WHOLE = ("--rsa-scope", "global-batch")
+
+
+@pytest.fixture(scope="module")
+def parity(demo, tmp_path_factory) -> Parity:
+    return Parity(demo, tmp_path_factory.mktemp("layers and scope"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_pairs_of_layers_in_every_layout(parity, layout):
+    for kind, options in ((None, LAYERS), (of_every_kind, (*LAYERS, *CAPTION))):
+        differences = parity.differences((layout, 2, True, False), options=options, batches_of=kind)
+        assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_whole_batch_in_every_layout(parity, layout):
+    """Numbers of pairs that differ from micro-batch to micro-batch, the first of some rank's none at all."""
+    for per_token in (False, True):
+        differences = parity.differences((layout, 4, per_token, False), options=WHOLE)
+        assert differences["rsa pairs"] == 0
+        assert max(differences.values()) < TOLERANCE, differences
+
+
+def sums_left_on_their_stage():
+    from rsa_megatron.llava import taps
+
+    right = taps.caption_sums
+    taps.caption_sums = lambda *args: right(*args).detach()
+
+
+def mask_of_no_caption():
+    from rsa_megatron.llava import splice
+
+    right = splice.spliced
+    splice.spliced = lambda mask_BS, *args: right(mask_BS.roll(1, dims=1), *args)
+
+
+@pytest.mark.parametrize("sabotage", [sums_left_on_their_stage, mask_of_no_caption])
+def test_sums_that_did_not_come_back_would_be_seen(parity, sabotage):
+    assert parity.differences((layout_of("PP=2"), 2, True, False), sabotage, LAYERS)["gradients"] > 1000 * TOLERANCE
+
+
+def test_layers_before_the_last_are_not_recomputed(parity):
+    with pytest.raises(processes.Failed, match="with layers before the last set --recompute-granularity selective"):
+        parity.run((SINGLE, 1, False, False), options=(*LAYERS, *RECOMPUTE))
+
+
+@pytest.mark.parametrize("layers, message", [
+    ("-1:5", "--rsa-layers, text layer 5: it has 4 layers"),
+    ("3:-1", "--rsa-layers, vision layer 3: it has 2 layers"),
+])  # fmt: skip
+def test_layers_that_there_are_not_are_named(parity, layers, message):
+    with pytest.raises(processes.Failed, match=message):
+        parity.run((SINGLE, 1, False, False), options=("--rsa-layers", layers))
+
+
+def test_one_process_is_the_sum_over_pairs_of_layers(parity):
+    """Each pair's states read off the model by hooks of the test's own, pooled by hand, eq. 5 by autograd."""
+    argv = [*flags(parity.demo, 1, False, False, 1, None), *LAYERS]
+    batch = tiny.batch(0, (1, 1, 0, 1))
+    actual = layouts.run(SINGLE, [[batch]], argv, load=parity.initial)
+    (expected,) = processes.run(_pairs_by_plain_autograd, 1, argv, str(parity.initial), batch)
+    for name, value in expected["figures"].items():
+        # 30 float32 operations of 6e-8 between the two orders of summation.
+        assert actual.losses[0][name] == pytest.approx(value, rel=1e-5), name
+    assert largest_difference(actual.gradients, layouts._assemble([expected["gradients"]]))[0] < TOLERANCE
+
+
+def _pairs_by_plain_autograd(argv, initial, batch):
+    from megatron.core.utils import unwrap_model
+
+    from rsa_megatron.alignment.loss import rsa_loss_reference
+
+    trainer = layouts.Trainer([*argv, "--rsa-weight", "0", "--pretrained-checkpoint", initial])
+    (model,) = unwrap_model(trainer.model)
+    vision, text = {}, {}
+
+    def entering(states):
+        return lambda module, args, kwargs: states.update({0: kwargs.get("hidden_states", args[0] if args else None)})
+
+    tower, decoder = model.vision_model.decoder, model.language_model.decoder
+    tower.register_forward_pre_hook(entering(vision), with_kwargs=True)
+    decoder.register_forward_pre_hook(entering(text), with_kwargs=True)
+    for backbone, states in ((tower, vision), (decoder, text)):
+        for number, layer in enumerate(backbone.layers, start=1):
+            layer.register_forward_hook(lambda m, a, out, states=states, number=number: states.update({number: out[0]}))
+    decoder.register_forward_hook(lambda m, a, out: text.update({4: out}))
+    token_loss, _ = model(
+        batch.images, batch.tokens, None, None, labels=batch.labels, loss_mask=batch.loss_mask,
+        image_layouts=batch.image_layouts, sound_clips=torch.zeros(0),
+    )  # fmt: skip
+    shift = tiny.layout(1).num_tokens(side=2, max_tiles=9) - 1
+    chosen = batch.rsa.eligible.nonzero().flatten().tolist()
+    rows = [shift + batch.rsa.caption_mask[b].nonzero().flatten() for b in chosen]
+    learnt = [shift + batch.loss_mask[b].nonzero().flatten() for b in range(4)]
+    lm_loss = torch.cat([token_loss[b, positions] for b, positions in enumerate(learnt)]).mean()
+    figures, rsa_loss = {"lm loss": lm_loss.item()}, 0
+    for v_layer, t_layer, weight in PAIRS:
+        v_ND = torch.stack([vision[v_layer % 3][:, b].mean(0) for b in chosen])  # -1 is 2 and -2 is 1 of the layers 0 to 2
+        t_NE = torch.stack([text[t_layer % 5][r, b].mean(0) for r, b in zip(rows, chosen)])
+        loss = rsa_loss_reference(v_ND, t_NE)
+        figures[f"rsa loss {v_layer}:{t_layer}"] = loss.item()
+        rsa_loss = rsa_loss + weight * loss
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(lm_loss + 0.3 * rsa_loss, list(parameters.values()), allow_unused=True)
+    by_parameter = {p: torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), gradients)}
+    return {
+        "figures": figures | {"rsa loss": rsa_loss.item()},
+        "gradients": trainer.shards(by_parameter.__getitem__),
+    }
+
+
+def test_a_step_in_parts_is_the_step_in_one_on_average_over_orders(parity):
+    """Two micro-batches of four, in both orders, against one of eight: the kernel's value in each, the gradient in the mean."""
+    parts = [tiny.batch(0), tiny.batch(1)]
+
+    def run(micro_batches, size, scope):
+        argv = [*flags(parity.demo, 1, False, False, 1, None), "--micro-batch-size", str(size), "--global-batch-size", "8"]
+        return layouts.run(SINGLE, [micro_batches], [*argv, *scope], load=parity.initial)
+
+    whole = run([tiny.joined(*parts)], 8, ())
+    orders = [run(parts, 4, WHOLE), run(parts[::-1], 4, WHOLE)]
+    for name in ("rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text"):
+        assert [one.losses[0][name] for one in orders] == pytest.approx([whole.losses[0][name]] * 2, rel=1e-5)
+    mean = {name: (orders[0].gradients[name] + orders[1].gradients[name]) / 2 for name in whole.gradients}
+    assert largest_difference(mean, whole.gradients)[0] < TOLERANCE
+    # One order alone is off; and so are kernels of micro-batches, in every order.
+    assert largest_difference(orders[0].gradients, whole.gradients)[0] > 1000 * TOLERANCE
+    assert largest_difference(run(parts, 4, ()).gradients, whole.gradients)[0] > 1000 * TOLERANCE
