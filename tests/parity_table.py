@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 
 def main():
+    test_parity.NUM_ITERATIONS = dict.fromkeys(test_parity.NUM_ITERATIONS, 10)
     with tempfile.TemporaryDirectory() as folder:
         parity = test_parity.Parity(conftest.make_demo(Path(folder) / "demo"), Path(folder))
         rows = [row(case, parity.differences(case)) for case in tqdm(test_parity.CASES)]

@@ -23,6 +23,24 @@ def pool_tiles(tokens_TPD: Tensor, tile_weight_BT: Tensor) -> Tensor:
     return (tile_weight_BT.to(tile_mean_TD)[..., None] * tile_mean_TD).sum(dim=1)
 
 
+def tile_weights(count_B: Tensor, num_tiles: int, pooling: str, base_tile: str) -> Tensor:
+    """What part each of T tiles has in each sample's mean, [B, T], for `pool_tiles` (paper, table 2).
+
+    Args:
+        count_B: tiles of each sample, int64; those of the first come first.
+        pooling: "base", the base image alone, or "full", all tiles of the sample alike.
+        base_tile: "first" or "last" of a sample's tiles is its base image.
+    """
+    end_B = count_B.cumsum(0)
+    start_B = end_B - count_B
+    tile_T = torch.arange(num_tiles, device=count_B.device)
+    if pooling == "full":
+        inside_BT = (tile_T >= start_B[:, None]) & (tile_T < end_B[:, None])
+        return inside_BT / count_B.clamp(min=1)[:, None]
+    base_B = start_B if base_tile == "first" else end_B - 1
+    return ((tile_T == base_B[:, None]) & (count_B > 0)[:, None]).float()
+
+
 def pool_text(hidden_SBE: Tensor, mask_BS: Tensor) -> Tensor:
     """Sum over the masked positions, [B, E] in float32; divided by the count it is t_i (paper, eq. 2).
 

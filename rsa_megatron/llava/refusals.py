@@ -1,9 +1,10 @@
-"""What RSA's taps cannot follow, by the settings that switch it on; each with what to do instead.
+"""What RSA's taps cannot follow, in a model's settings or in a batch; each with what to do instead.
 
 megatron-core 0.16 to 0.20 name some settings differently, or not at all: one that a version does not have is off.
 """
 
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from torch import Tensor
 
 from rsa_megatron.config import RSAConfig
 
@@ -40,6 +41,42 @@ def check_model(model: LLaVAModel, config: RSAConfig) -> None:
     for is_on, reason in refused:
         if is_on:
             raise ValueError(f"RSA cannot train this model as it is set: {reason}")
+
+
+def check_batch(
+    arguments: dict, *, needs_captions: bool, is_packed: bool, has_stages: bool, reads_captions_alone: bool
+) -> None:
+    """Raise ValueError for what a script passes to LLaVAModel.forward (`arguments`, by name) and RSA cannot read."""
+    if needs_captions and arguments.get("loss_mask") is None:
+        raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
+    if arguments.get("imgs_sizes") is not None:
+        raise ValueError("RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)")
+    if is_packed and has_stages:
+        raise ValueError("RSA with packed sequences needs both ends of the model on one rank: set "
+                         "--pipeline-model-parallel-size 1, or leave packing out")  # fmt: skip
+    if is_packed and reads_captions_alone:
+        raise ValueError("--rsa-text-source caption does not go with packed sequences; leave one out")
+
+
+def check_tiles(count_n: Tensor, num_tiles: int) -> bool:
+    """Whether there were any; ValueError where the samples' tiles are not those that the tower has been given."""
+    told = int(count_n.sum())
+    if told not in (0, num_tiles):  # 0: text alone, and a dummy image
+        raise ValueError(f"the tower has been given {num_tiles} tiles, and the batch's samples have {told}: num_image_tiles, "
+                         "or what RSAPlugin(select=...) gives, does not go with the images")  # fmt: skip
+    return told > 0
+
+
+def check_same_samples(first_stage_ids: Tensor, last_stage_ids: Tensor) -> None:
+    """Raise RuntimeError where the two ends of a pipeline have read different data."""
+    differ = (first_stage_ids != last_stage_ids).nonzero().flatten().tolist()
+    if differ:
+        pairs = ", ".join(f"{first_stage_ids[b]:#018x} against {last_stage_ids[b]:#018x}" for b in differ)
+        raise RuntimeError(
+            f"the first and the last pipeline stage read different samples (ids {pairs}): image and caption "
+            "would be paired wrongly. Both stages must read the same data in the same order; a sample that "
+            "only one of them could load, or a data folder that differs between nodes, breaks it."
+        )
 
 
 def _of(settings, name: str):

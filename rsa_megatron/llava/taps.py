@@ -28,10 +28,10 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from torch import Tensor
 
-from rsa_megatron.alignment.pooling import pool_tiles
+from rsa_megatron.alignment.pooling import pool_tiles, tile_weights
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.llava import caption_copies, caption_marks, carrier, splice
+from rsa_megatron.llava import caption_copies, caption_marks, carrier, refusals, splice
 from rsa_megatron.llava.broadcast import broadcast_tensors
 from rsa_megatron.llava.caption_pooling import caption_sums
 from rsa_megatron.llava.carrier import Carried
@@ -169,7 +169,13 @@ class Taps:
         if not (self.is_first or self.is_last):
             return None
         self._in_hand.samples = self._samples(bound.arguments)
-        self._check_batch(bound.arguments)
+        refusals.check_batch(
+            bound.arguments,
+            needs_captions=self.is_last or self._carries_mask or self._segments is not None,
+            is_packed=self._in_hand.is_packed,
+            has_stages=not (self.is_first and self.is_last),
+            reads_captions_alone=self._segments is not None,
+        )
         if self._segments:
             self._in_hand.samples, self._in_hand.num_copied = caption_copies.append(bound.arguments, self._in_hand.samples)
         if self.is_last:
@@ -200,8 +206,10 @@ class Taps:
             return
         if self._model._drop_vision_class_token:
             tokens_TPD = tokens_TPD[:, getattr(self._model.vision_model, "class_token_len", 0) :]
-        self._check_tiles(tokens_TPD.shape[0])
-        self._in_hand.v[layer] = pool_tiles(tokens_TPD, self._tile_weights(tokens_TPD.shape[0]))
+        count_n, num_tiles = self._in_hand.samples.num_tiles, tokens_TPD.shape[0]
+        if not self._tiles_are_checked:  # once: it waits for the device
+            self._tiles_are_checked = refusals.check_tiles(count_n, num_tiles)
+        self._in_hand.v[layer] = pool_tiles(tokens_TPD, tile_weights(count_n, num_tiles, self.config.image_pooling, self.config.base_tile))
 
     def _keep_states(self, number: int, hidden_LBE: Tensor) -> None:
         if self._active:
@@ -248,18 +256,6 @@ class Taps:
         eligible, caption_mask = (data[name] if data[name].numel() else None for name in ("eligible", "caption_mask"))
         return samples_of(arguments, self._model, Selection(eligible, caption_mask))
 
-    def _tile_weights(self, num_tiles: int) -> Tensor:
-        """Part of each tile in each sample's mean, [n, T]: 1 for the base image, or 1/n for each of its n tiles."""
-        count_n = self._in_hand.samples.num_tiles
-        end_n = count_n.cumsum(0)
-        start_n = end_n - count_n
-        tile_T = torch.arange(num_tiles, device=count_n.device)
-        if self.config.image_pooling == "full":
-            inside_nT = (tile_T >= start_n[:, None]) & (tile_T < end_n[:, None])
-            return inside_nT / count_n.clamp(min=1)[:, None]
-        base_n = start_n if self.config.base_tile == "first" else end_n - 1
-        return ((tile_T == base_n[:, None]) & (count_n > 0)[:, None]).float()
-
     def _no_image(self, like_LBH: Tensor) -> Tensor:
         samples = self._in_hand.samples
         num_samples = like_LBH.shape[1] if samples is None else len(samples.eligible)
@@ -303,7 +299,7 @@ class Taps:
 
     def _unpack(self, carried: Carried) -> None:
         """On the last stage: v and the sums of the layers before it."""
-        self._check_same_samples(carried.sample_id_B)
+        refusals.check_same_samples(carried.sample_id_B, self._in_hand.samples.sample_id)
         found, hidden_width = self._in_hand, self._model_config.hidden_size
         num_v, num_sums = len(self._vision_layers), len(self._inner_layers)
         image_width = (self._vector_width - hidden_width * num_sums) // num_v
@@ -311,38 +307,3 @@ class Taps:
         found.v = dict(zip(self._vision_layers, parts))
         sums = zip(self._inner_layers, parts[num_v:])
         found.sums = {layer: sum_BE for layer, sum_BE in sums if layer not in found.hidden}
-
-    # What they refuse.
-
-    def _check_batch(self, arguments: dict) -> None:
-        needs_captions = self.is_last or self._carries_mask or self._segments
-        if needs_captions and arguments.get("loss_mask") is None:
-            raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
-        if arguments.get("imgs_sizes") is not None:
-            raise ValueError("RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)")
-        if self._in_hand.is_packed and not (self.is_first and self.is_last):
-            raise ValueError("RSA with packed sequences needs both ends of the model on one rank: set "
-                             "--pipeline-model-parallel-size 1, or leave packing out")  # fmt: skip
-        if self._in_hand.is_packed and self._segments:
-            raise ValueError("--rsa-text-source caption does not go with packed sequences; leave one out")
-
-    def _check_tiles(self, num_tiles: int) -> None:
-        """Once: it waits for the device."""
-        if self._tiles_are_checked:
-            return
-        told = int(self._in_hand.samples.num_tiles.sum())
-        if told not in (0, num_tiles):  # 0: text alone, and a dummy image
-            raise ValueError(f"the tower has been given {num_tiles} tiles, and the batch's samples have {told}: num_image_tiles, "
-                             "or what RSAPlugin(select=...) gives, does not go with the images")  # fmt: skip
-        self._tiles_are_checked = True
-
-    def _check_same_samples(self, first_stage_ids: Tensor) -> None:
-        samples = self._in_hand.samples
-        differ = (first_stage_ids != samples.sample_id).nonzero().flatten().tolist()
-        if differ:
-            pairs = ", ".join(f"{first_stage_ids[b]:#018x} against {samples.sample_id[b]:#018x}" for b in differ)
-            raise RuntimeError(
-                f"the first and the last pipeline stage read different samples (ids {pairs}): image and caption "
-                "would be paired wrongly. Both stages must read the same data in the same order; a sample that "
-                "only one of them could load, or a data folder that differs between nodes, breaks it."
-            )
