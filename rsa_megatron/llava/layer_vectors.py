@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from rsa_megatron.llava import splice
 from rsa_megatron.llava.broadcast import broadcast_tensors
 from rsa_megatron.llava.caption_pooling import caption_vectors
 from rsa_megatron.llava.layers import on_decoder_layers, on_tower_layers
@@ -103,7 +104,7 @@ def caption_vectors_of_layers(
     in_hand = {}
 
     def keep(number, state_LBE):
-        mask_BL = masks[in_hand["number"]].float()
+        mask_BL = _own_part(masks[in_hand["number"]].float(), len(state_LBE), chunks[0])
         pooled[number].append(caption_vectors(state_LBE, mask_BL, chunks[0].config, groups)[0])
 
     counts = {chunk: iter(range(len(pairs))) for chunk in chunks}
@@ -154,6 +155,13 @@ def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
         sound_clips=torch.zeros(0, device=device),
     )
     return output
+
+
+def _own_part(mask_BS: Tensor, num_states: int, chunk: LLaVAModel) -> Tensor:
+    """A whole row's mask for this context-parallel rank, whose tensor-parallel ranks have so many states each."""
+    cp, shards = chunk.pg_collection.cp, chunk.pg_collection.tp.size() if chunk.config.sequence_parallel else 1
+    whole = torch.nn.functional.pad(mask_BS, (0, num_states * shards * cp.size() - mask_BS.shape[1]))
+    return splice.context_parallel_part(whole, cp.size(), cp.rank())
 
 
 def _mask_on_every_stage(pair: Pairs | None, pp_group) -> Tensor:

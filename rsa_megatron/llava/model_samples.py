@@ -58,6 +58,8 @@ def samples_of(arguments: dict, model: LLaVAModel, selection: Selection = Select
     if caption_BS is None:
         caption_BS = _learnt_tokens(arguments.get("loss_mask"), sample_BS) * ~is_image_BS
     else:
+        if caption_BS.shape[1] == input_ids.shape[1] + 1:  # of texts whose last token is a label alone
+            caption_BS = caption_BS[:, :-1]
         _check("caption_mask", caption_BS, input_ids.shape)
         caption_BS = (caption_BS > 0).to(input_ids)
     if num_samples != len(input_ids):

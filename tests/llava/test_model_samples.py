@@ -51,6 +51,8 @@ def test_a_script_says_who_and_which_tokens():
     caption_mask = torch.tensor([[0, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]])
     samples = samples_of(arguments(), MODEL, Selection(caption_mask=caption_mask))
     assert torch.equal(samples.caption_mask, caption_mask) and samples.eligible.tolist() == [1, 0, 0]
+    longer = torch.nn.functional.pad(caption_mask, (0, 1), value=1)  # the script has cut the last token off the texts
+    assert torch.equal(samples_of(arguments(), MODEL, Selection(caption_mask=longer)).caption_mask, caption_mask)
     # A sample without one image of its own cannot take part, whatever is said.
     assert samples_of(arguments(), MODEL, Selection(eligible=torch.tensor([0, 1, 1]))).eligible.tolist() == [0, 0, 0]
 

@@ -1,11 +1,13 @@
-"""The gradient scale under context parallelism, where Megatron itself needs a GPU: the objective alone, over gloo.
+"""Context parallelism's arithmetic with plain tensors, over gloo; test_context_parallel.py has it in training.
 
-Four processes, DP=2 x CP=2, each with half of every row. The script's division by tokens and micro-batches and DDP's
-mean or sum over ranks are done here as Megatron does them (objective.py tells how).
+The gradient scale: four processes, DP=2 x CP=2, each with half of every row. The script's division by tokens and
+micro-batches and DDP's mean or sum over ranks are done here as Megatron does them (objective.py tells how).
+Pooling by parts: every caption of a row, for every way of laying the row over four ranks.
 """
 
 from types import SimpleNamespace
 
+import context_parallel_attention
 import processes
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.distributed
 from rsa_megatron.alignment.loss import rsa_loss_reference
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.llava import objective
+from rsa_megatron.llava import caption_pooling, objective
 from rsa_megatron.llava.taps import Representations
 
 WEIGHT, NUM_MICRO_BATCHES = 0.5, 2
@@ -51,8 +53,9 @@ def gradients_on_a_rank(mode, sabotage):
     for m in range(NUM_MICRO_BATCHES):
         samples = RSASamples(torch.tensor(ELIGIBLE[data_rank]), None, torch.ones(B), torch.arange(B))
         representations = Representations(
-            v_BD=images[m, data_rank] * weights[0],
-            hidden_LBE=states[m, data_rank, half] * weights[1],
+            v={-1: images[m, data_rank] * weights[0]},
+            hidden={-1: states[m, data_rank, half] * weights[1]},
+            sums={},
             caption_mask_BL=mask[m, data_rank, :, half],
             samples=samples,
             num_copied=0,
@@ -97,3 +100,100 @@ def test_counting_the_tower_once_a_context_rank_would_be_seen():
     expected_v, expected_t = expected_gradients("triple")
     assert (v_gradient - expected_v).abs().max() > 0.1 * expected_v.abs().max()
     assert (t_gradient - expected_t).abs().max() < 1e-5 * expected_t.abs().max()
+
+
+ROW = 16
+# Every caption of a row, by its first position and the one after its last.
+SPANS = [(first, end) for first in range(ROW) for end in range(first + 1, ROW + 1)]
+# Which positions a context-parallel rank has. Packed: two sequences of half a row, each split by itself.
+ORDERS = {
+    "in order": lambda rank, size: torch.arange(ROW).chunk(size)[rank],
+    "zigzag": lambda rank, size: context_parallel_attention.positions(rank, size, ROW),
+    "packed": lambda rank, size: torch.cat(
+        [start + context_parallel_attention.positions(rank, size, ROW // 2) for start in (0, ROW // 2)]
+    ),
+}
+# Context-parallel and tensor-parallel size, sequence parallelism.
+SPLITS = [(4, 1, False), (2, 2, False), (2, 2, True), (1, 4, True), (1, 4, False)]
+# An order; whether several samples share a row; and how many positions at the end of a rank's part have no mask, as a row is
+# filled up after its mask.
+CASES = [(order, packed, cut) for order in ORDERS for packed in (False, True) for cut in (0, 1)]
+
+
+def a_row(packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States, [ROW, B, E]; the caption mask, [B, ROW]; weights that make a sum of t, [n, E].
+
+    Each sample with one of SPANS for a caption; or packed, three samples' captions strewn over one row.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[first <= position < end for position in range(ROW)] for first, end in SPANS]).float()
+    if packed:
+        mask = torch.randint(0, 4, (1, ROW), generator=generator).float()
+    states, num_samples = torch.randn(ROW, len(mask), E, generator=generator), 3 if packed else len(mask)
+    return states, mask, torch.randn(num_samples, E, generator=generator)
+
+
+def pooled_by_parts(split, mask_order: str | None) -> list[tuple]:
+    """For each of CASES: this rank's positions, t, its counts, and the gradient of its states.
+
+    Args:
+        mask_order: the order of the mask's parts, where it is wrongly another than that of the states.
+    """
+    context_size, tensor_size, sequence_parallel = split
+    context_rank, tensor_rank = divmod(torch.distributed.get_rank(), tensor_size)
+    ranks = torch.arange(4).view(context_size, tensor_size)
+    tp = [torch.distributed.new_group(members) for members in ranks.tolist()][context_rank]
+    cp = [torch.distributed.new_group(members) for members in ranks.T.tolist()][tensor_rank]
+    model_config = SimpleNamespace(sequence_parallel=sequence_parallel)
+    results = []
+    for order, packed, cut in CASES:
+        states, mask, weight = a_row(packed)
+        places = ORDERS[order](context_rank, context_size)
+        own_mask = mask[:, ORDERS[mask_order or order](context_rank, context_size)[: len(places) - cut]]
+        if sequence_parallel:
+            places = places.chunk(tensor_size)[tensor_rank]
+        own_states = states[places].requires_grad_()
+        sums = caption_pooling.caption_sums(own_states, own_mask, len(weight), model_config, tp)
+        t, count = caption_pooling.caption_means(sums, caption_pooling.caption_counts(own_mask, len(weight)), cp)
+        (gradient,) = torch.autograd.grad((t * weight).sum(), own_states)
+        results.append((places, t.detach(), count, gradient))
+    return results
+
+
+def pooled_whole(context_size: int, order: str, packed: bool, cut: int) -> tuple[torch.Tensor, ...]:
+    """The same over the whole row: t, its counts and the gradient of all states."""
+    states, mask, weight = a_row(packed)
+    for rank in range(context_size):
+        mask[:, ORDERS[order](rank, context_size)[ROW // context_size - cut :]] = 0
+    mask_nS = mask == torch.arange(1, 4)[:, None] if packed else mask > 0
+    states.requires_grad_()
+    rows_of = [states[counted, 0 if packed else sample] for sample, counted in enumerate(mask_nS)]
+    t = torch.stack([rows.mean(0) if len(rows) else torch.zeros(E) for rows in rows_of])
+    (gradient,) = torch.autograd.grad((t * weight).sum(), states)
+    return t.detach(), mask_nS.sum(1), gradient
+
+
+def largest_pooling_errors(split, mask_order: str | None = None) -> dict[tuple, float]:
+    """By case: of t, count or gradient on any rank."""
+    ranks = processes.run(pooled_by_parts, 4, split, mask_order)
+    errors = {}
+    for case, of_ranks in zip(CASES, zip(*ranks)):
+        t, count, gradient = pooled_whole(split[0], *case)
+        errors[case] = max(
+            (actual - expected).abs().max().item()
+            for places, *actuals in of_ranks
+            for actual, expected in zip(actuals, (t, count, gradient[places]))
+        )
+    return errors
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"CP={split[0]} TP={split[1]}{' SP' * split[2]}")
+def test_every_caption_of_a_split_row_is_pooled_as_in_a_whole_one(split):
+    """Each rank has t whole, and the gradient of its own positions, once: captions on one rank, on several, and cut off."""
+    errors = largest_pooling_errors(split)
+    assert max(errors.values()) < 2e-6, errors  # float32: 16 roundings of 6e-8 of sums up to 8
+
+
+def test_a_mask_split_in_another_order_would_be_seen():
+    for (order, _, _), error in largest_pooling_errors((2, 2, True), "in order").items():
+        assert error < 2e-6 if order == "in order" else error > 0.1

@@ -164,10 +164,10 @@ def of_questions(num_micro_batches) -> list[list]:
 
 
 def of_every_kind(num_micro_batches) -> list[list]:
-    """A caption, a question about an image, a text, and an empty row, as the last batch of an epoch has them."""
-    kinds = dict(eligible=(1, 0, 0, 0), tiles=(3, 1, 0, 0), num_targets=(9, 7, 8, 0))
-    turned = {name: value[2:] + value[:2] for name, value in kinds.items()}
-    return [[tiny.batch(100 * i + m, **(turned if m % 2 else kinds)) for m in range(num_micro_batches)] for i in range(2)]
+    """Captions, questions about an image, texts, and an empty row, as the last batch of an epoch has them; two pairs in each."""
+    kinds = dict(eligible=(1, 0, 1, 0), tiles=(3, 1, 1, 0), num_targets=(9, 7, 8, 5))
+    others = dict(eligible=(0, 1, 0, 1), tiles=(0, 2, 0, 1), num_targets=(0, 9, 8, 7))
+    return [[tiny.batch(100 * i + m, **(others if m % 2 else kinds)) for m in range(num_micro_batches)] for i in range(2)]
 
 
 # A parameter that has no gradient would be waited for, and asserted, when gradients are reduced as they come.
@@ -180,6 +180,8 @@ def test_images_of_several_tiles_and_texts_in_every_layout(parity, layout, kind)
     case = (layout, 2, True, False)  # per token: the losses of ranks with fewer tokens weigh less
     differences = parity.differences(case, options=OVERLAP, batches_of=kind)
     assert max(differences.values()) < TOLERANCE, differences
+    has_pairs = kind not in (of_texts, of_questions)
+    assert all((losses["rsa loss"] > 0) == has_pairs for losses in parity.reference(case, OVERLAP, kind).losses)
     if kind is of_texts:
         gradients = parity.run(case, options=OVERLAP, batches_of=kind).gradients
         of_images = [name for name in gradients if name.startswith("vision_")]
