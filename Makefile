@@ -31,7 +31,16 @@ $(INSTALLED): pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,plots,dev,openmoji]'
 	@touch $@
 
-test: $(INSTALLED)
+# The plugin is tried under these too, each in a folder of its own.
+CORES := $(addprefix $(VENV)/megatron-core-,0.16.1 0.17.1 0.18.2)
+
+$(CORES): | $(INSTALLED)
+	@echo "[set-up] $(@F), for the tests"
+	@rm -rf $@.part
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part megatron-core==$(@F:megatron-core-%=%)
+	@mv $@.part $@
+
+test: $(INSTALLED) $(CORES)
 	@$(PY) -m pytest $(ARGS)
 
 bench: $(INSTALLED)

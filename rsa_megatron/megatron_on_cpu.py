@@ -17,6 +17,7 @@ replaces anything (examples/megatron_repairs.py does, for the training script).
     Transformer Engine's check in LLaVAModel and torch    Megatron's own attention passes the check (sequence
       norms' refusal of sequence parallelism                parallelism is plain collectives); norms that mark their
                                                             parameters, whose gradients Megatron then sums over TP
+    CLIPViTModel's own norms without Transformer Engine   the same norms, which take Megatron's arguments
 
 Context parallelism is not among them: it needs Transformer Engine's attention.
 Call it before megatron is imported; `MEGATRON_ARGUMENTS` are the settings that the CPU path needs.
@@ -194,6 +195,7 @@ def _stand_in_for_compilation():
 
 def _stand_in_inside_megatron():
     from megatron.core.models.multimodal import llava_model
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer import torch_norm
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -203,6 +205,11 @@ def _stand_in_inside_megatron():
     if not llava_model.HAVE_TE:
         llava_model.TEDotProductAttention, llava_model.HAVE_TE = DotProductAttention, True
         torch_norm.WrappedTorchNorm.__new__ = staticmethod(_norm_for_sequence_parallelism)
+        # The tower's own norms would be torch.nn.LayerNorm itself, which does not take Megatron's arguments.
+        CLIPViTModel.__init__.__defaults__ = tuple(
+            torch_norm.WrappedTorchNorm if default is torch.nn.LayerNorm else default
+            for default in CLIPViTModel.__init__.__defaults__
+        )
 
 
 def _norm_for_sequence_parallelism(cls, config, hidden_size, eps=1e-5, *args, **kwargs):
