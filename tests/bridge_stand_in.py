@@ -91,11 +91,17 @@ def with_state(step):
     return partial(step, GlobalState())
 
 
-def train(job_file, form: str, flags: list[str]) -> str:
-    """Run the Megatron-LM job with its model and its step in Bridge's forms; what it printed."""
-    spec = importlib.util.spec_from_file_location("job", job_file)
+def load_job(file):
+    """A script of examples/existing_jobs as a module of its own."""
+    spec = importlib.util.spec_from_file_location("job", file)
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
+    return job
+
+
+def train(job_file, form: str, flags: list[str]) -> str:
+    """Run the Megatron-LM job with its model and its step in Bridge's forms; what it printed."""
+    job = load_job(job_file)
     # What functools.wraps keeps: the job's own functions, without RSA.
     job.plain_forward_step = inspect.unwrap(job.forward_step)
     provider = Provider(inspect.unwrap(job.model_provider))

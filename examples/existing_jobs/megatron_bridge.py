@@ -3,15 +3,17 @@
     torchrun --nproc-per-node 2 examples/existing_jobs/megatron_bridge.py
 
 The job is a small one of its own: a provider that builds megatron-core's LLaVAModel, data of noise, and Bridge's own
-forward step for LLaVA. Without a GPU it runs on the CPU, if Bridge can be imported there.
+forward step for LLaVA. Bridge cannot be imported without Transformer Engine.
 """
 
 import copy
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1]))  # for megatron_repairs
 from rsa_megatron import megatron_on_cpu
 
 megatron_on_cpu.enable()  # before megatron is imported; does nothing where there is a GPU
@@ -23,42 +25,48 @@ try:
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 except ImportError as error:
-    sys.exit(f"error: Megatron-Bridge cannot be imported ({error}): pip install megatron-bridge==0.6.2, which needs CUDA")
+    sys.exit(f"error: Megatron-Bridge cannot be imported ({error}): pip install 'megatron-bridge[te]==0.6.2', which needs CUDA")
+import megatron_repairs
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.optimizer import OptimizerConfig
 
 from rsa_megatron import RSAConfig, RSAPlugin  # RSA
 from rsa_megatron.llava.layer_specs import layer_specs
 
-IMAGE_TOKEN, VOCABULARY, SEQ_LENGTH = 511, 512, 16
+IMAGE_TOKEN, VOCABULARY, SEQ_LENGTH, IMAGE_SIZE, PATCH_SIZE = 511, 512, 16, 32, 8
 rsa = RSAPlugin(RSAConfig(weight=0.01))  # RSA
 forward_step = rsa.wrap_forward_step(forward_step)  # RSA
 
 
 @dataclass
 class LlavaProvider(GPTModelProvider):
-    """LLaVAModel of two small layers and two small layers."""
+    """A LLaVAModel of two layers in the tower and two in the decoder."""
 
     def provide(self, pre_process=None, post_process=None, vp_stage=None) -> LLaVAModel:
         tower = copy.deepcopy(self)
         tower.pipeline_model_parallel_size, tower.vision_model_type = 1, "clip"
         vision_layer, language_layer, projector = layer_specs("local")
+        # An image takes one position of the text, and (32 / 8)^2 of the row.
+        max_length = SEQ_LENGTH - 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2
         return LLaVAModel(
-            self, language_layer, VOCABULARY, SEQ_LENGTH + 16, tower, vision_layer, True, tower, projector,
+            self, language_layer, VOCABULARY, max_length, tower, vision_layer, True, copy.deepcopy(tower), projector,
             pre_process=pre_process, post_process=post_process, add_encoder=pre_process, vp_stage=vp_stage,
-            img_h=32, img_w=32, patch_dim=8, image_token_index=IMAGE_TOKEN, pg_collection=self._pg_collection,
+            img_h=IMAGE_SIZE, img_w=IMAGE_SIZE, patch_dim=PATCH_SIZE, image_token_index=IMAGE_TOKEN,
+            pg_collection=self._pg_collection,
         )  # fmt: skip
 
 
 @dataclass
 class Noise(DatasetProvider):
-    """Samples of one image and one caption; image i and caption i are always the same."""
+    """A data set for training, and none for evaluation."""
 
     def build_datasets(self, context):
         return [Samples(context.train_samples), None, None]
 
 
 class Samples(torch.utils.data.Dataset):
+    """An image and its caption: sample i is the same every time, and tells nothing."""
+
     def __init__(self, length: int):
         self.length = length
 
@@ -69,12 +77,17 @@ class Samples(torch.utils.data.Dataset):
         noise = torch.Generator().manual_seed(index)
         tokens = torch.randint(0, IMAGE_TOKEN, (SEQ_LENGTH + 1,), generator=noise)
         tokens[0] = IMAGE_TOKEN
-        loss_mask = torch.ones(SEQ_LENGTH)
-        return dict(tokens=tokens[:-1], labels=tokens[1:], loss_mask=loss_mask, position_ids=torch.arange(SEQ_LENGTH),
-                    pixel_values=torch.randn(3, 32, 32, generator=noise))  # fmt: skip
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": torch.ones(SEQ_LENGTH),
+            "position_ids": torch.arange(SEQ_LENGTH),
+            "pixel_values": torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=noise),
+        }
 
 
 def main():
+    megatron_repairs.repair()  # of megatron-core as PyPI has it
     provider = LlavaProvider(
         num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=SEQ_LENGTH, vocab_size=VOCABULARY,
         # What needs Transformer Engine or apex is off, as a job for the CPU has it.

@@ -11,6 +11,7 @@ import pytest
 import script
 import torch
 
+HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 JOBS = Path(__file__).parents[2] / "examples" / "existing_jobs"
 TP = ("--tensor-model-parallel-size", "2", "--micro-batch-size", "8")
 PP = ("--pipeline-model-parallel-size", "2", "--micro-batch-size", "8")
@@ -27,15 +28,8 @@ def run(job: Path, *flags, world_size: int = 2) -> list[str]:
     return processes.run(_main, world_size, job, list(map(str, flags)))
 
 
-def load(job: Path):
-    spec = importlib.util.spec_from_file_location("job", job)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _main(job, flags) -> str:
-    module = load(job)
+    module = bridge_stand_in.load_job(job)
     sys.argv = [str(job), *flags]
     module.main()
     return processes.output()
@@ -103,17 +97,23 @@ def test_all_of_rsa_is_in_the_marked_lines(tmp_path, name, marked):
 
 def bridge_job_without_bridge() -> str:
     try:
-        load(JOBS / "megatron_bridge.py")
+        bridge_stand_in.load_job(JOBS / "megatron_bridge.py")
     except SystemExit as end:
         return end.code
     return "imported"
 
 
+@pytest.mark.skipif(HAS_BRIDGE, reason="Megatron-Bridge is installed")
 def test_without_bridge_one_line_says_what_to_install():
-    if importlib.util.find_spec("megatron.bridge"):
-        pytest.skip("Megatron-Bridge is installed")
     (message,) = processes.run(bridge_job_without_bridge, 1)
-    assert re.fullmatch(r"error: Megatron-Bridge cannot be imported \(.*\): pip install megatron-bridge.*", message)
+    assert re.fullmatch(r"error: Megatron-Bridge cannot be imported \(.*\): pip install .*megatron-bridge.*", message)
+
+
+@pytest.mark.skipif(not HAS_BRIDGE, reason="Megatron-Bridge is not installed; it needs Transformer Engine")
+def test_with_bridge_its_own_training_loop_trains_and_logs_the_figures():
+    lines = figures(run(JOBS / "megatron_bridge.py"))
+    assert list(lines) == [1, 2, 3, 4, 5]
+    assert all(float(line["rsa pairs"]) == 8 and float(line["rsa loss"]) > 0 for line in lines.values())
 
 
 @pytest.mark.parametrize("form, layout", [("function", ()), ("functor", ()), ("function", PP)], ids=["function", "functor", "PP=2"])

@@ -26,7 +26,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-VOCAB_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH = 128, 3, 96
+VOCAB_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, NUM_MICRO_BATCHES = 128, 3, 96, 2
 IMAGE_SIZE, PATCH_SIZE = 56, 14  # 16 patches, 4 after pixel shuffle
 TILE_TAGS = [[10 + tile] * 5 for tile in range(4)]  # five tokens before each tile, as NVLM has them
 
@@ -41,7 +41,6 @@ def add_job_arguments(parser):
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--num-micro-batches", type=int, default=2)
     parser.add_argument("--train-iters", type=int, default=2)
     parser.add_argument("--loss-form", default="three", choices=("three", "per-token", "two"))
     parser.add_argument("--bf16", action="store_true")
@@ -161,14 +160,14 @@ def micro_batch(iteration: int, index: int, rank: int) -> dict[str, torch.Tensor
 
 def train_step(forward_step, model, optimizer, iteration: int) -> dict[str, float]:
     data_rank = parallel_state.get_data_parallel_rank()
-    batches = [micro_batch(iteration, index, data_rank) for index in range(args.num_micro_batches)]
+    batches = [micro_batch(iteration, index, data_rank) for index in range(NUM_MICRO_BATCHES)]
     model.zero_grad_buffer()
     optimizer.zero_grad()
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=[model],
-        num_microbatches=args.num_micro_batches,
+        num_microbatches=NUM_MICRO_BATCHES,
         seq_length=SEQUENCE_LENGTH,
         micro_batch_size=args.micro_batch_size,
         decoder_seq_length=SEQUENCE_LENGTH,

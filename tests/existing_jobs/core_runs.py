@@ -74,7 +74,7 @@ def plain(argv: list[str], num_ranks: int, weight: float, folder: str, mistake: 
 def plain_loss(model, iteration: int, num_ranks: int, weight: float, mistake: str) -> tuple[Tensor, dict[str, float]]:
     """The loss of a step over all ranks and micro-batches: eq. 6, with the LM loss as --loss-form takes it."""
     args, seen = core_job.args, []
-    for index in range(args.num_micro_batches):
+    for index in range(core_job.NUM_MICRO_BATCHES):
         seen.append([plain_forward(model, core_job.micro_batch(iteration, index, rank), mistake) for rank in range(num_ranks)])
     sums = torch.stack([torch.stack([rank["sum"] for rank in ranks]) for ranks in seen])
     counts = torch.stack([torch.stack([rank["count"] for rank in ranks]) for ranks in seen])
