@@ -1,9 +1,9 @@
 """A stand-in for what of Megatron-Bridge the plugin meets, as Bridge cannot be imported without Transformer Engine.
 
-It has, and says here, what its source has: a provider with pre-wrap hooks that are given the list of chunks; a model that holds
-the LLaVAModel as `llava_model` and has a configuration of its own; a forward step that takes the global state first, whose loss
-function is given LLaVAModel's two outputs; and a training loop that looks at the step's signature to know whether to give it the
-state. It shows the forms fit. That Bridge is of these forms it cannot show.
+Each class says what of Bridge's source it stands for: a provider with pre-wrap hooks that are given the list of chunks; a model
+that holds the LLaVAModel and has a config of its own; a forward step that takes the global state first, whose loss function is
+given LLaVAModel's two outputs; a training loop that looks at the step's signature to know whether to give it the state. It
+shows that the plugin fits these forms. That Bridge is of these forms it cannot show.
 """
 
 import copy

@@ -25,7 +25,7 @@ try:
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 except ImportError as error:
-    sys.exit(f"error: Megatron-Bridge cannot be imported ({error}): pip install 'megatron-bridge[te]==0.6.2', which needs CUDA")
+    sys.exit(f"error: Megatron-Bridge cannot be imported ({error}): pip install 'megatron-bridge[te]==0.6.2', with CUDA")
 import megatron_repairs
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.optimizer import OptimizerConfig

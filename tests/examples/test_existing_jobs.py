@@ -73,9 +73,10 @@ def test_with_rsa_the_checkpoint_has_the_same_names_and_other_weights(tmp_path):
 
 
 def test_the_figures_are_the_same_in_every_layout(tmp_path):
-    # Layouts draw weights differently, and dropout: all begin from one checkpoint, whose own step has a rate of 0, and drop nothing.
+    # Layouts draw weights and dropout differently: all begin from one checkpoint (its step has a rate of 0), without dropout.
     run(JOBS / "megatron_lm.py", "--train-iters", 1, "--lr", 0, "--save", tmp_path, "--rsa-weight", 0)
-    flags = ("--train-iters", 1, "--load", tmp_path, "--finetune", "--hidden-dropout", 0, "--attention-dropout", 0, "--rsa-weight", 1)
+    flags = ["--train-iters", 1, "--load", tmp_path, "--finetune", "--hidden-dropout", 0, "--attention-dropout", 0]
+    flags += ["--rsa-weight", 1]
     expected, *others = (figures(run(JOBS / "megatron_lm.py", *flags, *layout))[1] for layout in ((), TP, PP))
     for actual in others:
         for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "grad norm"):
@@ -116,7 +117,9 @@ def test_with_bridge_its_own_training_loop_trains_and_logs_the_figures():
     assert all(float(line["rsa pairs"]) == 8 and float(line["rsa loss"]) > 0 for line in lines.values())
 
 
-@pytest.mark.parametrize("form, layout", [("function", ()), ("functor", ()), ("function", PP)], ids=["function", "functor", "PP=2"])
+@pytest.mark.parametrize(
+    "form, layout", [("function", ()), ("functor", ()), ("function", PP)], ids=["function", "functor", "PP=2"]
+)
 def test_a_step_and_a_wrapped_model_of_bridges_forms_train_as_megatron_lms(form, layout):
     flags = [*layout, "--train-iters", "3", "--rsa-weight", "1"]
     expected = figures(run(JOBS / "megatron_lm.py", *flags))
