@@ -61,7 +61,7 @@ class RSAConfig:
 
     layers: str = field(
         default="-1:-1",
-        metadata={"help": "vision:text pairs of layers, as -1:-1,-2:14@0.5; 0 is what goes into the first layer, -1 the last, "
+        metadata={"help": "vision:text pairs of layers, as -1:-1,-2:14@0.5; 0 is what goes into the first layer, -1 what each backbone gives, "
                   "the number after @ the pair's weight (1 without)"},
     )  # fmt: skip
     """Pairs of layers whose losses add up. The paper aligns the last layers and names others as open (appendix J)."""
@@ -88,11 +88,6 @@ class RSAConfig:
             if choices and getattr(self, setting.name) not in choices:
                 flag = "--rsa-" + setting.name.replace("_", "-")
                 raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {getattr(self, setting.name)!r}")
-        if self.scope == "global-batch" and self.normalize != "none":
-            raise ValueError(
-                f"--rsa-scope global-batch does not go with --rsa-normalize {self.normalize}: the mean distance of a whole "
-                "batch is known after its last micro-batch alone"
-            )
         pairs = [(pair.vision, pair.text) for pair in self.layer_pairs]
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"--rsa-layers {self.layers} names a pair twice; give it a weight instead, as -1:-1@2")

@@ -57,7 +57,7 @@ class RSAPlugin:
         (Megatron parses inside or outside of pretrain() depending on its version; the flags act in both.)
         """
         # argparse takes what begins with a dash for a flag unless it is a number: --rsa-layers -1:-1 is one, too.
-        parser._negative_number_matcher = re.compile(r"^-\d+$|^-\d*\.\d+$|^-\d+:")
+        parser._negative_number_matcher = re.compile(parser._negative_number_matcher.pattern + r"|^-\d+:")
         group = parser.add_argument_group("representational space alignment")
         for setting in dataclasses.fields(RSAConfig):
             group.add_argument(
@@ -106,14 +106,18 @@ class RSAPlugin:
                 raise ValueError("RSA cannot train with combined forward and backward passes (1F1B that overlaps expert-parallel "
                                  "communication): leave --overlap-moe-expert-parallel-comm out")  # fmt: skip
             # The schedules pass both by their places, next to each other.
-            place = next(i for i, argument in enumerate(args) if isinstance(argument, torch.nn.Module))
+            place = next((i for i, argument in enumerate(args) if isinstance(argument, torch.nn.Module)), 0)
+            if not place:
+                raise ValueError("RSA's forward step is to be called as Megatron's schedules do: (..., data_iterator, model)")
             before, data_iterator, model, after = args[: place - 1], args[place - 1], args[place], args[place + 1 :]
             chunk = llava_within(model)
-            reader = None if data_iterator is None else _Reader(data_iterator)
+            reader = None if data_iterator is None else _Reader(data_iterator, self._select)
             # A rank that holds an iterator need not read from it: those of a tensor-parallel group receive.
-            chunk.rsa_taps.begin(lambda: None if reader is None or reader.last is None else _said(self._select(reader.last)))
-            output, loss_func = forward_step(*before, reader, model, *after, **kwargs)
-            representations = chunk.rsa_taps.take()
+            chunk.rsa_taps.begin(lambda: None if reader is None or reader.selection is None else _said(reader.selection))
+            try:
+                output, loss_func = forward_step(*before, reader, model, *after, **kwargs)
+            finally:
+                representations = chunk.rsa_taps.take()
             if representations is None:
                 return output, loss_func
             return output, functools.partial(self._loss, loss_func, representations, chunk, get_model_config(model))
@@ -124,9 +128,12 @@ class RSAPlugin:
         outputs = loss_func(output_tensor, **kwargs)
         if kwargs.get("non_loss_data"):
             return outputs
-        whole_batch = chunk.rsa_whole_batches[chunk.training] if self.config.scope == "global-batch" else None
-        if whole_batch:
+        whole_batch = None
+        if self.config.scope == "global-batch":
+            whole_batch = chunk.rsa_whole_batches[chunk.training]
             whole_batch.begin_micro_batch()
+            if chunk.training:
+                chunk.rsa_whole_batches[False].forget()
         term = rsa_term(representations, self.config, chunk.config, chunk.pg_collection, whole_batch)
         return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, chunk.pg_collection)
 
@@ -180,18 +187,22 @@ def _said(selection) -> RSASamples | Selection:
 
 
 class _Reader:
-    """A data iterator that remembers the batch it gave last."""
+    """A data iterator that remembers what is said of the batch it gave last, before the script changes that."""
 
-    def __init__(self, data_iterator: Iterator):
-        self._data_iterator = data_iterator
-        self.last = None
+    def __init__(self, data_iterator: Iterator, select: Callable):
+        self._data_iterator, self._select = data_iterator, select
+        self.selection = None
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        self.last = next(self._data_iterator)
-        return self.last
+        batch = next(self._data_iterator)
+        self.selection = self._select(batch)
+        return batch
+
+    def __getattr__(self, name: str):
+        return getattr(self._data_iterator, name)
 
 
 def _changes(plugin: RSAPlugin, name: str) -> type[argparse.Action]:

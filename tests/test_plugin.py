@@ -135,6 +135,8 @@ def what_attaching_says(argv):
         batch = tiny.batch(0)
         model.rsa_taps.begin(lambda: batch.rsa)
         model(batch.images, batch.tokens, None, None, image_layouts=batch.image_layouts)
+    with pytest.raises(ValueError, match="pass labels to its forward"):
+        model(batch.images, batch.tokens, None, None, loss_mask=batch.loss_mask, image_layouts=batch.image_layouts)
 
 
 def test_attaching_says_what_is_wrong(demo):

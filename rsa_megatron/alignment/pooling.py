@@ -1,7 +1,7 @@
 """From tokens to one vector a sample: masked means (paper, eq. 1 and 2), in parts that add up over ranks.
 
 Sums are taken in float32 of unrounded products (a 0/1 mask multiplies exactly), so that bf16 activations
-are read once and no float32 copy of them is made.
+are read once and no float32 copy of them is made (but of packed rows, while they are summed).
 
 Shapes: T tiles of P patch tokens, width D, for B samples; S sequence positions, width E.
 """

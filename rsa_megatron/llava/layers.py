@@ -1,7 +1,7 @@
 """Hooks on the layers of the tower and of the decoder, and how layers are numbered.
 
-Layer 0 is what goes into the first layer, layer l what comes out of the l-th, -1 the last, which is taken as the backbone
-gives it: after its final norm. (transformers' hidden_states are numbered so.)
+Layer 0 is what goes into the first layer, layer l what comes out of the l-th, -1 the last. The decoder's last is taken after
+its final norm. (transformers' hidden_states are numbered so.)
 
 Shapes: P patches and class tokens, T tiles, S positions, B samples, D and E widths.
 """
@@ -39,12 +39,13 @@ def on_decoder_layers(
 
     Within the decoder, so that S is without what other hooks add to a row between the stages of a pipeline.
     """
-    decoder = chunk.language_model.decoder
+    decoder, depth = chunk.language_model.decoder, chunk.config.num_layers
     hooks = [_before(decoder, keep, 0)] if chunk.pre_process and 0 in layers else []
-    for block in decoder.layers:
-        is_last = block.layer_number == chunk.config.num_layers
-        if block.layer_number in layers:
-            hooks.append(_after(decoder if is_last else block, keep, block.layer_number))
+    inner = [block for block in decoder.layers if block.layer_number in layers and block.layer_number != depth]
+    hooks += [_after(block, keep, block.layer_number) for block in inner]
+    # Whether or not the last stage has layers of its own: it may have the norm and the loss alone.
+    if chunk.post_process and depth in layers:
+        hooks.append(_after(decoder, keep, depth))
     return hooks
 
 

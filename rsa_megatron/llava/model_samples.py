@@ -36,17 +36,14 @@ def samples_of(arguments: dict, model: LLaVAModel, selection: Selection = Select
     Args:
         arguments: of LLaVAModel.forward, by name: input_ids, loss_mask, num_image_tiles, packed_seq_params.
     """
-    input_ids = arguments["input_ids"]
-    image_token = arguments.get("image_token_index")
-    is_image_BS = input_ids == (model.image_token_index if image_token is None else image_token)
+    input_ids, is_image_BS = arguments["input_ids"], images_in(arguments, model)
     tiles = tiles_of_images(arguments, is_image_BS)
-    packed = arguments.get("packed_seq_params")
-    if packed is None or packed.qkv_format == "sbhd":
+    if not is_packed(arguments):
         num_samples = len(input_ids)
         sample_BS = torch.arange(num_samples, device=input_ids.device)[:, None].expand_as(input_ids)
     else:
-        position_BS = splice.positions(input_ids, int(image_token or model.image_token_index), tiles * model.img_seq_len)
-        num_samples, sample_BS = _packed_samples(packed, position_BS)
+        position_BS = splice.positions(is_image_BS, tiles * model.img_seq_len)
+        num_samples, sample_BS = _packed_samples(arguments["packed_seq_params"], position_BS)
     num_images = _per_sample(is_image_BS.long(), sample_BS, num_samples)
     tiles_BS = torch.zeros_like(input_ids)
     tiles_BS[is_image_BS] = tiles.to(tiles_BS)
@@ -56,15 +53,27 @@ def samples_of(arguments: dict, model: LLaVAModel, selection: Selection = Select
         eligible = eligible * (selection.eligible.to(eligible) > 0)
     caption_BS = selection.caption_mask
     if caption_BS is None:
-        caption_BS = _learnt_tokens(arguments.get("loss_mask"), sample_BS) * ~is_image_BS
+        caption_BS = _learnt_tokens(arguments.get("loss_mask"), sample_BS)
     else:
         if caption_BS.shape[1] == input_ids.shape[1] + 1:  # of texts whose last token is a label alone
             caption_BS = caption_BS[:, :-1]
         _check("caption_mask", caption_BS, input_ids.shape)
         caption_BS = (caption_BS > 0).to(input_ids)
-    if num_samples != len(input_ids):
+    if is_packed(arguments):
         caption_BS = caption_BS * (sample_BS + 1)
     return RSASamples(eligible, caption_BS, _per_sample(tiles_BS, sample_BS, num_samples), _ids(input_ids, num_samples))
+
+
+def images_in(arguments: dict, model: LLaVAModel) -> Tensor:
+    """Where an image stands in the text, [B, S] bool."""
+    image_token = arguments.get("image_token_index")
+    return arguments["input_ids"] == (model.image_token_index if image_token is None else image_token)
+
+
+def is_packed(arguments: dict) -> bool:
+    """Whether several samples, or one, share a row as packed sequences."""
+    packed = arguments.get("packed_seq_params")
+    return packed is not None and packed.qkv_format == "thd"
 
 
 def tiles_of_images(arguments: dict, is_image_BS: Tensor) -> Tensor:

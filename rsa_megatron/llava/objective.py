@@ -63,8 +63,9 @@ class RSATerm:
     #: pairs of all ranks, N, and of this rank
     num_pairs: int
     num_own_pairs: int
-    #: pairs of the step's micro-batches before this one; and the step so far
+    #: pairs of the step's micro-batches before this one
     num_earlier_pairs: int
+    #: the step so far, with --rsa-scope global-batch
     whole_batch: WholeBatch | None
     #: positions of a row that hold copies of captions, and the others
     num_copied: int
@@ -93,9 +94,12 @@ def rsa_term(
     valid_n = (samples.eligible > 0) & (samples.num_tiles > 0) & (count_n > 0)
     # One collective for all vectors; a sample enters the kernels on every rank or on none.
     names, widths = list(vectors), [x.shape[1] for x in vectors.values()]
-    gathered_NW, first_row = gather_rows(torch.cat(list(vectors.values()), dim=1), valid_n, pg_collection.dp)
+    rows_nW = torch.cat(list(vectors.values()), dim=1)
+    own = dict(zip(names, rows_nW[valid_n].split(widths, dim=1)))
+    if representations.is_packed:
+        rows_nW, valid_n = _as_many_on_every_rank(rows_nW, valid_n, pg_collection.dp)
+    gathered_NW, first_row = gather_rows(rows_nW, valid_n, pg_collection.dp)
     every = dict(zip(names, gathered_NW.split(widths, dim=1)))
-    own = {name: x[valid_n] for name, x in vectors.items()}
     earlier_MW = whole_batch.earlier_rows(gathered_NW) if whole_batch else gathered_NW[:0]
     earlier = dict(zip(names, earlier_MW.split(widths, dim=1)))
     parts = {}
@@ -113,6 +117,14 @@ def rsa_term(
     length, num_copied = representations.caption_mask_BL.shape[1], representations.num_copied
     num_own = len(own[names[0]])
     return RSATerm(parts, len(gathered_NW), num_own, len(earlier_MW), whole_batch, num_copied, length - num_copied)
+
+
+def _as_many_on_every_rank(rows_nW: Tensor, valid_n: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """With rows that are not valid behind them: rows are packed with more samples on one rank than on another."""
+    most = torch.tensor(len(rows_nW), device=rows_nW.device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+    missing = int(most) - len(rows_nW)
+    return torch.nn.functional.pad(rows_nW, (0, 0, 0, missing)), torch.nn.functional.pad(valid_n, (0, missing))
 
 
 def _vectors(representations, config, model_config, pg_collection) -> tuple[dict[tuple[str, int], Tensor], Tensor]:
@@ -179,10 +191,12 @@ def _report(term: RSATerm, config: RSAConfig, data_size: int) -> dict[str, Tenso
         values[f"rsa dist text{of_layers}"] = (part.distance_sum_t, num_distances)
     if config.text_source == "caption":
         values["rsa extra positions"] = (term.num_copied, term.num_others)
-    return {
-        key: torch.stack([torch.as_tensor(x, dtype=torch.float32, device=term.loss.device) for x in pair])
-        for key, pair in values.items()
-    }
+    return {key: torch.stack([_number(x, term.loss.device) for x in pair]) for key, pair in values.items()}
+
+
+def _number(x: Tensor | float, device: torch.device) -> Tensor:
+    # torch.full, unlike torch.tensor, does not wait for a GPU.
+    return x.to(torch.float32) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float32, device=device)
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -29,8 +29,11 @@ def check_model(model: LLaVAModel, config: RSAConfig) -> None:
         (has_stages and not _of(model, "_drop_vision_class_token") and (_of(model.vision_model, "class_token_len") or 0) > 1,
          "LLaVAModel counts one class token on stages without a tower, and this one keeps several: drop them "
          "(drop_vision_class_token=True), or set --pipeline-model-parallel-size 1"),
+        (config.scope == "global-batch" and config.normalize != "none",
+         f"--rsa-normalize {config.normalize} needs the mean distance of a whole batch before its last micro-batch: leave it, or "
+         "--rsa-scope global-batch, out"),
     ]  # fmt: skip
-    if any((pair.vision, pair.text) != (-1, -1) for pair in config.layer_pairs):
+    if any(pair.vision != -1 or pair.text not in (-1, settings.num_layers) for pair in config.layer_pairs):
         recomputes = [_of(of, "recompute_granularity") == "full" for of in (settings, tower)]
         graphs = _of(settings, "cuda_graph_impl")
         refused += [
@@ -44,11 +47,13 @@ def check_model(model: LLaVAModel, config: RSAConfig) -> None:
 
 
 def check_batch(
-    arguments: dict, *, needs_captions: bool, is_packed: bool, has_stages: bool, reads_captions_alone: bool
+    arguments: dict, *, is_last: bool, needs_captions: bool, is_packed: bool, has_stages: bool, reads_captions_alone: bool
 ) -> None:
     """Raise ValueError for what a script passes to LLaVAModel.forward (`arguments`, by name) and RSA cannot read."""
     if needs_captions and arguments.get("loss_mask") is None:
         raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
+    if is_last and arguments.get("labels") is None:
+        raise ValueError("RSA needs the loss mask back, which LLaVAModel returns with labels alone: pass labels to its forward")
     if arguments.get("imgs_sizes") is not None:
         raise ValueError("RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)")
     if is_packed and has_stages:

@@ -7,16 +7,22 @@ import torch
 from torch import Tensor
 
 
-def positions(input_ids: Tensor, image_token_index: int, tokens_of_images: Tensor) -> Tensor:
+def positions(is_image_BS: Tensor, tokens_of_images: Tensor) -> Tensor:
     """Where each text position lies in its spliced row, [B, S]; for an image its last token.
 
     Args:
+        is_image_BS: where the text has an image.
         tokens_of_images: positions that each image of the batch takes, in order.
     """
-    is_image_BS = input_ids == image_token_index
-    lengths_BS = torch.ones_like(input_ids)
+    lengths_BS = torch.ones_like(is_image_BS, dtype=torch.int64)
     lengths_BS[is_image_BS] = tokens_of_images.to(lengths_BS)
     return lengths_BS.cumsum(dim=1) - 1
+
+
+def readable(mask_BS: Tensor, is_image_BS: Tensor) -> Tensor:
+    """The mask without images, and without the token just before one: LLaVAModel takes its number out of the loss mask."""
+    before_BS = torch.nn.functional.pad(is_image_BS[:, 1:], (0, 1))
+    return mask_BS * ~(is_image_BS | before_BS)
 
 
 def spliced(mask_BS: Tensor, position_BS: Tensor, length: int) -> Tensor:

@@ -22,7 +22,7 @@ T tiles of P tokens, D and E widths of v and t.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -33,10 +33,10 @@ from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.llava import caption_copies, caption_marks, carrier, refusals, splice
 from rsa_megatron.llava.broadcast import broadcast_tensors
-from rsa_megatron.llava.caption_pooling import caption_sums
+from rsa_megatron.llava.caption_pooling import caption_counts, caption_sums
 from rsa_megatron.llava.carrier import Carried
 from rsa_megatron.llava.layers import layer_number, on_decoder_layers, on_tower_layers
-from rsa_megatron.llava.model_samples import Selection, samples_of
+from rsa_megatron.llava.model_samples import Selection, images_in, is_packed, samples_of
 
 _FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
 
@@ -55,6 +55,8 @@ class Representations:
     #: in a packed row s for its sample s = 1 .. n
     caption_mask_BL: Tensor
     samples: RSASamples
+    #: whether the samples share one row; their number then differs from rank to rank
+    is_packed: bool
     #: positions that copies of captions have added to each row
     num_copied: int
 
@@ -69,13 +71,10 @@ class _InHand:
     sums: dict[int, Tensor] = field(default_factory=dict)
     caption_mask_BL: Tensor | None = None
     loss_mask_dtype: torch.dtype | None = None
+    is_packed: bool = False
     num_copied: int = 0
     #: where the text positions lie in the spliced row, [B, S]
     positions_BS: Tensor | None = None
-
-    @property
-    def is_packed(self) -> bool:
-        return len(self.samples.eligible) != len(self.samples.caption_mask)
 
 
 class Taps:
@@ -96,7 +95,8 @@ class Taps:
         self._carries_mask = bool(self._inner_layers) and not (self.is_first and self.is_last)
         self._image_width: int | None = None
         self._vector_width: int | None = None
-        #: The carrier's rows, as they have come from the stage before.
+        #: What has come from the stage before: all of it, and of that the carrier's rows.
+        self._received: Tensor | None = None
         self._rows: Tensor | None = None
         self._in_hand = _InHand()
         self._active = self._tiles_are_checked = False
@@ -105,7 +105,7 @@ class Taps:
         if config.text_source == "caption":
             self._segments = caption_copies.SeparateSegments(model, reads_inner_layers=bool(self._inner_layers))
         if self._segments or self._carries_mask:
-            self._splice = model._preprocess_data
+            self._splice, self._splice_signature = model._preprocess_data, inspect.signature(model._preprocess_data)
             model._preprocess_data = self._splice_with_copies
         self._put_hooks(model)
 
@@ -115,7 +115,7 @@ class Taps:
         on_decoder_layers(model, set(self._text_layers.values()), self._keep_states)
         if not self.is_first:
             self._set_input_tensor = model.set_input_tensor
-            model.set_input_tensor = self._take_off_carrier
+            model.set_input_tensor = self._keep_received
             return
         tower = model.vision_model
         # A tower that ends in a merger says how wide that is.
@@ -137,19 +137,23 @@ class Taps:
             return None
         return Representations(
             {layer: found.v[layer] for layer in self._vision_layers},
-            found.hidden, found.sums, found.caption_mask_BL, found.samples, found.num_copied,
+            found.hidden, found.sums, found.caption_mask_BL, found.samples, found.is_packed, found.num_copied,
         )  # fmt: skip
 
     # The hooks, in the order in which they fire.
 
-    def _take_off_carrier(self, input_tensor):
-        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if received is not None:
-            self._vector_width = self._vector_width or carrier.vector_width(received)
-            k = carrier.num_rows_received(received, self._vector_width, self._shards if self._carries_mask else 0)
-            # Slices along dim 0 of what was received: no copy, and both parts' gradients return through it.
-            self._rows, received = received[-k:], received[:-k]
-        self._set_input_tensor([received])
+    def _keep_received(self, input_tensor):
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self._set_input_tensor(input_tensor)
+
+    def _take_off_carrier(self) -> None:
+        """Before the forward pass, and not when it is received: text generation, which has no carrier, passes here too."""
+        received, self._received = self._received, None
+        self._vector_width = self._vector_width or carrier.vector_width(received)
+        k = carrier.num_rows_received(received, self._vector_width, self._shards if self._carries_mask else 0)
+        # Slices along dim 0 of what was received: no copy, and both parts' gradients return through it.
+        self._rows = received[-k:]
+        self._set_input_tensor([received[:-k]])
 
     def _before_forward(self, model, args, kwargs):
         bound = self._signature.bind(*args, **kwargs)
@@ -159,6 +163,8 @@ class Taps:
             self._segments.start_B = None
         if not self._active:
             return None
+        if not self.is_first and self._received is not None:
+            self._take_off_carrier()
         if self._read is None and model.training:
             raise RuntimeError("RSA has its taps on the model and is told of no batch: wrap the forward step too "
                                "(RSAPlugin.wrap_forward_step)")  # fmt: skip
@@ -168,9 +174,11 @@ class Taps:
             self._segments.start_B = self._unpacked(mask_length=0).start_B
         if not (self.is_first or self.is_last):
             return None
+        self._in_hand.is_packed = is_packed(bound.arguments)
         self._in_hand.samples = self._samples(bound.arguments)
         refusals.check_batch(
             bound.arguments,
+            is_last=self.is_last,
             needs_captions=self.is_last or self._carries_mask or self._segments is not None,
             is_packed=self._in_hand.is_packed,
             has_stages=not (self.is_first and self.is_last),
@@ -187,11 +195,12 @@ class Taps:
 
     def _splice_with_copies(self, *args, **kwargs):
         """LLaVAModel's splice, in rows longer by the copies than its longest; and where the text comes to lie."""
-        given = inspect.signature(self._splice).bind(*args, **kwargs).arguments
+        given = self._splice_signature.bind(*args, **kwargs).arguments
         num_copied = self._in_hand.num_copied
         if self.is_first and self._in_hand.samples is not None:
             per_tile = 1 if given.get("is_packed_dynamic_res") else self._model.img_seq_len
-            positions_BS = splice.positions(given["input_ids"], given["image_token_index"], given["num_image_tiles"] * per_tile)
+            is_image_BS = given["input_ids"] == given["image_token_index"]
+            positions_BS = splice.positions(is_image_BS, given["num_image_tiles"] * per_tile)
             self._in_hand.positions_BS = positions_BS
             if num_copied:
                 self._segments.start_B = positions_BS[:, -num_copied]
@@ -245,7 +254,15 @@ class Taps:
         return carrier.unpack(self._rows, self._vector_width, mask_length)
 
     def _samples(self, arguments: dict) -> RSASamples:
-        """The batch's RSASamples: from the tensor-parallel rank that has read it, and from the model's arguments."""
+        """The batch's RSASamples, of whose captions no row is lost in LLaVAModel's splice."""
+        samples = self._said_samples(arguments)
+        is_image_BS = images_in(arguments, self._model)
+        # (What is copied to the end of its row has no image after it.)
+        keep = samples.caption_mask * ~is_image_BS if self._segments else splice.readable(samples.caption_mask, is_image_BS)
+        return replace(samples, caption_mask=keep)
+
+    def _said_samples(self, arguments: dict) -> RSASamples:
+        """From the tensor-parallel rank that has read the batch, and from the model's arguments."""
         said = self._read() or Selection()
         not_said = torch.zeros(0, dtype=torch.int64)
         data = {name: getattr(said, name, None) for name in _FIELDS}
@@ -277,8 +294,10 @@ class Taps:
         parts = list(vector_BF.split([first_sum] + [hidden_width] * len(self._inner_layers), dim=1))
         for place, layer in enumerate(self._inner_layers, start=1):
             if layer in own_layers:
-                hidden_LBE = self._in_hand.hidden[layer]
-                parts[place] = caption_sums(hidden_LBE, carried.mask_BL, len(carried.mask_BL), self._model_config, self._pg_collection.tp)
+                # As a mean: a sum over a long caption could leave fp16's range.
+                hidden_LBE, mask_BL = self._in_hand.hidden[layer], carried.mask_BL
+                sum_BE = caption_sums(hidden_LBE, mask_BL, len(mask_BL), self._model_config, self._pg_collection.tp)
+                parts[place] = sum_BE / caption_counts(mask_BL, len(mask_BL)).clamp(min=1)[:, None]
         self._in_hand = _InHand()
         return carrier.pack(carried._replace(vector_BF=torch.cat(parts, dim=1)), hidden_width, output_LBH.dtype)
 
@@ -298,12 +317,13 @@ class Taps:
         return Carried(torch.cat([*v, empty], dim=1), sample_id_B, no_id_B if start_B is None else start_B, mask_BL)
 
     def _unpack(self, carried: Carried) -> None:
-        """On the last stage: v and the sums of the layers before it."""
+        """On the last stage: v, and the sums of the layers that stages before it have."""
         refusals.check_same_samples(carried.sample_id_B, self._in_hand.samples.sample_id)
         found, hidden_width = self._in_hand, self._model_config.hidden_size
         num_v, num_sums = len(self._vision_layers), len(self._inner_layers)
         image_width = (self._vector_width - hidden_width * num_sums) // num_v
         parts = carried.vector_BF.split([image_width] * num_v + [hidden_width] * num_sums, dim=1)
         found.v = dict(zip(self._vision_layers, parts))
-        sums = zip(self._inner_layers, parts[num_v:])
-        found.sums = {layer: sum_BE for layer, sum_BE in sums if layer not in found.hidden}
+        count_B = caption_counts(found.caption_mask_BL, len(found.caption_mask_BL)).clamp(min=1)
+        means = zip(self._inner_layers, parts[num_v:])
+        found.sums = {layer: mean_BE * count_B[:, None] for layer, mean_BE in means if layer not in found.hidden}

@@ -11,9 +11,16 @@ from torch import Tensor
 
 
 class WholeBatch:
-    """The step so far, of one model chunk in training or in evaluation."""
+    """The step so far, of one model chunk in training or in evaluation.
+
+    A step is known by its number of micro-batches. In evaluation that is training's, too: the figures there are of as many.
+    """
 
     def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """The next micro-batch begins a step."""
         self._rows: list[Tensor] = []
         self._num_tokens: Tensor | float = 0.0
         self._place = self.num_micro_batches = 0
@@ -21,7 +28,7 @@ class WholeBatch:
     def begin_micro_batch(self) -> None:
         """To be called once for each micro-batch: after the step's last one, the next begins a new step."""
         if self._place >= self.num_micro_batches:
-            self._rows, self._num_tokens, self._place = [], 0.0, 0
+            self.forget()
             self.num_micro_batches = _num_micro_batches()
         self._place += 1
 

@@ -39,6 +39,21 @@ def test_a_whole_batch_in_every_layout(parity, layout):
         assert max(differences.values()) < TOLERANCE, differences
 
 
+def image_after_its_caption(num_micro_batches):
+    """The caption's last token stands just before the image, where LLaVAModel lets it go."""
+    made = [[tiny.batch(100 * i + m) for m in range(num_micro_batches)] for i in range(2)]
+    for batch in sum(made, []):
+        end_B = batch.rsa.caption_mask.cumsum(1).argmax(1) + 1
+        batch.tokens[:, 0] = 11
+        batch.tokens[torch.arange(4), end_B] = tiny.IMAGE_TOKEN
+    return made
+
+
+def test_the_token_before_an_image_is_in_no_layer(parity):
+    differences = parity.differences((layout_of("PP=2"), 2, True, False), options=LAYERS, batches_of=image_after_its_caption)
+    assert max(differences.values()) < TOLERANCE, differences
+
+
 def sums_left_on_their_stage():
     from rsa_megatron.llava import taps
 

@@ -42,9 +42,9 @@ def test_a_stage_without_a_loss_mask_knows_of_no_caption():
     assert not samples.caption_mask.any() and samples.eligible.tolist() == [1, 0, 0]
 
 
-def test_an_image_token_is_no_caption():
-    samples = samples_of(arguments(loss_mask=torch.ones(3, 5)), MODEL)
-    assert samples.caption_mask[0].tolist() == [0, 0, 1, 1, 1]
+def test_images_and_the_token_before_one_are_no_caption():
+    found = splice.readable(torch.ones(3, 5, dtype=torch.int64), TOKENS == IMAGE)
+    assert found.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 
 def test_a_script_says_who_and_which_tokens():
@@ -88,7 +88,7 @@ def test_packed_samples_are_told_apart_by_where_they_end():
 
 
 def test_text_lies_after_the_tokens_of_the_images_before_it():
-    position_BS = splice.positions(TOKENS, IMAGE, torch.tensor([12, 4, 8]))
+    position_BS = splice.positions(TOKENS == IMAGE, torch.tensor([12, 4, 8]))
     assert position_BS.tolist() == [[0, 12, 13, 14, 15], [0, 1, 2, 3, 4], [3, 11, 12, 13, 14]]
     mask_BS = torch.tensor([[0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
     assert [row.nonzero().flatten().tolist() for row in splice.spliced(mask_BS, position_BS, 16)] == [[13, 14], [0], [14]]

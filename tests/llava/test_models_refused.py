@@ -52,6 +52,9 @@ def what_is_said(argv):
         for settings, message in cases:
             with being_set(model, settings), pytest.raises(ValueError, match=message):
                 plugin.attach(model)
+    plugin = RSAPlugin(RSAConfig(scope="global-batch", normalize="mean-distance"))
+    with pytest.raises(ValueError, match="leave it, or --rsa-scope global-batch, out"):
+        plugin.attach(model)
     with pytest.raises(ValueError, match="RSA is for megatron.core's LLaVAModel: there is none in Linear"):
         RSAPlugin().attach(torch.nn.Linear(1, 1))
     for settings, _ in INNER:  # of the last layers alone they are no matter

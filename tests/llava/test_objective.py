@@ -58,6 +58,7 @@ def gradients_on_a_rank(mode, sabotage):
             sums={},
             caption_mask_BL=mask[m, data_rank, :, half],
             samples=samples,
+            is_packed=False,
             num_copied=0,
         )
         term = objective.rsa_term(representations, config, model_config, own)
@@ -100,6 +101,41 @@ def test_counting_the_tower_once_a_context_rank_would_be_seen():
     expected_v, expected_t = expected_gradients("triple")
     assert (v_gradient - expected_v).abs().max() > 0.1 * expected_v.abs().max()
     assert (t_gradient - expected_t).abs().max() < 1e-5 * expected_t.abs().max()
+
+
+# Samples packed into the one row of each of two data-parallel ranks, the image and caption vectors of each, and which of
+# them take part. (A caption's rows all hold its vector.)
+PACKED = [torch.randn(n, D + E, generator=torch.Generator().manual_seed(n)) for n in (2, 5)]
+TAKE_PART = [[1, 1], [1, 0, 1, 1, 0]]
+
+
+def packed_term_on_a_rank():
+    rank, whole = torch.distributed.get_rank(), torch.distributed.new_group([0, 1])
+    alone = [torch.distributed.new_group([r]) for r in range(2)][rank]
+    groups = SimpleNamespace(dp=whole, dp_cp=whole, cp=alone, tp=alone)
+    own = PACKED[rank].clone().requires_grad_()
+    v, t = own.split([D, E], dim=1)
+    count = len(own)
+    sample_L = torch.arange(1, count + 1).repeat_interleave(3)  # three rows each
+    eligible = torch.tensor(TAKE_PART[rank])
+    representations = Representations(
+        v={-1: v}, hidden={-1: t.repeat_interleave(3, dim=0)[:, None]}, sums={}, caption_mask_BL=sample_L[None].double(),
+        samples=RSASamples(eligible, sample_L[None], torch.ones(count), torch.arange(count)), is_packed=True, num_copied=0,
+    )  # fmt: skip
+    term = objective.rsa_term(representations, RSAConfig(), SimpleNamespace(sequence_parallel=False), groups)
+    return term.loss.detach(), torch.autograd.grad(term.loss, own)[0], term.num_pairs
+
+
+def test_rows_packed_with_different_numbers_of_samples_add_up():
+    ranks = processes.run(packed_term_on_a_rank, 2)
+    whole = torch.cat(PACKED).double().requires_grad_()
+    chosen = whole[torch.tensor(sum(TAKE_PART, [])) > 0]
+    expected = rsa_loss_reference(*chosen.split([D, E], dim=1))
+    assert [pairs for _, _, pairs in ranks] == [5, 5]
+    # float32 against float64.
+    torch.testing.assert_close(sum(loss for loss, _, _ in ranks).double(), expected, rtol=1e-5, atol=0)
+    gradient = torch.cat([gradient for _, gradient, _ in ranks]).double()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, whole)[0], rtol=1e-4, atol=1e-6)
 
 
 ROW = 16
