@@ -20,6 +20,7 @@ from rsa_megatron.llava import caption_pooling, objective
 from rsa_megatron.llava.taps import Representations
 
 WEIGHT, NUM_MICRO_BATCHES = 0.5, 2
+ADDED_UP = ", added up over context-parallel ranks"
 B, L, D, E = 3, 8, 5, 6  # samples a data-parallel rank, rows, widths
 ELIGIBLE = [[1, 0, 1], [1, 1, 1]]
 
@@ -49,6 +50,8 @@ def gradients_on_a_rank(mode, sabotage):
     images, states, mask, weights = everything()
     half = slice(context_rank * L // 2, (context_rank + 1) * L // 2)
     num_tokens_of = [[[3, 5], [4, 0]], [[2, 2], [6, 1]]]  # micro-batch, data rank, context rank
+    added_up, num_returned = mode.endswith(ADDED_UP), 0
+    mode = mode.removesuffix(ADDED_UP)
     config, model_config = RSAConfig(weight=WEIGHT), SimpleNamespace(sequence_parallel=False)
     for m in range(NUM_MICRO_BATCHES):
         samples = RSASamples(torch.tensor(ELIGIBLE[data_rank]), None, torch.ones(B), torch.arange(B))
@@ -62,7 +65,10 @@ def gradients_on_a_rank(mode, sabotage):
             num_copied=0,
         )
         term = objective.rsa_term(representations, config, model_config, own)
-        num_tokens = torch.tensor(num_tokens_of[m][data_rank][context_rank])
+        own_tokens = num_tokens_of[m][data_rank]
+        # Some scripts add up loss and tokens over the context-parallel ranks before they return them.
+        num_tokens = torch.tensor(sum(own_tokens) if added_up else own_tokens[context_rank])
+        num_returned += int(num_tokens)
         outputs = (torch.zeros(()), {}) if mode == "pair" else (torch.zeros(()), num_tokens, {})
         loss, *_ = objective.add_to_loss(outputs, term, config, mode == "per-token", own)
         if mode == "pair":
@@ -70,9 +76,11 @@ def gradients_on_a_rank(mode, sabotage):
         elif mode == "triple":
             loss = loss / num_tokens.clamp(min=1) / NUM_MICRO_BATCHES
         loss.backward()
+    all_returned = torch.tensor(num_returned)
+    torch.distributed.all_reduce(all_returned)
     for weight in weights:
         torch.distributed.all_reduce(weight.grad)
-        weight.grad /= sum(n for a in num_tokens_of for b in a for n in b) if mode == "per-token" else 4
+        weight.grad /= all_returned if mode == "per-token" else 4
     return [weight.grad for weight in weights]
 
 
@@ -84,12 +92,12 @@ def expected_gradients(mode):
         takes_part = (torch.tensor(ELIGIBLE) > 0) & (mask[m].sum(-1) > 0)
         v_ND = (images[m] * weights[0])[takes_part]
         t_RBE = torch.einsum("rlbe,rbl->rbe", states[m] * weights[1], mask[m]) / mask[m].sum(-1).clamp(min=1)[..., None]
-        share = num_tokens[m] / sum(num_tokens) if mode == "per-token" else 1 / NUM_MICRO_BATCHES
+        share = num_tokens[m] / sum(num_tokens) if mode.startswith("per-token") else 1 / NUM_MICRO_BATCHES
         total = total + WEIGHT * share * rsa_loss_reference(v_ND, t_RBE[takes_part])
     return torch.autograd.grad(total, weights)
 
 
-@pytest.mark.parametrize("mode", ["triple", "per-token", "pair"])
+@pytest.mark.parametrize("mode", ["triple", "per-token", "pair", "triple" + ADDED_UP, "per-token" + ADDED_UP])
 def test_context_parallel_ranks_add_up_to_equation_6(mode):
     for gradients in processes.run(gradients_on_a_rank, 4, mode, False):
         for actual, expected in zip(gradients, expected_gradients(mode)):
