@@ -23,6 +23,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from rsa_megatron.batch import RSASamples
+from rsa_megatron.llava.caption_pooling import sequence_shards
 
 
 def check_settings(settings, *, packed: bool) -> None:
@@ -99,7 +100,7 @@ class SeparateSegments:
         if reads_inner_layers and not self._takes_a_mask:
             raise ValueError("--rsa-text-source caption with text layers before the last (--rsa-layers) needs local attention, as "
                              "Transformer Engine's layers take the rows one after another: leave one out")  # fmt: skip
-        self._shards = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
+        self._shards = sequence_shards(model.config, model.pg_collection.tp)
         decoder = model.language_model.decoder
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         if not self._takes_a_mask:

@@ -15,6 +15,11 @@ from torch import Tensor
 from rsa_megatron.alignment.pooling import pool_packed_text, pool_text
 
 
+def sequence_shards(model_config: TransformerConfig, tp: torch.distributed.ProcessGroup) -> int:
+    """Tensor-parallel ranks that share a sequence: all under sequence parallelism, else each has it whole."""
+    return tp.size() if model_config.sequence_parallel else 1
+
+
 def caption_vectors(
     hidden_LBE: Tensor, mask_BL: Tensor, model_config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +42,7 @@ def caption_sums(
         mask_BL: where n differs from B, one row holds n packed samples: s where a row counts for sample s = 1 .. n.
     """
     local_length = hidden_LBE.shape[0]
-    num_shards = tp.size() if model_config.sequence_parallel else 1
+    num_shards = sequence_shards(model_config, tp)
     mask_BL = torch.nn.functional.pad(mask_BL, (0, local_length * num_shards - mask_BL.shape[1]))
     own_start = tp.rank() * local_length if model_config.sequence_parallel else 0
     own_mask_BL = mask_BL[:, own_start : own_start + local_length]

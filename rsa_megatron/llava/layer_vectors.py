@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rsa_megatron.llava import splice
 from rsa_megatron.llava.broadcast import broadcast_tensors
-from rsa_megatron.llava.caption_pooling import caption_vectors
+from rsa_megatron.llava.caption_pooling import caption_vectors, sequence_shards
 from rsa_megatron.llava.layers import on_decoder_layers, on_tower_layers
 
 
@@ -159,7 +159,7 @@ def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
 
 def _own_part(mask_BS: Tensor, num_states: int, chunk: LLaVAModel) -> Tensor:
     """A whole row's mask for this context-parallel rank, whose tensor-parallel ranks have so many states each."""
-    cp, shards = chunk.pg_collection.cp, chunk.pg_collection.tp.size() if chunk.config.sequence_parallel else 1
+    cp, shards = chunk.pg_collection.cp, sequence_shards(chunk.config, chunk.pg_collection.tp)
     whole = torch.nn.functional.pad(mask_BS, (0, num_states * shards * cp.size() - mask_BS.shape[1]))
     return splice.context_parallel_part(whole, cp.size(), cp.rank())
 

@@ -33,7 +33,7 @@ from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.llava import caption_copies, caption_marks, carrier, refusals, splice
 from rsa_megatron.llava.broadcast import broadcast_tensors
-from rsa_megatron.llava.caption_pooling import caption_counts, caption_sums
+from rsa_megatron.llava.caption_pooling import caption_counts, caption_sums, sequence_shards
 from rsa_megatron.llava.carrier import Carried
 from rsa_megatron.llava.layers import layer_number, on_decoder_layers, on_tower_layers
 from rsa_megatron.llava.model_samples import Selection, images_in, is_packed, samples_of
@@ -84,6 +84,7 @@ class Taps:
         self.config = config
         self.is_first, self.is_last = model.pre_process, model.post_process
         self._model, self._model_config, self._pg_collection = model, model.config, model.pg_collection
+        self._shards = sequence_shards(model.config, model.pg_collection.tp)
         self._signature = inspect.signature(model.forward)
         self._vision_layers = list(dict.fromkeys(pair.vision for pair in config.layer_pairs))
         depth = model.config.num_layers
@@ -244,11 +245,6 @@ class Taps:
         return output, mask_BL
 
     # What they need.
-
-    @property
-    def _shards(self) -> int:
-        """Tensor-parallel ranks that share a sequence."""
-        return self._pg_collection.tp.size() if self._model_config.sequence_parallel else 1
 
     def _unpacked(self, mask_length: int) -> Carried:
         return carrier.unpack(self._rows, self._vector_width, mask_length)
