@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from rsa_loss import cpu_name
+from machine import cpu_name
 from safetensors.torch import save_file
 
 from checkpoint_conversion.names import expected_shapes, table

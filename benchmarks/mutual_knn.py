@@ -24,7 +24,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from rsa_loss import WIDTHS, cpu_name, gemm_rate, resident_bytes, synchronize
+from machine import cpu_name, gemm_rate, resident_bytes, synchronize
+from rsa_loss import WIDTHS
 
 from rsa_megatron.alignment.metrics import mutual_knn
 from rsa_megatron.alignment.neighbours import nearest_neighbours

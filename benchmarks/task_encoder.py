@@ -29,7 +29,7 @@ import PIL
 import torch
 import transformers
 from PIL import Image
-from rsa_loss import cpu_name
+from machine import cpu_name
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
 from rsa_megatron.data import scenes
