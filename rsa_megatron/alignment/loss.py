@@ -27,11 +27,13 @@ from rsa_megatron.alignment.similarity import (
 
 NORMALIZATIONS = ("none", "mean-distance")
 
-# Rows of a block. 1024 x 1024 floats are 4 MiB: small against the rows themselves, near the CPU's cache for the dozen
-# passes over a block's distances, and large enough for matrix products at nearly their full rate.
-_BLOCK_ROWS = 1024
-# Of the distance whose gradient needs [rows, rows, D] on a GPU: 128 x 128 x 3584 floats are 235 MB.
-_BLOCK_ROWS_MANHATTAN = 128
+# Rows and columns of a block, 4 MiB of floats: small against the rows themselves, near the CPU's cache for the dozen
+# passes over a block's distances, and large enough for matrix products at nearly their full rate. Fewer rows compute less
+# twice: of the N^2/2 distances that are needed, the blocks on the diagonal add half of rows x N. On a GPU, where each
+# block costs launches, blocks are square.
+_BLOCK = {"cpu": (512, 2048), "cuda": (1024, 1024)}
+# Of the distance whose gradient needs [rows, columns, D] on a GPU: 128 x 128 x 3584 floats are 235 MB.
+_BLOCK_MANHATTAN = (128, 128)
 
 
 def rsa_loss_reference(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
@@ -117,6 +119,7 @@ class _RowsOfRSA(torch.autograd.Function):
         sums = v_ND.new_zeros(3)
         if num_pairs < 2:  # eq. 5 compares pairs: there is none
             ctx.save_for_backward(torch.zeros_like(v_nD), torch.zeros_like(t_nE))
+            ctx.factors = 1.0, 1.0
         else:
             rows = slice(first_row, first_row + v_nD.shape[0])
             kernels = PairwiseKernel(v_ND, distance), PairwiseKernel(t_NE, distance)
@@ -125,8 +128,11 @@ class _RowsOfRSA(torch.autograd.Function):
             sums = _sweep(*kernels, rows, num_pairs, normal, *gradients)
             # dL/dK^V_ij = 2/N^2 r_ij and dL/dK^T_ij = -2/N^2 r_ij; _sweep has added up the r part.
             scale_v, scale_t = (normal.scale_v, normal.scale_t) if normal else (1.0, 1.0)
-            factors = (2 * scale_v / num_pairs**2, -2 * scale_t / num_pairs**2)
-            ctx.save_for_backward(*(g and g.result(f) for g, f in zip(gradients, factors)))
+            signs = 2 * scale_v / num_pairs**2, -2 * scale_t / num_pairs**2
+            results = [g.result() if g else (None, 1.0) for g in gradients]
+            # The factors wait for the backward pass, which multiplies all numbers anyway.
+            ctx.save_for_backward(*(tensor for tensor, _ in results))
+            ctx.factors = tuple(sign * factor for sign, (_, factor) in zip(signs, results))
             sums[0] /= num_pairs**2
         loss, distance_sum_v, distance_sum_t = (total.to(v_nD.dtype, copy=True) for total in sums)
         ctx.mark_non_differentiable(distance_sum_v, distance_sum_t)
@@ -135,7 +141,8 @@ class _RowsOfRSA(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_gradient, *_):
-        return *(g if g is None else g * loss_gradient for g in ctx.saved_tensors), *(None,) * 7
+        scaled = (g if g is None else g * (f * loss_gradient) for g, f in zip(ctx.saved_tensors, ctx.factors))
+        return *scaled, *(None,) * 7
 
 
 class _Normalization(NamedTuple):
@@ -155,7 +162,7 @@ class _Normalization(NamedTuple):
 
 def _normalization(kernel_v, kernel_t, rows, num_pairs, group) -> _Normalization:
     sums = kernel_v.x_ND.new_zeros(5, dtype=torch.float64)
-    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v.distance):
+    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v):
         v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
         parts = torch.stack([x.sum() for x in (v_bc, t_bc, v_bc * v_bc, v_bc * t_bc, t_bc * t_bc)])
         sums += parts.double() * (2 if mirrored else 1)
@@ -172,7 +179,7 @@ def _sweep(kernel_v, kernel_t, rows, num_pairs, normal, gradient_v, gradient_t):
     """Over own i, all j: the sums of r_ij^2, K^V_ij and K^T_ij, in float64; adds to the gradients that are given."""
     sums = kernel_v.x_ND.new_zeros(3, dtype=torch.float64)
     residual = kernel_v.x_ND.new_empty(0)
-    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v.distance):
+    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v):
         v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
         if normal is not None:
             r_bc = v_bc * normal.scale_v - t_bc * normal.scale_t
@@ -192,15 +199,18 @@ def _off_diagonal_mean(total, num_pairs):
     return total / (num_pairs * (num_pairs - 1))
 
 
-def _block_pairs(rows: slice, num_pairs: int, distance: str):
+def _block_pairs(rows: slice, num_pairs: int, kernel: PairwiseKernel):
     """Blocks (i, j, mirrored) that cover own i x all j once: of two that mirror each other, only the upper."""
-    size = _BLOCK_ROWS_MANHATTAN if distance == "manhattan" else _BLOCK_ROWS
-    own = _blocks(rows.start, rows.stop, size)
-    others = _blocks(0, rows.start, size) + _blocks(rows.stop, num_pairs, size)
-    for index, i in enumerate(own):
-        yield from ((i, j, j != i) for j in own[index:])
+    num_rows, num_columns = _BLOCK_MANHATTAN if kernel.distance == "manhattan" else _BLOCK.get(kernel.x_ND.device.type, (1024, 1024))
+    others = _blocks(0, rows.start, num_columns) + _blocks(rows.stop, num_pairs, num_columns)
+    for i in _blocks(rows.start, rows.stop, num_rows):
+        yield i, i, False
+        yield from ((i, j, True) for j in _blocks(i.stop, rows.stop, num_columns))
         yield from ((i, j, False) for j in others)
 
 
 def _blocks(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(a, min(a + size, stop)) for a in range(start, stop, size)]
+    """As few as there can be of that size, and all nearly as large: a narrow last one would cost as much time as a wide one."""
+    count = -(-(stop - start) // size)
+    edges = [start + (stop - start) * k // count for k in range(count + 1)] if count else []
+    return [slice(a, b) for a, b in zip(edges, edges[1:])]

@@ -13,11 +13,14 @@ from rsa_megatron.alignment.similarity import DISTANCES, pairwise_distance
 SETTINGS = [(d, n) for d in DISTANCES for n in NORMALIZATIONS]
 
 
+BLOCK = loss_module._BLOCK
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks smaller than the inputs, so that every test crosses their borders."""
-    monkeypatch.setattr(loss_module, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(loss_module, "_BLOCK_ROWS_MANHATTAN", 7)
+    monkeypatch.setattr(loss_module, "_BLOCK", {"cpu": (5, 9)})
+    monkeypatch.setattr(loss_module, "_BLOCK_MANHATTAN", (7, 7))
 
 
 def pairs(num_pairs=23, dtype=torch.float64, seed=0):
@@ -170,7 +173,7 @@ def test_a_side_without_gradient_gets_none_and_evaluation_computes_none(monkeypa
 
 
 def test_no_matrix_of_all_pairs_is_made(monkeypatch):
-    monkeypatch.setattr(loss_module, "_BLOCK_ROWS", 1024)
+    monkeypatch.setattr(loss_module, "_BLOCK", BLOCK)
     num_pairs = 4096
     v_ND, t_NE = (torch.randn(num_pairs, 8, requires_grad=True) for _ in range(2))
     with torch.profiler.profile(profile_memory=True) as profile:
