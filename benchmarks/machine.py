@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -41,25 +42,34 @@ def synchronize(device: torch.device) -> None:
 
 
 def gemm_rate(device: torch.device, size: int = 2048, dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations a second of a plain matrix product."""
+    """Floating-point operations a second of a plain matrix product, into memory that is there."""
     # Random numbers: a product of ones takes less power, and CPUs then run it faster.
     a, b = torch.randn(2, size, size, device=device).to(dtype)
+    product = torch.zeros_like(a)
     synchronize(device)
     start = time.perf_counter()
-    a @ b
+    torch.mm(a, b, out=product)
     synchronize(device)
     return 2 * size**3 / (time.perf_counter() - start)
+
+
+def growth_at_peak(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which `work` raises, at its peak, what this process (or on a GPU, its tensors) holds."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
+    before = resident_bytes("VmRSS")
+    work()
+    return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(which: str) -> int:
     """Linux's figures of this process: VmRSS is what it holds, VmHWM the most it has held."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith(which + ":"))
-
-
-def forget_peak() -> None:
-    """VmHWM begins anew at what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def cpu_name() -> str:

@@ -15,21 +15,19 @@ largest, in float64, between a neighbour that one has and a neighbour that only 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
+import machine
 import torch
-from machine import cpu_name, gemm_rate, resident_bytes, synchronize
-from rsa_loss import WIDTHS
+from machine import gemm_rate, synchronize
 
 from rsa_megatron.alignment.metrics import mutual_knn
 from rsa_megatron.alignment.neighbours import nearest_neighbours
 
+WIDTHS = (1152, 3584)  # SigLIP-so400m and Qwen2-7B
 SIZES = (1024, 4096, 8192)
 K = 10
 
@@ -57,17 +55,10 @@ def main():
     args = parse()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.append:
-        args.append.parent.mkdir(parents=True, exist_ok=True)
     if args.memory_of:
         return print(extra_memory(*args.memory_of, device))
-    machine = dict(
-        date=str(date.today()),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-        threads=args.threads,
-        torch=torch.__version__,
-    )
-    print(machine)
+    about = machine.description(device, args.threads)
+    print(about)
     print(f"| {' | '.join(COLUMNS)} |")
     print("| --- " * len(COLUMNS) + "|")
     for size in args.sizes:
@@ -80,18 +71,15 @@ def main():
                 f"{figures['difference']:.0e} |",
                 flush=True,
             )
-            if args.append:
-                with open(args.append, "a") as file:
-                    file.write(json.dumps({"benchmark": "mutual_knn", **machine, **figures}) + "\n")
+            machine.append(args.append, "mutual_knn", about, figures)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    machine.add_arguments(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--runs", type=int, default=5, help="of each contender, at each size")
-    parser.add_argument("--append", type=Path, help="JSONL file to add the figures to")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # contender, features and N, in a process of its own
     return parser.parse_args()
 
@@ -169,15 +157,7 @@ def extra_memory(name: str, kind: str, size: str, device: torch.device) -> int:
     """Bytes by which a call raises the peak over what is held before it, the features among that."""
     timed(CONTENDERS[name], make_features(kind, 64, device))  # what is loaded once is no part of it
     features = make_features(kind, int(size), device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        timed(CONTENDERS[name], features)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
-    before = resident_bytes("VmRSS")
-    timed(CONTENDERS[name], features)
-    return resident_bytes("VmHWM") - before
+    return machine.growth_at_peak(lambda: timed(CONTENDERS[name], features), device)
 
 
 if __name__ == "__main__":

@@ -1,183 +1,190 @@
-"""The RSA loss, forward and backward, against two torch.cdist and autograd: time and memory, side by side in one run.
+"""The RSA loss, forward and backward, against what one would write otherwise: time, memory and error, side by side in one run.
 
     python benchmarks/rsa_loss.py [--threads 2] [--append results/benchmarks.jsonl]
 
-Times are taken in turns, ours and theirs, on the same inputs, and given as the median of the runs; the ratio is of
-medians. Memory is the growth of a fresh process's resident size at its peak, gradients included, one process each.
-The limit is the machine's own matrix-multiply rate, measured in the same run: the symmetric algorithm needs
+The others: two torch.cdist; |x|^2 + |y|^2 - 2 x.y with one matrix product a kernel; and that with torch.compile; each with
+autograd. Times are taken in turns, on the same inputs, and given as the median of the runs; ratios are of medians. From
+N = 16384 on each has one run, in a process of its own. Memory is the growth of a fresh process's resident size at its
+peak, gradients included, one process each.
+
+The limit is the machine's own rate of float32 matrix products, measured in the same run: the symmetric algorithm needs
 3 N^2 (D + E) floating-point operations for N pairs of widths D and E: N^2 (D + E) for half of the two distance
-matrices, 2 N^2 (D + E) for the two products in the gradients.
+matrices, 2 N^2 (D + E) for the two products in the gradients. bf16 inputs are computed in float32, by all.
+
+The error is the larger of the relative errors of the two gradients (and, up to N = 4096, of the value) against float64; above
+N = 4096 of the gradients of 256 rows. Gradients of bf16 inputs are bf16, which errs by up to 2e-3.
 """
 
 import argparse
+import functools
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
+import machine
 import torch
 
 from rsa_megatron import rsa_loss
+from rsa_megatron.alignment.loss import rsa_loss_of_rows
 
-WIDTHS = (1152, 3584)  # SigLIP-so400m and Qwen2-7B
-SIZES = (512, 2048, 4096)
-_LEAST_MEMORY = 32 * 2**20  # bytes; less than that may come out of what the process holds already
+WIDTHS = ("1152:1536", "1152:3584")  # SigLIP-so400m with Qwen2-1.5B and with Qwen2-7B
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_ONE_RUN = 16384  # from here on
+_LEAST_FOR_MEMORY = 1024  # below it there is too little to tell
+_MOST_BF16 = 4096
+_ALL_ROWS_IN_FLOAT64 = 4096
+# What the others hold at their peak, in N x N floats: more than that does not fit.
+_MATRICES = 8
 
 
 def two_cdist(v_ND, t_NE):
+    v_ND, t_NE = v_ND.float(), t_NE.float()
     return (torch.cdist(v_ND, v_ND) - torch.cdist(t_NE, t_NE)).square().mean()
 
 
-CONTENDERS = {"ours": rsa_loss, "cdist": two_cdist}
+def products(v_ND, t_NE):
+    return (_distances(v_ND.float()) - _distances(t_NE.float())).square().mean()
+
+
+def _distances(x_ND):
+    square_N = x_ND.square().sum(1)
+    # (At 0 the square root has no derivative.)
+    return (square_N[:, None] + square_N[None] - 2 * x_ND @ x_ND.T).clamp(min=1e-12).sqrt()
+
+
+CONTENDERS = {"ours": rsa_loss, "cdist": two_cdist, "products": products, "compiled": torch.compile(products, dynamic=True)}
+COLUMNS = ("N", "widths", "inputs", "ours, s", *(f"times faster than {name}" for name in list(CONTENDERS)[1:]),
+           "part of the GEMM limit", "memory, MB", *(f"{name}, MB" for name in list(CONTENDERS)[1:]), "error")  # fmt: skip
 
 
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.append:
-        args.append.parent.mkdir(parents=True, exist_ok=True)
-    if args.memory_of:
-        return print(extra_memory(*args.memory_of, device))
-    machine = dict(
-        date=str(date.today()),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-        threads=args.threads,
-        torch=torch.__version__,
-    )
-    print(machine)
-    print("| N | ours, s | 2 x cdist, s | times faster | part of the GEMM limit | memory, part of cdist's | error |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    if args.alone:
+        return print(json.dumps(alone(*args.alone, device)))
+    about = machine.description(device, args.threads)
+    print(about)
+    print(f"| {' | '.join(COLUMNS)} |\n" + "| --- " * len(COLUMNS) + "|")
     for num_pairs in args.sizes:
-        figures = measure(num_pairs, args, device)
-        print(
-            f"| {num_pairs} | {figures['ours_s']:.4f} | {figures['cdist_s']:.4f} | {figures['ratio']:.2f} | "
-            f"{figures['gemm_part']:.2f} | {part_in_words(figures['memory_part'])} | {figures['error']:.1e} |",
-            flush=True,
-        )
-        if args.append:
-            with open(args.append, "a") as file:
-                file.write(json.dumps({"benchmark": "rsa_loss", **machine, **figures}) + "\n")
+        for widths in args.widths:
+            # (Cast once, the two types are one; with more pairs the cast is nothing.)
+            both = num_pairs <= _MOST_BF16 and widths == args.widths[-1]
+            for dtype in ("float32", "bfloat16") if both else ("float32",):
+                figures = measure(num_pairs, widths, dtype, args, device)
+                print(table_row(figures), flush=True)
+                machine.append(args.append, "rsa_loss", about, figures)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    machine.add_arguments(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--runs", type=int, default=9, help="of each contender, at each size")
-    parser.add_argument("--append", type=Path, help="JSONL file to add the figures to")
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # contender and N, in a process of its own
+    parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="D:E")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each contender at each size, about: 2 to 9 runs")
+    # Contender, N, widths and type, in a process of its own.
+    parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(num_pairs: int, args, device) -> dict:
-    inputs = make_inputs(num_pairs, device)
-    times = {name: [] for name in CONTENDERS}
-    gemm_rates = []
-    for _ in range(args.runs + 1):  # the first of each warms up
-        gemm_rates.append(gemm_rate(device))
-        for name, function in CONTENDERS.items():
-            times[name].append(seconds(function, inputs))
-    medians = {name: statistics.median(runs[1:]) for name, runs in times.items()}
-    flops = 3 * num_pairs**2 * sum(WIDTHS)
-    memory = {name: memory_in_own_process(name, num_pairs, args, device) for name in CONTENDERS}
+def measure(num_pairs: int, widths: str, dtype: str, args, device) -> dict:
+    inputs = make_inputs(num_pairs, widths, dtype, device)
+    names = [name for name in CONTENDERS if name == "ours" or fits(num_pairs, device)]
+    separate = {}
+    if num_pairs >= _LEAST_FOR_MEMORY and dtype == "float32":
+        separate = {name: in_own_process(name, num_pairs, widths, dtype, args, device) for name in names}
+    if num_pairs >= _ONE_RUN:
+        rates = [machine.gemm_rate(device) for _ in range(9)]
+        times = {name: [figures["seconds"]] for name, figures in separate.items()}
+    else:
+        times, rates = in_turns(names, inputs, args.seconds, device)
+    medians = {name: statistics.median(runs) for name, runs in times.items()}
+    memory = {name: figures["bytes"] for name, figures in separate.items()}
+    num_operations = 3 * num_pairs**2 * sum(x.shape[1] for x in inputs)
     return dict(
         N=num_pairs,
-        widths=WIDTHS,
-        ours_s=medians["ours"],
-        cdist_s=medians["cdist"],
-        spread_s={name: [min(runs[1:]), max(runs[1:])] for name, runs in times.items()},
-        ratio=medians["cdist"] / medians["ours"],
-        gemm_part=flops / medians["ours"] / statistics.median(gemm_rates[1:]),
+        widths=[x.shape[1] for x in inputs],
+        inputs=dtype,
+        seconds=medians,
+        spread_s={name: [min(runs), max(runs)] for name, runs in times.items()},
+        ratio={name: medians[name] / medians["ours"] for name in names[1:]},
+        gemm_part=num_operations / medians["ours"] / statistics.median(rates),
         memory_bytes=memory,
-        memory_part=memory["ours"] / memory["cdist"] if memory["cdist"] > _LEAST_MEMORY else None,
         error=relative_error(inputs),
     )
 
 
-def part_in_words(part: float | None) -> str:
-    return "too little to tell" if part is None else f"{part:.2f}"
+def in_turns(names: list[str], inputs, most_seconds: float, device) -> tuple[dict, list[float]]:
+    for name in names:
+        first = seconds(CONTENDERS[name], inputs)  # what is loaded and compiled once
+    num_runs = max(2, min(9, int(most_seconds / first)))
+    times, rates = {name: [] for name in names}, []
+    for _ in range(num_runs):
+        for name in names:
+            rates.append(machine.gemm_rate(device))
+            times[name].append(seconds(CONTENDERS[name], inputs))
+    return times, rates
 
 
-def make_inputs(num_pairs, device):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(num_pairs, width, generator=generator).to(device).requires_grad_() for width in WIDTHS]
-
-
-def synchronize(device):
+def fits(num_pairs: int, device) -> bool:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        return _MATRICES * 4 * num_pairs**2 < torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return _MATRICES * 4 * num_pairs**2 < 0.8 * available
+
+
+def make_inputs(num_pairs: int, widths: str, dtype: str, device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(num_pairs, int(width), generator=generator) for width in widths.split(":"))
+    return [x.to(device, getattr(torch, dtype)).requires_grad_() for x in rows]
 
 
 def seconds(function, inputs) -> float:
     for x in inputs:
         x.grad = None
-    synchronize(inputs[0].device)
+    machine.synchronize(inputs[0].device)
     start = time.perf_counter()
     function(*inputs).backward()
-    synchronize(inputs[0].device)
+    machine.synchronize(inputs[0].device)
     return time.perf_counter() - start
 
 
-def gemm_rate(device, size=2048) -> float:
-    """Floating-point operations a second of a plain fp32 matrix product."""
-    # Random numbers: a product of ones takes less power, and CPUs then run it faster.
-    a, b = torch.randn(2, size, size, device=device)
-    synchronize(device)
-    start = time.perf_counter()
-    a @ b
-    synchronize(device)
-    return 2 * size**3 / (time.perf_counter() - start)
-
-
 def relative_error(inputs) -> float:
-    """Largest of the relative errors of value and gradients, against float64."""
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = rsa_loss(*exact_inputs)
-    exact_gradients = torch.autograd.grad(exact, exact_inputs)
+    """Of the first 256 rows, or where N is small of all and of the value, against float64."""
+    whole = len(inputs[0]) <= _ALL_ROWS_IN_FLOAT64
     value = rsa_loss(*inputs)
     gradients = torch.autograd.grad(value, inputs)
-    pairs = [(value, exact), *zip(gradients, exact_gradients)]
-    return max(((a.double() - e).norm() / e.norm()).item() for a, e in pairs)
+    doubles = [x.detach().double() for x in inputs]
+    rows = [x[: None if whole else 256].clone().requires_grad_() for x in doubles]
+    exact = rsa_loss_of_rows(*rows, *doubles, 0).loss
+    pairs = list(zip(gradients, torch.autograd.grad(exact, rows))) + ([(value, exact)] if whole else [])
+    return max(((actual[: len(e)] if e.dim() else actual).double() - e).norm().item() / e.norm().item() for actual, e in pairs)
 
 
-def memory_in_own_process(name, num_pairs, args, device) -> int:
+def in_own_process(name: str, num_pairs: int, widths: str, dtype: str, args, device) -> dict:
     command = [sys.executable, __file__, "--threads", str(args.threads), "--device", str(device),
-               "--memory-of", name, str(num_pairs)]  # fmt: skip
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+               "--alone", name, str(num_pairs), widths, dtype]  # fmt: skip
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def extra_memory(name: str, num_pairs: str, device: torch.device) -> int:
-    """Bytes by which one forward and backward raises the peak over what is held before it, the inputs among that."""
-    seconds(CONTENDERS[name], make_inputs(8, device))  # what is loaded once is no part of it
-    inputs = make_inputs(int(num_pairs), device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        seconds(CONTENDERS[name], inputs)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
-    before = resident_bytes("VmRSS")
-    seconds(CONTENDERS[name], inputs)
-    return resident_bytes("VmHWM") - before
+def alone(name: str, num_pairs: str, widths: str, dtype: str, device: torch.device) -> dict:
+    run = functools.partial(seconds, CONTENDERS[name])
+    run(make_inputs(64, widths, dtype, device))  # what is loaded once is no part of it
+    inputs, taken = make_inputs(int(num_pairs), widths, dtype, device), []
+    num_bytes = machine.growth_at_peak(lambda: taken.append(run(inputs)), device)
+    return {"seconds": taken[0], "bytes": num_bytes}
 
 
-def resident_bytes(which: str) -> int:
-    """Linux's figures of this process: VmRSS is what it holds, VmHWM the most it has held."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(which + ":"))
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
+def table_row(figures: dict) -> str:
+    memory = [f"{figures['memory_bytes'][name] / 1e6:.0f}" if name in figures["memory_bytes"] else "–" for name in CONTENDERS]
+    ratios = [f"{figures['ratio'][name]:.2f}" if name in figures["ratio"] else "–" for name in list(CONTENDERS)[1:]]
+    row = [str(figures["N"]), "{} {}".format(*figures["widths"]), figures["inputs"], f"{figures['seconds']['ours']:.4f}",
+           *ratios, f"{figures['gemm_part']:.2f}", *memory, f"{figures['error']:.1e}"]  # fmt: skip
+    return f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark runs, at a size at which its figures mean nothing but its error does."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,27 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rsa_loss.py"
 
 
 def test_it_measures_prints_and_appends(tmp_path):
-    command = [sys.executable, SCRIPT, "--threads", "1", "--sizes", "48", "64", "--runs", "2", "--append", tmp_path / "f.jsonl"]
+    command = [sys.executable, SCRIPT, "--threads", "1", "--sizes", "48", "64", "--widths", "24:48", "--seconds", "0.01"]
+    # (Compiling takes half a minute.)
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    result = subprocess.run([*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert [(row["N"], row["inputs"]) for row in rows] == [(n, t) for n in (48, 64) for t in ("float32", "bfloat16")]
+    for figures in rows:
+        assert set(figures["seconds"]) == {"ours", "cdist", "products", "compiled"}
+        assert figures["gemm_part"] > 0
+        assert figures["ratio"]["cdist"] == figures["seconds"]["cdist"] / figures["seconds"]["ours"]
+        # float32; and bf16 gradients, which have 8 bits
+        assert 0 < figures["error"] < (1e-5 if figures["inputs"] == "float32" else 4e-3)
+    assert "| 64 |" in result.stdout
+
+
+def test_memory_is_taken_in_a_process_of_its_own():
+    command = [sys.executable, SCRIPT, "--threads", "1", "--alone", "ours", "2048", "1152:1536", "float32"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    small, large = map(json.loads, (tmp_path / "f.jsonl").read_text().splitlines())
-    assert (small["N"], large["N"]) == (48, 64)
-    for figures in (small, large):
-        assert figures["ours_s"] > 0 and figures["cdist_s"] > 0 and figures["gemm_part"] > 0
-        assert figures["ratio"] == figures["cdist_s"] / figures["ours_s"]
-        assert 0 < figures["error"] < 1e-5
-    assert "| 64 |" in result.stdout
+    figures = json.loads(result.stdout)
+    rows = 2048 * (1152 + 1536) * 4  # bytes
+    # Centred rows, what adds up the gradients, the gradients: three times the rows; and some blocks.
+    assert 2 * rows < figures["bytes"] < 5 * rows and figures["seconds"] > 0
