@@ -123,8 +123,8 @@ def in_turns(names: list[str], inputs, most_seconds: float, device) -> tuple[dic
     num_runs = max(2, min(9, int(most_seconds / first)))
     times, rates = {name: [] for name in names}, []
     for _ in range(num_runs):
+        rates.append(machine.gemm_rate(device))
         for name in names:
-            rates.append(machine.gemm_rate(device))
             times[name].append(seconds(CONTENDERS[name], inputs))
     return times, rates
 

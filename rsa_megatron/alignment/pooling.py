@@ -10,6 +10,22 @@ import torch
 from torch import Tensor
 
 
+def image_vectors(tokens_TPD: Tensor, count_B: Tensor, *, pooling: str = "base", base_tile: str = "first") -> Tensor:
+    """v_i of every sample, [B, D] in float32; 0 for a sample without an image (paper, eq. 1 and table 2).
+
+    Args:
+        tokens_TPD, count_B, pooling, base_tile: as `pool_tiles` and `tile_weights` take them.
+    """
+    num_tiles = tokens_TPD.shape[0]
+    weight_BT = tile_weights(count_B, num_tiles, pooling, base_tile)
+    if pooling == "full" or num_tiles <= len(count_B):
+        return pool_tiles(tokens_TPD, weight_BT)
+    # Of images cut into several tiles one each counts: the others are not read, and the backward pass, which makes a float32
+    # gradient of what has been averaged, makes it of that one.
+    has_image_B, base_B = weight_BT.max(dim=1)
+    return pool_tiles(tokens_TPD.index_select(0, base_B), torch.diag(has_image_B))
+
+
 def pool_tiles(tokens_TPD: Tensor, tile_weight_BT: Tensor) -> Tensor:
     """v_i: mean over the tokens of the tiles that a sample counts, [B, D] in float32 (paper, eq. 1).
 

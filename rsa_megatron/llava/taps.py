@@ -28,7 +28,7 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from torch import Tensor
 
-from rsa_megatron.alignment.pooling import pool_tiles, tile_weights
+from rsa_megatron.alignment.pooling import image_vectors
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.llava import caption_copies, caption_marks, carrier, refusals, splice
@@ -219,7 +219,8 @@ class Taps:
         count_n, num_tiles = self._in_hand.samples.num_tiles, tokens_TPD.shape[0]
         if not self._tiles_are_checked:  # once: it waits for the device
             self._tiles_are_checked = refusals.check_tiles(count_n, num_tiles)
-        self._in_hand.v[layer] = pool_tiles(tokens_TPD, tile_weights(count_n, num_tiles, self.config.image_pooling, self.config.base_tile))
+        pooling, base_tile = self.config.image_pooling, self.config.base_tile
+        self._in_hand.v[layer] = image_vectors(tokens_TPD, count_n, pooling=pooling, base_tile=base_tile)
 
     def _keep_states(self, number: int, hidden_LBE: Tensor) -> None:
         if self._active:
