@@ -1,5 +1,6 @@
 """The settings of the RSA loss. Everything else a run needs is a Megatron flag."""
 
+import functools
 import math
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -92,7 +93,7 @@ class RSAConfig:
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"--rsa-layers {self.layers} names a pair twice; give it a weight instead, as -1:-1@2")
 
-    @property
+    @functools.cached_property
     def layer_pairs(self) -> tuple[LayerPair, ...]:
         """`layers`, taken apart."""
         return tuple(_layer_pair(text, self.layers) for text in self.layers.split(","))
