@@ -130,13 +130,13 @@ class Turns:
         self._args, self._forward_step = args, forward_step
         self._calls, self._turn, self._begin = 0, -1, None
 
-    def __call__(self, data_iterator, model):
+    def __call__(self, *args, **kwargs):
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         if self._calls % (self._args.iterations * get_num_microbatches()) == 0:
             self._change()
         self._calls += 1
-        return self._forward_step(data_iterator, model)
+        return self._forward_step(*args, **kwargs)
 
     def _change(self) -> None:
         machine.synchronize(DEVICE)
