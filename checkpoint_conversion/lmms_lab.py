@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-from transformers import Qwen2Config
-
 from rsa_megatron.huggingface import check_grids, make_config, read_decoder, read_max_tiles, require
 from rsa_megatron.huggingface_files import read_json
 from rsa_megatron.llava.architectures import Architecture, get_architecture
@@ -26,6 +24,8 @@ def is_lmms_lab(folder: Path) -> bool:
 
 def read_lmms_lab(folder: Path) -> Architecture:
     """The sizes in a folder's config.json; ValueError names the key of what the Megatron model does not do."""
+    from transformers import Qwen2Config  # takes a second, which --help is spared
+
     raw, where = read_json(folder / "config.json"), f"{folder}/config.json"
     for key, wanted in _WANTED.items():
         require(where, key, raw.get(key), wanted)

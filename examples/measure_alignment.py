@@ -28,7 +28,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-import transformers
 from alignment_lines import make_line, read_lines, table, write_lines
 from torch import Tensor
 from tqdm import tqdm
@@ -50,6 +49,8 @@ _NAMED = 5
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    import transformers  # takes a second, which --help is spared
+
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

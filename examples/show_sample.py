@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import yaml
@@ -13,7 +14,6 @@ from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_v
 from PIL import Image
 from recipes import STAGES
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data import conversation, imported_sample
@@ -23,6 +23,9 @@ from rsa_megatron.data.record import Unusable
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from rsa_megatron.data.tiles import ASPECT_RATIOS, ImageTiler, decode_images
 from rsa_megatron.llava.architectures import get_architecture, square_grids
+
+if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 _MODEL = get_architecture("llava-ov-7b")  # all of LLaVA-OneVision's cut images alike
 _GAP = 6  # pixels between tiles
@@ -83,9 +86,11 @@ def show(args) -> None:
         print(f"tiles: {args.out}")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not folder.is_dir():
         raise ValueError(f"--tokenizer {folder} is no folder; name one with a Hugging Face tokenizer")
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -154,7 +159,7 @@ def read_parts(sample: StoredSample) -> dict[str, bytes]:
     return sample.images
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, text: conversation.EncodedText, *, colour: bool) -> str:
+def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
     """The text of the tokens, what is learnt between « and », the caption between ‹ and ›."""
     out = ""
     runs = itertools.groupby(zip(text.tokens, text.is_target, text.is_caption), key=lambda token: token[1])

@@ -7,12 +7,15 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 from rsa_megatron.huggingface_files import image_processor_config, read_json, read_json_if_there
 from rsa_megatron.llava.architectures import Architecture, Decoder, VisionTower, get_architecture, square_grids
+
+if TYPE_CHECKING:  # for annotations alone: the known architectures need no transformers, which takes a second to import
+    from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 # How images are prepared.
 _PIXEL_KEYS = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
@@ -90,7 +93,7 @@ def _layers_used(num_layers: int) -> int:
     return num_layers - 1 if num_layers == 27 else num_layers
 
 
-def _read_tower(config: SiglipVisionConfig, where: str) -> VisionTower:
+def _read_tower(config: "SiglipVisionConfig", where: str) -> VisionTower:
     require(where, "model_type", config.model_type, "siglip_vision_model")
     require(where, "hidden_act", config.hidden_act, "gelu_pytorch_tanh")
     require(where, "num_channels", config.num_channels, 3)
@@ -109,7 +112,7 @@ def _read_tower(config: SiglipVisionConfig, where: str) -> VisionTower:
     )
 
 
-def read_decoder(config: Qwen2Config, where: str) -> Decoder:
+def read_decoder(config: "Qwen2Config", where: str) -> Decoder:
     require(where, "model_type", config.model_type, "qwen2")
     require(where, "hidden_act", config.hidden_act, "silu")
     require(where, "attention_dropout", config.attention_dropout, 0)
@@ -163,12 +166,14 @@ def _check_image_processor(folder: Path, architecture: Architecture) -> None:
             require(f"{folder}/{name}", key, found.get(key, expected[key]), expected[key])
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
+def _load_config(folder: Path) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
     read_json(folder / "config.json")  # else a folder that is missing would be looked for on the hub
     return make_config(f"{folder}/config.json", AutoConfig.from_pretrained, folder)
 
 
-def make_config(where: str, make: Callable, *arguments) -> PreTrainedConfig:
+def make_config(where: str, make: Callable, *arguments) -> "PreTrainedConfig":
     try:
         return make(*arguments)
     except (StrictDataclassError, KeyError, TypeError) as error:

@@ -7,11 +7,13 @@ additional_special_tokens), which its later versions read too: tests/old_transfo
 import json
 import shutil
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, SYSTEM_PROMPT
 from rsa_megatron.llava.architectures import Architecture
+
+if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 VIDEO_TOKEN = "<video>"
 #: What a folder may hold that is weights, or about them.
@@ -102,7 +104,7 @@ def write_chat_template(folder: Path) -> None:
         _write_json(folder / "processor_config.json", processor)
 
 
-def write_model_files(folder: Path, architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Everything of a Hugging Face folder but its weights. Gives the tokenizer <image> and <video> where it has none."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token not in tokenizer.get_vocab()]
@@ -127,7 +129,7 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: PreTr
     _add_old_names(folder)
 
 
-def _config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> dict:
+def _config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
     vision, decoder = architecture.vision, architecture.decoder
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -175,7 +177,7 @@ def _config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> dict:
+def _generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return {"eos_token_id": sorted({end for end in ends if end is not None}), "pad_token_id": tokenizer.pad_token_id}
 

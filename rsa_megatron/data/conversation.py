@@ -15,9 +15,12 @@ In all, the caption is the answers' own tokens: no template, no image. The only 
 """
 
 import bisect
+import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = ("plain", "qwen_1_5")
@@ -42,7 +45,7 @@ class EncodedText:
         return EncodedText(self.tokens[:length], self.is_target[:length], self.is_caption[:length])
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
     """Raise ValueError, naming what is missing, unless the tokenizer has what the template needs."""
     names = (IMAGE_TOKEN, *(_CHAT_TOKENS if template == "qwen_1_5" else ()))
     missing = [name for name in names if name not in tokenizer.get_vocab()]
@@ -76,7 +79,7 @@ def check_conversation(conversation: list) -> list[tuple[str, str]]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, conversation: list[dict], template: str, *, label_style: str = "llava"
+    tokenizer: "PreTrainedTokenizerBase", conversation: list[dict], template: str, *, label_style: str = "llava"
 ) -> EncodedText:
     """Encode a conversation; `<image>` in its text becomes the image token, which is never a target.
 
@@ -90,12 +93,18 @@ def encode(
     pieces = _plain(turns) if template == "plain" else _qwen_1_5(turns, label_style)
     text = _tokenize(tokenizer, pieces)
     if template == "qwen_1_5" and label_style == "llava":
-        always = {*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]}
+        always = _always_learnt(tokenizer)
         text.is_target = [target or token in always for token, target in zip(text.tokens, text.is_target)]
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text.is_target = [target and token != image for token, target in zip(text.tokens, text.is_target)]
     text.is_caption = [caption and token != image for token, caption in zip(text.tokens, text.is_caption)]
     return text
+
+
+@functools.lru_cache(maxsize=8)
+def _always_learnt(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Of the style llava, wherever they stand; asked for once, not for each sample."""
+    return frozenset([*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]])
 
 
 def _role(turn: dict) -> str:
@@ -146,7 +155,7 @@ def _image_first(value: str) -> str:
     return f"{IMAGE_TOKEN}\n{value.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, pieces: list[_Piece]) -> EncodedText:
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", pieces: list[_Piece]) -> EncodedText:
     # The text as a whole: where a word ends and the template goes on, the pieces alone would be other tokens (".\n").
     text, starts = "", []
     for piece, _, _ in pieces:

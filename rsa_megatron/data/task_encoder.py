@@ -17,6 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, SkipSample, basic_sample_keys, stateless
@@ -25,7 +26,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.flavors import Sample
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import default_collate
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
@@ -33,6 +34,9 @@ from rsa_megatron.data import conversation
 from rsa_megatron.data.one_pass import shuffled_once
 from rsa_megatron.data.record import Unusable, inside
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
+
+if TYPE_CHECKING:  # for annotations alone
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +121,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         image_size: int,
         patch_size: int,
@@ -189,7 +193,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             tokens=rows(lambda text: text.tokens, 0, -1, pad),
             labels=rows(lambda text: text.tokens, 1, 0, pad),
             loss_mask=rows(lambda text: text.is_target, 1, 0).float(),
-            images=torch.cat([sample.tiles for sample in samples]),
+            images=_joined([sample.tiles for sample in samples]),
             image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 5),
             row_lengths=torch.tensor([sample.row_length for sample in samples]),
             rsa=RSASamples(
@@ -264,6 +268,16 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row cannot be used; the last: {line}")
         if self.say_skipped:
             logger.warning(line)
+
+
+def _joined(tiles: list[Tensor]) -> Tensor:
+    """All samples' tiles, [T, 3, height, width]; not copied where one sample alone has any.
+
+    In a data worker torch's default_collate writes straight into the memory that it shares with the training process, where
+    the batch would have to be copied otherwise.
+    """
+    with_images = [each for each in tiles if len(each)] or tiles[:1]
+    return with_images[0] if len(with_images) == 1 else default_collate([tile for each in with_images for tile in each])
 
 
 def sample_id(key: str) -> int:

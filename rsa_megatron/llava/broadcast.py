@@ -36,7 +36,10 @@ def broadcast_tensors(
     torch.distributed.broadcast(shapes, source, group=group)
     sizes = [torch.Size(size for size in row if size >= 0) for row in shapes.tolist()]
     lengths = [size.numel() for size in sizes]
-    flat = torch.cat([tensor.reshape(-1) for tensor in own.values()]) if group.rank() == 0 else None
-    flat = torch.empty(sum(lengths), dtype=dtype, device=device) if flat is None else flat
+    if group.rank() == 0:
+        parts = [tensor.reshape(-1) for tensor in own.values()]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)  # the images are sent as they lie
+    else:
+        flat = torch.empty(sum(lengths), dtype=dtype, device=device)
     torch.distributed.broadcast(flat, source, group=group)
     return {name: part.view(size) for name, part, size in zip(names, flat.split(lengths), sizes)}

@@ -18,16 +18,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from rsa_megatron.alignment.similarity import float32_products
 from rsa_megatron.measurement.hf_models import HFModel, Side, num_class_tokens, num_layers
 from rsa_megatron.measurement.pairs import CaptionedImage
+
+if TYPE_CHECKING:  # for annotations alone
+    from transformers import BatchFeature, PreTrainedTokenizerBase
 
 TEXT_READINGS = ("caption-alone", "multimodal")
 _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
@@ -57,7 +60,7 @@ class VisionBackbone:
         self.layers = _tower_layers(model)
         self.identity = _identity(model) | {"pooling": "mean of image tokens", "image": image}
 
-    def prepare(self, pair: CaptionedImage) -> BatchFeature:
+    def prepare(self, pair: CaptionedImage) -> "BatchFeature":
         """The pixels of a pair's image: one tile, or the patches of one image."""
         options = {}
         if self._kind == "llava_onevision":
@@ -72,7 +75,7 @@ class VisionBackbone:
         return pixels
 
     @torch.inference_mode()
-    def features(self, batch: list[BatchFeature]) -> dict[str, Tensor]:
+    def features(self, batch: list["BatchFeature"]) -> dict[str, Tensor]:
         """[n, D] of every layer, float32."""
         pixels = torch.cat([item["pixel_values"] for item in batch]).to(self._model.device, self._model.dtype)
         tower = self._model.tower
@@ -98,7 +101,7 @@ class Caption:
     counts: Tensor
 
 
-def caption_tokens(tokenizer: PreTrainedTokenizerBase, caption: str, longest: int) -> Caption:
+def caption_tokens(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
     """A caption's tokens, at most `longest`, with those that the tokenizer adds; can be called from several threads.
 
     Raises:
@@ -158,7 +161,7 @@ class CaptionAfterImage(TextBackbone):
         self._processor = model.processor
         self.identity = self.identity | {"text_reading": "multimodal", "image": "as its processor prepares it"}
 
-    def prepare(self, pair: CaptionedImage) -> tuple[Caption, BatchFeature]:
+    def prepare(self, pair: CaptionedImage) -> tuple[Caption, "BatchFeature"]:
         """The tokens of image and caption, and what else the model takes."""
         caption, image = super().prepare(pair), pair.image()
         with _TOKENIZER_IN_USE:
@@ -169,7 +172,7 @@ class CaptionAfterImage(TextBackbone):
         counts = torch.arange(len(ids)) >= len(image_ids)
         return Caption(ids, counts), inputs
 
-    def features(self, batch: list[tuple[Caption, BatchFeature]]) -> dict[str, Tensor]:
+    def features(self, batch: list[tuple[Caption, "BatchFeature"]]) -> dict[str, Tensor]:
         """[n, D] of every layer, float32."""
         captions, inputs = zip(*batch)
         length = max(len(caption.ids) for caption in captions)

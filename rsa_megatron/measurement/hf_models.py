@@ -8,23 +8,14 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from torch.nn import Module, ModuleList
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.processing_utils import ProcessorMixin
+
+if TYPE_CHECKING:  # for annotations alone: transformers takes seconds to import, which a run on stored features is spared
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 #: The vision-language models whose two sides can be measured, and the name of the module of each that is the tower.
 VISION_LANGUAGE = {"llava_onevision": "vision_tower", "internvl": "vision_tower", "qwen2_5_vl": "visual"}
@@ -43,7 +34,7 @@ class Side:
 
     module: Module
     layers: ModuleList
-    config: PreTrainedConfig
+    config: "PreTrainedConfig"
 
 
 class HFModel:
@@ -62,7 +53,7 @@ class HFModel:
         self.name, self.device, self.dtype = name, device, dtype
         #: for manifests and results: of a folder its own name, without the path to it
         self.title = Path(name).resolve().name if Path(name).is_dir() else name
-        self.config = self._read("its config.json", AutoConfig)
+        self.config = self._read("its config.json", "AutoConfig")
         self.model_type = self.config.model_type
 
     @property
@@ -75,7 +66,7 @@ class HFModel:
         return getattr(self.config, "_commit_hash", None) or fingerprint(Path(self.name))
 
     @property
-    def tower_config(self) -> PreTrainedConfig:
+    def tower_config(self) -> "PreTrainedConfig":
         """Raises ValueError where there is no tower that can be measured."""
         if self.is_vision_language or self.model_type in _WITH_TEXT_TOWER:
             return self.config.vision_config
@@ -84,10 +75,12 @@ class HFModel:
         raise self._unsupported("vision tower", [*VISION_LANGUAGE, *_WITH_TEXT_TOWER, *TOWERS])
 
     @property
-    def text_config(self) -> PreTrainedConfig:
+    def text_config(self) -> "PreTrainedConfig":
         """Raises ValueError where there is no language model that can be measured."""
         if self.is_vision_language:
             return self.config.text_config
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
         known = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MASKED_LM_MAPPING_NAMES}
         if self.model_type in known and not self.config.is_encoder_decoder and hasattr(self.config, "num_hidden_layers"):
             return self.config
@@ -111,9 +104,9 @@ class HFModel:
         return Side(module, self._layers(module, num_layers(config)), config)
 
     @cached_property
-    def module(self) -> PreTrainedModel:
+    def module(self) -> "PreTrainedModel":
         """The whole model without the layer that gives logits, with its weights, for inference."""
-        auto_class = AutoModelForImageTextToText if self.is_vision_language else AutoModel
+        auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
         model, loaded = self._read("its weights (model.safetensors)", auto_class, dtype=self.dtype, use_safetensors=True,
                                    output_loading_info=True)  # fmt: skip
         missing = sorted(name for name in loaded["missing_keys"] if not any(part in name for part in _UNUSED))
@@ -126,8 +119,8 @@ class HFModel:
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = self._read("its tokenizer", AutoTokenizer)
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        tokenizer = self._read("its tokenizer", "AutoTokenizer")
         if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
             raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of the model it comes from")
         if not tokenizer.is_fast:
@@ -137,21 +130,23 @@ class HFModel:
     @cached_property
     def image_processor(self):
         # On Pillow, as training here prepares images: torchvision's filter gives slightly other pixels.
-        return self._read("its image processor", AutoImageProcessor, backend="pil")
+        return self._read("its image processor", "AutoImageProcessor", backend="pil")
 
     @cached_property
-    def processor(self) -> ProcessorMixin:
-        processor = self._read("its processor", AutoProcessor)
+    def processor(self) -> "ProcessorMixin":
+        processor = self._read("its processor", "AutoProcessor")
         processor.image_processor = self.image_processor
         return processor
 
-    def _read(self, what: str, auto_class, **options):
+    def _read(self, what: str, auto_class: str, **options):
+        import transformers
+
         if not Path(self.name).is_dir() and (Path(self.name).is_absolute() or self.name.startswith(".")):
             raise ValueError(f"{self.name} is no folder")
         if hasattr(self, "config"):  # of the same commit, should the name move meanwhile
             options["revision"] = getattr(self.config, "_commit_hash", None)
         try:
-            return auto_class.from_pretrained(self.name, **options)
+            return getattr(transformers, auto_class).from_pretrained(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
             raise ValueError(f"{self.name}: {what} cannot be had{self._where()}: {_one_line(error)}") from error
 
@@ -169,11 +164,11 @@ class HFModel:
                           f"supported: {', '.join(supported)}")  # fmt: skip
 
 
-def num_layers(config: PreTrainedConfig) -> int:
+def num_layers(config: "PreTrainedConfig") -> int:
     return config.depth if config.model_type == "qwen2_5_vl_vision" else config.num_hidden_layers
 
 
-def num_class_tokens(config: PreTrainedConfig) -> int:
+def num_class_tokens(config: "PreTrainedConfig") -> int:
     """Tokens of one of TOWERS before those of the image."""
     return TOWERS[config.model_type] + getattr(config, "num_register_tokens", 0)
 
