@@ -7,6 +7,10 @@
 what would run and stops. Without a CUDA device the same script runs on the CPU.
 """
 
+import gc
+
+gc.disable()  # what modules define stays: to look for garbage among it again and again is a seventh of the imports' time
+
 import dataclasses
 import math
 import os
@@ -25,6 +29,7 @@ from megatron.training import get_args, get_wandb_writer, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank, print_rank_last
 from transformers import AutoTokenizer
+from utilisation import Utilisation
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.data.loader_state import find_train_state
@@ -36,6 +41,9 @@ from rsa_megatron.llava.measure import measure_mutual_knn, read_pairs
 from rsa_megatron.llava.model import LlavaOneVision, set_trainable
 from rsa_megatron.llava.train_step import forward_step
 from rsa_megatron.plugin import RSAPlugin
+
+gc.freeze()  # and what collects later need not look at it either
+gc.enable()
 
 
 def main():
@@ -52,11 +60,14 @@ def main():
     say(table(args, architecture_of(args)))
     rates = LearningRates(args)
     rates.apply()
+    utilisation = Utilisation(args, architecture_of(args))
+    utilisation.apply()
+    say(utilisation.description)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,
         ModelType.encoder_or_decoder,
-        rates.wrap_forward_step(rsa.wrap_forward_step(forward_step)),
+        rates.wrap_forward_step(rsa.wrap_forward_step(utilisation.wrap_forward_step(forward_step))),
         rsa.wrap_model_provider(model_provider),
         non_loss_data_func=MutualKnn(rsa) if args.mutual_knn_samples else None,
         process_non_loss_data_func=write_mutual_knn if args.mutual_knn_samples else None,

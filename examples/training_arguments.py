@@ -22,6 +22,7 @@ except RuntimeError as error:
 
 import learning_rates
 import megatron_repairs
+import utilisation
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import parse_and_validate_args
 from transformers import AutoTokenizer
@@ -119,6 +120,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
                        help="layers to compare, as --mutual-knn-layers=-1:-1,12:14; -1 is the last, 0 what goes into the first")  # fmt: skip
     group.add_argument("--restart-data", action="store_true",
                        help="resume from a checkpoint with the data from its beginning")  # fmt: skip
+    utilisation.add_arguments(group)
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     rsa.add_arguments(parser)
     known, _ = parser.parse_known_args()
@@ -216,6 +218,7 @@ def check_arguments(args) -> None:
     """What would otherwise fail later, on every rank, and in other words."""
     layer_specs(args.transformer_impl)
     learning_rates.check_arguments(args)
+    utilisation.check_arguments(args)
     architecture = architecture_of(args)
     architecture.check_layout(
         tensor=args.tensor_model_parallel_size,

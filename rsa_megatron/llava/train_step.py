@@ -6,7 +6,7 @@ one tensor-parallel rank reads and the others receive.
 Shapes: B samples, S text positions, L positions of the spliced row, T tiles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,7 +35,9 @@ class StepBatch:
     loss_mask: Tensor
     #: [number of images, 5] int64
     image_layouts: Tensor
-    #: positions of the rows that are no padding, a scalar; of context-parallel ranks each has its share
+    #: [B] int64: positions of each row once its images are spliced in; the rest of it is padding
+    row_lengths: Tensor
+    #: their sum, a scalar; of context-parallel ranks each has its share
     num_positions: Tensor
     #: where the samples come from: known where the data is read, empty elsewhere
     keys: list[str]
@@ -60,6 +62,7 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
         labels=integers["labels"],
         loss_mask=broadcast(torch.float32, "loss_mask")["loss_mask"],
         image_layouts=integers["image_layouts"],
+        row_lengths=integers["row_lengths"],
         num_positions=integers["row_lengths"].sum() / model.pg_collection.cp.size(),
         keys=batch.keys if batch else [],
         num_skipped=integers["num_skipped"],
@@ -67,13 +70,21 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
     )
 
 
-def forward_step(data_iterator: Iterator[LlavaBatch] | None, model: torch.nn.Module):
-    """Megatron's forward step: the chunk's output, and the function from it to the loss."""
+def forward_step(
+    data_iterator: Iterator[LlavaBatch] | None, model: torch.nn.Module, *, seen: Callable[[StepBatch], object] | None = None
+):
+    """Megatron's forward step: the chunk's output, and the function from it to the loss.
+
+    Args:
+        seen: is given the micro-batch on stages that read one.
+    """
     llava = get_attr_wrapped_model(model, "image_token_index", return_model_obj=True)
     if not (llava.pre_process or llava.post_process):
         output, _ = model(None, None, None, None)
         return output, None
     batch = get_batch(data_iterator, llava)
+    if seen:
+        seen(batch)
     output, loss_mask = model(
         batch.images,
         batch.tokens,

@@ -1,0 +1,153 @@
+"""mfu in the log is the model's FLOPs over the devices' time, in every layout, and Megatron's throughput is of the same FLOPs."""
+
+import re
+import time
+
+import layouts
+import processes
+import pytest
+import script
+import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rsa_megatron.llava.flops import training_flops
+
+PEAK = 5e9
+LAYOUTS = [layouts.SINGLE, *(layout for layout in layouts.LAYOUTS if layout.name not in ("TP=2 PP=2", "TP=2 SP"))]
+
+
+def batches() -> list[list]:
+    """Two iterations of two micro-batches, all of other sizes; tiny.part gives each data-parallel rank its half."""
+    tiles = [(1, 1, 1, 1), (3, 0, 1, 1), (0, 0, 0, 0), (1, 4, 0, 2)]
+    made = [tiny.batch(seed, eligible=(0,) * 4, tiles=numbers) for seed, numbers in enumerate(tiles)]
+    return [made[:2], made[2:]]
+
+
+def expected_flops(micro_batches: list) -> float:
+    """By hand, sample for sample: a tile is 4 tokens, and a row as long as LlavaBatch says."""
+    num_tiles = sum(int(batch.rsa.num_tiles.sum()) for batch in micro_batches)
+    lengths = [int(length) for batch in micro_batches for length in batch.row_lengths]
+    return sum(training_flops(
+        tiny.TINY, ("vision", "projector"), num_tiles=num_tiles, num_positions=sum(lengths),
+        squared_lengths=sum(length**2 for length in lengths), num_image_tokens=4 * num_tiles,
+    ).values())  # fmt: skip
+
+
+def reports(argv, layout, all_batches) -> dict:
+    """What one rank reports: (FLOPs, device time x peak) of each micro-batch, and what Megatron is told of the FLOPs."""
+    import megatron.training.training
+    import pretrain_llava_rsa
+    import utilisation
+
+    trainer = layouts.Trainer(argv)
+    run = utilisation.Utilisation(trainer.args, tiny.TINY)
+    run.apply()
+    forward_step, found = run.wrap_forward_step(pretrain_llava_rsa.forward_step), []
+
+    def watched(data_iterator, model):
+        output, loss_func = forward_step(data_iterator, model)
+        return output, lambda output_tensor: watch(loss_func(output_tensor))
+
+    def watch(outputs):
+        found.append(outputs[-1]["mfu"].tolist())
+        return outputs
+
+    trainer.forward_step = watched
+    begin = time.perf_counter()
+    logged = []
+    for iteration, whole in enumerate(all_batches):
+        parts = [tiny.part(batch, trainer.data_parallel_rank, layout.data_parallel_size) for batch in whole]
+        logged.append(trainer.step(parts, iteration).get("mfu"))
+    return {
+        "reports": found,
+        "logged": logged,
+        "seconds": time.perf_counter() - begin,
+        "told": megatron.training.training.num_floating_point_operations(trainer.args, 16, seqlen_squared_sum_in_batch=None),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_flops_and_time_add_up_to_the_runs(demo, layout):
+    argv = ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"), *layout.flags,
+            "--micro-batch-size", str(4 // layout.data_parallel_size), "--global-batch-size", "8", "--rsa-weight", "0",
+            "--trainable", "vision", "projector", "--seq-length", "64", "--peak-tflops", str(PEAK / 1e12)]  # fmt: skip
+    ranks = processes.run(reports, layout.world_size, argv, layout, batches())
+    expected = [expected_flops(micro_batches) for micro_batches in batches()]
+    # Ranks of the last stage report; of a tensor-parallel group all the same, of which Megatron takes one.
+    reporting = [rank for rank in ranks if rank["reports"]]
+    copies = len(reporting) // layout.data_parallel_size
+    for iteration in (0, 1):
+        flops = sum(pair[0] for rank in reporting for pair in rank["reports"][2 * iteration :][:2]) / copies
+        assert flops == pytest.approx(expected[iteration], rel=1e-6)  # reported in float32
+        time_x_peak = sum(pair[1] for rank in reporting for pair in rank["reports"][2 * iteration :][:2]) / copies
+        for rank in reporting:
+            # Tensor-parallel ranks have clocks of their own, whose readings differ by less than a step takes.
+            assert rank["logged"][iteration] == pytest.approx(flops / time_x_peak, rel=0.2 if copies > 1 else 1e-5)
+    for rank in reporting:
+        # Each speaks for world_size / data_parallel_size devices; the last report comes before the last backward pass.
+        seconds = sum(pair[1] for pair in rank["reports"]) / PEAK / (layout.world_size / layout.data_parallel_size)
+        assert 0.3 * rank["seconds"] < seconds < rank["seconds"]
+    # The mean of the rank's samples, times 16; together the data-parallel ranks have seen all 16.
+    told = [rank["told"] for rank in ranks]
+    assert sum(told) / len(told) == pytest.approx(sum(expected), rel=1e-9)
+
+
+def with_evaluations_in_the_time():
+    import utilisation
+
+    utilisation._NOT_TRAINING = ()
+
+
+def seconds_counted(demo, folder, sabotage=None) -> tuple[float, float]:
+    """Of a run that evaluates much longer than it trains: seconds behind its mfu, and those that Megatron's log has."""
+    outputs = script.run(
+        1, demo, "--rsa-weight", 0, "--peak-tflops", 1, "--eval-interval", 2, "--eval-iters", 20, "--mutual-knn-samples", 0,
+        "--tensorboard-dir", folder, "--log-throughput", "--log-timers-to-tensorboard", "--train-iters", 8, sabotage=sabotage,
+    )  # fmt: skip
+    events = EventAccumulator(str(folder)).Reload()
+    mfu, throughput, seconds = (
+        {event.step: event.value for event in events.Scalars(name)} for name in ("mfu", "throughput", "iteration-time")
+    )
+    assert list(script.iterations(outputs)) == list(mfu) == [*range(1, 9)]
+    # throughput x time is the FLOPs of an iteration in units of 1e12, and so is mfu x time, the peak being 1 TFLOP/s. The
+    # second time that Megatron writes is the mean of the first two.
+    return sum(throughput[i] * seconds[i] / mfu[i] for i in range(3, 9)), sum(seconds[i] for i in range(3, 9))
+
+
+def test_evaluations_do_not_count(demo, tmp_path):
+    counted, logged = seconds_counted(demo, tmp_path / "right")
+    # Reports come in the middle of iterations: over a few, the two differ by a part of one.
+    assert counted == pytest.approx(logged, rel=0.35)
+    counted, logged = seconds_counted(demo, tmp_path / "wrong", with_evaluations_in_the_time)
+    assert counted > 2 * logged
+
+
+def test_the_log_says_what_the_peak_is(demo):
+    outputs = script.run(2, demo, "--train-iters", 2)
+    (said,) = re.findall(r"^mfu: .* a part of ([\d.e+-]+) TFLOP/s a device, measured here, .* float32", "".join(outputs), re.M)
+    assert float(said) > 0
+    for figures in script.iterations(outputs).values():
+        assert 0 < float(figures["mfu"]) < 1
+
+
+DEVICES = {
+    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA B200": 2250, "NVIDIA L40S": 362, "NVIDIA L4": 121,
+    "NVIDIA A10G": None, "cpu": None,
+}  # fmt: skip
+
+
+def peaks(names):
+    import utilisation
+
+    return {name: utilisation.data_sheet_tflops(name) for name in names}
+
+
+def test_a_device_is_known_by_its_name():
+    assert processes.run(peaks, 1, list(DEVICES)) == [DEVICES]
+
+
+def test_a_peak_of_nothing_is_refused(demo):
+    with pytest.raises(processes.Failed) as failed:
+        script.run(1, demo, "--peak-tflops", 0)
+    assert "error: --peak-tflops 0: name a rate above 0, or leave the flag out" in failed.value.output
