@@ -3,13 +3,16 @@
     python benchmarks/rsa_loss.py [--threads 2] [--append results/benchmarks.jsonl]
 
 The others: two torch.cdist; |x|^2 + |y|^2 - 2 x.y with one matrix product a kernel; and that with torch.compile; each with
-autograd. Times are taken in turns, on the same inputs, and given as the median of the runs; ratios are of medians. From
-N = 16384 on each has one run, in a process of its own. Memory is the growth of a fresh process's resident size at its
-peak, gradients included, one process each.
+autograd. Times are taken in turns, on the same inputs, and given as the median of the runs; ratios are of medians. On the
+CPU, from N = 16384 on, each has one run, in a process of its own. Memory is the growth at its peak of a fresh process's
+resident size, on a GPU of its tensors, gradients included, one process each.
 
 The limit is the machine's own rate of float32 matrix products, measured in the same run: the symmetric algorithm needs
 3 N^2 (D + E) floating-point operations for N pairs of widths D and E: N^2 (D + E) for half of the two distance
 matrices, 2 N^2 (D + E) for the two products in the gradients. bf16 inputs are computed in float32, by all.
+
+On a GPU with Triton, ours with fused blocks takes its turns, too, once for each precision. A second table has the figures,
+also as parts of the limits that TF32 and bf16 products set on that GPU.
 
 The error is the larger of the relative errors of the two gradients (and, up to N = 4096, of the value) against float64; above
 N = 4096 of the gradients of 256 rows. Gradients of bf16 inputs are bf16, which errs by up to 2e-3.
@@ -27,16 +30,20 @@ import machine
 import torch
 
 from rsa_megatron import rsa_loss
+from rsa_megatron.alignment import fused_blocks
 from rsa_megatron.alignment.loss import rsa_loss_of_rows
+from rsa_megatron.alignment.similarity import float32_products
 
 WIDTHS = ("1152:1536", "1152:3584")  # SigLIP-so400m with Qwen2-1.5B and with Qwen2-7B
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-_ONE_RUN = 16384  # from here on
+_ONE_RUN = 16384  # on the CPU, from here on
 _LEAST_FOR_MEMORY = 1024  # below it there is too little to tell
 _MOST_BF16 = 4096
 _ALL_ROWS_IN_FLOAT64 = 4096
 # What the others hold at their peak, in N x N floats: more than that does not fit.
 _MATRICES = 8
+# Of the product that measures the limit: a GPU is through with 2048 before it has been started well.
+_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def two_cdist(v_ND, t_NE):
@@ -54,9 +61,14 @@ def _distances(x_ND):
     return (square_N[:, None] + square_N[None] - 2 * x_ND @ x_ND.T).clamp(min=1e-12).sqrt()
 
 
-CONTENDERS = {"ours": rsa_loss, "cdist": two_cdist, "products": products, "compiled": torch.compile(products, dynamic=True)}
-COLUMNS = ("N", "widths", "inputs", "ours, s", *(f"times faster than {name}" for name in list(CONTENDERS)[1:]),
-           "part of the GEMM limit", "memory, MB", *(f"{name}, MB" for name in list(CONTENDERS)[1:]), "error")  # fmt: skip
+OTHERS = {"cdist": two_cdist, "products": products, "compiled": torch.compile(products, dynamic=True)}
+FUSED = {f"fused {precision}": functools.partial(rsa_loss, fused=precision) for precision in fused_blocks.PRECISIONS}
+CONTENDERS = {"ours": rsa_loss} | OTHERS | FUSED
+COLUMNS = ("N", "widths", "inputs", "ours, s", *(f"times faster than {name}" for name in OTHERS),
+           "part of the GEMM limit", "memory, MB", *(f"{name}, MB" for name in OTHERS), "error")  # fmt: skip
+LIMITS = ("float32", "tf32", "bfloat16")
+COLUMNS_FUSED = ("N", "widths", "inputs", "", "s", "times faster than ours", "times faster than cdist",
+                 *(f"part of the {limit} limit" for limit in LIMITS), "memory, MB", "error")  # fmt: skip
 
 
 def main():
@@ -67,7 +79,8 @@ def main():
         return print(json.dumps(alone(*args.alone, device)))
     about = machine.description(device, args.threads)
     print(about)
-    print(f"| {' | '.join(COLUMNS)} |\n" + "| --- " * len(COLUMNS) + "|")
+    print_header(COLUMNS)
+    rows_fused = []
     for num_pairs in args.sizes:
         for widths in args.widths:
             # (Cast once, the two types are one; with more pairs the cast is nothing.)
@@ -76,6 +89,10 @@ def main():
                 figures = measure(num_pairs, widths, dtype, args, device)
                 print(table_row(figures), flush=True)
                 machine.append(args.append, "rsa_loss", about, figures)
+                rows_fused += table_rows_fused(figures) if "errors" in figures else []
+    if rows_fused:
+        print_header(COLUMNS_FUSED)
+        print("\n".join(rows_fused))
 
 
 def parse():
@@ -92,41 +109,59 @@ def parse():
 
 def measure(num_pairs: int, widths: str, dtype: str, args, device) -> dict:
     inputs = make_inputs(num_pairs, widths, dtype, device)
-    names = [name for name in CONTENDERS if name == "ours" or fits(num_pairs, device)]
+    fused = [name for name in FUSED if fused_blocks.available(inputs[0][:0].float(), "euclidean", name.split()[1])]
+    names = ["ours", *(OTHERS if fits(num_pairs, device) else ()), *fused]
     separate = {}
     if num_pairs >= _LEAST_FOR_MEMORY and dtype == "float32":
         separate = {name: in_own_process(name, num_pairs, widths, dtype, args, device) for name in names}
-    if num_pairs >= _ONE_RUN:
-        rates = [machine.gemm_rate(device) for _ in range(9)]
-        times = {name: [figures["seconds"]] for name, figures in separate.items()}
+    if num_pairs >= _ONE_RUN and device.type == "cpu":
+        rates = [gemm_rates(device) for _ in range(9)]
+        times = {name: [one["seconds"]] for name, one in separate.items()}
     else:
         times, rates = in_turns(names, inputs, args.seconds, device)
     medians = {name: statistics.median(runs) for name, runs in times.items()}
-    memory = {name: figures["bytes"] for name, figures in separate.items()}
     num_operations = 3 * num_pairs**2 * sum(x.shape[1] for x in inputs)
-    return dict(
+    limits = {name: num_operations / statistics.median(rate[name] for rate in rates) for name in rates[0]}  # seconds
+    figures = dict(
         N=num_pairs,
         widths=[x.shape[1] for x in inputs],
         inputs=dtype,
         seconds=medians,
         spread_s={name: [min(runs), max(runs)] for name, runs in times.items()},
         ratio={name: medians[name] / medians["ours"] for name in names[1:]},
-        gemm_part=num_operations / medians["ours"] / statistics.median(rates),
-        memory_bytes=memory,
-        error=relative_error(inputs),
+        gemm_part=limits["float32"] / medians["ours"],
+        memory_bytes={name: one["bytes"] for name, one in separate.items()},
+        error=relative_error(rsa_loss, inputs),
     )
+    if fused:
+        figures["gemm_parts"] = {name: {of: s / medians[name] for of, s in limits.items()} for name in ("ours", *fused)}
+        figures["errors"] = {"ours": figures["error"]} | {name: relative_error(CONTENDERS[name], inputs) for name in fused}
+    return figures
 
 
-def in_turns(names: list[str], inputs, most_seconds: float, device) -> tuple[dict, list[float]]:
+def in_turns(names: list[str], inputs, most_seconds: float, device) -> tuple[dict, list[dict]]:
     for name in names:
-        first = seconds(CONTENDERS[name], inputs)  # what is loaded and compiled once
-    num_runs = max(2, min(9, int(most_seconds / first)))
+        seconds(CONTENDERS[name], inputs)  # what is loaded and compiled once
+    gemm_rates(device)
+    num_runs = max(2, min(9, int(most_seconds / seconds(CONTENDERS[names[-1]], inputs))))
     times, rates = {name: [] for name in names}, []
     for _ in range(num_runs):
-        rates.append(machine.gemm_rate(device))
+        rates.append(gemm_rates(device))
         for name in names:
             times[name].append(seconds(CONTENDERS[name], inputs))
     return times, rates
+
+
+def gemm_rates(device) -> dict[str, float]:
+    """Floating-point operations a second, by LIMITS; on the CPU of float32 alone."""
+    size, rates = _GEMM_SIZE[device.type], {}
+    with float32_products():
+        rates["float32"] = machine.gemm_rate(device, size)
+    if device.type == "cuda":
+        with float32_products("tf32"):
+            rates["tf32"] = machine.gemm_rate(device, size)
+        rates["bfloat16"] = machine.gemm_rate(device, size, torch.bfloat16)
+    return rates
 
 
 def fits(num_pairs: int, device) -> bool:
@@ -153,10 +188,10 @@ def seconds(function, inputs) -> float:
     return time.perf_counter() - start
 
 
-def relative_error(inputs) -> float:
+def relative_error(function, inputs) -> float:
     """Of the first 256 rows, or where N is small of all and of the value, against float64."""
     whole = len(inputs[0]) <= _ALL_ROWS_IN_FLOAT64
-    value = rsa_loss(*inputs)
+    value = function(*inputs)
     gradients = torch.autograd.grad(value, inputs)
     doubles = [x.detach().double() for x in inputs]
     rows = [x[: None if whole else 256].clone().requires_grad_() for x in doubles]
@@ -179,12 +214,35 @@ def alone(name: str, num_pairs: str, widths: str, dtype: str, device: torch.devi
     return {"seconds": taken[0], "bytes": num_bytes}
 
 
+def print_header(columns: tuple[str, ...]):
+    print(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
+
+
 def table_row(figures: dict) -> str:
-    memory = [f"{figures['memory_bytes'][name] / 1e6:.0f}" if name in figures["memory_bytes"] else "–" for name in CONTENDERS]
-    ratios = [f"{figures['ratio'][name]:.2f}" if name in figures["ratio"] else "–" for name in list(CONTENDERS)[1:]]
-    row = [str(figures["N"]), "{} {}".format(*figures["widths"]), figures["inputs"], f"{figures['seconds']['ours']:.4f}",
+    memory = [memory_of(figures, name) for name in ("ours", *OTHERS)]
+    ratios = [f"{figures['ratio'][name]:.2f}" if name in figures["ratio"] else "–" for name in OTHERS]
+    row = [*inputs_of(figures), f"{figures['seconds']['ours']:.4f}",
            *ratios, f"{figures['gemm_part']:.2f}", *memory, f"{figures['error']:.1e}"]  # fmt: skip
     return f"| {' | '.join(row)} |"
+
+
+def table_rows_fused(figures: dict) -> list[str]:
+    times, rows = figures["seconds"], []
+    for name, error in figures["errors"].items():
+        ratios = [f"{times[other] / times[name]:.2f}" if other in times else "–" for other in ("ours", "cdist")]
+        parts = figures["gemm_parts"][name]
+        parts = [f"{parts[limit]:.2f}" if limit in parts else "–" for limit in LIMITS]
+        row = [*inputs_of(figures), name, f"{times[name]:.5f}", *ratios, *parts, memory_of(figures, name), f"{error:.1e}"]
+        rows.append(f"| {' | '.join(row)} |")
+    return rows
+
+
+def inputs_of(figures: dict) -> list[str]:
+    return [str(figures["N"]), "{} {}".format(*figures["widths"]), figures["inputs"]]
+
+
+def memory_of(figures: dict, name: str) -> str:
+    return f"{figures['memory_bytes'][name] / 1e6:.0f}" if name in figures["memory_bytes"] else "–"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rsa_megatron.alignment import fused_blocks
 from rsa_megatron.alignment.similarity import (
     PairwiseKernel,
     at_least_fp32,
@@ -34,6 +35,10 @@ NORMALIZATIONS = ("none", "mean-distance")
 _BLOCK = {"cpu": (512, 2048), "cuda": (1024, 1024)}
 # Of the distance whose gradient needs [rows, columns, D] on a GPU: 128 x 128 x 3584 floats are 235 MB.
 _BLOCK_MANHATTAN = (128, 128)
+# With the fused launch a block on the diagonal computes no distance twice, and blocks may be large: the w of both kernels
+# take 2 x 64 MiB. Adding w x to what is there reads and writes 8 bytes of a number for 2 c operations: 1024 a byte with
+# c = 4096 columns, where an H100 must have 300 (bf16) to multiply at its full rate.
+_BLOCK_FUSED = (4096, 4096)
 
 
 def rsa_loss_reference(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
@@ -47,7 +52,9 @@ def rsa_loss_reference(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean
     return (kernels[0] - kernels[1]).square().sum() / num_pairs**2
 
 
-def rsa_loss(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
+def rsa_loss(
+    v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none", fused: str | None = None
+) -> Tensor:
     """L_RSA of N image-caption pairs held by one process (paper, eq. 5).
 
     Args:
@@ -57,11 +64,17 @@ def rsa_loss(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normali
         normalize: "mean-distance" divides each kernel by its own mean over the pairs i != j, which makes the
             loss free of either space's scale. The mean is differentiated too: with a constant one, shrinking
             all distances would still look like an improvement.
+        fused: None: blocks in PyTorch, on any device. Or how one Triton launch a block multiplies the rows: ieee, tf32x3,
+            tf32 or bf16 (fused_blocks.py has their errors). For an NVIDIA GPU, and not for manhattan or float64.
 
     Returns:
         A scalar, 0 with zero gradients for fewer than two pairs. Equal and zero rows give no NaN.
+
+    Raises:
+        ValueError: for unknown settings, rows that do not pair up, or `fused` where it cannot be.
     """
-    return rsa_loss_of_rows(v_ND, t_NE, v_ND.detach(), t_NE.detach(), 0, distance=distance, normalize=normalize).loss
+    settings = dict(distance=distance, normalize=normalize, fused=fused)
+    return rsa_loss_of_rows(v_ND, t_NE, v_ND.detach(), t_NE.detach(), 0, **settings).loss
 
 
 class RSALossOfRows(NamedTuple):
@@ -85,6 +98,7 @@ def rsa_loss_of_rows(
     distance: str = "euclidean",
     normalize: str = "none",
     group: "torch.distributed.ProcessGroup | None" = None,
+    fused: str | None = None,
 ) -> RSALossOfRows:
     """One rank's rows of L_RSA.
 
@@ -92,7 +106,7 @@ def rsa_loss_of_rows(
         v_nD, t_nE: this rank's rows, with gradient.
         v_ND, t_NE: all ranks' rows, gathered without gradient; rows first_row .. first_row + n are v_nD, t_nE.
         first_row: where the own rows begin.
-        distance, normalize: as in `rsa_loss`.
+        distance, normalize, fused: as in `rsa_loss`.
         group: the ranks that hold the other rows. Used by normalize="mean-distance" alone, for the sums of
             five numbers that the normalisation needs (one all-reduce, in the forward pass).
     """
@@ -102,11 +116,13 @@ def rsa_loss_of_rows(
     if v_ND.shape[0] != t_NE.shape[0] or v_nD.shape[0] != t_nE.shape[0]:
         raise ValueError(f"image and caption vectors must pair up: {tuple(v_ND.shape)} against {tuple(t_NE.shape)}")
     v_nD, t_nE, v_ND, t_NE = (at_least_fp32(x) for x in (v_nD, t_nE, v_ND, t_NE))
+    if fused is not None:
+        fused_blocks.check_available(fused, distance, v_ND, t_NE)
     if distance == "cosine":
         v_nD, t_nE, v_ND, t_NE = (unit_rows(x) for x in (v_nD, t_nE, v_ND, t_NE))
     # Inside the function autograd's switch is off: whether a gradient is wanted is asked here.
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (v_nD, t_nE)]
-    return RSALossOfRows(*_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, wanted))
+    return RSALossOfRows(*_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted))
 
 
 class _RowsOfRSA(torch.autograd.Function):
@@ -114,7 +130,7 @@ class _RowsOfRSA(torch.autograd.Function):
 
     @staticmethod
     @float32_products()
-    def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, wanted):
+    def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted):
         num_pairs = v_ND.shape[0]
         sums = v_ND.new_zeros(3)
         if num_pairs < 2:  # eq. 5 compares pairs: there is none
@@ -125,7 +141,7 @@ class _RowsOfRSA(torch.autograd.Function):
             kernels = PairwiseKernel(v_ND, distance), PairwiseKernel(t_NE, distance)
             normal = _normalization(*kernels, rows, num_pairs, group) if normalize == "mean-distance" else None
             gradients = [k.gradient(rows) if is_wanted else None for k, is_wanted in zip(kernels, wanted)]
-            sums = _sweep(*kernels, rows, num_pairs, normal, *gradients)
+            sums = _sweep(*kernels, rows, num_pairs, normal, *gradients, fused)
             # dL/dK^V_ij = 2/N^2 r_ij and dL/dK^T_ij = -2/N^2 r_ij; _sweep has added up the r part.
             scale_v, scale_t = (normal.scale_v, normal.scale_t) if normal else (1.0, 1.0)
             signs = 2 * scale_v / num_pairs**2, -2 * scale_t / num_pairs**2
@@ -142,7 +158,7 @@ class _RowsOfRSA(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, loss_gradient, *_):
         scaled = (g if g is None else g * (f * loss_gradient) for g, f in zip(ctx.saved_tensors, ctx.factors))
-        return *scaled, *(None,) * 7
+        return *scaled, *(None,) * 8
 
 
 class _Normalization(NamedTuple):
@@ -162,7 +178,7 @@ class _Normalization(NamedTuple):
 
 def _normalization(kernel_v, kernel_t, rows, num_pairs, group) -> _Normalization:
     sums = kernel_v.x_ND.new_zeros(5, dtype=torch.float64)
-    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v):
+    for i, j, mirrored in _block_pairs(rows, num_pairs, _block_shape(kernel_v)):
         v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
         parts = torch.stack([x.sum() for x in (v_bc, t_bc, v_bc * v_bc, v_bc * t_bc, t_bc * t_bc)])
         sums += parts.double() * (2 if mirrored else 1)
@@ -175,11 +191,14 @@ def _normalization(kernel_v, kernel_t, rows, num_pairs, group) -> _Normalization
     return _Normalization(*(x.to(kernel_v.x_ND.dtype) for x in (scale_v, scale_t, aa - ab, ab - bb)))
 
 
-def _sweep(kernel_v, kernel_t, rows, num_pairs, normal, gradient_v, gradient_t):
+def _sweep(kernel_v, kernel_t, rows, num_pairs, normal, gradient_v, gradient_t, fused):
     """Over own i, all j: the sums of r_ij^2, K^V_ij and K^T_ij, in float64; adds to the gradients that are given."""
+    if fused is not None:
+        blocks = list(_block_pairs(rows, num_pairs, _BLOCK_FUSED))
+        return fused_blocks.sweep(kernel_v, kernel_t, rows, blocks, normal, gradient_v, gradient_t, fused)
     sums = kernel_v.x_ND.new_zeros(3, dtype=torch.float64)
     residual = kernel_v.x_ND.new_empty(0)
-    for i, j, mirrored in _block_pairs(rows, num_pairs, kernel_v):
+    for i, j, mirrored in _block_pairs(rows, num_pairs, _block_shape(kernel_v)):
         v_bc, t_bc = kernel_v.block(i, j), kernel_t.block(i, j)
         if normal is not None:
             r_bc = v_bc * normal.scale_v - t_bc * normal.scale_t
@@ -199,9 +218,13 @@ def _off_diagonal_mean(total, num_pairs):
     return total / (num_pairs * (num_pairs - 1))
 
 
-def _block_pairs(rows: slice, num_pairs: int, kernel: PairwiseKernel):
+def _block_shape(kernel: PairwiseKernel) -> tuple[int, int]:
+    return _BLOCK_MANHATTAN if kernel.distance == "manhattan" else _BLOCK.get(kernel.x_ND.device.type, (1024, 1024))
+
+
+def _block_pairs(rows: slice, num_pairs: int, shape: tuple[int, int]):
     """Blocks (i, j, mirrored) that cover own i x all j once: of two that mirror each other, only the upper."""
-    num_rows, num_columns = _BLOCK_MANHATTAN if kernel.distance == "manhattan" else _BLOCK.get(kernel.x_ND.device.type, (1024, 1024))
+    num_rows, num_columns = shape
     others = _blocks(0, rows.start, num_columns) + _blocks(rows.stop, num_pairs, num_columns)
     for i in _blocks(rows.start, rows.stop, num_rows):
         yield i, i, False

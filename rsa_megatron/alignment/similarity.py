@@ -26,7 +26,7 @@ DISTANCES = ("euclidean", "sqeuclidean", "cosine", "manhattan")
 
 # s below this many rounding errors of |x_i|^2 + |x_j|^2 is noise. A dot product of 3584 terms was seen to
 # err by up to 3 of them (tests/alignment/test_loss.py, duplicate rows).
-_NOISE_ROUNDING_ERRORS = 8
+NOISE_ROUNDING_ERRORS = 8
 
 
 def check_distance(distance: str) -> None:
@@ -41,17 +41,18 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def float32_products():
+def float32_products(precision: str = "ieee"):
     """Within it, float32 matrix products keep all their digits, whatever the process allows elsewhere.
 
     TF32 on GPUs and bf16 on CPUs (torch.set_float32_matmul_precision, or a container's environment) would keep 10 and
-    7 bits, and s_ij is a difference of large numbers.
+    7 bits, and s_ij is a difference of large numbers. With precision "tf32" tensor cores may be used, for factors that
+    have no more digits than those.
     """
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     if not backends:  # torch before 2.9 has one switch for all
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision({"ieee": "highest", "tf32": "high"}[precision])
         try:
             yield
         finally:
@@ -60,11 +61,11 @@ def float32_products():
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "ieee"
+            backend.fp32_precision = precision
         yield
     finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
+        for backend, precision_before in zip(backends, before):
+            backend.fp32_precision = precision_before
 
 
 def unit_rows(x_ND: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class PairwiseKernel:
         s_bc = torch.add(self.square_N[i, None], self.square_N[None, j], out=self.scratch(i, j, 1))
         s_bc.addmm_(self.x_ND[i], self.x_ND[j].T, alpha=-2)
         # Rows so near each other are equally long: 2 |x_i|^2 stands for |x_i|^2 + |x_j|^2.
-        noise_b = 2 * _NOISE_ROUNDING_ERRORS * torch.finfo(s_bc.dtype).eps * self.square_N[i]
+        noise_b = 2 * NOISE_ROUNDING_ERRORS * torch.finfo(s_bc.dtype).eps * self.square_N[i]
         if not _all_above(s_bc, noise_b):
             s_bc.masked_fill_(s_bc <= noise_b[:, None], 0.0)
         if self.distance == "euclidean":
@@ -165,7 +166,6 @@ class KernelGradient:
 
     def add(self, g_bc: Tensor, k_bc: Tensor, i: slice, j: slice, mirrored: bool) -> None:
         """Add a block of g = dF/dK. `mirrored`: block (j, i) is this one transposed; take it along."""
-        x_ND = self.kernel.x_ND
         if self.kernel.distance == "manhattan":
             self._add_manhattan(g_bc, i, j, mirrored)
             return
@@ -176,13 +176,17 @@ class KernelGradient:
                 w_bc.masked_fill_(k_bc == 0, 0.0)
         else:
             torch.mul(g_bc, 2 if self.kernel.distance == "sqeuclidean" else 1, out=w_bc)
-        own_i = self._own(i)
-        self.row_sum_n[own_i] += w_bc.sum(1)
-        self.product_nD[own_i].addmm_(w_bc, x_ND[j])
+        self.row_sum_n[self._own(i)] += w_bc.sum(1)
         if mirrored:
-            own_j = self._own(j)
-            self.row_sum_n[own_j] += w_bc.sum(0)
-            self.product_nD[own_j].addmm_(w_bc.T, x_ND[i])
+            self.row_sum_n[self._own(j)] += w_bc.sum(0)
+        self.add_product(w_bc, i, j, mirrored)
+
+    def add_product(self, w_bc: Tensor, i: slice, j: slice, mirrored: bool) -> None:
+        """Add w x of a block, all of `add` but the row sums. w and x may be bfloat16: their product is float32."""
+        x_ND = self.kernel.x_ND
+        _add_product(self.product_nD[self._own(i)], w_bc, x_ND[j])
+        if mirrored:
+            _add_product(self.product_nD[self._own(j)], w_bc.T, x_ND[i])
 
     def result(self) -> tuple[Tensor, float]:
         """dF/dx of the rows as a tensor, [n, D], and a factor that it is still to be multiplied by. The accumulator is used up."""
@@ -203,6 +207,15 @@ class KernelGradient:
         self.product_nD[self._own(i)] += gradients[0]
         if mirrored:
             self.product_nD[self._own(j)] += gradients[1]
+
+
+def _add_product(to_bD: Tensor, w_bc: Tensor, x_cD: Tensor) -> None:
+    if w_bc.dtype == to_bD.dtype:
+        to_bD.addmm_(w_bc, x_cD)
+    elif to_bD.is_cuda:
+        torch.addmm(to_bD, w_bc, x_cD, out_dtype=to_bD.dtype, out=to_bD)
+    else:  # only GPUs have that product
+        to_bD.addmm_(w_bc.to(to_bD.dtype), x_cD.to(to_bD.dtype))
 
 
 def _all_above(x_bc: Tensor, least_b: Tensor) -> bool:
