@@ -193,6 +193,16 @@ def _stand_in_for_compilation():
     torch.optim.Optimizer._cuda_graph_capture_health_check = lambda self: None
 
 
+class _KindOf:
+    """Equal to a class and to all its subclasses: LLaVAModel asks with == which attention its decoder has."""
+
+    def __init__(self, kind: type):
+        self._kind = kind
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, type) and issubclass(other, self._kind)
+
+
 def _stand_in_inside_megatron():
     from megatron.core.models.multimodal import llava_model
     from megatron.core.models.vision.clip_vit_model import CLIPViTModel
@@ -203,7 +213,7 @@ def _stand_in_inside_megatron():
     tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     if not llava_model.HAVE_TE:
-        llava_model.TEDotProductAttention, llava_model.HAVE_TE = DotProductAttention, True
+        llava_model.TEDotProductAttention, llava_model.HAVE_TE = _KindOf(DotProductAttention), True
         torch_norm.WrappedTorchNorm.__new__ = staticmethod(_norm_for_sequence_parallelism)
         # The tower's own norms would be torch.nn.LayerNorm itself, which does not take Megatron's arguments.
         CLIPViTModel.__init__.__defaults__ = tuple(

@@ -12,8 +12,11 @@ from megatron.core.models.vision.vit_layer_specs import (
     get_vit_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+
+from rsa_megatron.llava.local_attention import LocalAttention
 
 # Transformer Engine's linear layers hold the norm before them. Local layers store theirs under those names,
 # so that a checkpoint written with one implementation loads with the other.
@@ -60,4 +63,7 @@ def layer_specs(transformer_impl: str) -> tuple[ModuleSpec, ModuleSpec, MLPSubmo
     specs = [get_vit_layer_with_local_spec(), decoder_model_with_local_default_spec()]
     for spec in specs:
         spec.submodules.sharded_state_dict_keys_map = copy.copy(_STORED_NAMES)
+        attention = spec.submodules.self_attention.submodules
+        if attention.core_attention is DotProductAttention:
+            attention.core_attention = LocalAttention
     return *specs, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

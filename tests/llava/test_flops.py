@@ -1,6 +1,6 @@
 """The arithmetic gives what PyTorch counts on a real training step, to the last operation.
 
-Plain layers compute the decoder's attention in full and mask its upper half afterwards, and compute padding: both are
+By plain products the decoder's attention is computed in full, its upper half masked afterwards; and padding is computed: both are
 told apart here by what is passed for the lengths.
 """
 
@@ -24,6 +24,7 @@ _MODULES = {"vision": "vision_model", "projector": "vision_projection"}
 
 def counted(argv, batch):
     """PyTorch's count of one of Megatron's training steps, by the part that computes it, and the length of the padded rows."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     trainer, lengths = layouts.Trainer(argv), []
@@ -35,7 +36,8 @@ def counted(argv, batch):
         return output, loss_func
 
     trainer.forward_step = with_length
-    with FlopCounterMode(display=False) as counter:
+    # By plain products: the counter does not know the CPU's flash attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trainer.step([batch], 0)
     by_module = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
     flops = {part: by_module[f"DistributedDataParallel.module.{module}"] for part, module in _MODULES.items()}
