@@ -4,7 +4,7 @@
 # make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; 59 minutes on two cores
 # make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
 # make test            runs the tests
-# make bench           runs the benchmarks
+# make bench           runs the benchmarks (half an hour; make bench BENCHMARKS=whole_step runs one)
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
 # make demo SEED=1 RSA="--rsa-weight 0" OUT=demo/other    (any Megatron flag can stand in RSA)
 
@@ -43,11 +43,11 @@ $(CORES): | $(INSTALLED)
 test: $(INSTALLED) $(CORES)
 	@$(PY) -m pytest $(ARGS)
 
+BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface loader waiting_for_data start_up mutual_knn conversion task_encoder
 bench: $(INSTALLED)
-	@$(PY) benchmarks/rsa_loss.py --append results/benchmarks.jsonl
-	@$(PY) benchmarks/mutual_knn.py --append results/benchmarks.jsonl
-	@$(PY) benchmarks/conversion.py --append results/benchmarks.jsonl
-	@$(PY) benchmarks/task_encoder.py --append results/benchmarks.jsonl
+	@for name in $(BENCHMARKS); do \
+	  echo "[$$name]"; $(PY) benchmarks/$$name.py --append results/benchmarks.jsonl || exit 1; \
+	done
 
 # The demo. What is there already is not done again; a run that was interrupted is taken up where it was.
 

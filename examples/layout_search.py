@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from rsa_megatron.llava.layout import RECOMPUTE, Layout, Run
+from rsa_megatron.llava.layout import Layout, Run
 from rsa_megatron.llava.memory import peak_memory
 from rsa_megatron.llava.step_time import Assumptions, step_time
 
@@ -47,9 +47,7 @@ def find_plans(run: Run, cluster: Cluster, assumed: Assumptions) -> tuple[list[P
         if reason:
             refused.append((layout, reason))
             continue
-        for recompute in RECOMPUTE:
-            if recompute == "selective" and run.transformer_engine:
-                continue  # flash attention keeps no scores
+        for recompute in ("none", "full"):  # "selective" has next to nothing to save without scores
             made = _plans(run, replace(layout, recompute=recompute), assumed)
             fits = [plan for plan in made if plan.total <= cluster.usable_bytes]
             if fits:

@@ -4,7 +4,8 @@
 
 The stage's recipe says what learns, the batch and --seq-length. Every layout that Megatron and the training script take is
 tried (layout_search.py). Memory (rsa_megatron/llava/memory.py) is for the worst case: every row as long as --seq-length,
-every image cut into the most tiles. Time (step_time.py) is for an average sample. Needs no GPU and no Megatron.
+every image cut into the most tiles. Time (step_time.py) is for an average sample. Neither has --rsa-text-source caption: it
+makes rows longer, and the decoder's plain layers keep scores (Run.keeps_scores). Needs no GPU and no Megatron.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, help="default: the recipe's")
     parser.add_argument("--most-tiles", type=int, help="of one sample; default: of the recipe's largest grid")
     parser.add_argument("--transformer-impl", choices=("transformer_engine", "local"), default="transformer_engine",
-                        help="local: plain layers, which keep attention scores")  # fmt: skip
+                        help="local: plain layers, which keep more of each MLP")  # fmt: skip
     parser.add_argument("--gpu-tflops", type=float, default=989, help="of bf16 products at best (default: 989, an H100's)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="which part of it is reached (default: 0.4)")
     parser.add_argument("--node-bandwidth", type=float, default=300, help="of a GPU within its node, GB/s (default: 300)")
@@ -142,11 +143,8 @@ def flags_of(layout: Layout, args) -> str:
     flags += [f"--micro-batch-size {layout.micro_batch_size} --global-batch-size {args.global_batch_size}"]
     flags += [f"--seq-length {args.seq_length}"]
     flags += ["--use-distributed-optimizer"] * layout.distributed_optimizer
-    flags += {
-        "none": [],
-        "selective": ["--recompute-activations"],
-        "full": ["--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"],
-    }[layout.recompute]
+    if layout.recompute == "full":
+        flags += ["--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"]
     return " ".join(flags)
 
 

@@ -4,20 +4,23 @@ What a layer keeps, in numbers a position ("learns": only where weights do; a li
                                                         decoder, plain        decoder, TE      tower
     inputs of the two norms                             2 H                   2 H              2 D
     their outputs, inputs of linear layers (learns)     2 H                   2 H              2 D
-    q, k, v                                             3 H (k, v repeated)   2 H + 3 G        3 D
-    their product, input of a linear layer (learns)     H                     H always         D
-    MLP: gate and up, activation, product               2 M + M + M           2 M              F
+    q, k, v                                             2 H + 3 G             2 H + 3 G        3 D
+    what attention gives                                H                     H                D
+    MLP: gate and up, activation, up once more          2 M + M + M           2 M              F
     input of its second layer (learns)                  M                     M                F
-    attention scores, a row and head (plain)            L^2                   0                P^2
 The first two lines are on every tensor-parallel rank, unless sequence parallelism divides the decoder's; the others are
-divided. Under TE (Transformer Engine) attention is flash attention, which keeps no scores and its output instead, q and k
-once as rotated (H + G) and v within the projection that it is a view of (H + 2 G), and SwiGLU is one kernel. Plain layers
-are Megatron's "local" ones on a GPU: scores are kept as softmax's fp32 output and as bf16. On the CPU RMSNorm is no
-single kernel and keeps more. The numbers of the plain layers are read off measured runs; those of TE are what its kernels
-should have to save, and no run has been measured with them.
+divided. q and k are kept once as rotated (H + G), and v within the projection that it is a view of (H + 2 G). Under TE
+(Transformer Engine) SwiGLU is one kernel. On the CPU RMSNorm is no single kernel and keeps more. Not counted: the 4 bytes
+that attention keeps of each position and head. The numbers of the plain layers, Megatron's "local" ones with the
+attention of local_attention.py, are read off measured runs; those of TE are what its kernels should have to save, and no
+run has been measured with them.
+
+Plain layers with Megatron's own attention (Run.keeps_scores) differ. They keep scores, L^2 a row and head (P^2 a tile and
+head), as softmax's fp32 output and as bf16. The decoder's have k and v repeated for all heads, so that q, k and v are
+3 H; and keep what attention gives only where weights learn.
 
 Recomputation "full" keeps the first input of each layer, and makes the rest again as working memory. "selective" makes
-scores again, and is of use with plain layers alone.
+attention again: it saves the scores. Where there are none it saves what attention gives, where no weight learns.
 
 Shapes: L positions of a row, P tokens of a tile; D, F width and FFN width of the tower; H, M, G width, FFN width and width
 of k of the decoder.
@@ -40,7 +43,7 @@ class Layer:
     mlp: float
     #: of the MLP's width
     ffn: float
-    #: heads x length^2, over all rows or tiles; none with flash attention
+    #: heads x length^2, over all rows or tiles; 0 where attention makes none
     num_scores: float
 
 
@@ -49,7 +52,7 @@ def tower_layer(run: Run, layout: Layout) -> Layer:
     vision, t = run.architecture.vision, layout.tensor
     width, ffn, num_tokens = vision.hidden_size, vision.ffn_hidden_size / t, vision.tokens_per_side**2
     num_tiles = layout.micro_batch_size * run.num_tiles
-    num_scores = 0 if run.transformer_engine else num_tiles * vision.num_attention_heads / t * num_tokens**2
+    num_scores = run.makes_scores("vision") * num_tiles * vision.num_attention_heads / t * num_tokens**2
     return Layer(num_tiles * num_tokens, width, 2 * width + 4 * width / t, 2 * width + 2 * ffn, ffn, num_scores)
 
 
@@ -60,12 +63,15 @@ def decoder_layer(run: Run, layout: Layout) -> Layer:
     keys = hidden // decoder.num_attention_heads * decoder.num_query_groups
     input_width = hidden / t if layout.sequence_parallel else hidden
     norm = (1 + learns) * input_width
-    if run.transformer_engine:
-        heads, mlp, num_scores = 3 * hidden + 3 * keys, 2 * ffn, 0
+    mlp = (2 if run.transformer_engine else 4) * ffn
+    if layout.recompute == "selective":
+        heads = 2 * hidden + 3 * keys + learns * hidden
+    elif run.makes_scores("language"):
+        heads = 3 * hidden + learns * hidden
     else:
-        heads, mlp = (2 * hidden + 3 * keys if layout.recompute == "selective" else 3 * hidden) + learns * hidden, 4 * ffn
-        num_scores = layout.micro_batch_size * decoder.num_attention_heads / t * run.row_length**2
+        heads = 3 * hidden + 3 * keys
     num_positions = layout.micro_batch_size * run.row_length
+    num_scores = run.makes_scores("language") * num_positions * decoder.num_attention_heads / t * run.row_length
     return Layer(num_positions, input_width, norm + heads / t, norm + mlp + learns * ffn, ffn, num_scores)
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from rsa_megatron.llava.architectures import Architecture
 
-RECOMPUTE = ("none", "selective", "full")
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -18,7 +16,7 @@ class Layout:
     micro_batch_size: int = 1
     #: of a step, on each data-parallel rank
     num_micro_batches: int = 1
-    #: one of RECOMPUTE
+    #: "none", "selective" or "full"
     recompute: str = "none"
     distributed_optimizer: bool = False
     sequence_parallel: bool = False
@@ -38,6 +36,9 @@ class Run:
     bf16: bool = True
     #: Transformer Engine's layers, with flash attention; else the plain ones
     transformer_engine: bool = True
+    #: parts ("vision", "language") whose plain layers have Megatron's own attention, which makes a matrix of scores and
+    #: keeps it, and not that of local_attention.py: the decoder's do with --rsa-text-source caption
+    keeps_scores: Collection[str] = ()
     #: whether the RSA loss is on
     rsa: bool = True
 
@@ -48,6 +49,10 @@ class Run:
 
     def learns(self, *parts: str) -> bool:
         return any(part in self.trainable for part in parts)
+
+    def makes_scores(self, part: str) -> bool:
+        """Whether a layer of this part has a matrix of attention scores; those of Transformer Engine never do."""
+        return part in self.keeps_scores and not self.transformer_engine
 
     @property
     def output_learns(self) -> bool:

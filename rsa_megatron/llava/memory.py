@@ -110,7 +110,7 @@ def _working(run: Run, layout: Layout, stage: int) -> float:
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = [decoder_layer(run, layout)] if run.trainable else []
     layers += [tower_layer(run, layout)] if first and run.learns("vision") else []
-    # Megatron's plain attention writes products into one buffer for all layers, which stays.
+    # Megatron's own attention writes products into one buffer for all layers, which stays.
     buffer = max((layer.num_scores for layer in layers), default=0) * run.number_size
     # Under pipeline parallelism: what comes from a neighbour and what goes to it.
     hidden_state = layout.micro_batch_size * run.row_length * run.architecture.decoder.hidden_size * run.number_size

@@ -25,7 +25,8 @@ from rsa_megatron.llava.memory import parameter_counts, peak_memory, stage_memor
 # The goal; a part that is left out is more than this: tests below leave some out.
 TOLERANCE = 0.10
 
-# Large enough that what is in no formula (indices, a layer's statistics) is below 2 %.
+# Large enough that what is in no formula (indices, rotary tables, statistics of norms and attention, copies that the splice
+# of image and text makes) is below 4 %. Against layers as wide as a real model's, and as many, it is nothing.
 MODEL = Architecture(
     name="tiny",
     vision=VisionTower(
@@ -45,6 +46,7 @@ MODEL = Architecture(
 )
 UNTIED = replace(MODEL, decoder=replace(MODEL.decoder, tie_word_embeddings=False))
 SEQ_LENGTH = 256
+BOTH = ("vision", "language")
 ALL, STAGE_1 = ("vision", "projector", "embeddings", "language"), ("vision", "projector")
 
 
@@ -57,6 +59,7 @@ class Case:
     bf16: bool = True
     num_tiles: int = 1
     num_tokens: int = 100
+    captions_alone: bool = False
 
     @property
     def world_size(self) -> int:
@@ -65,6 +68,7 @@ class Case:
     @property
     def run(self) -> Run:
         length = image(self.num_tiles).num_tokens(self.model.vision.tokens_per_side, 9) + self.num_tokens - 1
+        length += self.captions_alone * (self.num_tokens - 1)  # once more at the end of the row
         return Run(
             self.model,
             self.trainable,
@@ -72,6 +76,7 @@ class Case:
             self.num_tiles,
             bf16=self.bf16,
             transformer_engine=False,
+            keeps_scores=("language",) * self.captions_alone,
         )
 
 
@@ -80,6 +85,8 @@ CASES = [
     Case("stage 1 in fp32", Layout(micro_batch_size=2, num_micro_batches=2), trainable=STAGE_1, bf16=False),
     Case("full recompute", Layout(micro_batch_size=4, recompute="full")),
     Case("selective recompute, three tiles", Layout(micro_batch_size=2, recompute="selective"), num_tiles=3, num_tokens=40),
+    Case("captions read alone", Layout(micro_batch_size=4), captions_alone=True),
+    Case("captions read alone, selective recompute", Layout(micro_batch_size=4, recompute="selective"), captions_alone=True),
     Case("TP=2", Layout(tensor=2, micro_batch_size=4), trainable=STAGE_1),
     Case("TP=2 with SP", Layout(tensor=2, micro_batch_size=4, sequence_parallel=True)),
     Case("PP=2", Layout(pipeline=2, micro_batch_size=2, num_micro_batches=4)),
@@ -123,19 +130,26 @@ def test_a_part_that_is_left_out_is_seen(demo):
         expected = expected_bytes(CASES[0], 0)
         del expected[part]
         assert sum(expected.values()) != pytest.approx(actual["peak"], rel=TOLERANCE), part
-    attention_without_scores = stage_memory(replace(CASES[0].run, transformer_engine=True), CASES[0].layout, 0)
-    assert sum(attention_without_scores.values()) < 0.7 * actual["peak"]
+    with_scores = stage_memory(replace(CASES[0].run, keeps_scores=BOTH), CASES[0].layout, 0)
+    assert sum(with_scores.values()) > 1.3 * actual["peak"]
 
 
 def test_the_run_that_was_measured_on_an_h100():
-    """benchmarks/README.md, last table: stage 1 of llava-ov-0.5b, bf16, plain layers, micro-batch 8; allocated at most."""
+    """Stage 1 of llava-ov-0.5b, bf16, plain layers, micro-batch 8; allocated at most. benchmarks/README.md, last table.
+
+    It was measured with Megatron's own attention in tower and decoder, so this is a check of the formula with scores.
+    """
     # An image and the longest of the demo's captions with what ends it: 729 + 95 + 1 (a position more or less is 41 MB). The
     # model gives 46,727 MB, the card had 46,736.
-    run = Run(ARCHITECTURES["llava-ov-0.5b"], STAGE_1, row_length=825, transformer_engine=False)
+    run = Run(ARCHITECTURES["llava-ov-0.5b"], STAGE_1, row_length=825, transformer_engine=False, keeps_scores=BOTH)
     stage, memory = peak_memory(run, Layout(micro_batch_size=8, num_micro_batches=4))
     assert sum(memory.values()) / 2**20 == pytest.approx(46_736, rel=TOLERANCE)
-    flash = stage_memory(replace(run, transformer_engine=True), Layout(micro_batch_size=8, num_micro_batches=4), stage)
-    assert sum(flash.values()) / 2**20 < 30_000  # what it would be without scores: far outside the tolerance
+    for part in BOTH:  # of one part alone: far outside the tolerance
+        without = stage_memory(replace(run, keeps_scores=(part,)), Layout(micro_batch_size=8, num_micro_batches=4), stage)
+        assert sum(without.values()) / 2**20 < 0.8 * 46_736, part
+    # Transformer Engine has none, whatever is asked for.
+    engine = replace(run, transformer_engine=True)
+    assert peak_memory(engine, Layout()) == peak_memory(replace(engine, keeps_scores=()), Layout())
 
 
 @pytest.mark.parametrize("name", ["demo", "llava-ov-0.5b", "llava-ov-7b"])
@@ -156,10 +170,9 @@ def composed_norms(case: Case, stage: int) -> float:
     In bf16 its input as fp32 in the place of bf16, and where its weight learns the normed input as fp32 too.
     """
     run, layout = case.run, case.layout
-    if layout.recompute == "full":
-        return 0  # of one layer and the last norm alone
     learns, last = run.learns("language"), stage == layout.pipeline - 1
-    num_norms = 2 * case.model.decoder.num_layers / layout.pipeline + last
+    # Made again, those of one layer alone: less than what the model has for its working memory.
+    num_norms = (layout.recompute != "full") * 2 * case.model.decoder.num_layers / layout.pipeline + last
     positions = layout.micro_batch_size * run.row_length * min(layout.num_micro_batches, layout.pipeline - stage)
     share = layout.tensor if layout.sequence_parallel else 1
     return num_norms * positions * case.model.decoder.hidden_size / share * (2 * case.bf16 + 4 * learns)
@@ -206,6 +219,7 @@ def flags(case: Case, demo) -> list[str]:
     flags += ["--trainable", *case.trainable]
     flags += ["--bf16"] * case.bf16 + ["--sequence-parallel"] * layout.sequence_parallel
     flags += ["--use-distributed-optimizer"] * layout.distributed_optimizer
+    flags += ["--rsa-text-source", "caption"] * case.captions_alone
     if layout.recompute == "selective":
         flags += ["--recompute-activations"]
     if layout.recompute == "full":
