@@ -239,6 +239,7 @@ SIDES = {"megatron": megatron_step, "transformers": transformers_step}
 def serve(connection, side: str, folder: Path, args) -> None:
     """One side's process: so many steps at each request, none to end; their mean time in seconds, and the first one's loss."""
     torch.set_num_threads(args.threads)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Megatron prints a thousand arguments; errors go to stderr
     step, device = SIDES[side](folder, args), torch.device(args.device)
     while num_steps := connection.recv():
         machine.synchronize(device)
