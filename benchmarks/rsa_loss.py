@@ -101,7 +101,7 @@ def parse():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="D:E")
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each contender at each size, about: 2 to 9 runs")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each contender at each size, about: 3 to 9 runs")
     # Contender, N, widths and type, in a process of its own.
     parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -143,11 +143,11 @@ def in_turns(names: list[str], inputs, most_seconds: float, device) -> tuple[dic
     for name in names:
         seconds(CONTENDERS[name], inputs)  # what is loaded and compiled once
     gemm_rates(device)
-    num_runs = max(2, min(9, int(most_seconds / seconds(CONTENDERS[names[-1]], inputs))))
+    num_runs = max(3, min(9, int(most_seconds / seconds(CONTENDERS[names[-1]], inputs))))
     times, rates = {name: [] for name in names}, []
     for _ in range(num_runs):
-        rates.append(gemm_rates(device))
         for name in names:
+            rates.append(gemm_rates(device))  # in each place: of a few runs, one slow moment would be the limit
             times[name].append(seconds(CONTENDERS[name], inputs))
     return times, rates
 
