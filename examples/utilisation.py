@@ -49,6 +49,7 @@ def check_arguments(args) -> None:
 
 def peak_flops(args) -> tuple[float, str]:
     """FLOP/s that one device could do, and where the figure is from."""
+    torch.cuda.set_device(args.local_rank)  # as Megatron will: else every rank of a node would measure on the first GPU
     name = torch.cuda.get_device_name()
     if args.peak_tflops:
         return args.peak_tflops * 1e12, "--peak-tflops"
