@@ -47,6 +47,7 @@ RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
 
 def main():
     args = parse()
+    torch.set_num_threads(args.threads)  # of the GEMM rate; the sides' processes have as many
     about = machine.description(torch.device(args.device), args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_models(Path(folder), args)

@@ -14,7 +14,7 @@ so that a rank's operations fall as N^2 / R times (4 - 1/R) / 3. Beside the prod
 Each rank receives (R - 1) n (W + 1) floats, one more a row for whether it is valid, and passes on as many in a ring.
 
 The step beside it is one micro-batch of a 7B model, forward and backward, on one GPU: 7.5e9 parameters (LLaVA-OneVision-7B's
-without its word embeddings, README.md), 729 positions of an image and 100 of its caption, 40 % of the 989 TFLOP/s
+without its word embeddings, README.md) that all learn (with a frozen decoder, as in stage 1, the step is a third shorter, and RSA's part larger by half), 729 positions of an image and 100 of its caption, 40 % of the 989 TFLOP/s
 that NVIDIA gives for an H100's bf16. With TP or PP there are as many times fewer ranks as the step is shorter: but for the
 gather's hops and what starts a block, RSA's part of a step depends on the number of GPUs alone, not on layout or micro-batch.
 
@@ -98,8 +98,15 @@ def work_seconds(num_own: int, num_pairs: int, width: int, rates: Rates) -> dict
         products=products,
         entries=num_entries(num_own, num_pairs) * rates.entry,
         rows=ROW_PASSES * row_bytes / rates.memory,
-        launches=math.ceil(num_own / BLOCK_ROWS) * math.ceil(num_pairs / BLOCK_ROWS) * rates.block,
+        launches=num_blocks(num_own, num_pairs) * rates.block,
     )
+
+
+def num_blocks(num_own: int, num_pairs: int) -> int:
+    """Blocks of a rank in the middle of the others, as loss.py cuts them: of own pairs the upper half, then the rows before and after."""
+    own, before = math.ceil(num_own / BLOCK_ROWS), (num_pairs - num_own) // 2
+    after = num_pairs - num_own - before
+    return own * (own + 1) // 2 + own * (math.ceil(before / BLOCK_ROWS) + math.ceil(after / BLOCK_ROWS))
 
 
 def gather_seconds(num_own: int, num_ranks: int, width: int, rates: Rates, hops: str = "ring") -> float:

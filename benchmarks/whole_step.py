@@ -33,7 +33,7 @@ def main():
     args = parse()
     if args.side:
         return train(args)
-    about = machine.description(DEVICE, args.processes)
+    about = machine.description(DEVICE, threads_of(args))
     prepare = [sys.executable, ROOT / "examples" / "prepare_demo.py", "--out", args.demo, "--kinds", "captions"]
     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,9 +96,13 @@ def start(side: str, args, folder: Path) -> subprocess.Popen:
         "--model", "demo", "--stage", "1", "--data-path", args.demo / "data" / "captions", "--tokenizer-model", args.demo / "tokenizer",
         "--train-iters", str(iterations), "--eval-iters", "0", "--mutual-knn-samples", "0", *args.flags, *SIDES[side],
     ]  # fmt: skip
-    threads = str(max(1, (os.cpu_count() or 1) // args.processes))
     log = open(folder / f"{side}.log", "w")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads} | os.environ)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads_of(args))})
+
+
+def threads_of(args) -> int:
+    """Of each process: those of all share the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.processes))
 
 
 def take_turn(side: str, turn: int, args, folder: Path, runs: dict) -> float:

@@ -104,7 +104,9 @@ def nearest_number_of_gpus(run: Run, cluster: Cluster) -> int:
         other = replace(cluster, num_gpus=num_gpus)
         return any(not refusal(run, layout, other) for layout in candidates(run, other))
 
-    return min(filter(possible, range(1, 2 * cluster.num_gpus + 1)), key=lambda num_gpus: abs(num_gpus - cluster.num_gpus))
+    wanted = cluster.num_gpus
+    outwards = (num_gpus for distance in range(wanted) for num_gpus in (wanted - distance, wanted + distance))
+    return next(filter(possible, outwards))
 
 
 def _plans(run: Run, layout: Layout, assumed: Assumptions) -> list[Plan]:

@@ -9,7 +9,8 @@ iteration" leaves out, are left out. The peak is the device's rate of dense bf16
 
 Megatron's report of a loss is (numerator, denominator), added up over micro-batches and data-parallel and context-parallel
 ranks. Each micro-batch reports its FLOPs, and the time since the report before it: over an iteration these times add up
-to the iteration's, whatever happened in it, and the clock is the host's, so that nothing waits for the device.
+to the iteration's, whatever happened in it, and the clock is the host's, so that nothing waits for the device. (Only of the
+first iteration after a start the last micro-batch's backward pass and the optimizer are not in it: its mfu is too high.)
 """
 
 import functools

@@ -1,7 +1,8 @@
-"""The attention of local layers by PyTorch's scaled_dot_product_attention, which makes no matrix of scores.
+"""The attention of local layers by PyTorch's scaled_dot_product_attention, whose fused kernels make no matrix of scores.
 
-Megatron's own makes the scores of every head, [B, heads, S, S], and keeps their softmax for the backward pass: of a row of 8192
-positions 1.9 GB a layer of the 0.5B in bf16. What this does not do (a mask of its own, windows, dropout, softmax offsets,
+Megatron's own makes the scores of every head, [B, heads, S, S], and keeps their softmax for the backward pass, in fp32 and once more
+in bf16: of a row of 8192 positions 5.6 GB a layer of the 0.5B. (PyTorch has such kernels for CPUs, and for bf16 and fp16 on GPUs since
+Ampere; elsewhere, with grouped queries, it makes scores too.) What this does not do (a mask of its own, windows, dropout, softmax offsets,
 packed sequences, keys from a cache) goes to Megatron's, of which this is a subclass.
 
 Shapes: S positions, B samples, N heads and G groups of keys of this tensor-parallel rank, W width of a head.

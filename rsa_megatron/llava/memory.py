@@ -1,4 +1,4 @@
-"""How much memory a rank needs, by part: arithmetic alone, checked against measured runs in tests/llava/test_memory.py.
+"""How much memory a rank needs, by part: arithmetic alone, checked against measured runs in tests/llava/test_layout_memory.py.
 
 What stays for the whole run is counted exactly: parameters, Megatron's gradient buffers and Adam's state. What comes and
 goes with a micro-batch is the sum of what each layer keeps for its backward pass, and "working memory": the most that
@@ -137,7 +137,7 @@ def _carrier(run: Run, layout: Layout) -> float:
 
 
 def _rsa(run: Run, layout: Layout) -> float:
-    """All ranks' v and t, this rank's gradients, and a dozen blocks of distances of at most 1024 x 1024; fp32 (loss.py)."""
+    """All ranks' v and t, gathered and centred, this rank's own and their gradients, and a dozen blocks of distances; fp32 (loss.py)."""
     num_pairs = layout.micro_batch_size * layout.data
     width = run.architecture.vision.hidden_size + run.architecture.decoder.hidden_size
-    return 4 * ((num_pairs + layout.micro_batch_size) * width + 12 * min(num_pairs, 1024) ** 2)
+    return 4 * (2 * (num_pairs + layout.micro_batch_size) * width + 12 * min(num_pairs, 1024) ** 2)

@@ -54,13 +54,13 @@ def _operations(run: Run, layout: Layout, length: float, num_tiles: float, stage
     sizes = dict(num_tiles=num_tiles, num_positions=length, squared_lengths=length**2, num_image_tokens=num_tokens)
     without_layers = replace(architecture, decoder=replace(decoder, num_layers=0))
 
-    def passes(trainable, output: bool) -> float:
+    def passes(trainable, *, output: bool, tower: bool = True) -> float:
         first, last = stage == 0, stage == layout.pipeline - 1
         parts, after = (training_flops(one, trainable, **sizes) for one in (architecture, without_layers))
         layers = (parts["language"] - after["language"]) / layout.pipeline
-        return first * (parts["vision"] + output * parts["projector"]) + layers + last * output * after["language"]
+        return first * (tower * parts["vision"] + output * parts["projector"]) + layers + last * output * after["language"]
 
-    again = passes((), output=False) if layout.recompute == "full" else 0
+    again = passes((), output=False, tower=run.learns("vision")) if layout.recompute == "full" else 0
     return passes(run.trainable, output=True) + again
 
 

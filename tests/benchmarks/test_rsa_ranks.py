@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rsa_megatron.alignment import loss
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(FOLDER))
 
@@ -85,3 +87,10 @@ def test_the_most_ranks_are_just_within_a_percent_of_a_step():
     for part in ("part_of_step", "part_of_step_in_a_ring"):
         most = rsa_on_paper.most_ranks(1, rates, part)
         assert rsa_on_paper.on_paper(most, 1, rates)[part] <= 0.01 < rsa_on_paper.on_paper(most + 1, 1, rates)[part]
+
+
+@pytest.mark.parametrize("num_own, num_pairs", [(1, 224), (8, 1792), (300, 2400), (1024, 4096), (1500, 9000), (5000, 5000)])
+def test_blocks_are_as_many_as_the_loss_makes(num_own, num_pairs):
+    first = (num_pairs - num_own) // 2
+    blocks = loss._block_pairs(slice(first, first + num_own), num_pairs, (rsa_on_paper.BLOCK_ROWS,) * 2)
+    assert rsa_on_paper.num_blocks(num_own, num_pairs) == len(list(blocks))
