@@ -19,10 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import demo_run
 import machine
 import torch
+from demo_run import ROOT
 
-ROOT = Path(__file__).parents[1]
 SIDES = {"with": [], "without": ["--rsa-weight", "0"]}
 # Asked before Megatron is imported, which without a CUDA device is given a stand-in for one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,8 +94,7 @@ def start(side: str, args, folder: Path) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes), __file__,
         "--side", side, "--folder", folder, "--iterations", str(args.iterations), "--",
-        "--model", "demo", "--stage", "1", "--data-path", args.demo / "data" / "captions", "--tokenizer-model", args.demo / "tokenizer",
-        "--train-iters", str(iterations), "--eval-iters", "0", "--mutual-knn-samples", "0", *args.flags, *SIDES[side],
+        *demo_run.flags(args.demo, "--log-interval", "10", "--train-iters", str(iterations)), *args.flags, *SIDES[side],
     ]  # fmt: skip
     log = open(folder / f"{side}.log", "w")
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads_of(args))})

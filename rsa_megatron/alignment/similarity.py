@@ -172,7 +172,7 @@ class KernelGradient:
         w_bc = self.kernel.scratch(i, j)
         if self.kernel.distance == "euclidean":
             torch.div(g_bc, k_bc, out=w_bc)
-            if not _all_above(k_bc, k_bc.new_zeros(1)):
+            if not _all_above(k_bc):
                 w_bc.masked_fill_(k_bc == 0, 0.0)
         else:
             torch.mul(g_bc, 2 if self.kernel.distance == "sqeuclidean" else 1, out=w_bc)
@@ -218,9 +218,9 @@ def _add_product(to_bD: Tensor, w_bc: Tensor, x_cD: Tensor) -> None:
         to_bD.addmm_(w_bc.to(to_bD.dtype), x_cD.to(to_bD.dtype))
 
 
-def _all_above(x_bc: Tensor, least_b: Tensor) -> bool:
-    """Whether that is known: one read of the block, where making a mask and applying it take ten times as long.
+def _all_above(x_bc: Tensor, least_b: Tensor | None = None) -> bool:
+    """Whether all are known to be above these, or above 0: one read of the block, a tenth of making and applying a mask.
 
     Only for the CPU: on a GPU one would wait for the answer.
     """
-    return x_bc.device.type == "cpu" and bool(x_bc.amin() > least_b.max())
+    return x_bc.device.type == "cpu" and bool(x_bc.amin() > (0.0 if least_b is None else least_b.max()))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
-from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower, square_grids
+from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, square_grids
 from rsa_megatron.llava.layout import Layout, Run
 from rsa_megatron.llava.memory import parameter_counts, peak_memory, stage_memory
 
@@ -27,21 +27,10 @@ TOLERANCE = 0.10
 
 # Large enough that what is in no formula (indices, rotary tables, statistics of norms and attention, copies that the splice
 # of image and text makes) is below 4 %. Against layers as wide as a real model's, and as many, it is nothing.
-MODEL = Architecture(
-    name="tiny",
-    vision=VisionTower(
-        num_layers=3, hidden_size=96, ffn_hidden_size=256, num_attention_heads=4, image_size=112, patch_size=14
-    ),
-    decoder=Decoder(
-        num_layers=4,
-        hidden_size=64,
-        ffn_hidden_size=256,
-        num_attention_heads=4,
-        num_query_groups=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    ),
-    vocab_size=1024,
+MODEL = replace(
+    tiny.TINY,
+    vision=replace(tiny.TINY.vision, num_layers=3, hidden_size=96, ffn_hidden_size=256, image_size=112),
+    decoder=replace(tiny.TINY.decoder, hidden_size=64, ffn_hidden_size=256, max_position_embeddings=1024),
     grid_pinpoints=square_grids(112, 2, 2),
 )
 UNTIED = replace(MODEL, decoder=replace(MODEL.decoder, tie_word_embeddings=False))
