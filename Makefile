@@ -4,7 +4,7 @@
 # make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; 59 minutes on two cores
 # make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
 # make test            runs the tests
-# make bench           runs the benchmarks (half an hour; make bench BENCHMARKS=whole_step runs one)
+# make bench           runs the benchmarks (most of an hour; make bench BENCHMARKS=whole_step runs one)
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
 # make demo SEED=1 RSA="--rsa-weight 0" OUT=demo/other    (any Megatron flag can stand in RSA)
 
