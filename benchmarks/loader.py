@@ -35,7 +35,7 @@ from megatron.energon import WorkerConfig
 from PIL import Image
 from transformers import AutoTokenizer
 
-from rsa_megatron.data import conversation, scenes, task_encoder
+from rsa_megatron.data import conversation, scenes, tiles
 from rsa_megatron.data.imported_sample import ImportedImage, ImportedSample
 from rsa_megatron.data.loaders import TrainLoader
 from rsa_megatron.data.shard_writer import TarShards, index_shards
@@ -46,7 +46,7 @@ from rsa_megatron.llava.architectures import get_architecture
 #: What stands behind each share of a sample's time; a function within another counts for itself alone.
 TIMED = {
     "tokenizing": (conversation, "encode"),
-    "decoding": (task_encoder, "decode_images"),
+    "decoding": (tiles, "decode_images"),
     "resizing": (Image.Image, "resize"),
     "tiling": (ImageTiler, "tiles"),
     "rest of encoding": (LlavaTaskEncoder, "encode_sample"),

@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 from utilisation import Utilisation
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.loader_state import find_train_state
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
@@ -39,6 +40,7 @@ from rsa_megatron.huggingface import is_model_folder, read_architecture
 from rsa_megatron.huggingface_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.llava.measure import measure_mutual_knn, read_pairs
 from rsa_megatron.llava.model import LlavaOneVision, set_trainable
+from rsa_megatron.llava.new_projector import leave_out_projector_once
 from rsa_megatron.llava.train_step import forward_step
 from rsa_megatron.plugin import RSAPlugin
 
@@ -92,7 +94,8 @@ def write_hugging_face_files(args) -> None:
         return
     architecture, folder = architecture_of(args), Path(args.save) / "hf"
     if folder.exists():
-        if dataclasses.replace(read_architecture(folder), name=architecture.name) != architecture:
+        same = dict(name=architecture.name, image_embedding_width=architecture.image_embedding_width)
+        if dataclasses.replace(read_architecture(folder), **same) != architecture:
             raise ValueError(f"{folder} is of another model than this run's: name another --save, or remove it")
         return
     unfinished = Path(args.save) / "hf.unfinished"
@@ -123,6 +126,8 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
         pg_collection=pg_collection,
     )
     set_trainable(model, args.trainable)
+    if pre_process and args.projector_begins_anew:
+        leave_out_projector_once(model)
     return model
 
 
@@ -167,6 +172,8 @@ def validation_loader(args, *, say_skipped: bool, image_aspect_ratio: str | None
 def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = None) -> LlavaTaskEncoder:
     architecture = architecture_of(args)
     size = architecture.vision.image_size
+    width, positions = args.image_embedding_width, args.image_positions
+    embeddings = ImageEmbeddings(width=width, positions=positions) if positions else None
     grids = [(rows * size, columns * size) for rows, columns in args.image_grids or []]
     return LlavaTaskEncoder(
         load_tokenizer(args),
@@ -178,6 +185,7 @@ def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = No
         max_sequence_length=args.seq_length,
         template=args.template,
         label_style=args.label_style,
+        embeddings=embeddings,
         say_skipped=say_skipped,
     )
 

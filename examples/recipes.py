@@ -49,6 +49,25 @@ def stage_1() -> dict:
     )
 
 
+def revision() -> dict:
+    """ReVision's stage 1 (arXiv 2602.07026, section 5.1): captions alone; the projector learns, all else is frozen.
+
+        python examples/realign.py transform --operator OPERATOR --encoder ENCODER --data captions.jsonl --side text --out data/revision
+        torchrun --nproc-per-node 8 examples/pretrain_llava_rsa.py --model llava-ov-7b --stage revision --bf16 \\
+            --data-path data/revision --image-embedding-width 1280 --tokenizer-model CONVERTED/hf \\
+            --pretrained-checkpoint CONVERTED --save runs/revision
+
+    1M captions. What of it the authors' scripts say and the paper does not: 576 positions, the template, the length of a row.
+    RSA is off, as the paper has none; with --rsa-weight it reaches the projector through t.
+    """
+    return stage_1() | dict(
+        trainable=["projector"],
+        rsa_weight=0.0,
+        image_positions=576,
+        lr=5e-4,
+    )
+
+
 def stage_1_5() -> dict:
     """Stage 1.5, high-quality knowledge: all learns, on captions (RSA), written words and text; AnyRes up to 5 x 729.
 
@@ -106,6 +125,17 @@ def demo_stage_1() -> dict:
     )
 
 
+def demo_revision() -> dict:
+    """ReVision's stage 1 of the demo (`make revision`): an embedding in 8 positions."""
+    sizes = ("seq_length", "micro_batch_size", "global_batch_size", "eval_iters", "log_interval")
+    return revision() | {name: demo_stage_1()[name] for name in sizes} | dict(
+        image_positions=8,
+        lr=2e-3,
+        eval_interval=100,
+        save_interval=100,
+    )
+
+
 def demo_stage_1_5() -> dict:
     """Stage 1.5 of the demo (`make demo-stages`): captions, written words and texts, grids of up to 2 x 2 tiles."""
     return _demo(stage_1_5()) | dict(rsa_weight=demo_stage_1()["rsa_weight"])
@@ -143,8 +173,13 @@ def demo_parts() -> dict:
 
 
 #: The recipe of a stage, and those of models that need another.
-STAGES = {"1": stage_1, "1.5": stage_1_5, "2": stage_2}
-RECIPES = {("demo", "1"): demo_stage_1, ("demo", "1.5"): demo_stage_1_5, ("demo", "2"): demo_stage_2}
+STAGES = {"revision": revision, "1": stage_1, "1.5": stage_1_5, "2": stage_2}
+RECIPES = {
+    ("demo", "revision"): demo_revision,
+    ("demo", "1"): demo_stage_1,
+    ("demo", "1.5"): demo_stage_1_5,
+    ("demo", "2"): demo_stage_2,
+}
 
 
 def recipe(model: str, stage: str) -> dict:

@@ -53,6 +53,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         args = parse_and_validate_args(extra_args_provider=provider)
         take_weights_of_another_stage(args)
         check_arguments(args)
+        set_image_embeddings(args, rsa)
         if rsa.config.text_source == "caption" and rsa.config.weight > 0:
             check_settings(args, packed=args.transformer_impl == "transformer_engine")
         if reads_data:
@@ -99,7 +100,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     group = parser.add_argument_group("LLaVA with RSA")
     group.add_argument("--model", default="demo",
                        help="architecture, or a Hugging Face folder; sets the model's Megatron arguments")  # fmt: skip
-    group.add_argument("--stage", default="1", help="training stage: 1, 1.5 or 2; sets the run's Megatron arguments")
+    group.add_argument("--stage", default="1", help="training stage: revision, 1, 1.5 or 2; sets the run's Megatron arguments")
     group.add_argument("--trainable", nargs="+", choices=list(PARTS), help="parts that learn; the others are frozen")
     learning_rates.add_arguments(group)
     group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
@@ -109,6 +110,9 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
                        help="square: an image is squashed into one tile; anyres: a base tile and a grid of tiles")  # fmt: skip
     group.add_argument("--image-grids", nargs="+", type=grid, metavar="ROWSxCOLUMNS",
                        help="the grids of tiles that anyres may choose from; default: the model's own")  # fmt: skip
+    group.add_argument("--image-positions", type=int, default=0, metavar="N",
+                       help="images come as embeddings (.npy in the shards), each repeated in N positions; 0: as pixels")  # fmt: skip
+    group.add_argument("--image-embedding-width", type=int, metavar="D", help="theirs; default: the tower's width")
     group.add_argument("--drop-last", action="store_true",
                        help="of a single pass over the data, leave out each reader's last samples that do not fill a micro-batch, "
                             "and the last iterations for which not every rank has data")  # fmt: skip
@@ -179,7 +183,7 @@ def take_weights_of_another_stage(args) -> None:
     Within one stage --load is Megatron's: weights, optimizer, learning-rate schedule and data position.
     """
     for folder in filter(None, (args.load, args.save)):
-        stage = stage_of(folder)
+        stage = run_of(folder).get("stage")
         if stage in (None, args.stage):
             continue
         if folder == args.save:
@@ -196,11 +200,12 @@ def take_weights_of_another_stage(args) -> None:
             say(f"weights from {folder}, of stage {stage}; optimizer, learning rates and data begin anew")
 
 
-def stage_of(folder: str) -> str | None:
-    """Which stage's run writes to a folder; None where it is not this script's."""
+def run_of(folder: str) -> dict:
+    """What `write_stage` says of the run that writes to a folder; empty where it is not this script's."""
     file = Path(folder, "run.json")
     try:
-        return json.loads(file.read_text())["stage"] if file.is_file() else None
+        run = json.loads(file.read_text()) if file.is_file() else {}
+        return run | {"stage": run["stage"]} if run else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be read: remove it if {folder} is not of another stage ({error})") from error
 
@@ -210,6 +215,8 @@ def write_stage(args, **more) -> None:
     if args.save and not args.skip_train and int(os.environ.get("RANK", "0")) == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         unfinished = Path(args.save, "run.json.unfinished")
+        if args.image_positions:
+            more["image_embedding_width"] = args.image_embedding_width
         unfinished.write_text(json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n")
         unfinished.rename(Path(args.save, "run.json"))
 
@@ -240,6 +247,53 @@ def check_arguments(args) -> None:
             "folder that --save or hf-to-megatron has written"
         )
     check_model(args)
+
+
+def set_image_embeddings(args, rsa: RSAPlugin) -> None:
+    """The width of images that come as embeddings, past the tower; and what does not go with them."""
+    tower_width = architecture_of(args).vision.hidden_size
+    args.projector_begins_anew = False
+    if not args.image_positions:
+        if args.image_embedding_width is not None:
+            raise ValueError("--image-embedding-width is of images that come as embeddings: name --image-positions too")
+        return check_projector(args, tower_width)
+    if not 1 <= args.image_positions < args.seq_length:
+        raise ValueError(f"--image-positions {args.image_positions} must be from 1 to below --seq-length {args.seq_length}")
+    if args.image_embedding_width is None:
+        args.image_embedding_width = tower_width
+    if args.image_embedding_width < 1:
+        raise ValueError(f"--image-embedding-width {args.image_embedding_width} must be at least 1")
+    check_projector(args, tower_width)
+    if "vision" in args.trainable:
+        raise ValueError("--trainable vision: images that come as embeddings pass the tower by; leave it frozen "
+                         "(--trainable projector embeddings language)")  # fmt: skip
+    for flag, layers in (
+        ("--mutual-knn-layers", [vision for vision, _ in args.mutual_knn_layers]),
+        ("--rsa-layers", [pair.vision for pair in rsa.config.layer_pairs]),
+    ):
+        if set(layers) != {-1}:
+            raise ValueError(f"{flag}: an image that comes as an embedding has no vision layer but that, -1")
+
+
+def check_projector(args, tower_width: int) -> None:
+    """That the checkpoint's projector takes what this run's is to take; or, of a model for pixels, begins anew."""
+    own = args.load and Path(args.load, TRACKER).is_file()
+    folder = args.load if own else args.pretrained_checkpoint
+    if not folder:
+        return
+    of_checkpoint, width = run_of(folder).get("image_embedding_width"), args.image_embedding_width or tower_width
+    if (of_checkpoint or tower_width) == width:
+        return
+    if of_checkpoint:
+        raise ValueError(
+            f"{folder}: its projector takes embeddings of {of_checkpoint} numbers, this run's is to take {width}: name "
+            f"--image-positions N --image-embedding-width {of_checkpoint}, with data that has such embeddings"
+        )
+    if own:
+        raise ValueError(f"--load {folder}: it is a run on pixels, whose optimizer has no projector for embeddings of {width} numbers; "
+                         "name it as --pretrained-checkpoint, whose projector then begins anew")  # fmt: skip
+    args.projector_begins_anew = True
+    say(f"the projector begins anew: that of {folder} is for the tower's {tower_width} numbers, the embeddings have {width}")
 
 
 def check_data_path(args) -> None:
@@ -286,7 +340,7 @@ def check_model(args) -> None:
         raise ValueError("--rotary-percent and --kv-channels: the model is a Qwen2, which has neither; leave them out")
     if not is_model_folder(args.model):
         return
-    if architecture != find_architecture(args.model):
+    if dataclasses.replace(architecture, image_embedding_width=None) != find_architecture(args.model):
         raise ValueError(f"--model {args.model}: its sizes are those of its config.json; leave out the flags that change them")
     if AutoTokenizer.from_pretrained(args.model).get_vocab() != tokenizer.get_vocab():
         raise ValueError(

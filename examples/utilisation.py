@@ -130,14 +130,15 @@ class Utilisation:
     def _count(self, batch: StepBatch) -> torch.Tensor:
         # On the device: reading the numbers would wait for it.
         lengths = batch.row_lengths.double()
-        num_tiles = (1 + batch.image_layouts[:, 2] * batch.image_layouts[:, 3]).sum().double()
+        is_embedding = batch.image_layouts[:, 5] > 0
+        num_tiles = ((1 + batch.image_layouts[:, 2] * batch.image_layouts[:, 3]) * ~is_embedding).sum().double()
         flops = training_flops(
             self._architecture,
             self._trainable,
             num_tiles=num_tiles,
             num_positions=lengths.sum(),
             squared_lengths=lengths.square().sum(),
-            num_image_tokens=num_tiles * self._architecture.vision.tokens_per_side**2,
+            num_image_tokens=num_tiles * self._architecture.vision.tokens_per_side**2 + is_embedding.sum(),
         )
         flops = sum(flops.values())
         self._flops_so_far += flops

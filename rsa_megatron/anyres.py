@@ -41,6 +41,13 @@ class ImageLayout:
     grid_columns: int = 0
     #: whether image_newline ends the rows (or the base tile, where it is alone)
     newline: int = 1
+    #: of an image that comes as one embedding: in how many positions that stands; 0 for an image of pixels
+    positions: int = 0
+
+    @classmethod
+    def of_embedding(cls, positions: int) -> "ImageLayout":
+        """Of an image that comes as an embedding: one "tile" of one token, repeated."""
+        return cls(height=1, width=1, newline=0, positions=positions)
 
     @property
     def num_tiles(self) -> int:
@@ -67,6 +74,8 @@ class ImageLayout:
 
     def num_tokens(self, side: int, max_tiles: int) -> int:
         """Positions that the image takes in the decoder's sequence; arguments as for packed_grid."""
+        if self.positions:
+            return self.positions
         if not self.grid_rows:
             return side**2 + self.newline
         grid = self.packed_grid(side, max_tiles)

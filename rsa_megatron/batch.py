@@ -32,9 +32,9 @@ class LlavaBatch:
     labels: Tensor
     #: 1 where that next token is to be predicted, [B, S] float32; RSA takes any weights of 0 or more
     loss_mask: Tensor
-    #: tiles of all images in order, [T, 3, height, width] float32
+    #: tiles of all images in order, [T, 3, height, width] float32; of images that come as embeddings, those, [T, D]
     images: Tensor
-    #: how each image lies in its tiles, [number of images, 5] int64 (anyres.ImageLayout.as_numbers)
+    #: how each image lies in its tiles, [number of images, 6] int64 (anyres.ImageLayout.as_numbers)
     image_layouts: Tensor
     #: positions of each row once its images are spliced in, [B] int64; the rest of it is padding
     row_lengths: Tensor

@@ -118,4 +118,10 @@ def test_a_base_tile_alone_is_its_tokens_and_perhaps_a_newline():
 
 def test_a_layout_comes_back_from_its_numbers():
     layout = ImageLayout(480, 640, 2, 3, newline=0)
-    assert ImageLayout(*layout.as_numbers()) == layout and layout.as_numbers() == (480, 640, 2, 3, 0)
+    assert ImageLayout(*layout.as_numbers()) == layout and layout.as_numbers() == (480, 640, 2, 3, 0, 0)
+
+
+def test_an_embedding_stands_in_as_many_positions_as_are_said():
+    layout = ImageLayout.of_embedding(576)
+    assert ImageLayout(*layout.as_numbers()) == layout
+    assert layout.num_tiles == 1 and layout.num_tokens(27, 9) == layout.num_tokens(2, 1) == 576

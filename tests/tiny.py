@@ -89,7 +89,7 @@ def batch(
         labels=text[:, 1:],
         loss_mask=loss_mask,
         images=torch.randn(sum(tiles), 3, 28, 28, generator=generator),
-        image_layouts=torch.tensor([layout(num_tiles).as_numbers() for num_tiles in tiles if num_tiles]).reshape(-1, 5),
+        image_layouts=torch.tensor([layout(num_tiles).as_numbers() for num_tiles in tiles if num_tiles]).reshape(-1, 6),
         row_lengths=torch.tensor([num_tokens + (layout(n).num_tokens(2, 9) - 1 if n else 0) for n in tiles]),
         rsa=RSASamples(
             eligible=torch.tensor(eligible),

@@ -1,8 +1,9 @@
 """From a stored sample to what the model trains on: Energon's task encoder for LLaVA data.
 
 A stored sample is an image (png, jpg, ...) and a json with LLaVA's "conversations". Several images are numbered
-parts in its place: 0.png, 1.jpg, ...; text alone has none. Or it is a line of a JSONL file, whose images lie as files
-below the folder that the mixture names as `aux: {images: filesystem://FOLDER}`.
+parts in its place: 0.png, 1.jpg, ...; text alone has none. An image may also come as its embedding, as ReVision's do
+(image_embeddings.py). Or a sample is a line of a JSONL file, whose images lie as files below the folder that the mixture
+names as `aux: {images: filesystem://FOLDER}`.
 The data set's subflavor `rsa: true` lets its samples into the RSA loss, one image and a caption each.
 
 A sample that cannot be used is skipped, with one line that says which and why, and counted; the count travels
@@ -31,9 +32,10 @@ from torch.utils.data import default_collate
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
+from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
 from rsa_megatron.data.one_pass import shuffled_once
 from rsa_megatron.data.record import Unusable, inside
-from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
+from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
 
 if TYPE_CHECKING:  # for annotations alone
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +49,7 @@ _MOST_SKIPPED_IN_A_ROW = 100
 class StoredSample(Sample):
     """What lies in the shard, not decoded yet."""
 
-    #: by the part's name: "png" alone, or "0.png", "1.jpg", ... in any order; or why it could not be read
+    #: by the part's name: "png" alone, or "0.png", "1.jpg", ... in any order ("npy" for embeddings); or why it could not be read
     images: dict[str, bytes | Exception]
     record: bytes | dict | None
 
@@ -73,7 +75,7 @@ def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
     """Pick the images and the record out of a crude sample: of a tar, or of a JSONL file with `images` beside it."""
     record = stored.get("json")
     if not isinstance(record, dict):
-        found = {name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name)}
+        found = {name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)}
         return StoredSample(**basic_sample_keys(stored), images=found, record=record)
     # Energon calls each line by its number.
     keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
@@ -84,10 +86,11 @@ def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dic
     # What goes wrong is kept, not raised: the sample is counted and named where all that cannot be used are.
     parts = {}
     for number, path in enumerate(paths if isinstance(paths, list) else [] if paths is None else [paths]):
+        name = f"{number}.npy" if isinstance(path, str) and path.endswith(".npy") else f"{number}.png"
         try:
-            parts[f"{number}.png"] = _read_image(path, images)  # whatever it is: its bytes say so
+            parts[name] = _read_image(path, images)  # whatever picture it is: its bytes say so
         except Exception as error:
-            parts[f"{number}.png"] = error
+            parts[name] = error
     return parts
 
 
@@ -113,6 +116,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         template, label_style: how a conversation becomes tokens, and which are learnt (conversation.py).
         image_aspect_ratio, grid_pinpoints: how an image is cut into tiles (tiles.py).
         max_tiles: tokens of how many tiles a grid may keep (anyres.py).
+        embeddings: reads images as embeddings; the arguments of pixels and tiles then do not count.
         say_skipped: whether to print the line about a skipped sample; its count is kept in any case.
     """
 
@@ -131,6 +135,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         image_aspect_ratio: str,
         grid_pinpoints: Sequence[tuple[int, int]],
         max_tiles: int,
+        embeddings: ImageEmbeddings | None = None,
         say_skipped: bool = True,
     ):
         super().__init__()
@@ -144,7 +149,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         # Of an encoder of one epoch: samples of a batch, and of the shuffle buffer.
         self._fill_to = self._shuffle_once = None
         self._image_token_id = tokenizer.convert_tokens_to_ids(conversation.IMAGE_TOKEN)
-        self._tiler = ImageTiler(
+        self._images = embeddings or ImageTiler(
             image_size=image_size, image_aspect_ratio=image_aspect_ratio, grid_pinpoints=grid_pinpoints
         )
         self._num_skipped = self._num_skipped_in_a_row = 0
@@ -194,7 +199,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             labels=rows(lambda text: text.tokens, 1, 0, pad),
             loss_mask=rows(lambda text: text.is_target, 1, 0).float(),
             images=_joined([sample.tiles for sample in samples]),
-            image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 5),
+            image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 6),
             row_lengths=torch.tensor([sample.row_length for sample in samples]),
             rsa=RSASamples(
                 eligible=torch.tensor([sample.eligible for sample in samples]).long(),
@@ -214,18 +219,18 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             self.tokenizer, record["conversations"], self.template, label_style=self.label_style
         )
         num_told = text.tokens.count(self._image_token_id)
-        if num_told != len(sample.images):
-            raise ValueError(
-                f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(sample.images)} image(s)"
-            )
-        images = decode_images(_readable(sample.images))
-        layouts = self._tiler.layouts(images)
+        parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
+        if num_told != len(parts):
+            what = "image(s)" if isinstance(self._images, ImageTiler) else "embedding(s) of images (.npy)"
+            raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}")
+        images = self._images.decode(_readable(parts))
+        layouts = self._images.layouts(images)
         whole, text = text, self._cut(text, layouts)
         return EncodedSample.derive_from(
             sample,
             text=text,
             layouts=layouts,
-            tiles=self._tiler.tiles(images),
+            tiles=self._images.tiles(images),
             # An image-caption pair, as the paper asks for (section 3.3), of which the caption is still there.
             eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption[:-1]),
             record=record,
@@ -254,7 +259,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         """What an empty sample holds: a row of padding, nothing to learn, no image."""
         pad = self.tokenizer.pad_token_id
         text = conversation.EncodedText([pad] * 2, [False] * 2, [False] * 2)
-        return dict(text=text, layouts=[], tiles=self._tiler.tiles([]), eligible=False, record={}, row_length=0, is_cut=False)
+        return dict(text=text, layouts=[], tiles=self._images.tiles([]), eligible=False, record={}, row_length=0, is_cut=False)
 
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1

@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -43,11 +43,16 @@ class ImageTiler:
         grid_pinpoints: the resolutions of anyres, (height, width) in pixels, multiples of image_size.
     """
 
+    part = IMAGE_PART
+
     def __init__(self, *, image_size: int, image_aspect_ratio: str, grid_pinpoints: Sequence[tuple[int, int]]):
         assert image_aspect_ratio in ASPECT_RATIOS, image_aspect_ratio
         self.image_size = image_size
         self.image_aspect_ratio = image_aspect_ratio
         self.grid_pinpoints = grid_pinpoints
+
+    def decode(self, parts: dict[str, bytes]) -> list[Image.Image]:
+        return decode_images(parts)
 
     def layouts(self, images: list[Image.Image]) -> list[ImageLayout]:
         """How the images of one sample lie in the tiles of `tiles`.
@@ -98,11 +103,20 @@ def decode_images(parts: dict[str, bytes]) -> list[Image.Image]:
     Raises:
         ValueError: the names are neither, or an image cannot be read; it says which and why.
     """
-    numbers = {name: int(IMAGE_PART.fullmatch(name)[1] or -1) for name in parts}
+    return [_decode(name, parts[name]) for name in in_order(parts, IMAGE_PART, "0.png, 1.jpg, ...")]
+
+
+def in_order(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[str]:
+    """The names of a sample's images by their numbers; `pattern` finds the number in each.
+
+    Raises:
+        ValueError: it is neither one without a number nor all from 0 on.
+    """
+    numbers = {name: int(pattern.fullmatch(name)[1] or -1) for name in parts}
     names = sorted(parts, key=numbers.get)
     if [numbers[name] for name in names] not in ([-1], list(range(len(names)))):
-        raise ValueError(f"its images are {', '.join(names)}: it must have one, or 0.png, 1.jpg, ... without a gap")
-    return [_decode(name, parts[name]) for name in names]
+        raise ValueError(f"its images are {', '.join(names)}: it must have one, or {example} without a gap")
+    return names
 
 
 def _decode(name: str, part: bytes) -> Image.Image:

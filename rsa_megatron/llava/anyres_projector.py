@@ -1,5 +1,7 @@
 """LLaVA-OneVision's projector: Megatron's, and after it the packing of an image's tiles into its tokens (AnyRes).
 
+An image that comes as one embedding (ReVision) is projected once and stands in as many positions as its layout says.
+
 LLaVAModel splices a fixed number of tokens a tile into the text. Here an image's number of tokens depends on its shape.
 So the projector packs, and returns the tokens of all images in one row; LLaVAModel is told that a "tile" is one
 token and how many such tiles each image has, and its own splice puts them where they belong.
@@ -56,7 +58,7 @@ def pack_images(
     for layout in layouts:
         base_PH, grid_TPH = tokens_TPH[first], tokens_TPH[first + 1 : first + layout.num_tiles]
         first += layout.num_tiles
-        packed.append(base_PH)
+        packed.append(base_PH.expand(layout.positions, -1) if layout.positions else base_PH)
         if layout.grid_rows:
             packed.append(_pack_grid(grid_TPH, layout, newline_H, side, max_tiles))
         elif layout.newline:

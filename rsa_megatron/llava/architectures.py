@@ -51,6 +51,12 @@ class Architecture:
     #: AnyRes: the grids to choose from, (height, width) in pixels, and how many tiles' tokens a grid may keep
     grid_pinpoints: tuple[tuple[int, int], ...]
     max_tiles: int = 9
+    #: numbers of an image's embedding, of a model whose images come as such, past the tower; None for the tower's width
+    image_embedding_width: int | None = None
+
+    @property
+    def projector_input_width(self) -> int:
+        return self.image_embedding_width or self.vision.hidden_size
 
     def megatron_defaults(self) -> dict:
         """The decoder in the names of Megatron's arguments, so that each can be overridden by its flag."""
@@ -84,7 +90,8 @@ class Architecture:
         sizes = {name: arguments[name] for name in names}
         sizes["rmsnorm_epsilon"] = arguments["layernorm_epsilon"]
         sizes["tie_word_embeddings"] = not arguments["untie_embeddings_and_output_weights"]
-        return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, **sizes))
+        decoder = dataclasses.replace(self.decoder, **sizes)
+        return dataclasses.replace(self, decoder=decoder, image_embedding_width=arguments.get("image_embedding_width"))
 
     def parameter_counts(self) -> dict[str, dict[str, int]]:
         """Parameters of each part, as --trainable names them, piece by piece; without padding rows of the vocabulary."""
@@ -103,7 +110,10 @@ class Architecture:
                 "positions": vision.tokens_per_side**2 * width,
                 f"{vision.num_layers} layers": vision.num_layers * vision_layer,
             },
-            "projector": {"two linear layers": width * hidden + hidden + hidden**2 + hidden, "image_newline": hidden},
+            "projector": {
+                "two linear layers": self.projector_input_width * hidden + hidden + hidden**2 + hidden,
+                "image_newline": hidden,
+            },
             "embeddings": {f"{self.vocab_size:,} rows": self.vocab_size * hidden},
             "language": {
                 f"{decoder.num_layers} layers": decoder.num_layers * decoder_layer,

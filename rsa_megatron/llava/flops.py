@@ -31,10 +31,10 @@ def training_flops(
 
     Args:
         trainable: the parts that learn, as --trainable names them ("vision", "projector", "embeddings", "language").
-        num_tiles: image tiles that go through the tower.
+        num_tiles: image tiles that go through the tower; an embedding goes past it.
         num_positions: positions that go through the decoder and its output layer, the sum of the rows' lengths.
         squared_lengths: the sum of the squares of the rows' lengths.
-        num_image_tokens: tokens that go through the projector: all of a tile's, as packing comes after it.
+        num_image_tokens: tokens that go through the projector: all of a tile's, as packing comes after it; one of an embedding.
     """
     learns = {part: part in trainable for part in ("vision", "projector", "embeddings", "language")}
     return {
@@ -64,7 +64,7 @@ def _vision(architecture: Architecture, num_tiles: float, learns: bool) -> float
 
 
 def _projector(architecture: Architecture, num_image_tokens: float, learns: dict[str, bool]) -> float:
-    width, hidden = architecture.vision.hidden_size, architecture.decoder.hidden_size
+    width, hidden = architecture.projector_input_width, architecture.decoder.hidden_size
     first = 2 * width * hidden * _passes(weights=learns["projector"], inputs=learns["vision"])
     second = 2 * hidden**2 * _passes(weights=learns["projector"], inputs=learns["vision"] or learns["projector"])
     return num_image_tokens * (first + second)

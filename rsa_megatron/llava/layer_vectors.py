@@ -29,7 +29,7 @@ from rsa_megatron.llava.layers import on_decoder_layers, on_tower_layers
 class Pairs:
     """One micro-batch: images and captions, each for itself. A sample that is not eligible keeps a dummy's place."""
 
-    #: the whole picture of each sample in one tile, [B, 3, height, width]
+    #: the whole picture of each sample in one tile, [B, 3, height, width], or its embedding, [B, D]
     images: Tensor
     #: caption tokens from the left, [B, S], and 1 where there is one
     tokens: Tensor
@@ -71,6 +71,8 @@ def chunks_of(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
 def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     """v of each image after each of `layers`, [B, D] in float32: the mean of its tokens (paper, eq. 1)."""
     tower, pooled = first.vision_model, {}
+    if images.dim() == 2:  # embeddings, which are what the tower would give
+        return {number: images.float() for number in layers}
 
     def keep(number, state_PBD):
         pooled[number] = state_PBD.mean(dim=0, dtype=torch.float32)

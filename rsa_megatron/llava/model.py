@@ -89,7 +89,7 @@ class LlavaOneVision(LLaVAModel):
         self.add_encoder = pre_process
         if pre_process:
             self._drop_vision_class_token = False
-            self.vision_model = CLIPViTModel(
+            self.vision_model = _Tower(
                 vision_config,
                 vision_spec,
                 ln_post_impl=_UnusedNorm,
@@ -101,10 +101,11 @@ class LlavaOneVision(LLaVAModel):
                 model_subtype="siglip",
                 pg_collection=self.pg_collection,
             )
+            self.vision_model.out_hidden_size = architecture.projector_input_width
             self.vision_projection = AnyResProjector(
                 projector_config,
                 projector_spec,
-                vision.hidden_size,
+                self.vision_model.out_hidden_size,
                 side=self._side,
                 max_tiles=self._max_tiles,
                 tp_group=self.pg_collection.tp,
@@ -133,8 +134,9 @@ class LlavaOneVision(LLaVAModel):
         """LLaVAModel's forward pass, with image_layouts in the place of num_image_tiles.
 
         Args:
-            images: all images' tiles in order, [T, 3, image_size, image_size].
-            image_layouts: how each image lies in its tiles, [number of images, 5] (LlavaBatch). Without it each tile
+            images: all images' tiles in order, [T, 3, image_size, image_size]; or the images' embeddings, [T, D], which
+                go past the tower into the projector.
+            image_layouts: how each image lies in its tiles, [number of images, 6] (LlavaBatch). Without it each tile
                 is an image, without a newline.
             Others as LLaVAModel's.
         """
@@ -186,13 +188,24 @@ class LlavaOneVision(LLaVAModel):
 
         Without it they would have none, and Megatron's overlapped gradient reduction would wait for it.
         """
-        return images.new_zeros(1, 3, self._image_size, self._image_size)
+        return images.new_zeros(1, *images.shape[1:])
 
     def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
         if image_layouts is not None:
             return [ImageLayout(*row) for row in image_layouts.tolist()]
         num_images = 0 if images is None else len(images)
         return [ImageLayout(self._image_size, self._image_size, newline=0)] * num_images
+
+
+class _Tower(CLIPViTModel):
+    """The tower; an image that comes as its embedding (ReVision's stages) is its own only token.
+
+    The tower stays in such a model, so that its checkpoints are those of any other stage.
+    """
+
+    def forward(self, images: Tensor, *args, **kwargs) -> Tensor:
+        """[T, P, D] of tiles, [T, 1, D] of embeddings [T, D]."""
+        return images[:, None] if images.dim() == 2 else super().forward(images, *args, **kwargs)
 
 
 class _UnusedNorm(torch.nn.Module):

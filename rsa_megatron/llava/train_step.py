@@ -25,7 +25,7 @@ from rsa_megatron.llava.broadcast import broadcast_tensors
 class StepBatch:
     """What one rank's forward pass is given."""
 
-    #: [T, 3, height, width] float32; None on stages without a tower
+    #: [T, 3, height, width] or, of embeddings, [T, D], float32; None on stages without a tower
     images: Tensor | None
     #: [B, S] int64
     tokens: Tensor
@@ -33,7 +33,7 @@ class StepBatch:
     labels: Tensor
     #: [B, S] float32
     loss_mask: Tensor
-    #: [number of images, 5] int64
+    #: [number of images, 6] int64
     image_layouts: Tensor
     #: [B] int64: positions of each row once its images are spliced in; the rest of it is padding
     row_lengths: Tensor

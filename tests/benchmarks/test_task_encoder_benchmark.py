@@ -30,7 +30,7 @@ def test_it_stops_where_pixels_or_tokens_differ():
     import task_encoder
 
     encoder, processor = task_encoder.make_contenders()
-    encoder._tiler.grid_pinpoints = [(384, 768)]
+    encoder._images.grid_pinpoints = [(384, 768)]
     with pytest.raises(SystemExit, match="other pixels or tokens for an image of 90x60"):
         task_encoder.measure("90x60", encoder, processor, runs=1)
     encoder, processor = task_encoder.make_contenders()

@@ -110,7 +110,7 @@ def test_a_batch_lines_up(encoder, tokenizer):
     assert batch.rsa.eligible.tolist() == [1, 0, 0]
     assert batch.rsa.num_tiles.tolist() == [1, 1, 0]
     assert batch.images.shape == (2, 3, 28, 28)
-    assert batch.image_layouts.tolist() == [[56, 56, 0, 0, 0]] * 2 and batch.image_layouts.dtype == torch.int64
+    assert batch.image_layouts.tolist() == [[56, 56, 0, 0, 0, 0]] * 2 and batch.image_layouts.dtype == torch.int64
     assert batch.keys == ["a", "b", "c"]
     assert batch.rsa.sample_id.tolist() == [sample_id(key) for key in "abc"]
 
@@ -170,9 +170,9 @@ def test_a_batch_of_one_image_several_and_none_lines_up(anyres):
     batch = anyres.batch([anyres.encode_sample(stored(str(i), images=images)) for i, images in enumerate(samples)])
     assert batch.rsa.num_tiles.tolist() == [3, 0, 3, 10] and batch.rsa.eligible.tolist() == [1, 0, 0, 1]
     assert batch.image_layouts.tolist() == [
-        [28, 56, 1, 2, 1],
-        *([height, width, 0, 0, 1] for width, height in shapes[2]),
-        [201, 200, 3, 3, 1],
+        [28, 56, 1, 2, 1, 0],
+        *([height, width, 0, 0, 1, 0] for width, height in shapes[2]),
+        [201, 200, 3, 3, 1, 0],
     ]
     assert (batch.tokens == 3).sum(1).tolist() == [1, 0, 3, 1]
     # Transformers makes one batch of the whole, and fills the images of few tiles up with empty ones.
@@ -195,7 +195,7 @@ def test_text_alone_has_no_tile_and_no_layout(tokenizer, aspect_ratio):
     encoder = make_encoder(tokenizer, aspect_ratio)
     batch = encoder.batch([encoder.encode_sample(stored(images=0))])
     assert batch.images.shape == (0, 3, TILE, TILE) and batch.images.dtype == torch.float32
-    assert batch.image_layouts.shape == (0, 5) and batch.image_layouts.dtype == torch.int64
+    assert batch.image_layouts.shape == (0, 6) and batch.image_layouts.dtype == torch.int64
     assert batch.rsa.num_tiles.tolist() == [0]
 
 

@@ -392,7 +392,7 @@ def _by_plain_autograd(argv, initial, batch, tiles_of, detached):
             caption = torch.nonzero(batch.rsa.caption_mask[b]).flatten()
             if "caption" in argv:  # by itself
                 alone = batch.tokens[b, caption][None]
-                model(batch.images[:0], alone, None, None, sound_clips=torch.zeros(0), image_layouts=torch.zeros(0, 5).long())
+                model(batch.images[:0], alone, None, None, sound_clips=torch.zeros(0), image_layouts=torch.zeros(0, 6).long())
                 t.append(seen["text"][:, 0].mean(0))
             else:
                 t.append(in_rows[shift + caption, b].mean(0))

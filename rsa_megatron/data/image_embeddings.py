@@ -1,0 +1,63 @@
+"""Images that come as one embedding each, in the place of pixels: what ReVision's stages train on.
+
+In a shard the embedding is a part "npy" beside the json (several images: "0.npy", "1.npy", ...), in a JSONL record the path
+of such a file: numpy's format, one row of D numbers. Pixels that a sample has as well are not looked at, so that the same
+shards may serve other stages.
+"""
+
+import io
+import re
+
+import numpy
+import torch
+from torch import Tensor
+
+from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.data.tiles import in_order
+
+#: The name of a part of a stored sample that is an embedding: "npy" or "0.npy".
+EMBEDDING_PART = re.compile(r"(?:([0-9]+)\.)?npy")
+
+
+class ImageEmbeddings:
+    """Reads embeddings; does for them what ImageTiler does for pixels.
+
+    Args:
+        width: numbers of an embedding.
+        positions: in how many positions of the decoder's sequence each stands (ReVision: 576).
+    """
+
+    part = EMBEDDING_PART
+
+    def __init__(self, *, width: int, positions: int):
+        self.width, self.positions = width, positions
+
+    def decode(self, parts: dict[str, bytes]) -> list[Tensor]:
+        """A sample's embeddings in order, [D] float32 each.
+
+        Raises:
+            ValueError: the names are neither "npy" alone nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
+        """
+        return [self._decode(name, parts[name]) for name in in_order(parts, self.part, "0.npy, 1.npy, ...")]
+
+    def layouts(self, embeddings: list[Tensor]) -> list[ImageLayout]:
+        return [ImageLayout.of_embedding(self.positions)] * len(embeddings)
+
+    def tiles(self, embeddings: list[Tensor]) -> Tensor:
+        """[n, D] of a sample's n embeddings."""
+        return torch.stack(embeddings) if embeddings else torch.zeros(0, self.width)
+
+    def _decode(self, name: str, part: bytes) -> Tensor:
+        try:
+            row_D = numpy.lib.format.read_array(io.BytesIO(part), allow_pickle=False)
+        except Exception as error:  # whatever numpy comes upon in broken bytes
+            raise ValueError(f"{name}: it is no array in numpy's format: {error}") from error
+        if row_D.shape != (self.width,) or row_D.dtype.kind != "f":
+            raise ValueError(
+                f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, and --image-embedding-width asks for {self.width} "
+                "floating-point numbers"
+            )
+        embedding_D = torch.from_numpy(row_D).float()
+        if not embedding_D.isfinite().all():
+            raise ValueError(f"{name}: it holds NaN, infinity or a number beyond float32")
+        return embedding_D

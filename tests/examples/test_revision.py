@@ -1,0 +1,128 @@
+"""ReVision's stage on embeddings as a user runs it, what goes on from it, and what does not go together."""
+
+import json
+import re
+
+import embedding_data
+import pytest
+import script
+import torch
+from processes import Failed
+
+WIDTH = 48  # the tiny tower's
+PROJECTOR = "vision_projection.encoder."
+FLAGS = ("--num-workers", 0, "--micro-batch-size", 4, "--eval-iters", 0, "--mutual-knn-samples", 0, "--save-interval", 3)
+
+
+@pytest.fixture(scope="module")
+def shards(demo, tmp_path_factory):
+    return embedding_data.write_shards(demo / "data" / "captions", tmp_path_factory.mktemp("shards") / "text", WIDTH)
+
+
+@pytest.fixture(scope="module")
+def pixels(demo, tmp_path_factory):
+    """A run of stage 1 on pixels: the weights that the others begin from."""
+    folder = tmp_path_factory.mktemp("pixels")
+    script.run(1, demo, "--stage", 1, *FLAGS, "--train-iters", 3, "--save", folder)
+    return folder
+
+
+def revision(demo, shards, pixels, save, *more, world_size=2):
+    begin = ("--stage", "revision", *FLAGS, "--image-positions", 4, "--pretrained-checkpoint", pixels, "--save", save)
+    return script.run(world_size, demo, *begin, *more, data=shards)
+
+
+@pytest.fixture(scope="module")
+def stage(demo, shards, pixels, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("revision")
+    return folder, revision(demo, shards, pixels, folder, "--rsa-weight", "0.1")
+
+
+def weights(folder, iteration=6):
+    return script.plain_tensors(folder / f"iter_{iteration:07d}")
+
+
+def test_the_projector_alone_learns_from_captions_and_rsa_is_beside_it(stage, pixels):
+    folder, outputs = stage
+    before, after = weights(pixels, 3), weights(folder)
+    assert before.keys() == after.keys()  # the tower is there, as it was: any stage can go on
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name in before if name.startswith(PROJECTOR)}
+    figures = script.iterations(outputs)
+    assert float(figures[6]["rsa pairs"]) == 8 and float(figures[6]["unusable samples"]) == 0
+    assert json.loads((folder / "run.json").read_text()) == {"model": "tiny", "stage": "revision", "finished": 6, "image_embedding_width": WIDTH}
+
+
+def test_it_goes_on_exactly_where_it_was_stopped(demo, shards, pixels, stage, tmp_path):
+    more = ("--load", tmp_path, "--rsa-weight", "0.1")
+    revision(demo, shards, pixels, tmp_path, *more, "--exit-interval", 3)
+    resumed = script.losses(revision(demo, shards, pixels, tmp_path, *more))
+    expected = script.losses(stage[1])
+    assert list(resumed) == [4, 5, 6] and (resumed[4], resumed[6]) == (expected[4], expected[6])
+
+
+STILL = ("--lr", 0, "--vision-lr", 0, "--projector-lr", 0, "--min-lr", 0, "--train-iters", 1, "--save-interval", 1)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "pixels"])
+def test_stages_with_real_images_go_on_from_it(demo, shards, stage, tmp_path, kind):
+    """With embeddings of real images, as the paper's stage 2; or with pixels, whose tokens after the tower are as wide."""
+    embeddings = ("--image-positions", 4, "--trainable", "projector", "embeddings", "language") if kind == "embeddings" else ()
+    data = shards if kind == "embeddings" else demo / "data" / "captions"
+    flags = ("--stage", "2", *FLAGS, *embeddings, "--load", stage[0])
+    script.run(1, demo, *flags, *STILL, "--save", tmp_path / "still", data=data)
+    before, after = weights(stage[0]), weights(tmp_path / "still", 1)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    script.run(1, demo, *flags, "--train-iters", 3, "--save", tmp_path / "learns", data=data)
+    learnt = weights(tmp_path / "learns", 3)
+    moved = {name for name in before if not torch.equal(before[name], learnt[name])}
+    assert any(name.startswith(PROJECTOR) for name in moved) and any(name.startswith("language_model.decoder") for name in moved)
+    assert any(name.startswith("vision_model.decoder") for name in moved) == (kind == "pixels")
+
+
+def test_embeddings_of_another_width_begin_with_a_new_projector(demo, pixels, tmp_path):
+    width = 20
+    shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", width)
+    begin = ("--image-embedding-width", width)
+    outputs = revision(demo, shards, pixels, tmp_path / "run", *begin, *STILL, "--tensor-model-parallel-size", 2)
+    assert f"the projector begins anew: that of {pixels} is for the tower's {WIDTH} numbers, the embeddings have {width}" in outputs[0]
+    before, after = weights(pixels, 3), weights(tmp_path / "run", 1)
+    assert before.keys() == after.keys() and after[PROJECTOR + "linear_fc1.weight"].shape[1] == width
+    projector = {name for name in before if name.startswith("vision_projection.")}
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in projector)
+    # That projector is then loaded as any other part.
+    resume = (*begin, "--load", tmp_path / "run", *STILL, "--train-iters", 2, "--override-opt-param-scheduler")
+    revision(demo, shards, pixels, tmp_path / "run", *resume, world_size=1)
+    again = weights(tmp_path / "run", 2)
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    with pytest.raises(Failed, match=f"its projector takes embeddings of {width} numbers, this run's is to take {WIDTH}"):
+        script.run(1, demo, "--stage", 1, *FLAGS, "--load", tmp_path / "run", "--save", tmp_path / "other")
+
+
+def test_validation_measures_the_embeddings(demo, shards, pixels, tmp_path):
+    flags = ("--eval-iters", 2, "--eval-interval", 3, "--mutual-knn-samples", 48, "--train-iters", 3)
+    outputs = revision(demo, shards, pixels, tmp_path, *flags, "--pipeline-model-parallel-size", 2)
+    text = "".join(outputs)
+    assert re.search(r"mutual-knn@10 at iteration 3 \| mutual-knn value: 0\.\d+ \| 48 pairs", text)
+    assert re.search(r"validation loss at iteration 3 .*lm loss value", text)
+
+
+def test_samples_without_an_embedding_are_skipped_and_counted(demo, pixels, tmp_path):
+    kept = lambda key, part: None if int(key[-6:]) % 4 == 0 else part
+    shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", WIDTH, change=kept)
+    outputs = revision(demo, shards, pixels, tmp_path / "run")
+    assert "the sample 0 embedding(s) of images (.npy)" in "".join(outputs)
+    assert sum(float(figures["unusable samples"]) for figures in script.iterations(outputs).values()) > 0
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--image-positions", 200), "--image-positions 200 must be from 1 to below --seq-length 128"),
+    (("--image-positions", -1), "--image-positions -1 must be from 1"),
+    (("--image-embedding-width", 0), "--image-embedding-width 0 must be at least 1"),
+    (("--trainable", "vision"), "--trainable vision: images that come as embeddings pass the tower by"),
+    (("--mutual-knn-layers=1:-1",), "--mutual-knn-layers: an image that comes as an embedding has no vision layer but that, -1"),
+    (("--rsa-layers=1:-1",), "--rsa-layers: an image that comes as an embedding has no vision layer but that, -1"),
+    (("--stage", "1", "--image-positions", 0, "--image-embedding-width", 20), "name --image-positions too"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")  # fmt: skip
+def test_what_does_not_go_together_is_one_line(demo, shards, pixels, tmp_path, flags, says):
+    with pytest.raises(Failed, match=re.escape(says)):
+        revision(demo, shards, pixels, tmp_path, *flags, world_size=1)
