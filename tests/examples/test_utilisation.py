@@ -1,8 +1,10 @@
 """mfu in the log is the model's FLOPs over the devices' time, in every layout, and Megatron's throughput is of the same FLOPs."""
 
+import dataclasses
 import re
 import time
 
+import embedding_data
 import layouts
 import processes
 import pytest
@@ -33,14 +35,14 @@ def expected_flops(micro_batches: list) -> float:
     ).values())  # fmt: skip
 
 
-def reports(argv, layout, all_batches) -> dict:
+def reports(argv, layout, all_batches, architecture=tiny.TINY) -> dict:
     """What one rank reports: (FLOPs, device time x peak) of each micro-batch, and what Megatron is told of the FLOPs."""
     import megatron.training.training
     import pretrain_llava_rsa
     import utilisation
 
     trainer = layouts.Trainer(argv)
-    run = utilisation.Utilisation(trainer.args, tiny.TINY)
+    run = utilisation.Utilisation(trainer.args, architecture)
     run.apply()
     forward_step, found = run.wrap_forward_step(pretrain_llava_rsa.forward_step), []
 
@@ -90,6 +92,21 @@ def test_flops_and_time_add_up_to_the_runs(demo, layout):
     # The mean of the rank's samples, times 16; together the data-parallel ranks have seen all 16.
     told = [rank["told"] for rank in ranks]
     assert sum(told) / len(told) == pytest.approx(sum(expected), rel=1e-9)
+
+
+def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo):
+    architecture = dataclasses.replace(tiny.TINY, image_embedding_width=20)
+    made = [embedding_data.batch(seed, width=20, positions=5, eligible=(0,) * 4) for seed in (0, 1)]
+    argv = ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"), "--rsa-weight", "0",
+            "--trainable", "projector", "--image-positions", "5", "--image-embedding-width", "20",
+            "--micro-batch-size", "4", "--global-batch-size", "8", "--peak-tflops", str(PEAK / 1e12)]  # fmt: skip
+    (rank,) = processes.run(reports, 1, argv, layouts.SINGLE, [made], architecture)
+    lengths = [int(length) for batch in made for length in batch.row_lengths]
+    sizes = dict(num_positions=sum(lengths), squared_lengths=sum(length**2 for length in lengths))
+    expected = training_flops(architecture, ("projector",), num_tiles=0, num_image_tokens=8, **sizes)
+    assert sum(pair[0] for pair in rank["reports"]) == pytest.approx(sum(expected.values()), rel=1e-6)
+    # 20 x 32 and 32 x 32: forward and the weights' gradient of both, and that of the second's input.
+    assert expected["projector"] == 8 * 2 * (20 * 32 * 2 + 32 * 32 * 3) and expected["vision"] == 0
 
 
 def with_evaluations_in_the_time():
