@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data import conversation, imported_sample
-from rsa_megatron.data.importers import open_source
 from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
+from rsa_megatron.data.importers import open_source
 from rsa_megatron.data.record import Unusable
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
-from rsa_megatron.data.tiles import ASPECT_RATIOS, ImageTiler, decode_images
+from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.llava.architectures import get_architecture, square_grids
 
 if TYPE_CHECKING:  # for annotations alone: importing it takes a second
@@ -58,15 +59,13 @@ def show(args) -> None:
     sample = stored_sample(args) if prepared else source_sample(args)
     record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
-    images = decode_images(read_parts(sample))
-    size = args.image_size
-    grids = [(rows * size, columns * size) for rows, columns in settings.get("image_grids") or []]
-    tiler = ImageTiler(
-        image_size=size,
-        image_aspect_ratio=args.image_aspect_ratio,
-        grid_pinpoints=grids or square_grids(size, 6, 6),
-    )
-    layouts = tiler.layouts(images)
+    parts = read_parts(sample)
+    reader = image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
+    parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
+    if sample.images and not parts:
+        raise ValueError(f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see examples/realign.py transform")
+    images = reader.decode(parts)
+    layouts = reader.layouts(images)
     num_image_tokens = sum(layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts)
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
     print(marked(tokenizer, text, colour=sys.stdout.isatty()))
@@ -80,10 +79,24 @@ def show(args) -> None:
         takes_part = f"no, stage {args.stage} trains without it"
     print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
     for image, layout in zip(images, layouts):
-        print(f"image of {image.width} x {image.height} pixels: {in_words(layout)}")
-    if images:
-        picture(tiler.tiles(images), layouts).save(args.out)
+        print(in_words(image, layout))
+    if images and isinstance(reader, ImageTiler):
+        picture(reader.tiles(images), layouts).save(args.out)
         print(f"tiles: {args.out}")
+
+
+def image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
+    """As the stage reads images; those that are embeddings alone can be shown in any."""
+    positions = settings.get("image_positions", 0)
+    if positions or not has_pixels:
+        return ImageEmbeddings(width=None, positions=positions or 1)
+    size = args.image_size
+    grids = [(rows * size, columns * size) for rows, columns in settings.get("image_grids") or []]
+    return ImageTiler(
+        image_size=size,
+        image_aspect_ratio=args.image_aspect_ratio,
+        grid_pinpoints=grids or square_grids(size, 6, 6),
+    )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -185,9 +198,11 @@ def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.Encode
     return None if any(text.is_caption) else "no, it has no caption"
 
 
-def in_words(layout: ImageLayout) -> str:
+def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
+    if layout.positions:
+        return f"image as an embedding: {len(image)} numbers, of length {image.norm():.4g}, in {layout.positions} position(s)"
     grid = f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " alone"
-    return f"a base tile{grid}"
+    return f"image of {image.width} x {image.height} pixels: a base tile{grid}"
 
 
 def picture(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:

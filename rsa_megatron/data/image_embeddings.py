@@ -23,13 +23,13 @@ class ImageEmbeddings:
     """Reads embeddings; does for them what ImageTiler does for pixels.
 
     Args:
-        width: numbers of an embedding.
+        width: numbers of an embedding; None where any will do.
         positions: in how many positions of the decoder's sequence each stands (ReVision: 576).
     """
 
     part = EMBEDDING_PART
 
-    def __init__(self, *, width: int, positions: int):
+    def __init__(self, *, width: int | None, positions: int):
         self.width, self.positions = width, positions
 
     def decode(self, parts: dict[str, bytes]) -> list[Tensor]:
@@ -52,11 +52,9 @@ class ImageEmbeddings:
             row_D = numpy.lib.format.read_array(io.BytesIO(part), allow_pickle=False)
         except Exception as error:  # whatever numpy comes upon in broken bytes
             raise ValueError(f"{name}: it is no array in numpy's format: {error}") from error
-        if row_D.shape != (self.width,) or row_D.dtype.kind != "f":
-            raise ValueError(
-                f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, and --image-embedding-width asks for {self.width} "
-                "floating-point numbers"
-            )
+        if row_D.ndim != 1 or row_D.dtype.kind != "f" or self.width not in (None, len(row_D)):
+            asks = "it must be" if self.width is None else f"and --image-embedding-width asks for {self.width}"
+            raise ValueError(f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, {asks} floating-point numbers in a row")
         embedding_D = torch.from_numpy(row_D).float()
         if not embedding_D.isfinite().all():
             raise ValueError(f"{name}: it holds NaN, infinity or a number beyond float32")

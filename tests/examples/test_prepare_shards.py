@@ -9,6 +9,7 @@ import signal
 import tarfile
 import time
 
+import embedding_data
 import prepare_shards
 import pyarrow
 import pyarrow.parquet
@@ -318,6 +319,19 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
         prepare_shards.main([*map(str, ["show", tmp_path / "packed", *show, "--index", 7])])
     with pytest.raises(SystemExit, match="--index 3: .*d.jsonl has 3 samples"):
         prepare_shards.main([*map(str, ["show", tmp_path / "d.jsonl", *show, "--index", 3])])
+
+
+def test_show_says_what_an_embedding_is(demo, tmp_path, capsys):
+    shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", 20, keep_images=True)
+    show = ["--tokenizer", demo / "tokenizer", "--image-size", 28, "--out", tmp_path / "sample.png"]
+    prepare_shards.main([*map(str, ["show", shards, *show, "--stage", "revision"])])
+    said = capsys.readouterr().out
+    assert "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in said and "RSA: no, stage revision trains without it" in said
+    assert not (tmp_path / "sample.png").exists()
+    prepare_shards.main([*map(str, ["show", shards, *show, "--stage", "1"])])  # of the same sample the pixels
+    assert "image of 112 x 112 pixels: a base tile alone" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"sample 0 has no embedding \(.npy\), which stage revision reads"):
+        prepare_shards.main([*map(str, ["show", demo / "data" / "captions", *show, "--stage", "revision"])])
 
 
 def test_the_tiles_lie_in_the_picture_as_in_the_image():
