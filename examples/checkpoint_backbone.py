@@ -29,25 +29,33 @@ from torch import Tensor
 
 from rsa_megatron.data.tiles import ImageTiler
 from rsa_megatron.huggingface import find_architecture
-from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors
+from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers, chunks_of, image_vectors, projected_vectors
 from rsa_megatron.llava.model import PARTS
 from rsa_megatron.measurement.hf_backbones import caption_tokens
 from rsa_megatron.measurement.hf_models import fingerprint
 from rsa_megatron.measurement.pairs import CaptionedImage
 from rsa_megatron.plugin import RSAPlugin
 
+#: The layer of CheckpointProjector.
+PROJECTOR = "projector"
 _STOP = "stop"
 
 
 @contextmanager
-def checkpoint_backbones(checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int) -> Iterator[list]:
-    """Tower and decoder of a checkpoint, on the first rank; the others serve while it is open, and end."""
+def checkpoint_backbones(
+    checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int, projected: bool = False
+) -> Iterator[list]:
+    """Tower and decoder of a checkpoint, on the first rank; the others serve while it is open, and end.
+
+    Args:
+        projected: the images after the projector in the place of the tower's layers.
+    """
     one_process_without_torchrun()
     model = CheckpointModel(checkpoint, megatron_flags, dtype=dtype, batch_size=batch_size)
     if torch.distributed.get_rank() > 0:
         model.serve()
         sys.exit()
-    yield [CheckpointVision(model), CheckpointText(model)]
+    yield [CheckpointProjector(model) if projected else CheckpointVision(model), CheckpointText(model)]
     # Not after an error: the others may be waiting for this rank within a layer. It ends, and torchrun ends them.
     _told(_STOP)
 
@@ -112,6 +120,11 @@ class CheckpointModel:
         first = self.chunks[0]
         return image_vectors(first, images.to(torch.cuda.current_device()), layers) if first.pre_process else None
 
+    def projected_vectors(self, images: Tensor) -> Tensor | None:
+        """Each image's vector after the projector, where that is."""
+        first = self.chunks[0]
+        return projected_vectors(first, images.to(torch.cuda.current_device())) if first.pre_process else None
+
     def caption_vectors(self, captions: list[Tensor], layers: list[int]) -> dict[int, Tensor]:
         """t of each layer."""
         size = architecture_of(self.args).vision.image_size
@@ -147,6 +160,20 @@ class CheckpointVision:
         """[n, D] of every layer, float32."""
         _, images, layers = _told(("image_vectors", torch.cat(batch), [int(name) for name in self.layers]))
         return _named(self._model.image_vectors(images, layers))
+
+
+class CheckpointProjector(CheckpointVision):
+    """What a checkpoint's projector makes of an image, as a backbone of one layer; as wide as the decoder's layers."""
+
+    def __init__(self, model: CheckpointModel):
+        super().__init__(model)
+        self.layers = [PROJECTOR]
+        self.identity |= {"image": "base image, after the projector"}
+
+    def features(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        """[n, E] float32."""
+        _, images = _told(("projected_vectors", torch.cat(batch)))
+        return {PROJECTOR: self._model.projected_vectors(images).cpu()}
 
 
 class CheckpointText:

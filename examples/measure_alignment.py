@@ -90,6 +90,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
     what.add_argument("--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder")
+    what.add_argument("--projected", action="store_true",
+                      help="of a checkpoint the images after the projector, one layer in the decoder's space, not the tower's layers")  # fmt: skip
     what.add_argument("--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model")
     what.add_argument("--language", metavar="HF", action="append", default=[],
                       help="a language model, or that of a vision-language model; captions are cut where its positions end")  # fmt: skip
@@ -131,6 +133,8 @@ def check(args: argparse.Namespace) -> None:
     if args.megatron_flags and not args.checkpoint:
         fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
     given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + ["vision and --language"] * bool(sides)
+    if args.projected and not args.checkpoint:
+        fail_once("--projected is of a --checkpoint, whose projector it reads")
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
         fail_once(f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}")
@@ -212,7 +216,8 @@ def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]
         return nullcontext(hugging_face_backbones(args))
     from checkpoint_backbone import checkpoint_backbones  # loads Megatron, which nothing else here needs
 
-    return checkpoint_backbones(args.checkpoint, args.megatron_flags, dtype=args.dtype, batch_size=args.batch_size)
+    options = {"dtype": args.dtype, "batch_size": args.batch_size, "projected": args.projected}
+    return checkpoint_backbones(args.checkpoint, args.megatron_flags, **options)
 
 
 def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:

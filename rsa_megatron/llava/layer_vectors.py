@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
@@ -84,6 +85,19 @@ def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> d
         for hook in hooks:
             hook.remove()
     return {number: pooled[number] for number in layers}
+
+
+@torch.no_grad()
+def projected_vectors(first: LLaVAModel, images: Tensor) -> Tensor:
+    """The mean of each image's tokens as the projector hands them to the decoder, [B, E] in float32.
+
+    The one image vector that lies in the same space as the captions': among the word embeddings, the decoder's layer 0.
+    """
+    tower = first.vision_model
+    tokens_BPD = tower(images.to(next(tower.parameters()).dtype))
+    # The projector's own forward pass; what a subclass adds to it (packing) is not of one image.
+    projected_PBE = MultimodalProjector.forward(first.vision_projection, tokens_BPD.transpose(0, 1).contiguous())
+    return projected_PBE.mean(dim=0, dtype=torch.float32)
 
 
 @torch.no_grad()

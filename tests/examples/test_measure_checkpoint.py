@@ -9,7 +9,10 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlavaOnevisionForConditionalGeneration
 
+from rsa_megatron.data.tiles import ImageTiler
+from rsa_megatron.measurement.captioned_images import open_pairs, sample
 from rsa_megatron.measurement.hf_models import fingerprint
 
 PAIRS = 24
@@ -73,6 +76,28 @@ def test_a_checkpoint_gives_what_its_export_gives(models, demo, of_export, tmp_p
             torch.testing.assert_close(of_checkpoint[side][layer], expected, atol=1e-6, rtol=1e-6, msg=f"{side} {layer}")
         # The comparison can fail: a layer is not its neighbour.
         assert (layers["1"] - layers["2"]).abs().max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def of_projector(models, demo):
+    """By transformers: each of the pairs' images through tower and projector, and the mean of its tokens."""
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(models.hf, dtype=torch.float32).model
+    size = model.config.vision_config.image_size
+    tiler = ImageTiler(image_size=size, image_aspect_ratio="square", grid_pinpoints=[])
+    pairs = sample(open_pairs(demo / "data" / "captions", split="val"), PAIRS, 0)
+    with torch.no_grad():
+        states = model.vision_tower(torch.cat([tiler.tiles([pair.image()]) for pair in pairs]), output_hidden_states=True).hidden_states
+        return model.multi_modal_projector(states[model.config.vision_feature_layer]).mean(1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_images_after_the_projector_lie_in_the_decoders_space(models, demo, of_export, of_projector, tmp_path, name):
+    world_size, layout = LAYOUTS[name]
+    processes.run(measured, world_size, flags(demo, tmp_path, "--checkpoint", models.megatron, "--projected", *layout))
+    found = stored(tmp_path)
+    torch.testing.assert_close(found["projector"]["projector"], of_projector, atol=1e-6, rtol=1e-6)  # as above
+    torch.testing.assert_close(found["text"]["0"], of_export["text"]["0"], atol=1e-6, rtol=1e-6)
+    assert found["projector"]["projector"].shape == found["text"]["0"].shape  # one space: realign.py takes both
 
 
 @pytest.mark.parametrize("world_size, more, message", [
