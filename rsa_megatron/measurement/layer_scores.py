@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment import metrics
-from rsa_megatron.alignment.gap import modality_gap
+from rsa_megatron.alignment.cones import modality_gap
 from rsa_megatron.alignment.neighbours import nearest_neighbours, shared_neighbours
 from rsa_megatron.measurement.feature_store import FeatureStore
 
@@ -112,7 +112,7 @@ def score_layers(
 def gap_figures(
     rows: FeatureStore, columns: FeatureStore, scores: LayerScores, *, samples: Samples, device: torch.device | str = "cpu"
 ) -> dict[str, dict]:
-    """The figures of alignment.gap.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
+    """The figures of alignment.cones.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
     found = {}
     for name, (row, column) in {"best": scores.best, "last": scores.last}.items():
         a_ND, b_NE = rows.layer(scores.row_layers[row]).to(device), columns.layer(scores.column_layers[column]).to(device)

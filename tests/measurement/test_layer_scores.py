@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rsa_megatron.alignment.gap import modality_gap
+from rsa_megatron.alignment.cones import modality_gap
 from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.measurement import layer_scores
 from rsa_megatron.measurement.feature_store import FeatureStore
