@@ -1,12 +1,14 @@
-"""Figures of alignment, from the JSON lines of examples/measure_alignment.py and of `make reproduce`.
+"""Figures of alignment, from the JSON lines of examples/measure_alignment.py, of `make reproduce` and of `realign.py report`.
 
     python examples/plot_alignment.py heatmap results/x.jsonl --out results/heatmap
     python examples/plot_alignment.py bars results/*.jsonl --out results/bars
     python examples/plot_alignment.py stages results/reproduce.jsonl --out results/stages
     python examples/plot_alignment.py steps results/reproduce.jsonl --figure "lm loss" --out results/loss
     python examples/plot_alignment.py ablation results/reproduce.jsonl --out results/ablation
+    python examples/plot_alignment.py gap results/clip.jsonl --out results/clip
 
-In the paper: figures 3 and C.1; figure 1(b); figure E.1; figure 4, with alignment or a loss; tables F.1 and G.1 as dots.
+In the paper: figures 3 and C.1; figure 1(b); figure E.1; figure 4, with alignment or a loss; tables F.1 and G.1 as dots. The
+last is the page of `realign.py report`, for one pair of encoders.
 Each writes OUT.png and OUT.svg, the same bytes each time. What is wrong with a file is one line `error: ...` with its
 name, the line and the key (exit status 2), and nothing is written.
 """
@@ -18,6 +20,8 @@ from pathlib import Path
 import figure_style
 from alignment_figures import draw_bars, draw_heatmaps
 from alignment_records import STAGES, Run, read_alignments, read_runs
+from gap_figures import draw_gap
+from gap_records import read_gap
 from run_figures import draw_ablation, draw_stages, draw_steps
 
 MAIN_ARMS = ("with RSA", "without")
@@ -44,7 +48,7 @@ def parse(arguments: list[str] | None):
         command.add_argument("--out", type=Path, required=True, help="OUT.png and OUT.svg are written")
         if name in ("heatmap", "bars"):
             command.add_argument("--metric", help="the metric to draw, where there are several")
-        else:
+        elif name != "gap":
             command.add_argument("--figure", default="mutual-knn",
                                  help='what to draw: "lm loss", "accuracy on questions", ...; %(default)s')  # fmt: skip
             command.add_argument("--arms", nargs="+", metavar="ARM", help="which arms, in this order; all of them, or in "
@@ -80,7 +84,12 @@ def ablation(args):
     return draw_ablation(of_arms(read_runs(args.records), args.arms), figure=args.figure, stage=args.stage)
 
 
-VERBS = {function.__name__: function for function in (heatmap, bars, stages, steps, ablation)}
+def gap(args):
+    """the page of a pair of encoders"""
+    return draw_gap(read_gap(args.records))
+
+
+VERBS = {function.__name__: function for function in (heatmap, bars, stages, steps, ablation, gap)}
 
 
 def of_arms(runs: list[Run], arms: list[str] | None, usual: tuple[str, ...] = ()) -> list[Run]:

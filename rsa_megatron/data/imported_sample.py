@@ -75,10 +75,10 @@ def check(record: Record, image_root: Path) -> ImportedSample:
     if not isinstance(number, str | int | None):
         raise Unusable("wrong type", f"its id is a {type(number).__name__}")
     images = _references(content)
-    turns, texts = _conversation(content)
+    turns, texts = checked_turns(content)
     num_told = sum(text.count(IMAGE_TOKEN) for text in texts)
     if num_told == 0 and len(images) == 1 and record.may_lack_image_token:
-        turns = _with_image_token(turns)
+        turns = with_image_token(turns)
         num_told = 1
     if num_told != len(images):
         raise Unusable("number of images", f"its text has {num_told} {IMAGE_TOKEN} and the record {len(images)} image(s)")
@@ -96,7 +96,8 @@ def _references(content: dict) -> list[str | bytes]:
     return found
 
 
-def _conversation(content: dict) -> tuple[list[dict], list[str]]:
+def checked_turns(content: dict) -> tuple[list[dict], list[str]]:
+    """A record's turns as {"from", "value"}, and the text of each. Raises Unusable where they are no conversation."""
     turns = content.get("conversations")
     if turns is None:
         turns = content.get("messages")
@@ -114,7 +115,8 @@ def _conversation(content: dict) -> tuple[list[dict], list[str]]:
     return turns, texts
 
 
-def _with_image_token(turns: list[dict]) -> list[dict]:
+def with_image_token(turns: list[dict]) -> list[dict]:
+    """The turns with an <image> before the first human one's text. Raises Unusable where there is none."""
     for index, turn in enumerate(turns):
         if turn["from"] in ("human", "user"):
             asked = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}

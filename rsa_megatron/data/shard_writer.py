@@ -11,13 +11,22 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Protocol
 
 import yaml
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
 from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 
-from rsa_megatron.data.imported_sample import ImportedSample
+
+class ShardSample(Protocol):
+    """What a tar takes."""
+
+    #: its name there
+    key: str
+
+    def in_shard(self) -> dict[str, bytes]:
+        """Its parts by their names."""
 
 
 class TarShards:
@@ -35,7 +44,7 @@ class TarShards:
         if self._samples:
             self._open()
 
-    def write(self, sample: ImportedSample) -> bool:
+    def write(self, sample: ShardSample) -> bool:
         """Whether a shard is whole with it."""
         if self._tar is None:
             self._open()

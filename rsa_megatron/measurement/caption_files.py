@@ -2,13 +2,17 @@
 and JSONL, a folder of images with texts)."""
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from rsa_megatron.data.conversation import check_conversation
 from rsa_megatron.data.record import Record, Source, Unusable
-from rsa_megatron.measurement.pairs import CaptionedImage, Pairs, find_image, open_image
+from rsa_megatron.measurement.pairs import CaptionedImage, Pairs, find_image, open_image, without_image
+
+#: How samples are called that have not as many images as are asked for: exactly one (True), or at most one.
+WRONG_NUMBER_OF_IMAGES = {True: "that have no image, or several", False: "that have several images"}
 
 
 class FoundPairs:
@@ -23,7 +27,7 @@ class FoundPairs:
         self._pairs: dict[str, CaptionedImage] = {}
         self.left_out: Counter[str] = Counter()
 
-    def add(self, key: str, caption: str, image: str | partial) -> None:
+    def add(self, key: str, caption: str, image: str | Callable, record: dict | None = None) -> None:
         """One more, unless its key is there already; `image` is a path below the folder, or opens the image."""
         caption = caption.strip()
         if key in self._pairs:
@@ -35,7 +39,7 @@ class FoundPairs:
         else:
             try:
                 image = partial(open_image, find_image(self._root, image)) if isinstance(image, str) else image
-                self._pairs[key] = CaptionedImage(key, caption, image)
+                self._pairs[key] = CaptionedImage(key, caption, image, record)
             except Unusable as fault:
                 self.left_out[fault.kind] += 1
 
@@ -64,10 +68,13 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
     return found.pairs()
 
 
-def read_records(source: Source, root: Path, numbers: range | None = None, prefix: str = "") -> Pairs:
+def read_records(
+    source: Source, root: Path, numbers: range | None = None, prefix: str = "", *, needs_image: bool = True
+) -> Pairs:
     """Records of exactly one image; the caption is the answer, of several turns all answers.
 
     Args:
+        needs_image: without it also records of no image, and images are not looked for.
         numbers: of the records that are taken; all.
         prefix: of the keys, before the record's place in its file.
     """
@@ -75,13 +82,15 @@ def read_records(source: Source, root: Path, numbers: range | None = None, prefi
     found = FoundPairs(root)
     for record in islice(source.records(numbers.start), len(numbers)):
         try:
-            found.add(prefix + record.place, *_caption_and_image(record))
+            caption, image = _caption_and_image(record, needs_image)
+            place = prefix + record.place
+            found.add(place, caption, image if needs_image else without_image(place), record.content)
         except Unusable as fault:
             found.left_out[fault.kind] += 1
     return found.pairs()
 
 
-def _caption_and_image(record: Record) -> tuple[str, str]:
+def _caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | None]:
     content = record.content
     if isinstance(content, Unusable):
         raise Unusable(f"that cannot be used ({content.kind})", str(content)) from content
@@ -89,10 +98,10 @@ def _caption_and_image(record: Record) -> tuple[str, str]:
         raise Unusable("that are no objects with conversations", record.place)
     images = content.get("image", content.get("images"))
     images = images if isinstance(images, list) else [] if images is None else [images]
-    if len(images) != 1 or not isinstance(images[0], str):
-        raise Unusable("that have no image, or several", record.place)
+    if len(images) > 1 or (needs_image and (not images or not isinstance(images[0], str))):
+        raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], record.place)
     try:
-        return answers(content.get("conversations", content.get("messages"))), images[0]
+        return answers(content.get("conversations", content.get("messages"))), images[0] if images else None
     except ValueError as error:
         raise Unusable("without a caption", str(error)) from error
 

@@ -57,7 +57,7 @@ def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "va
 
 
 def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
-    if _is_prepared(path):
+    if is_prepared(path):
         if images is not None:
             raise ValueError(f"--images {images}: {path} says itself where its images are; leave it out")
         return read_shards(path, split)
@@ -71,7 +71,7 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
     return caption_files.read_records(open_source(path), root)
 
 
-def _is_prepared(path: Path) -> bool:
+def is_prepared(path: Path) -> bool:
     """Whether it is Energon's: an indexed folder, or a mixture."""
     if path.is_dir():
         return (path / ".nv-meta").is_dir()
@@ -82,6 +82,11 @@ def _is_prepared(path: Path) -> bool:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return isinstance(content, dict) and "__class__" in content
+
+
+def is_json_object(path: Path) -> bool:
+    """Whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
+    return _json_object(path) is not None
 
 
 def _json_object(path: Path) -> dict | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import yaml
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors import BaseWebdatasetFactory
 from megatron.energon.flavors.jsonl.crude_jsonl_dataset import CrudeJsonlDatasetFactory
@@ -23,8 +24,8 @@ from PIL import Image
 
 from rsa_megatron.data.importers import JsonLines
 from rsa_megatron.data.tiles import IMAGE_PART
-from rsa_megatron.measurement.caption_files import answers, read_records
-from rsa_megatron.measurement.pairs import CaptionedImage, Pairs, decode, join
+from rsa_megatron.measurement.caption_files import WRONG_NUMBER_OF_IMAGES, answers, read_records
+from rsa_megatron.measurement.pairs import CaptionedImage, Pairs, decode, join, without_image
 
 _PARTS_OF_A_TAR = """
     SELECT s.sample_key, p.part_name, p.content_byte_offset, p.content_byte_size
@@ -53,29 +54,34 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A sample of one image, not read yet."""
+    """A sample of one image, or of none, not read yet."""
 
     key: str
     record: _Part
-    image: _Part
+    image: _Part | None
 
     def load(self) -> CaptionedImage:
         try:
-            caption = answers(json.loads(self.record.read()).get("conversations"))
+            record = json.loads(self.record.read())
+            caption = answers(record.get("conversations"))
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.record.tar}, {self.record.name}: it has no caption: {error}") from error
-        return CaptionedImage(self.key, caption, partial(_open, self.image))
+        image = partial(_open, self.image) if self.image else without_image(self.key)
+        return CaptionedImage(self.key, caption, image, record)
 
 
 def _open(part: _Part) -> Image.Image:
     return decode(part.read(), f"{part.tar}, {part.name}")
 
 
-def read_shards(path: Path, split: str) -> Pairs:
+def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
     """The samples of exactly one image of a data set, or of the data sets of a mixture one after the other.
 
     Of a mixture, data sets that say `rsa: false` are left out: their answers are no captions. Weights and repetitions do
     not count, a `subset` does. Keys are "SHARD/SAMPLE", in a mixture with the data set's folder before it.
+
+    Args:
+        needs_image: without it also samples of no image, and images are not looked for.
     """
     is_mixture = path.is_file()
     parts = []
@@ -87,10 +93,33 @@ def read_shards(path: Path, split: str) -> Pairs:
         if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
             parts.append(Pairs.of([], Counter({f"of {name}, which says rsa: false": len(data_set)})))
         elif is_jsonl:
-            parts.append(read_records(JsonLines(data_path), _images_of(path, loaded), _subset(data_set), prefix))
+            images = _images_of(path, loaded) if needs_image else data_path.parent
+            parts.append(read_records(JsonLines(data_path), images, _subset(data_set), prefix, needs_image=needs_image))
         else:
-            parts.append(_indexed(data_set, data_path, prefix))
+            parts.append(_indexed(data_set, data_path, prefix, needs_image))
     return join(parts)
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The parts of a folder of shards that have any: train, val, ...; ValueError where its index cannot be read."""
+    parts = _nv_meta(folder, "split.yaml").get("split_parts")
+    if not isinstance(parts, dict):
+        raise ValueError(f"{folder / '.nv-meta' / 'split.yaml'} names no split_parts; run `energon prepare --force-overwrite {folder}`")
+    return [part for part, shards in parts.items() if shards]
+
+
+def is_rsa(folder: Path) -> bool:
+    """Whether a folder of shards says `rsa: true` of its samples."""
+    return bool((_nv_meta(folder, "dataset.yaml").get("subflavors") or {}).get("rsa"))
+
+
+def _nv_meta(folder: Path, name: str) -> dict:
+    path = folder / ".nv-meta" / name
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; run `energon prepare --force-overwrite {folder}`") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _data_sets(path: Path, split: str) -> list[LoadedDataset]:
@@ -120,7 +149,7 @@ def _subset(data_set) -> range:
     return range(*data_set.subset.compute_subset(len(data_set))) if data_set.subset else range(len(data_set))
 
 
-def _indexed(data_set: BaseWebdatasetFactory, folder: Path, prefix: str) -> Pairs:
+def _indexed(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, needs_image: bool) -> Pairs:
     numbers, first, stored, left_out = _subset(data_set), 0, [], Counter()
     index = folder / ".nv-meta" / "index.sqlite"
     tar_ids = {name: number for number, name in enumerate(get_info_shard_files(data_set.path))}
@@ -130,7 +159,7 @@ def _indexed(data_set: BaseWebdatasetFactory, folder: Path, prefix: str) -> Pair
                 samples = _samples(database, tar_ids[shard.name], folder / shard.name)
                 for number, (key, parts) in enumerate(samples.items(), first):
                     if number in numbers and f"{shard.name}/{key}" not in data_set.sample_excludes:
-                        stored += _stored(f"{prefix}{shard.name}/{key}", parts, left_out)
+                        stored += _stored(f"{prefix}{shard.name}/{key}", parts, left_out, needs_image)
                 first += len(samples)
     except sqlite3.Error as error:
         raise ValueError(f"{index} cannot be read: {error}; run `energon prepare --force-overwrite {folder}`") from error
@@ -146,10 +175,10 @@ def _samples(database: sqlite3.Connection, tar_id: int, tar: Path) -> dict[str, 
     return samples
 
 
-def _stored(key: str, parts: list[_Part], left_out: Counter[str]) -> list[_Stored]:
+def _stored(key: str, parts: list[_Part], left_out: Counter[str], needs_image: bool) -> list[_Stored]:
     images = [part for part in parts if IMAGE_PART.fullmatch(part.name)]
     records = [part for part in parts if part.name == "json"]
-    if len(images) == 1 and records:
-        return [_Stored(key, records[0], images[0])]
-    left_out["that have no image, or several" if records else "without a .json"] += 1
+    if records and (len(images) == 1 or (not images and not needs_image)):
+        return [_Stored(key, records[0], images[0] if needs_image else None)]
+    left_out[WRONG_NUMBER_OF_IMAGES[needs_image] if records else "without a .json"] += 1
     return []

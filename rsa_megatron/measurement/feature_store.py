@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -156,6 +156,26 @@ class FeatureStore:
             x_ND[row : row + size] = rows_nD
             row += size
         return x_ND
+
+    def width(self, name: str) -> int:
+        """Of the features of one layer."""
+        for part, size in self._parts:
+            if size:
+                with safe_open(part, "pt") as file:
+                    return file.get_slice(name).get_shape()[1]
+        raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was left out")
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """The features of one layer for the pairs from `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
+        assert name in self.layers, name
+        stop = len(self.keys) if stop is None else stop
+        first = 0
+        for part, size in self._parts:
+            begin, end = max(start - first, 0), min(stop - first, size)
+            if begin < end:
+                with safe_open(part, "pt") as file:
+                    yield file.get_slice(name)[begin:end]
+            first += size
 
     def _count(self, part: Path, keys: list[str], left_out: dict[str, str]) -> None:
         self._parts.append((part, len(keys)))

@@ -34,8 +34,8 @@ if TYPE_CHECKING:  # for annotations alone
 
 TEXT_READINGS = ("caption-alone", "multimodal")
 _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
-# Each call sets the options of the Rust tokenizer, which refuses that while another thread is using it.
-_TOKENIZER_IN_USE = threading.Lock()
+#: Each call sets the options of the Rust tokenizer, which refuses that while another thread is using it.
+TOKENIZER_IN_USE = threading.Lock()
 
 
 def text_backbone(model: HFModel, reading: str) -> "TextBackbone":
@@ -58,7 +58,7 @@ class VisionBackbone:
         self._kind = model.model_type if model.model_type == "llava_onevision" else self._config.model_type
         image = {"llava_onevision": "base image", "internvl_vision": "one tile"}.get(self._kind, "as its processor prepares it")
         self.layers = _tower_layers(model)
-        self.identity = _identity(model) | {"pooling": "mean of image tokens", "image": image}
+        self.identity = identity_of(model) | {"pooling": "mean of image tokens", "image": image}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
         """The pixels of a pair's image: one tile, or the patches of one image."""
@@ -82,11 +82,11 @@ class VisionBackbone:
         if "image_grid_thw" in batch[0]:  # Qwen's: images of all sizes, one after the other
             grid = torch.cat([item["image_grid_thw"] for item in batch]).to(self._model.device)
             lengths = grid.prod(1).tolist()
-            with _pooled(tower, lambda x_TD: _mean_of_each(x_TD, lengths)) as found, _all_digits():
+            with _pooled(tower, lambda x_TD: _mean_of_each(x_TD, lengths)) as found, all_digits():
                 tower.module(pixels, grid_thw=grid)
         else:
             skip = num_class_tokens(self._config)
-            with _pooled(tower, lambda x_nTD: x_nTD[:, skip:].float().mean(1)) as found, _all_digits():
+            with _pooled(tower, lambda x_nTD: x_nTD[:, skip:].float().mean(1)) as found, all_digits():
                 tower.module(pixels)
         return {name: found[name].cpu() for name in self.layers}
 
@@ -107,7 +107,7 @@ def caption_tokens(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: 
     Raises:
         ValueError: it has none.
     """
-    with _TOKENIZER_IN_USE:
+    with TOKENIZER_IN_USE:
         encoded = tokenizer(
             caption, split_special_tokens=True, return_special_tokens_mask=True, truncation=True, max_length=longest
         )
@@ -130,7 +130,7 @@ class TextBackbone:
         self._model = model
         self.layers = _names(num_layers(model.text_config))
         self._tokenizer = model.tokenizer
-        self.identity = _identity(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
+        self.identity = identity_of(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
 
     def prepare(self, pair: CaptionedImage) -> Caption:
         """The tokens of a pair's caption, cut where the model's positions end."""
@@ -146,7 +146,7 @@ class TextBackbone:
         """Those of the language model while `module` runs, which is it or holds it."""
         ids_nS, is_text_nS, counts_nS = (tensor.to(self._model.device) for tensor in _padded(captions))
         language_model, last = self._model.language_model, self.layers[-1]
-        with _pooled(language_model, lambda x_nSD: _mean_where(x_nSD, counts_nS), last=last) as found, _all_digits():
+        with _pooled(language_model, lambda x_nSD: _mean_where(x_nSD, counts_nS), last=last) as found, all_digits():
             module(input_ids=ids_nS, attention_mask=is_text_nS, **inputs)
         return {name: found[name].cpu() for name in self.layers}
 
@@ -164,7 +164,7 @@ class CaptionAfterImage(TextBackbone):
     def prepare(self, pair: CaptionedImage) -> tuple[Caption, "BatchFeature"]:
         """The tokens of image and caption, and what else the model takes."""
         caption, image = super().prepare(pair), pair.image()
-        with _TOKENIZER_IN_USE:
+        with TOKENIZER_IN_USE:
             inputs = self._processor(text=[self._placeholder()], images=[image], return_tensors="pt")
         image_ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask")
@@ -193,7 +193,8 @@ class CaptionAfterImage(TextBackbone):
         return f"<|vision_start|>{token}<|vision_end|>" if self._model.model_type == "qwen2_5_vl" else token
 
 
-def _identity(model: HFModel) -> dict:
+def identity_of(model: HFModel) -> dict:
+    """What of a backbone's identity is the model's."""
     return {"model": model.title, "revision": model.revision, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
@@ -238,7 +239,7 @@ def _pooled(side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = 
 
 
 @contextmanager
-def _all_digits() -> Iterator[None]:
+def all_digits() -> Iterator[None]:
     """Within it, float32 arithmetic keeps its digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
     convolution, were seen to cost 3e-4 of the features."""
     cudnn = torch.backends.cudnn

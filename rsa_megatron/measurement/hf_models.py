@@ -24,6 +24,8 @@ TOWERS = {"siglip_vision_model": 0, "internvl_vision": 1, "clip_vision_model": 1
           "dinov2_with_registers": 1}  # fmt: skip
 # Two towers in one model, of which that for images is taken.
 _WITH_TEXT_TOWER = ("siglip", "clip")
+#: Dual encoders: both towers end in one space, in which images and texts have an embedding each.
+DUAL_ENCODERS = ("clip", "siglip", "siglip2")
 # Part of the model's class but not of the way to any layer's output: checkpoints may lack them.
 _UNUSED = ("pooler", "head", "cls.", "mask_token")
 
@@ -106,25 +108,52 @@ class HFModel:
     @cached_property
     def module(self) -> "PreTrainedModel":
         """The whole model without the layer that gives logits, with its weights, for inference."""
-        auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
-        model, loaded = self._read("its weights (model.safetensors)", auto_class, dtype=self.dtype, use_safetensors=True,
-                                   output_loading_info=True)  # fmt: skip
-        missing = sorted(name for name in loaded["missing_keys"] if not any(part in name for part in _UNUSED))
-        if missing:
-            raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, {missing[0]} for one")
+        model = self._loaded(_UNUSED)
         model = model.model if self.is_vision_language else model
         model.config.use_cache = False
         if self.is_vision_language:
             model.language_model.config.use_cache = False
+        return self._for_inference(model)
+
+    @cached_property
+    def dual_encoder(self) -> "PreTrainedModel":
+        """The whole model, its heads included: what gives embeddings."""
+        self.check_dual_encoder()
+        return self._for_inference(self._loaded(()))
+
+    def check_dual_encoder(self) -> None:
+        """Raises ValueError, before weights are read, where images and texts have no embeddings in one space."""
+        if self.model_type not in DUAL_ENCODERS:
+            raise self._unsupported("embedding of images and texts", [*DUAL_ENCODERS])
+        if not getattr(self.config.vision_config, "vision_use_head", True):
+            raise ValueError(f"{self.name}: its vision_use_head is false, so its images have no embedding; name a model with the head")
+
+    def _loaded(self, unused: tuple[str, ...]) -> "PreTrainedModel":
+        """Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
+        auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
+        model, loaded = self._read("its weights (model.safetensors)", auto_class, dtype=self.dtype, use_safetensors=True,
+                                   output_loading_info=True)  # fmt: skip
+        missing = sorted(name for name in loaded["missing_keys"] if not any(part in name for part in unused))
+        if missing:
+            raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, {missing[0]} for one")
+        return model
+
+    def _for_inference(self, model: "PreTrainedModel") -> "PreTrainedModel":
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """One of the library tokenizers. Raises ValueError where it is none."""
+        if not self.any_tokenizer.is_fast:
+            raise ValueError(f"{self.name}: its tokenizer is none of the library tokenizers (tokenizer.json); save it as one")
+        return self.any_tokenizer
+
+    @cached_property
+    def any_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, also one in Python as SigLIP's, which lower-cases and takes punctuation away."""
         tokenizer = self._read("its tokenizer", "AutoTokenizer")
         if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
             raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of the model it comes from")
-        if not tokenizer.is_fast:
-            raise ValueError(f"{self.name}: its tokenizer is none of the library tokenizers (tokenizer.json); save it as one")
         return tokenizer
 
     @cached_property

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -23,6 +24,8 @@ class CaptionedImage:
     #: Opens the image, upright RGB. Raises ValueError, naming the file, for one that cannot be read: among thousands there
     #: may be such, which whoever opens them leaves out and counts.
     image: Callable[[], Image.Image]
+    #: what the source says of it, where that is a record with a conversation
+    record: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,24 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
     raise ValueError(f"--num-samples {num_samples}: there are {len(chosen)} pairs with a caption; lower it{left_out}{fault}")
 
 
+def every(pairs: Pairs) -> list[CaptionedImage]:
+    """All pairs that have a caption, in the data's order; the others are counted in `left_out`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen, fault = [], None
+    for index in range(len(pairs)):
+        try:
+            chosen.append(pairs[index])
+        except ValueError as error:
+            fault = error
+            pairs.left_out["without a caption"] += 1
+    if not chosen:
+        raise ValueError(f"there is no pair with a caption; the last: {fault}")
+    return chosen
+
+
 def _hash(seed: int, key: str) -> bytes:
     # A name of a file that is no UTF-8 has surrogates.
     return hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=16).digest()
@@ -118,6 +139,15 @@ def _hash(seed: int, key: str) -> bytes:
 def in_words(left_out: Counter[str]) -> str:
     """What was left out: "12 without a caption; 3 of a language other than en"."""
     return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+
+
+def without_image(key: str) -> Callable[[], Image.Image]:
+    """In the place of an image where texts alone are read."""
+    return partial(_no_image, key)
+
+
+def _no_image(key: str) -> Image.Image:
+    raise ValueError(f"{key} was read as text alone")
 
 
 def find_image(root: Path, name: str) -> Path:

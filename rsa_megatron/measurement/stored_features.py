@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rsa_megatron.measurement.extraction import Backbone, extract
 from rsa_megatron.measurement.feature_store import FeatureStore
-from rsa_megatron.measurement.pairs import CaptionedImage, Pairs, sample
+from rsa_megatron.measurement.pairs import CaptionedImage, Pairs, every, sample
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,19 @@ class Drawn:
     manifest: dict
 
 
-def draw(pairs: Pairs, num_samples: int, seeds: list[int], *, data: str, **source: str | None) -> Drawn:
+def draw(pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, **source: str | None) -> Drawn:
     """The samples of each seed.
 
     Args:
+        num_samples: None for all that have a caption.
         data: name of the data in manifests, and in the names of folders.
         source: what else tells where the pairs come from, for the manifest.
 
     Raises:
         ValueError: there are not so many pairs.
     """
-    samples = [sample(pairs, num_samples, seed) for seed in seeds]
+    samples = [sample(pairs, num_samples, seed) if num_samples is not None else every(pairs) for seed in seeds]
+    num_samples = num_samples or len(samples[0])
     union = {pair.key: pair for chosen in samples for pair in chosen}
     place = {key: number for number, key in enumerate(union)}
     digest = hashlib.sha256(json.dumps([[pair.key, pair.caption] for pair in union.values()]).encode())
@@ -64,6 +66,8 @@ def stored_features(
 def _store_name(backbone: Backbone, drawn: Drawn) -> Path:
     identity, samples = backbone.identity, drawn.manifest
     reading = "-multimodal" if identity.get("text_reading") == "multimodal" else ""
+    if not backbone.layers[0].isdecimal():  # one that has a name: a model's own embedding, what a projector gives
+        reading = f"-{backbone.layers[0]}"
     names = [
         f"{samples['data']}-{samples['num_samples']}x{len(samples['seeds'])}",
         f"{identity['model']}-{identity['revision'][-8:]}-{backbone.side}{reading}",  # revisions end in a hash

@@ -66,7 +66,7 @@ def internvl(folder: Path) -> Path:
         text_config=dict(model_type="qwen2", **TEXT),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=False,
     )  # fmt: skip
-    _save(transformers.InternVLForConditionalGeneration, config, folder)
+    save(transformers.InternVLForConditionalGeneration, config, folder)
     image_processor = transformers.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
     processor = transformers.InternVLProcessor(
         image_processor, tokenizer, transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}), image_seq_length=4
@@ -87,7 +87,7 @@ def qwen2_5_vl(folder: Path) -> Path:
         vision_start_token_id=ids[0], vision_end_token_id=ids[1], image_token_id=ids[2], video_token_id=ids[3],
         tie_word_embeddings=False,
     )  # fmt: skip
-    _save(transformers.Qwen2_5_VLForConditionalGeneration, config, folder)
+    save(transformers.Qwen2_5_VLForConditionalGeneration, config, folder)
     pixels = dict(patch_size=14, min_pixels=56 * 56, max_pixels=140 * 140)
     processor = transformers.Qwen2_5_VLProcessor(
         transformers.Qwen2VLImageProcessor(**pixels), tokenizer, transformers.Qwen2VLVideoProcessor(**pixels)
@@ -96,7 +96,8 @@ def qwen2_5_vl(folder: Path) -> Path:
     return folder
 
 
-def _save(model_class: type, config, folder: Path) -> None:
+def save(model_class: type, config, folder: Path) -> None:
+    """A model of random weights, the same each time."""
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():
@@ -122,7 +123,7 @@ def bert(folder: Path) -> Path:
     ).save_pretrained(folder)
     config = transformers.BertConfig(vocab_size=1064, hidden_size=36, num_hidden_layers=2, num_attention_heads=4,
                                      intermediate_size=28, max_position_embeddings=64)  # fmt: skip
-    _save(transformers.BertModel, config, folder)
+    save(transformers.BertModel, config, folder)
     return folder
 
 
@@ -139,7 +140,7 @@ def tower(name: str, folder: Path) -> Path:
                                   transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4),
                                   transformers.ViTImageProcessor),
     }[name]  # fmt: skip
-    _save(make, config, folder)
+    save(make, config, folder)
     image_processor(**side, crop_size=side["size"]).save_pretrained(folder)
     return folder
 
