@@ -22,7 +22,7 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
 
     Args:
         rows, columns: the stores of features.
-        gap: of layer_scores.gap_figures.
+        gap: of layer_scores.cone_figures.
         label: None for the models' names; data: None for the data's own.
     """
     manifests = [store.manifest for store in (rows, columns)]

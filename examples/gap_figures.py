@@ -45,8 +45,8 @@ def draw_clouds(figure: Figure, grid: GridSpec, gap: Gap) -> None:
     views = (("mean difference", "1st direction", 0, 1), ("1st direction", "2nd direction", 1, 2))
     for number, (across, up, x, y) in enumerate(views):
         before = None
-        moments = (("before", "text", "none"), ("after ReAlign", "realigned", "realign"))
-        for offset, (when, texts, look) in enumerate(moments):
+        pictures = (("before", "text", "none"), ("after ReAlign", "realigned", "realign"))
+        for offset, (when, texts, look) in enumerate(pictures):
             # The same limits before and after, or a shift would not be seen.
             axis = before = figure.add_subplot(grid[0, 2 * number + offset], sharex=before, sharey=before)
             for cloud, name in (("image", "image"), (texts, look)):

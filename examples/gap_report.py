@@ -32,7 +32,7 @@ from pathlib import Path
 import figure_style
 import torch
 from gap_figures import draw_gap
-from gap_parts import Parts, Rows, split
+from gap_parts import Parts, split
 from gap_records import STEPS, checked
 from gap_table import in_words
 from json_lines import Line
@@ -41,9 +41,9 @@ from torch import Tensor
 
 from rsa_megatron.alignment.embedding_operator import EmbeddingOperator
 from rsa_megatron.alignment.embedding_passes import Moments, moments
-from rsa_megatron.alignment.gap import EnergyBudget, Frame, gap_figures
+from rsa_megatron.alignment.frame import Frame
+from rsa_megatron.alignment.gap import gap_figures, term_moments
 from rsa_megatron.alignment.mixing import chance_of_mixing, cosine_histogram, fidelity, js_divergence, mixing_rate
-from rsa_megatron.alignment.paired_rows import unit_pairs
 from rsa_megatron.alignment.realign import ReAlign, unit_rows
 from rsa_megatron.alignment.realign_baselines import METHODS
 from rsa_megatron.alignment.spectra import SpectrumFigures, eigenvalues
@@ -57,17 +57,20 @@ def add_arguments(parser) -> None:
     """The two sources, and what is to be said of them."""
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="OUT.jsonl, OUT.png and OUT.svg are written")
-    parser.add_argument("--label", help="what the page calls the pair of encoders; their sources")
+    parser.add_argument("--label", help="what the page calls the pair of encoders; default: their sources")
     parser.add_argument("--fit-fraction", type=float, default=0.5,
-                        help="share of the rows to fit operators on; figures are of the others; %(default)s")  # fmt: skip
+                        help="share of the rows to fit operators on; figures are of the others; default: %(default)s")  # fmt: skip
     parser.add_argument("--num-pairs", type=int, default=2000,
-                        help="rows a side for figures of pairs of rows: neighbours, cosines; %(default)s")  # fmt: skip
+                        help="rows a side for figures of pairs of rows: neighbours, cosines; default: %(default)s")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
                         default=["none", "mean-shift", "c3", "realign"],
-                        help=f"of {', '.join(METHODS)}; none and realign are always there")  # fmt: skip
-    parser.add_argument("--unpaired", action="store_true", help="neither equal keys nor equal numbers of rows make pairs")
+                        help=f"of {', '.join(METHODS)}; none and realign are always there; "
+                        "default: none mean-shift c3 realign")  # fmt: skip
+    parser.add_argument("--unpaired", action="store_true",
+                        help="images and texts are no pairs, even where keys or numbers of rows are equal")  # fmt: skip
     frame = parser.add_mutually_exclusive_group()
-    frame.add_argument("--energy", type=float, default=0.99, help="share of the variance in the fixed frame; %(default)s")
+    frame.add_argument("--energy", type=float, default=0.99,
+                       help="share of the variance in the fixed frame; default: %(default)s")  # fmt: skip
     frame.add_argument("--rank", type=int, help="of the fixed frame, in the place of --energy")
 
 
@@ -171,7 +174,7 @@ class Held:
     def clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:
         """Points along three directions, from the images' mean."""
         texts = moments(self.parts.held_texts, "texts", with_scatter=True)
-        directions_D3 = three_directions(self.images.mean_D - texts.mean_D, covariance(self.images) + covariance(texts))
+        directions_D3 = three_directions(self.images.mean_D - texts.mean_D, self.images.covariance_DD + texts.covariance_DD)
         images_pD, texts_pD = (x_nD[:: -(-len(x_nD) // MOST_POINTS)] for x_nD in (self.images_nD, self.texts_nD))
         clouds = {"image": images_pD, "text": texts_pD, "realigned": operator.transform(texts_pD, dtype=torch.float64)}
         return {name: ((unit_rows(x_pD) - self.images.mean_D) @ directions_D3).mul(1e4).round().div(1e4).tolist()
@@ -194,26 +197,11 @@ def frame_figures(parts: Parts, realign, *, energy: float, rank: int | None) -> 
     if parts.unpaired:
         return nothing | {"left_out": f"energies and spectra in the fixed frame need pairs: {parts.unpaired}"}
     images, texts = parts.paired_images, parts.paired_texts
-    found = asdict(gap_figures(images, texts, energy=energy, rank=rank))
-    frame = Frame.of(images, texts, energy=energy, rank=rank)
-    return {"frame": found, "budget_after": asdict(budget(frame, images, texts.moved(realign))), "left_out": None}
-
-
-def budget(frame: Frame, images: Rows, texts: Rows) -> EnergyBudget:
-    """gap.energy_budget of pairs that need not fit in memory."""
-    found = Moments.none()
-    for x_bD, y_bD in unit_pairs(images, texts):
-        found.merge(Moments.of_block(x_bD - y_bD, with_scatter=True))
-    residual = covariance(found)
-    delta = (frame.basis_DR.T @ residual @ frame.basis_DR).trace().item()
-    beta, gamma = (part_D.square().sum().item() for part_D in (frame.onto_u(found.mean_D), frame.onto_v(found.mean_D)))
-    zeta = max(residual.trace().item() - delta, 0.0)
-    return EnergyBudget(beta + gamma + delta + zeta, beta, gamma, delta, zeta)
-
-
-def covariance(found: Moments) -> Tensor:
-    return found.scatter_DD / found.num_rows
+    before = gap_figures(images, texts, energy=energy, rank=rank)
+    frame = Frame.of(images, texts, rank=before.rank)
+    after = term_moments(frame, images, texts.moved(realign)).budget()
+    return {"frame": asdict(before), "budget_after": asdict(after), "left_out": None}
 
 
 def spectrum(found: Moments) -> SpectrumFigures:
-    return SpectrumFigures.of(eigenvalues(covariance(found)))
+    return SpectrumFigures.of(eigenvalues(found.covariance_DD))

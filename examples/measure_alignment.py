@@ -38,7 +38,7 @@ from rsa_megatron.measurement.extraction import Backbone
 from rsa_megatron.measurement.feature_store import STORE_DTYPES, FeatureStore
 from rsa_megatron.measurement.hf_backbones import TEXT_READINGS, VisionBackbone, text_backbone
 from rsa_megatron.measurement.hf_models import VISION_LANGUAGE, HFModel
-from rsa_megatron.measurement.layer_scores import MUTUAL_KNN, gap_figures, samples_in_both, score_layers
+from rsa_megatron.measurement.layer_scores import MUTUAL_KNN, cone_figures, samples_in_both, score_layers
 from rsa_megatron.measurement.stored_features import draw, stored_features
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -170,7 +170,7 @@ def measure(args: argparse.Namespace) -> None:
     lines = []
     for metric in dict.fromkeys(args.metrics):
         scores = score_layers(rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric))
-        gap = gap_figures(rows, columns, scores, samples=samples, device=args.device)
+        gap = cone_figures(rows, columns, scores, samples=samples, device=args.device)
         lines.append(make_line(rows, columns, scores, gap, k=args.k, label=args.label, data=args.data_name))
         write_lines(args.out, lines[-1:])  # a metric that has no value for a layer ends the run, and takes no other with it
     print(table(lines))

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from realign_sources import add_source_arguments, group, num_ranks, on_first_rank, progress, rank, sources
 from torch import Tensor
 
 from rsa_megatron.alignment.embedding_operator import EmbeddingOperator
 from rsa_megatron.alignment.embedding_passes import moments
-from rsa_megatron.alignment.realign import STEPS, ReAlign
+from rsa_megatron.alignment.realign import NO_SPREAD, STEPS, ReAlign
 from rsa_megatron.alignment.realign_baselines import METHODS
 from rsa_megatron.data.embedding_shards import check_free
 from rsa_megatron.measurement.embedding_sources import Embeddings
@@ -21,10 +22,13 @@ _OF_METHOD = {"sigma": "c3", "steps": "realign"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the operator")
-    parser.add_argument("--method", choices=METHODS, default="realign", help="the paper's operator, or what it is compared with")
-    parser.add_argument("--sigma", type=float, help="of c3: standard deviation of the noise in each coordinate; 0.04")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, help="of realign: the steps to take, in this order; all")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the operator is written")
+    parser.add_argument("--method", choices=METHODS, default="realign",
+                        help="the paper's operator, realign (the default), or what it is compared with")  # fmt: skip
+    parser.add_argument("--sigma", type=float,
+                        help="of c3: standard deviation of the noise in each coordinate; default: 0.04")  # fmt: skip
+    parser.add_argument("--steps", nargs="+", choices=STEPS,
+                        help="of realign: the steps to take, in this order; default: all")  # fmt: skip
     add_source_arguments(parser)
 
 
@@ -72,7 +76,7 @@ class Moved:
 
     def __iter__(self) -> Iterator[Tensor]:
         for piece_ND in self._texts:
-            yield self._operator.transform(piece_ND.double())
+            yield self._operator.transform(piece_ND, dtype=torch.float64)
 
 
 def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
@@ -115,8 +119,9 @@ def report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddin
 
 def scale_in_words(operator: EmbeddingOperator) -> str:
     """s, also of a method that has none: near 1, the trace step would do nothing."""
-    if isinstance(operator, ReAlign):
+    is_realign = isinstance(operator, ReAlign)
+    if operator.text_trace <= NO_SPREAD:
+        return "all texts are equal" + (f", s = {operator.scale:.6g} comes from epsilon alone" if is_realign else "")
+    if is_realign:
         return f"s = {operator.scale:.6f}"
-    if not operator.text_trace:
-        return "all texts are equal"
     return f"s = {math.sqrt(operator.image_trace / operator.text_trace):.6f} of the traces, not used"

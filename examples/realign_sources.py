@@ -36,30 +36,38 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--texts", metavar="SOURCE", help="the same, of texts; the two sets need not pair up")
     data = parser.add_argument_group("or those of an encoder")
     add_encoder_arguments(data)
-    data.add_argument("--text-data", type=Path, metavar="DATA", help="texts of other data than the images; --data's own")
-    data.add_argument("--split", default="train", help="part of shards, and of tables with a column `split`")
+    data.add_argument("--text-data", type=Path, metavar="DATA",
+                      help="texts of other data than the images; default: those of --data")  # fmt: skip
+    data.add_argument("--split", default="train",
+                      help="part of shards, and of tables with a column `split`; default: %(default)s")  # fmt: skip
     add_embedding_arguments(parser)
 
 
 def add_encoder_arguments(group) -> None:
     """Flags that name an encoder and data."""
     group.add_argument("--encoder", metavar="HF", help="CLIP, SigLIP or SigLIP2: a folder, or a name on the hub")
-    group.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs, as for measure_alignment.py; for texts also "
-                       "LLaVA's records without images, or a .txt of a caption a line")  # fmt: skip
-    group.add_argument("--image-folder", type=Path, metavar="DIR", help="folder that the paths of images are relative to; DATA's own")
-    group.add_argument("--language-code", default="en", help="of tables with a column `language`")
-    group.add_argument("--num-samples", type=int, help="so many of each part of the data; all of it")
+    group.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs: Energon shards, .json, .jsonl, .yaml, "
+                       ".parquet, or a folder of images with texts; for texts also LLaVA's records without images, "
+                       "or a .txt of a caption a line")  # fmt: skip
+    group.add_argument("--image-folder", type=Path, metavar="DIR",
+                       help="folder that the paths of images are relative to; default: DATA's own")  # fmt: skip
+    group.add_argument("--language-code", default="en", help="of tables with a column `language`; default: %(default)s")
+    group.add_argument("--num-samples", type=int, help="so many of each part of the data; default: all of it")
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say how an encoder runs."""
     how = parser.add_argument_group("how it embeds")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; embeddings are float32")
-    how.add_argument("--batch-size", type=int, default=32, help="images or captions that go through the encoder together")
-    how.add_argument("--num-workers", type=int, default=2, help="threads that open images")
-    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="embeddings are kept below it")
-    how.add_argument("--store-dtype", choices=STORE_DTYPES, default="float32", help="float16 takes half the room")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                     help="default: cuda where there is one")  # fmt: skip
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; default: %(default)s")
+    how.add_argument("--batch-size", type=int, default=32,
+                     help="images or captions that go through the encoder together; default: %(default)s")  # fmt: skip
+    how.add_argument("--num-workers", type=int, default=2, help="threads that open images; default: %(default)s")
+    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR",
+                     help="embeddings are kept below it; default: %(default)s")  # fmt: skip
+    how.add_argument("--store-dtype", choices=STORE_DTYPES, default="float32",
+                     help="of the embeddings that are kept; float16 takes half the room; default: %(default)s")  # fmt: skip
 
 
 def check_sources(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ _DTYPES = {"float32": numpy.float32, "float16": numpy.float16, "float64": numpy.
 
 
 @dataclass(frozen=True)
-class Rows:
+class KeyedRows:
     """Embeddings to be looked up by key."""
 
     keys: list[str]
@@ -38,24 +38,28 @@ class Rows:
     sources: list[Embeddings]
 
     @classmethod
-    def of(cls, stores: list[FeatureStore]) -> "Rows":
+    def of(cls, stores: list[FeatureStore]) -> "KeyedRows":
         return cls([key for store in stores for key in store.keys], [of_store(store) for store in stores if store.keys])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="x.npy, or with --data a folder of shards")
-    parser.add_argument("--operator", type=Path, metavar="FOLDER", help="of `fit`; moves texts, images stay as they are")
-    parser.add_argument("--out-dtype", choices=_DTYPES, default="float32", help="of what is written")
+    parser.add_argument("--operator", type=Path, metavar="FOLDER",
+                        help="that `fit` has written; moves texts, needed for them; images stay as they are")  # fmt: skip
+    parser.add_argument("--out-dtype", choices=_DTYPES, default="float32", help="of what is written; default: %(default)s")
     there = parser.add_argument_group("embeddings that are there")
     there.add_argument("--texts", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]")
     there.add_argument("--images", metavar="SOURCE", help="the same, of images, for shards of --data")
     there.add_argument("--keys", type=Path, metavar="FILE", help="an id a line for each row: a sample of --data takes that of its id")
     data = parser.add_argument_group("or those of an encoder, and the data to write")
     add_encoder_arguments(data)
-    data.add_argument("--side", choices=("text", "image"), help="of the encoder: what stands for the image of a sample")
-    data.add_argument("--rsa", action="store_true", help="its samples take part in the RSA loss; shards say it themselves")
-    data.add_argument("--val", help="held out of data that has no parts: a part below 1, or a number of samples; 0.01")
-    data.add_argument("--shard-size", type=int, default=1000, help="samples of a tar")
+    data.add_argument("--side", choices=("text", "image"),
+                      help="of the encoder: its embedding stands for the image of a sample")  # fmt: skip
+    data.add_argument("--rsa", action="store_true",
+                      help="samples written take part in the RSA loss; not for shards, which say it themselves")  # fmt: skip
+    data.add_argument("--val",
+                      help="held out of data that has no parts: a part below 1, or a number of samples; default: 0.01")  # fmt: skip
+    data.add_argument("--shard-size", type=int, default=1000, help="samples of a tar; default: %(default)s")
     add_embedding_arguments(parser)
 
 
@@ -84,7 +88,7 @@ def check(args: argparse.Namespace) -> None:
     if args.keys and (args.encoder or not args.data):
         raise ValueError("--keys goes with --texts or --images and --data: it says which sample of the data a row is of")
     if not args.data and args.out.suffix != ".npy":
-        raise ValueError(f"--out {args.out}: name an .npy")
+        raise ValueError(f"--out {args.out}: name an .npy for rows, or --data for shards")
     if args.shard_size < 1:
         raise ValueError(f"--shard-size must be at least 1, not {args.shard_size}")
     check_numbers(args)
@@ -98,7 +102,7 @@ def side_of(args: argparse.Namespace) -> str:
         found = f", not --{' and --'.join(given)}" if given else ""
         raise ValueError(f"name one of --encoder, --texts and --images{found}")
     if bool(args.encoder) != bool(args.side):
-        raise ValueError("--encoder and --side go together: text, or image")
+        raise ValueError("--encoder and --side go together: --side text or --side image says what is embedded")
     return args.side or given[0].removesuffix("s")
 
 
@@ -120,7 +124,7 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     """Data to shards; the rows lie in a file beside them until they are written."""
     chosen, left_out = draws(args), Counter()
     stores = [stored(args.side, of_part, args) for of_part in chosen.values()] if args.encoder else []
-    rows = Rows.of(stores) if stores else given(args)
+    rows = KeyedRows.of(stores) if stores else given(args)
     if operator:
         for texts in rows.sources:
             check_encoder(operator, texts)
@@ -167,7 +171,7 @@ def in_parts(args: argparse.Namespace, chosen: dict[str, Drawn]) -> dict[str, li
     return parts | ({"val": [pairs[number] for number in sorted(held_out)]} if held_out else {})
 
 
-def given(args: argparse.Namespace) -> Rows:
+def given(args: argparse.Namespace) -> KeyedRows:
     """Embeddings that are there, by their own keys or those of --keys."""
     source = open_embeddings(args.texts or args.images)
     if args.keys:
@@ -176,7 +180,7 @@ def given(args: argparse.Namespace) -> Rows:
         raise ValueError(f"{source.description} does not say which sample a row is of: name a file of an id a line, --keys FILE")
     else:
         keys = source.keys
-    return Rows(keys, [source])
+    return KeyedRows(keys, [source])
 
 
 def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsa_megatron.alignment.embedding_passes import Embeddings, Progress, RowFaults, moments, unit_blocks
+from rsa_megatron.alignment.embedding_passes import Moments, moments
+from rsa_megatron.alignment.embedding_rows import Embeddings, Progress, RowFaults, unit_blocks
 
 MANIFEST = "manifest.json"
 # A sum of unit vectors shorter than this has no direction: its rounding errors of some 1e-16 turn it by more than 1e-6, and
@@ -129,7 +130,9 @@ class EmbeddingOperator(ABC):
         return operator
 
     @classmethod
-    def _moments(cls, image_embeddings: Embeddings, text_embeddings: Embeddings, *, group, progress: Progress | None, about, with_scatter=False):
+    def _moments(
+        cls, image_embeddings: Embeddings, text_embeddings: Embeddings, *, group, progress: Progress | None, about, with_scatter=False
+    ) -> tuple[Moments, Moments, dict]:
         """Of images and texts, and the fields that all operators have."""
         about = dict(about or {})
         if not all(isinstance(text, str) for item in about.items() for text in item):
@@ -155,7 +158,7 @@ class EmbeddingOperator(ABC):
 
     def _check(self, path: Path) -> None:
         for name, tensor in self._tensors().items():
-            if tensor.dtype != torch.float64 or not tensor.isfinite().all() or tensor.shape[0] != len(self.text_mean_D):
+            if tensor.dtype != torch.float64 or not tensor.isfinite().all() or tensor.shape[:1] != self.text_mean_D.shape:
                 raise ValueError(f"{path}: {name} is not float64 of width {len(self.text_mean_D)} and finite: fit it again")
 
 

@@ -1,125 +1,23 @@
-"""Passes over embeddings that need not fit in memory: rows of unit length, their mean and their variance, over pieces and ranks.
+"""Passes over embeddings that need not fit in memory: mean and variance of their unit rows, over pieces and ranks.
 
-A set of embeddings is a tensor, or anything that gives its pieces one after another each time it is iterated over. A pass
-takes a piece in blocks that stay in the processor's cache, converts them to float64 there, and keeps a few vectors: its memory
-does not grow with the set or with the pieces. Each rank of a process group reads its own share; the ranks' results are gathered
-once a pass and merged in the order of ranks on every one, so that all have the same bits.
-
-Rows that have no direction (NaN, infinity, zeros) are counted and named, never replaced: a pass ends, the ranks meet, and then
-all of them raise the same error. A rank that raised at once would leave the others waiting.
+A pass keeps a few vectors, whatever the size of the set. Each rank of a process group reads its own share; the ranks' results are
+gathered once a pass and merged in the order of ranks on every one, so that all have the same bits. Of bad rows, too, all ranks
+learn in that gather, and all raise the same error: one that raised at once would leave the others waiting.
 
 Shapes: N rows in all, b in a block; D width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-Embeddings = Tensor | Iterable[Tensor]
-#: wraps an iterable of pieces, and says what it shows: lambda pieces, what: tqdm(pieces, desc=what)
-Progress = Callable[[Iterable[Tensor], str], Iterable[Tensor]]
+from rsa_megatron.alignment.embedding_rows import Embeddings, Progress, RowFaults, unit_blocks
 
-# A block of 2^18 numbers is 2 MB in float64: it and what is computed from it stay in the second and third level of cache.
-# GPUs have launches to hide instead: 128 MB.
-BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**24}
-# Squares of lengths within these bounds neither overflow nor lose digits below the smallest normal number, 2e-308.
-SHORTEST, LONGEST = 1e-140, 1e140
 # The sums of a pass err by some 1e-14. One zero row among N takes 1/N from the mean square length.
 INTEGRITY = 1e-10
-NAMED_ROWS = 5
-
-
-@dataclass
-class RowFaults:
-    """What is wrong with the rows that a rank has read, in words once they are all read."""
-
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str, rows: Tensor, first_row: int) -> None:
-        known = self.rows.setdefault(kind, [])
-        known += [first_row + row for row in rows.tolist()[: NAMED_ROWS - len(known)]]
-        self.counts[kind] = self.counts.get(kind, 0) + len(rows)
-
-    def sentence(self, num_rows: int) -> str:
-        """Empty if nothing is wrong."""
-        if not self.counts:
-            return ""
-        found = ", ".join(f"{count} {kind} ({_named(self.rows[kind], count)})" for kind, count in self.counts.items())
-        return f"of {num_rows} rows {found}: they have no direction; leave them out"
-
-
-def _named(rows: list[int], count: int) -> str:
-    names = ", ".join(map(str, rows))
-    return f"row{'s' if count > 1 else ''} {names}{', ...' if count > len(rows) else ''}"
-
-
-@torch.no_grad()
-def unit_rows(x_ND: Tensor) -> Tensor:
-    """Rows divided by their length, [N, D], float64; any positive factor of a row leaves it as it is.
-
-    Raises:
-        ValueError: a row is zero or holds NaN or infinity; the message counts and names them.
-    """
-    faults = RowFaults()
-    u_ND = torch.empty(x_ND.shape, dtype=torch.float64, device=x_ND.device)
-    row = 0
-    for unit_bD in unit_blocks([x_ND], faults):
-        u_ND[row : row + len(unit_bD)] = unit_bD
-        row += len(unit_bD)
-    if faults.counts:
-        raise ValueError(faults.sentence(row))
-    return u_ND
-
-
-def unit_blocks(pieces: Iterable[Tensor], faults: RowFaults) -> Iterator[Tensor]:
-    """Blocks of unit rows in float64, [b, D], to be overwritten at will: the next block takes their memory.
-
-    Rows that have no direction are 0, and `faults` names them.
-    """
-    row, width, scratch_bD = 0, None, None
-    for piece_ND in pieces:
-        _check_piece(piece_ND, row, width)
-        width = piece_ND.shape[1]
-        num_rows = max(1, BLOCK_NUMBERS.get(piece_ND.device.type, 2**24) // width)
-        if scratch_bD is None or scratch_bD.device != piece_ND.device:
-            scratch_bD = torch.empty(num_rows, width, dtype=torch.float64, device=piece_ND.device)
-        for raw_bD in piece_ND.detach().split(num_rows) if len(piece_ND) else ():
-            # To float32 first: half the time of the direct way from float16, and exact.
-            x_bD = scratch_bD[: len(raw_bD)].copy_(raw_bD if raw_bD.dtype == torch.float64 else raw_bD.float())
-            yield x_bD.mul_(_inverse_lengths(x_bD, faults, row)[:, None])
-            row += len(raw_bD)
-
-
-def _check_piece(piece_ND, row: int, width: int | None) -> None:
-    if not isinstance(piece_ND, Tensor):
-        raise ValueError(f"embeddings come as tensors [N, D], but from row {row} on there is a {type(piece_ND).__name__}")
-    if piece_ND.ndim != 2 or not piece_ND.is_floating_point() or not piece_ND.shape[1]:
-        what = f"{str(piece_ND.dtype).removeprefix('torch.')} {list(piece_ND.shape)}"
-        raise ValueError(f"embeddings are rows [N, D] of floating point numbers, but from row {row} on they are {what}")
-    if width not in (None, piece_ND.shape[1]):
-        raise ValueError(f"embeddings of a set have one width, but it is {width} before row {row} and {piece_ND.shape[1]} from there on")
-
-
-def _inverse_lengths(x_bD: Tensor, faults: RowFaults, first_row: int) -> Tensor:
-    length_b = torch.linalg.vector_norm(x_bD, dim=1)
-    is_usual_b = (length_b > SHORTEST) & (length_b < LONGEST)  # False for NaN
-    if is_usual_b.all():
-        return length_b.reciprocal_()
-    for row in (~is_usual_b).nonzero()[:, 0].tolist():
-        x_D = x_bD[row]
-        largest = x_D.abs().max()  # NaN if there is one
-        if torch.isfinite(largest) and largest > 0:
-            length_b[row] = x_D.div_(largest).norm()
-            continue
-        kind = "hold NaN" if largest.isnan() else "hold infinity" if largest else "are zero"
-        faults.add(kind, torch.tensor([row]), first_row)
-        x_D.zero_()
-        length_b[row] = torch.inf  # its factor is 0
-    return length_b.reciprocal_()
 
 
 @dataclass
@@ -151,7 +49,8 @@ class Moments:
         if not other.num_rows:
             return
         if not self.num_rows:
-            self.__dict__.update(other.__dict__)
+            self.num_rows, self.mean_D, self.square_sum = other.num_rows, other.mean_D, other.square_sum
+            self.scatter_DD = None if other.scatter_DD is None else other.scatter_DD.clone()  # it is added to in place
             return
         num_rows = self.num_rows + other.num_rows
         difference_D = other.mean_D - self.mean_D
@@ -162,6 +61,11 @@ class Moments:
             self.scatter_DD.addr_(difference_D, difference_D, alpha=weight)
         self.mean_D = self.mean_D + difference_D * (other.num_rows / num_rows)
         self.num_rows = num_rows
+
+    @property
+    def covariance_DD(self) -> Tensor:
+        """Divided by N, [D, D]; of moments that were taken with the scatter."""
+        return self.scatter_DD / self.num_rows
 
     def trace(self) -> float:
         """T = mean |e - mean|^2 of N unit rows: the trace of their covariance, divided by N and not by N - 1.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.embedding_passes import Embeddings, moments
+from rsa_megatron.alignment.embedding_passes import moments
+from rsa_megatron.alignment.embedding_rows import Embeddings
 from rsa_megatron.alignment.paired_rows import NAMES, check_widths
 from rsa_megatron.alignment.spectra import leading_rank
 
@@ -38,8 +39,7 @@ class Frame:
         """
         image, text = (moments(x, name, with_scatter=True) for x, name in zip((image_ND, text_ND), NAMES))
         check_widths(image.mean_D, text.mean_D)
-        covariance_DD = image.scatter_DD / image.num_rows + text.scatter_DD / text.num_rows
-        return cls.of_covariance(covariance_DD, energy=energy, rank=rank)
+        return cls.of_covariance(image.covariance_DD + text.covariance_DD, energy=energy, rank=rank)
 
     @classmethod
     def of_covariance(cls, covariance_DD: Tensor, *, energy: float = 0.99, rank: int | None = None) -> "Frame":

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment.coupling import ridge_coupling
-from rsa_megatron.alignment.embedding_passes import Embeddings, Moments, moments
+from rsa_megatron.alignment.embedding_passes import Moments, moments
+from rsa_megatron.alignment.embedding_rows import Embeddings
 from rsa_megatron.alignment.frame import Frame
 from rsa_megatron.alignment.paired_rows import NAMES, check_widths, unit_pairs
 from rsa_megatron.alignment.spectra import SHORTEST_MEAN, SpectrumFigures, eigenvalues, principal_angle, varies
@@ -97,7 +98,7 @@ class TermMoments:
     def of(cls, frame: Frame, difference: Moments) -> "TermMoments":
         """Delta's covariance, turned into the frame's axes, has that of delta in one corner, that of zeta in another."""
         frame.check_width(difference.mean_D)
-        turned_DD = frame.axes_DD.T @ _covariance(difference) @ frame.axes_DD
+        turned_DD = frame.axes_DD.T @ difference.covariance_DD @ frame.axes_DD
         u, v = slice(frame.rank), slice(frame.rank, None)
         mean_D = difference.mean_D
         total = (mean_D.square().sum() + difference.square_sum / difference.num_rows).item()
@@ -106,7 +107,9 @@ class TermMoments:
 
     def budget(self) -> EnergyBudget:
         squares = (x_D.square().sum().item() for x_D in (self.beta_D, self.gamma_D))
-        return EnergyBudget(self.total, *squares, self.delta_RR.trace().item(), self.zeta_CC.trace().item())
+        # Of a residual that is zero, rounding may leave a trace of -1e-17.
+        traces = (max(x_DD.trace().item(), 0.0) for x_DD in (self.delta_RR, self.zeta_CC))
+        return EnergyBudget(self.total, *squares, *traces)
 
 
 @torch.no_grad()
@@ -158,7 +161,7 @@ def gap_figures(
         ValueError: when rows do not pair up, one of them has no direction, or nothing varies.
     """
     image, text, difference = _pair_moments(image_ND, text_ND)
-    frame = Frame.of_covariance(_covariance(image) + _covariance(text), energy=energy, rank=rank)
+    frame = Frame.of_covariance(image.covariance_DD + text.covariance_DD, energy=energy, rank=rank)
     terms = TermMoments.of(frame, difference)
     delta_R, zeta_C = eigenvalues(terms.delta_RR), eigenvalues(terms.zeta_CC)
     coupled, gamma_angle = None, None
@@ -175,8 +178,8 @@ def gap_figures(
         beta_norm=terms.beta_D.norm().item(),
         gamma_norm=terms.gamma_D.norm().item(),
         budget=terms.budget(),
-        image=SpectrumFigures.of(eigenvalues(_covariance(image))),
-        text=SpectrumFigures.of(eigenvalues(_covariance(text))),
+        image=SpectrumFigures.of(eigenvalues(image.covariance_DD)),
+        text=SpectrumFigures.of(eigenvalues(text.covariance_DD)),
         delta=SpectrumFigures.of(delta_R),
         zeta=SpectrumFigures.of(zeta_C),
         coupling_norm=coupled and coupled.norm,
@@ -199,9 +202,14 @@ def second_order_drift(mean_D: Tensor, covariance_DD: Tensor) -> Tensor:
     With r = |mu| and a = mu / r:   -S a / r^2 - a tr S / (2 r^2) + (3 / (2 r^2)) a (a^T S a).
     Third and fourth moments enter with (|z - mu| / r)^3 and ^4; for CLIP's embeddings, where tr S / r^2 is about 1 or
     more, the expansion says nothing.
+
+    Raises:
+        ValueError: the mean is zero, or not finite.
     """
     mean_D, covariance_DD = mean_D.double(), covariance_DD.double()
     square = mean_D @ mean_D
+    if not 0 < square < float("inf"):
+        raise ValueError(f"the mean's length is {square.sqrt().item()}: it has no direction to drift from")
     a_D = mean_D / square.sqrt()
     pulled_D = covariance_DD @ a_D
     return (a_D * (1.5 * (a_D @ pulled_D) - 0.5 * covariance_DD.trace()) - pulled_D) / square
@@ -218,7 +226,3 @@ def _pair_moments(image_ND: Embeddings, text_ND: Embeddings) -> tuple[Moments, M
 
 def _merge(found: Moments, x_bD: Tensor) -> None:
     found.merge(Moments.of_block(x_bD, with_scatter=True))
-
-
-def _covariance(found: Moments) -> Tensor:
-    return found.scatter_DD / found.num_rows

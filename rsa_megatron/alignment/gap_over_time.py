@@ -94,7 +94,7 @@ def covariance_correlations(residual_DD: Tensor, gradient_DD: Tensor, frame: Fra
     """How alike covariances of residuals and of gradients are within U: correlations of their eigenvalues and of diagonals.
 
     The first compares sorted spectra, and is high for any two that fall as fast. The second compares variances along the
-    frame's own axes, which is what the gradients would have to follow.
+    frame's own axes, which is what the gradients would have to follow. nan where those of either are all equal.
     """
     within = [frame.basis_DR.T @ x_DD.double() @ frame.basis_DR for x_DD in (residual_DD, gradient_DD)]
     spectra_2R = torch.stack([eigenvalues(x_RR) for x_RR in within])

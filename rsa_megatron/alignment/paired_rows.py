@@ -11,7 +11,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from rsa_megatron.alignment.embedding_passes import Embeddings, RowFaults, unit_blocks
+from rsa_megatron.alignment.embedding_rows import Embeddings, RowFaults, unit_blocks
 
 #: what messages call the two sets
 NAMES = "image embeddings", "text embeddings"

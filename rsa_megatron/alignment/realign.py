@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment.embedding_operator import EmbeddingOperator, project
-from rsa_megatron.alignment.embedding_passes import Embeddings, Progress, mean_of, unit_rows
+from rsa_megatron.alignment.embedding_passes import mean_of
+from rsa_megatron.alignment.embedding_rows import Embeddings, Progress, unit_rows
 
 __all__ = ["STEPS", "ReAlign", "unit_rows"]
 

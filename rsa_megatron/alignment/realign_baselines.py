@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment.embedding_operator import EmbeddingOperator, project, read_manifest
-from rsa_megatron.alignment.embedding_passes import Embeddings, Progress, mean_of
-from rsa_megatron.alignment.gap import Frame
+from rsa_megatron.alignment.embedding_passes import mean_of
+from rsa_megatron.alignment.embedding_rows import Embeddings, Progress
+from rsa_megatron.alignment.frame import Frame
 from rsa_megatron.alignment.realign import ReAlign
 
 # Eigenvalues below this share of the largest are rounding errors of a covariance: its pseudo-inverse leaves them out.
@@ -96,7 +97,8 @@ class C3(EmbeddingOperator):
         # Rounded to float16: the last bit of a row's length, which may depend on the batch, must not change its noise.
         for row, half_D in enumerate(unit_bD.half().cpu().numpy()):
             digest = hashlib.blake2b(half_D.tobytes(), digest_size=8, salt=self.seed.to_bytes(8, "little", signed=True)).digest()
-            torch.randn(noise_bD.shape[1], generator=generator.manual_seed(int.from_bytes(digest, "little", signed=True)), out=noise_bD[row])
+            generator.manual_seed(int.from_bytes(digest, "little", signed=True))
+            torch.randn(noise_bD.shape[1], generator=generator, out=noise_bD[row])
         return noise_bD
 
 
@@ -136,7 +138,7 @@ class BlockwiseCovariance(EmbeddingOperator):
             raise ValueError(f"shrinkage is a share, between 0 and 1, and is {shrinkage}")
         passes = dict(group=group, progress=progress)
         image, text, fields = cls._moments(image_embeddings, text_embeddings, **passes, about=about, with_scatter=True)
-        image_DD, text_DD = image.scatter_DD / image.num_rows, text.scatter_DD / text.num_rows
+        image_DD, text_DD = image.covariance_DD, text.covariance_DD
         frame = Frame.of_covariance(image_DD + text_DD, energy=energy)
         bases = (frame.axes_DD[:, : frame.rank], frame.axes_DD[:, frame.rank :])
         map_DD = sum(_matching(basis_DR, image_DD, text_DD, shrinkage) for basis_DR in bases)

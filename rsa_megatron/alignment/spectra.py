@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.embedding_passes import Embeddings, moments
+from rsa_megatron.alignment.embedding_passes import moments
+from rsa_megatron.alignment.embedding_rows import Embeddings
 
 # Share of the variance that condition numbers and exponents look at.
 LEADING_ENERGY = 0.99
@@ -39,8 +40,7 @@ def spectrum(x_ND: Embeddings) -> Tensor:
     Raises:
         ValueError: a row is zero or not finite, or there are fewer than two.
     """
-    found = moments(x_ND, "embeddings", with_scatter=True)
-    return eigenvalues(found.scatter_DD / found.num_rows)
+    return eigenvalues(moments(x_ND, "embeddings", with_scatter=True).covariance_DD)
 
 
 def leading_rank(spectrum_D: Tensor, energy: float = LEADING_ENERGY) -> int:

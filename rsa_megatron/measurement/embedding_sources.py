@@ -5,7 +5,7 @@
     x.safetensors, x.safetensors:TENSOR    a tensor of [N, D]
 
 Rows are given as they are stored, of any length. A row that has no direction (NaN, infinity, zero) is an error that
-counts such rows and names the first, by key where there are keys; alignment/ knows rows by their number alone.
+counts such rows of each kind and names the first, by key where there are keys; alignment/ knows rows by their number alone.
 
 Shapes: N rows of a source, n of a piece; D width.
 """
@@ -22,7 +22,8 @@ from rsa_megatron.measurement.feature_store import FeatureStore
 
 # A piece of 1280 numbers a row in float32 is 3276 rows; what is made of it in float64 is twice as much.
 _PIECE_BYTES = 16 * 2**20
-# Of the rows without a direction so many are named.
+# Why a row has no direction, seen from its largest number; of each kind so many rows are named.
+_FAULTS = {"hold NaN": torch.isnan, "hold infinity": torch.isinf, "are zero": torch.logical_not}
 _NAMED = 5
 _FORMS = "name a folder of stored features (FOLDER:LAYER), an .npy, or a .safetensors (FILE:TENSOR)"
 
@@ -72,14 +73,19 @@ class Embeddings:
                           about=self.about, read=self._read)  # fmt: skip
 
     def _raise_for_rows(self) -> None:
-        bad, first = [], self._rows.start
+        bad, first = {kind: [] for kind in _FAULTS}, self._rows.start
         for piece_nD in self._read(self._rows.start, self._rows.stop):
-            bad += (first + (~_has_direction(piece_nD)).nonzero()[:, 0]).tolist()
+            largest_n = _largest(piece_nD)
+            for kind, is_bad in _FAULTS.items():
+                bad[kind] += (first + is_bad(largest_n).nonzero()[:, 0]).tolist()
             first += len(piece_nD)
-        names = ", ".join(self._all_keys[number] if self._all_keys else f"row {number}" for number in bad[:_NAMED])
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        raise ValueError(f"{self.description}: {len(bad)} of {self.num_rows} embeddings have no direction, as they are zero or hold "
-                         f"NaN or infinity: {names}{more}; leave them out, or embed them again")  # fmt: skip
+        kinds = ", ".join(f"{len(rows)} {kind} ({self._named(rows)})" for kind, rows in bad.items() if rows)
+        raise ValueError(f"{self.description}: {sum(map(len, bad.values()))} of {self.num_rows} embeddings have no direction: {kinds}; "
+                         "leave them out, or embed them again")  # fmt: skip
+
+    def _named(self, rows: list[int]) -> str:
+        names = ", ".join(self._all_keys[number] if self._all_keys else f"row {number}" for number in rows[:_NAMED])
+        return names + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
 
 
 def _has_direction(x_nD: Tensor) -> Tensor:
@@ -88,8 +94,13 @@ def _has_direction(x_nD: Tensor) -> Tensor:
     is_usual_n = length_n.isfinite() & (length_n > 0)
     if is_usual_n.all():
         return is_usual_n
-    largest_n = torch.linalg.vector_norm(x_nD, torch.inf, dim=1)  # NaN where there is one
+    largest_n = _largest(x_nD)
     return largest_n.isfinite() & (largest_n > 0)
+
+
+def _largest(x_nD: Tensor) -> Tensor:
+    """A row's largest number without its sign; NaN where there is one."""
+    return torch.linalg.vector_norm(x_nD, torch.inf, dim=1)
 
 
 def open_embeddings(source: str | Path) -> Embeddings:

@@ -109,7 +109,7 @@ def score_layers(
     return LayerScores(metric, rows.layers, columns.layers, scores_SRC, chance)
 
 
-def gap_figures(
+def cone_figures(
     rows: FeatureStore, columns: FeatureStore, scores: LayerScores, *, samples: Samples, device: torch.device | str = "cpu"
 ) -> dict[str, dict]:
     """The figures of alignment.cones.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""

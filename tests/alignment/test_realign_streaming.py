@@ -11,8 +11,9 @@ import torch
 from embedding_sets import images, texts
 from safetensors.torch import load_file, save_file
 
-from rsa_megatron.alignment import embedding_passes
-from rsa_megatron.alignment.embedding_passes import Moments, moments, unit_rows
+from rsa_megatron.alignment import embedding_rows
+from rsa_megatron.alignment.embedding_passes import Moments, moments
+from rsa_megatron.alignment.embedding_rows import unit_rows
 from rsa_megatron.alignment.realign import ReAlign
 
 NUMBERS = ("image_mean_D", "text_mean_D", "projected_mean_D", "scale", "image_trace", "text_trace")
@@ -38,7 +39,7 @@ def test_pieces_change_nothing(size, whole):
 
 @pytest.mark.parametrize("rows", [1, 5, 50])
 def test_blocks_change_nothing(rows, whole, monkeypatch):
-    monkeypatch.setitem(embedding_passes.BLOCK_NUMBERS, "cpu", rows * 24)
+    monkeypatch.setitem(embedding_rows.BLOCK_NUMBERS, "cpu", rows * 24)
     found = ReAlign.fit(images(), texts())
     assert largest_difference(found, whole) < 1e-12
     # Each row by itself: a block's rows are no part of it.

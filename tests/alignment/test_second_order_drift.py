@@ -57,3 +57,9 @@ def test_isotropic_noise_shortens_and_does_not_turn():
     along = drift_D @ mean_D / mean_D.norm()
     assert (drift_D - along * mean_D / mean_D.norm()).norm() < 1e-15  # Corollary B.15
     assert along.item() == pytest.approx(-0.01 * (6 - 1) / 2 / mean_D.square().sum().item())
+
+
+def test_a_mean_of_zero_has_no_direction_to_drift_from():
+    for mean_D, length in ((torch.zeros(6), 0.0), (torch.full((6,), math.nan), math.nan)):
+        with pytest.raises(ValueError, match=f"the mean's length is {length}: it has no direction"):
+            second_order_drift(mean_D, torch.eye(6))

@@ -35,7 +35,8 @@ def test_records_need_no_image(form, tmp_path):
 def test_a_text_file_is_a_caption_a_line(tmp_path):
     (tmp_path / "c.txt").write_bytes("\ufeffA boat.\n\n  Two dogs. \n".encode() + b"\xff\xfe\n" + "A 船.".encode())
     found = open_captions(tmp_path / "c.txt")
-    assert [(pair.key, pair.caption) for pair in found] == [("c.txt, line 1", "A boat."), ("c.txt, line 3", "Two dogs."), ("c.txt, line 5", "A 船.")]
+    expected = [("c.txt, line 1", "A boat."), ("c.txt, line 3", "Two dogs."), ("c.txt, line 5", "A 船.")]
+    assert [(pair.key, pair.caption) for pair in found] == expected
     assert found.left_out == {"whose line is not UTF-8": 1} and found[0].record is None
     (tmp_path / "c.txt").write_text("\n")
     with pytest.raises(ValueError, match="c.txt: there is no caption in it"):

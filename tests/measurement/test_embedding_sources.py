@@ -107,14 +107,16 @@ def bad(x_ND) -> torch.Tensor:
 def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_sources, "_PIECE_BYTES", 4 * 4 * 6)
     numpy.save(tmp_path / "x.npy", bad(rows()).numpy())
-    with pytest.raises(ValueError, match=r"x.npy: 4 of 23 embeddings have no direction.*: row 4, row 7, row 20, row 21;"):
+    kinds = r"1 hold NaN \(row 4\), 2 hold infinity \(row 20, row 21\), 1 are zero \(row 7\);"
+    with pytest.raises(ValueError, match=rf"x.npy: 4 of 23 embeddings have no direction: {kinds} leave them out"):
         list(open_embeddings(tmp_path / "x.npy"))
-    with pytest.raises(ValueError, match=r"2 of 12 embeddings .*: row 20, row 21;"):  # of a rank's share, by the file's numbers
+    of_share = r"2 of 12 embeddings have no direction: 2 hold infinity \(row 20, row 21\);"  # by the file's numbers
+    with pytest.raises(ValueError, match=of_share):
         list(open_embeddings(tmp_path / "x.npy").share(1, 2))
     x_ND = rows()
     x_ND[1:10] = 0
     keys = store(tmp_path / "made", x_ND)
-    with pytest.raises(ValueError, match=f"made, layer 0: 9 of 23 .*: {', '.join(keys[1:6])} and 4 more; leave them out"):
+    with pytest.raises(ValueError, match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); leave them out"):
         list(open_embeddings(f"{tmp_path / 'made'}:0"))
     for name, factor in (("short", 1e-30), ("long", 1e30)):  # squares beyond float32 are no fault
         numpy.save(tmp_path / f"{name}.npy", rows().numpy() * factor)
@@ -130,7 +132,8 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
     (lambda f: numpy.save(f / "x.npy", numpy.ones(3)), "x.npy", r"x.npy has the shape \[3\]: it must be rows"),
     (lambda f: numpy.save(f / "x.npy", numpy.ones((0, 3))), "x.npy", r"x.npy has the shape \[0, 3\]"),
     (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; leave out :a"),
-    (lambda f: save_file({"a": rows(), "b": rows()}, f / "x.safetensors"), "x.safetensors", "has the tensors a, b: name one, as .*x.safetensors:a"),
+    (lambda f: save_file({"a": rows(), "b": rows()}, f / "x.safetensors"), "x.safetensors",
+     "has the tensors a, b: name one, as .*x.safetensors:a"),
     (lambda f: save_file({"a": rows()}, f / "x.safetensors"), "x.safetensors:c", "has no tensor c; its tensors are a"),
     (lambda f: save_file({"a": rows().int()}, f / "x.safetensors"), "x.safetensors", "tensor a holds I32"),
     (lambda f: (f / "x.safetensors").write_bytes(b"12345678{"), "x.safetensors", "x.safetensors cannot be read"),

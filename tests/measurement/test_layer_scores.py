@@ -9,7 +9,7 @@ from rsa_megatron.alignment.cones import modality_gap
 from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.measurement import layer_scores
 from rsa_megatron.measurement.feature_store import FeatureStore
-from rsa_megatron.measurement.layer_scores import gap_figures, samples_in_both, score_layers
+from rsa_megatron.measurement.layer_scores import cone_figures, samples_in_both, score_layers
 
 NUM_KEYS, NUM_SAMPLES = 60, 40
 SAMPLES = [list(range(40)), list(range(20, 60)), list(range(0, 60, 3)) + list(range(1, 60, 3))]
@@ -96,7 +96,7 @@ def test_the_gap_is_the_mean_over_the_seeds(tmp_path):
     vision, text = make_store(tmp_path / "v", "vision"), make_store(tmp_path / "t", "text")
     samples = samples_in_both(vision, text, k=5)
     scores = score_layers(vision, text, "mutual-knn", k=5, samples=samples)
-    gap = gap_figures(vision, text, scores, samples=samples)
+    gap = cone_figures(vision, text, scores, samples=samples)
     expected = [modality_gap(features("vision")["2"][chosen], features("text")["1"][chosen]) for chosen in SAMPLES]
     assert scores.best == scores.last == (2, 1) and gap.keys() == {"best", "last"}
     for pair in gap.values():
@@ -104,7 +104,7 @@ def test_the_gap_is_the_mean_over_the_seeds(tmp_path):
         assert pair["second"]["mean_angle"] == pytest.approx(sum(one.second.mean_angle for one in expected) / 3)
     scores = score_layers(text, vision, "mutual-knn", k=5, samples=samples)
     scores = replace(scores, column_layers=["0", "1", "0"])  # a narrower layer in the place of the last
-    narrow = gap_figures(text, vision, scores, samples=samples)
+    narrow = cone_figures(text, vision, scores, samples=samples)
     assert narrow["last"]["distance"] is None and narrow["last"]["first"]["mean_angle"] > 0
 
 

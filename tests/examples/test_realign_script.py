@@ -49,7 +49,8 @@ def shards(tmp_path_factory):
         turns = [{"from": "human", "value": "<image>\nWhat?" if is_pair else "What?"}, {"from": "gpt", "value": answer}]
         told.append({"id": f"id.{number}", "conversations": turns} | ({"image": f"{number}.png"} if is_pair else {}))
     (folder / "d.json").write_text(json.dumps(told))
-    prepare_shards.main(["pack", str(folder / "d.json"), "--out", str(folder / "shards"), "--rsa", f"--val={NUM_HELD_OUT}", "--shard-size=9"])
+    flags = ["--rsa", f"--val={NUM_HELD_OUT}", "--shard-size=9"]
+    prepare_shards.main(["pack", str(folder / "d.json"), "--out", str(folder / "shards"), *flags])
     return folder / "shards"
 
 
@@ -151,6 +152,16 @@ def test_other_methods(flags, check, capsys):
     assert numpy.linalg.norm(numpy.load("moved.npy"), axis=1) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("method", ["realign", "mean-shift"])
+def test_texts_that_are_all_equal_are_told(method, capsys):
+    """T21: epsilon keeps s finite; what it is then says nothing of the data."""
+    write_rows()
+    numpy.save("equal.npy", numpy.full((9, 7), 0.3))
+    run("fit", "--images", "images.npy", "--texts", "equal.npy", "--method", method, "--out", "op")
+    printed = capsys.readouterr().out
+    assert f"method {method}; all texts are equal" in printed and ("epsilon alone" in printed) == (method == "realign")
+
+
 def run_on_a_rank(folder, flags) -> str:
     os.chdir(folder)
     run(*flags)
@@ -213,7 +224,8 @@ def read_back(folder) -> dict[str, dict[str, tuple]]:
     found = {}
     for part in ("train", "val"):
         samples = [(json.loads(sample.record), sample.images["npy"]) for sample in stored_samples(folder, part)]
-        found[part] = {content["id"]: (content["conversations"], torch.from_numpy(numpy.load(io.BytesIO(data)))) for content, data in samples}
+        rows_D = [torch.from_numpy(numpy.load(io.BytesIO(data))) for _, data in samples]
+        found[part] = {content["id"]: (content["conversations"], row_D) for (content, _), row_D in zip(samples, rows_D)}
     return found
 
 
@@ -326,7 +338,8 @@ def test_an_operator_of_another_encoder_is_refused(clip, shards, tmp_path, capsy
     run("fit", "--encoder", clip, "--data", shards, "--out", "op")
     siglip = tiny_dual_encoders.siglip(tmp_path / "siglip")
     flags = ("--operator", "op", "--data", shards, "--side", "text", "--out", "out", "--encoder")
-    assert re.search("fitted on embeddings of clip sha256:.*is of siglip sha256:.*: fit one on these", error(capsys, "transform", *flags, siglip))
+    said = error(capsys, "transform", *flags, siglip)
+    assert re.search("fitted on embeddings of clip sha256:.*is of siglip sha256:.*: fit one on these", said)
     said = error(capsys, "transform", "--operator", "op", "--texts", "texts.safetensors", "--out", "x.npy")
     assert "the operator moves rows of 24 numbers, and texts.safetensors, tensor texts has 7" in said
     assert not Path("out").exists() and not list(Path().glob("*unfinished*"))
@@ -343,9 +356,11 @@ def test_an_operator_of_another_encoder_is_refused(clip, shards, tmp_path, capsy
     (("fit", *GIVEN, "--batch-size", "0", "--out", "o"), "--batch-size must be at least 1"),
     (("fit", *GIVEN, "--device", "cuda:99", "--out", "o"), "--device cuda:99 cannot be used"),
     (("fit", *GIVEN, "--out", "there"), "there is there already"),
-    (("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"), "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder"),
+    (("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"),
+     "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder"),
     (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy is not there"),
-    (("fit", "--images", "images.npy", "--texts", "nan.npy", "--out", "o"), "nan.npy: 1 of 3 embeddings have no direction.* row 1"),
+    (("fit", "--images", "images.npy", "--texts", "nan.npy", "--out", "o"),
+     r"nan.npy: 1 of 3 embeddings have no direction: 1 hold NaN \(row 1\);"),
     (("fit", "--encoder", "none", "--data", "images.npy", "--out", "o"), "none|images.npy"),
     (("transform", "--texts", "texts.safetensors", "--out", "x.npy"), "--operator is needed for texts"),
     (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x.npy"), "there.*manifest"),
