@@ -3,6 +3,7 @@
 # make demo-stages     all three stages of the demo model, with and without RSA, and mutual-kNN after each
 # make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; 59 minutes on two cores
 # make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
+# make revision        projectors trained on text in the place of images, three seeds; half an hour on two cores
 # make test            runs the tests
 # make bench           runs the benchmarks (most of an hour; make bench BENCHMARKS=whole_step runs one)
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
@@ -20,7 +21,7 @@ RUN := stage1
 SEED := 1
 RSA :=
 
-.PHONY: demo demo-compare demo-stages reproduce reproduce-openmoji test bench clean
+.PHONY: demo demo-compare demo-stages reproduce reproduce-openmoji revision test bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml
@@ -141,6 +142,11 @@ reproduce: $(INSTALLED)
 # Stage 1 on natural pictures with their names, from the parts of `make reproduce`.
 reproduce-openmoji: $(INSTALLED)
 	@$(PY) examples/reproduce.py --data openmoji $(FULL) $(ARGS)
+
+# ReVision in small. What is done is not done again.
+revision: $(INSTALLED)
+	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
+	@$(PY) examples/revision_demo.py --demo $(DEMO) $(ARGS)
 
 clean:
 	rm -rf $(DEMO)

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{template}/config.json is missing; name the Hugging Face folder that the model came from with --hf-template"
         )
-    rows = table(read_architecture(template))
+    architecture = read_architecture(template)
+    if check_projector(source.parent, architecture.vision.hidden_size):
+        print(f"WARNING: the projector of {source} has learnt on embeddings of images; Hugging Face's model will give it the "
+              "tower's tokens, which are as wide: train it on images first", file=sys.stderr)  # fmt: skip
+    rows = table(architecture)
     checkpoint = MegatronCheckpoint(source, rows)
     dtypes = {row.key: checkpoint.dtype(row) for row in rows}
     num_bytes = sum(dtypes[row.key].itemsize * math.prod(row.stored_shape) for row in rows)
@@ -50,6 +55,22 @@ def run(args: argparse.Namespace) -> None:
         _set_dtype(folder / "config.json", next(dtypes[row.key] for row in rows if EMBEDDINGS in row.parts))
         with progress(len(expected_shapes(rows)), num_bytes, args.out) as bar:
             write_folder(folder, rows, dtypes, partial(_parts, checkpoint, bar), args.max_shard_size)
+
+
+def check_projector(run: Path, tower_width: int) -> int | None:
+    """Numbers of an image's embedding, of a run on such (the training script's --image-positions); None of one on pixels.
+
+    Raises:
+        ValueError: its projector does not take what the tower makes.
+    """
+    try:
+        width = json.loads((run / "run.json").read_text()).get("image_embedding_width")
+    except (OSError, ValueError, AttributeError):
+        return None  # not the training script's
+    if width not in (None, tower_width):
+        raise ValueError(f"{run}: its projector takes embeddings of {width} numbers, for which Hugging Face's LLaVA-OneVision has no "
+                         f"place: its own takes the tower's {tower_width}; there is no export of such a model")  # fmt: skip
+    return width
 
 
 def _parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None) -> list[Tensor]:

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint_conversion.megatron_to_hf import check_projector
 from checkpoint_conversion.torch_dist_load import find_checkpoint
+from rsa_megatron.huggingface import read_architecture
 
 # In the order in which they are computed: the first that differs is where to look.
 PARTS = ("pixels", "vision features", "projected tokens", "last hidden state", "logits", "loss")
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from checkpoint_conversion import model_parts  # the other commands do without what it imports
     from rsa_megatron import megatron_on_cpu
 
-    find_checkpoint(args.checkpoint, None)  # before minutes of transformers
+    # Before minutes of transformers.
+    check_projector(find_checkpoint(args.checkpoint, None).parent, read_architecture(args.hf).vision.hidden_size)
     warnings.simplefilter("ignore")  # Megatron's, between the rows of the table
     logging.getLogger("megatron").setLevel(logging.ERROR)
     dtype = getattr(torch, args.dtype)

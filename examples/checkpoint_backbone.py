@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training_arguments import TRACKER, architecture_of, load_tokenizer, parse  # first: it prepares Megatron for machines without CUDA
+from training_arguments import TRACKER, architecture_of, load_tokenizer, parse, run_of  # first:
+# it prepares Megatron for machines without CUDA
 
 import megatron_repairs
 import torch
@@ -51,7 +52,7 @@ def checkpoint_backbones(
         projected: the images after the projector in the place of the tower's layers.
     """
     one_process_without_torchrun()
-    model = CheckpointModel(checkpoint, megatron_flags, dtype=dtype, batch_size=batch_size)
+    model = CheckpointModel(checkpoint, megatron_flags, dtype=dtype, batch_size=batch_size, projected=projected)
     if torch.distributed.get_rank() > 0:
         model.serve()
         sys.exit()
@@ -76,23 +77,30 @@ class CheckpointModel:
         checkpoint: a folder of --save or hf-to-megatron, with its Hugging Face files in hf/.
         megatron_flags: layout and whatever else Megatron is to be told.
         dtype: float32 or bfloat16.
+        projected: whether `projected_vectors` will be asked for.
 
     Raises:
         ValueError: what is wrong with folder or flags.
     """
 
-    def __init__(self, checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int):
+    def __init__(self, checkpoint: Path, megatron_flags: list[str], *, dtype: str, batch_size: int, projected: bool):
         files = checkpoint / "hf"
         if not (files / "config.json").is_file():
             raise ValueError(
                 f"--checkpoint {checkpoint}: hf/config.json is missing; name a folder that --save or hf-to-megatron has written"
             )
-        longest = find_architecture(str(files)).decoder.max_position_embeddings
+        architecture = find_architecture(str(files))
         settings = stage_1() | dict(
-            seq_length=min(longest, stage_1()["seq_length"]),
+            seq_length=min(architecture.decoder.max_position_embeddings, stage_1()["seq_length"]),
             trainable=list(PARTS), rsa_weight=0.0, train_iters=1, eval_iters=0, mutual_knn_samples=0, micro_batch_size=batch_size,
             global_batch_size=batch_size * int(os.environ.get("WORLD_SIZE", "1")),  # a multiple, whatever the layout
         )  # fmt: skip
+        width = run_of(str(checkpoint)).get("image_embedding_width")
+        if width:  # the projector is for embeddings; tower and decoder are as of any other run
+            settings |= dict(trainable=["projector"], image_positions=1, image_embedding_width=width)
+        if projected and width not in (None, architecture.vision.hidden_size):
+            raise ValueError(f"--projected: the projector of {checkpoint} takes embeddings of {width} numbers, not the tower's "
+                             f"tokens of {architecture.vision.hidden_size}; leave it out")  # fmt: skip
         sys.argv = [sys.argv[0], "--model", str(files), "--tokenizer-model", str(files), "--pretrained-checkpoint", str(checkpoint),
                     *megatron_flags, *(["--bf16"] if dtype == "bfloat16" else [])]  # fmt: skip
         self.args = parse(RSAPlugin(), settings, reads_data=False)

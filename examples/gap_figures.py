@@ -42,7 +42,7 @@ def draw_gap(gap: Gap) -> Figure:
 
 def draw_clouds(figure: Figure, grid: GridSpec, gap: Gap) -> None:
     """Before and after, along the mean difference and the first direction, and along the two first."""
-    views = (("mean difference", "1st direction", 0, 1), ("1st direction", "2nd direction", 1, 2))
+    views = (("mean difference", "1st direction across it", 0, 1), ("1st direction", "2nd direction", 1, 2))
     for number, (across, up, x, y) in enumerate(views):
         before = None
         pictures = (("before", "text", "none"), ("after ReAlign", "realigned", "realign"))
@@ -54,6 +54,7 @@ def draw_clouds(figure: Figure, grid: GridSpec, gap: Gap) -> None:
                 # Rasterized: an SVG of single points would be a megabyte.
                 axis.plot(points_N3[:, x], points_N3[:, y], rasterized=True, **mark(name))
             axis.set(title=f"(a) {when}" if number == 0 else when, xlabel=across, ylabel=up if offset == 0 else None)
+            axis.yaxis.labelpad = 1
             axis.tick_params(labelsize=7.5, labelleft=offset == 0)
             if number == 0:
                 axis.legend(fontsize=7.5, markerscale=1.5, loc="best")
@@ -105,7 +106,7 @@ def draw_spectra(axis: Axes, gap: Gap) -> None:
         shares = [value / spectrum.trace for value in spectrum.values if value > 0]
         slope = "" if spectrum.exponent is None else f", exponent {spectrum.exponent:.2f}"
         axis.plot(range(1, len(shares) + 1), shares, label=CLOUD_NAMES[name] + slope, **line(name))
-    axis.set(xscale="log", yscale="log", title="(d) spectra, over the trace", xlabel="eigenvalue",
+    axis.set(xscale="log", yscale="log", title="(d) spectra, over the trace", xlabel="number of the eigenvalue",
              ylabel="share of variance")  # fmt: skip
     axis.legend(fontsize=SMALL)
 

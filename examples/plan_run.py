@@ -21,8 +21,9 @@ from rsa_megatron.llava.layout import Layout, Run
 from rsa_megatron.llava.step_time import Assumptions
 
 GIB = 2**30
-# Positions and tiles of an average sample: what the recipes' hours are reckoned with, a tile being 729 positions of it.
-AVERAGES = {"1": (900, 1), "1.5": (3200, 4), "2": (5000, 6)}
+# Positions and tiles of an average sample: what the recipes' hours are reckoned with, a tile being 729 positions of it; of an
+# image that comes as an embedding 576, and no tile (the one token in the projector is not reckoned with).
+AVERAGES = {"revision": (750, 0), "1": (900, 1), "1.5": (3200, 4), "2": (5000, 6)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,9 +81,11 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
             setattr(args, name, value)
     args.mean_length = min(length, args.seq_length) if args.mean_length is None else args.mean_length
     args.mean_tiles = min(tiles, args.most_tiles) if args.mean_tiles is None else args.mean_tiles
+    may_be_0 = ["reserved"] + ["most_tiles", "mean_tiles"] * ("image_positions" in settings)
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and name != "reserved":
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value > 0 or (value == 0 and name in may_be_0):
+            continue
+        raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     run = Run(
         architecture,
         tuple(settings["trainable"]),
@@ -105,7 +108,9 @@ def read_architecture(model: str) -> Architecture:
 
 
 def largest_grid(settings: dict, architecture: Architecture) -> int:
-    """Tiles of the image that is cut into most, its base tile among them."""
+    """Tiles of the image that is cut into most, its base tile among them; 0 where images come as embeddings."""
+    if "image_positions" in settings:
+        return 0
     if settings["image_aspect_ratio"] == "square":
         return 1
     side = architecture.vision.image_size

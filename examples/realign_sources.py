@@ -102,8 +102,17 @@ def sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
         images, texts = (of_store(FeatureStore.open(folder)) for folder in folders)
     else:
         images, texts = on_all_ranks(lambda: (open_embeddings(args.images), open_embeddings(args.texts)))
+    check_sides(images, "vision", "--images")
+    check_sides(texts, "text", "--texts")
     check_widths(images, texts)
     return images, texts
+
+
+def check_sides(embeddings: Embeddings, side: str, flag: str) -> None:
+    """Raises ValueError for features that say they are of the other side; a file's rows say nothing."""
+    found = embeddings.about.get("side", side)
+    if found != side:
+        raise ValueError(f"{flag} {embeddings.description}: these are of the side {found}; images and texts are the other way round")
 
 
 def check_widths(images: Embeddings, texts: Embeddings) -> None:
@@ -138,8 +147,12 @@ def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
     """The embeddings of some samples, computed where they are not on disk."""
     model = HFModel(args.encoder, device=torch.device(args.device), dtype=DTYPES[args.dtype])
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
-    store = stored_features(EMBEDDERS[side](model), chosen, args.store, **options)
+    embedder = EMBEDDERS[side](model)
+    store = stored_features(embedder, chosen, args.store, **options)
     say_left_out(store.left_out)
+    if embedder.num_cut:
+        print(f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads; what it does not read is not in "
+              "their embeddings, and texts that begin alike may have equal ones", file=sys.stderr)  # fmt: skip
     return store
 
 

@@ -10,7 +10,7 @@ import numpy
 import torch
 from prepare_shards import choose_held_out
 from realign_fit import encoder_of
-from realign_sources import add_embedding_arguments, add_encoder_arguments, check_numbers, drawn, num_ranks, progress, stored
+from realign_sources import add_embedding_arguments, add_encoder_arguments, check_numbers, check_sides, drawn, num_ranks, progress, stored
 from torch import Tensor
 
 from rsa_megatron.alignment.embedding_operator import EmbeddingOperator
@@ -143,7 +143,8 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     print(f"{args.out}: {said}; embeddings of {what}, {rows.sources[0].width} numbers each")
     if left_out:
         print(f"    left out: {in_words(left_out)}")
-    print(f"    train with --data-path {args.out} --image-embedding-width {rows.sources[0].width}")
+    stage = "--stage revision" if operator else "--image-positions N"
+    print(f"    train with {stage} --data-path {args.out} --image-embedding-width {rows.sources[0].width}")
 
 
 def draws(args: argparse.Namespace) -> dict[str, Drawn]:
@@ -185,6 +186,7 @@ def given(args: argparse.Namespace) -> KeyedRows:
 
 def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
     """Raises ValueError unless the operator was fitted on texts of this encoder, as far as both know."""
+    check_sides(texts, "text", "--texts")
     fitted, found = operator.about.get("text_encoder"), encoder_of(texts)
     if fitted and found and fitted != found:
         raise ValueError(f"the operator was fitted on embeddings of {fitted}, and {texts.description} is of {found}: fit one on these")

@@ -1,7 +1,5 @@
 """Shows one sample as training sees it: its tokens with what is learnt, and its images cut into tiles."""
 
-import contextlib
-import io
 import itertools
 import json
 import sys
@@ -10,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy
 import yaml
-from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_val_dataset
 from PIL import Image
 from recipes import STAGES
 from torch import Tensor
@@ -21,7 +18,8 @@ from rsa_megatron.data.data_sets import check_data
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.importers import open_source
 from rsa_megatron.data.record import Unusable
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
+from rsa_megatron.data.stored_samples import stored_samples
+from rsa_megatron.data.task_encoder import StoredSample
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.llava.architectures import get_architecture, square_grids
 
@@ -123,23 +121,8 @@ def is_prepared(path: Path) -> bool:
     return isinstance(content, dict) and "__class__" in content
 
 
-class _AsStored(DefaultTaskEncoder):
-    """Gives samples as the training's task encoder gets them."""
-
-    cookers = LlavaTaskEncoder.cookers
-    decoder = None
-
-
-def stored_samples(path: Path, part: str):
-    """A prepared data set's samples in the order in which they lie; those of a mixture one data set after the other."""
-    check_data(str(path), [part], num_readers=1, micro_batch_size=1)
-    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
-        dataset = get_val_dataset(path, split_part=part, batch_size=None, worker_config=config, task_encoder=_AsStored())
-    yield from get_loader(dataset)
-
-
 def stored_sample(args) -> StoredSample:
+    check_data(str(args.path), [args.part], num_readers=1, micro_batch_size=1)
     num_samples = 0
     for sample in stored_samples(args.path, args.part):
         if num_samples == args.index:

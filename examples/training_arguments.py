@@ -30,7 +30,9 @@ from transformers import AutoTokenizer
 from recipes import recipe
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
 from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.loaders import epoch_iterations
+from rsa_megatron.data.stored_samples import check_embeddings
 from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.huggingface import find_architecture, is_model_folder
 from rsa_megatron.llava.architectures import Architecture
@@ -66,6 +68,8 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
             "a resumed run will need --restart-data")  # fmt: skip
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
+    if args.save and Path(args.save, TRACKER).is_file() and not args.load and not args.skip_train:
+        say(f"WARNING: --save {args.save} holds checkpoints already, and without --load this run begins anew; to go on, add --load {args.save}")
     if "language" not in args.trainable and not has_checkpoint(args):
         say("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
     return args
@@ -258,7 +262,8 @@ def set_image_embeddings(args, rsa: RSAPlugin) -> None:
             raise ValueError("--image-embedding-width is of images that come as embeddings: name --image-positions too")
         return check_projector(args, tower_width)
     if not 1 <= args.image_positions < args.seq_length:
-        raise ValueError(f"--image-positions {args.image_positions} must be from 1 to below --seq-length {args.seq_length}")
+        raise ValueError(f"--image-positions {args.image_positions} must be from 1 to below --seq-length {args.seq_length}, which "
+                         "holds the caption, too: name fewer positions or a longer row")  # fmt: skip
     if args.image_embedding_width is None:
         args.image_embedding_width = tower_width
     if args.image_embedding_width < 1:
@@ -308,6 +313,9 @@ def check_data_path(args) -> None:
             num_readers=args.data_parallel_size * max(1, args.num_workers),
             micro_batch_size=args.eval_micro_batch_size,
         )
+        if args.image_positions:
+            embeddings = ImageEmbeddings(width=args.image_embedding_width, positions=args.image_positions)
+            check_embeddings(args.data_path[0], "val" if args.skip_train else "train", embeddings)
 
 
 def has_checkpoint(args) -> bool:

@@ -221,7 +221,9 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         num_told = text.tokens.count(self._image_token_id)
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
         if num_told != len(parts):
-            what = "image(s)" if isinstance(self._images, ImageTiler) else "embedding(s) of images (.npy)"
+            what = "embedding(s) of images (.npy)"
+            if isinstance(self._images, ImageTiler):
+                what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (len(sample.images) > len(parts))
             raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}")
         images = self._images.decode(_readable(parts))
         layouts = self._images.layouts(images)

@@ -38,6 +38,7 @@ class ImageEmbedder:
 
     side = "vision"
     layers = [EMBEDDING]
+    num_cut = 0
 
     def __init__(self, model: HFModel):
         model.check_dual_encoder()
@@ -73,6 +74,8 @@ class TextEmbedder:
         self._model, self._tokenizer = model, model.any_tokenizer
         self._longest = min(model.config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
         self._is_clip = model.model_type == "clip"
+        #: texts so far that were longer than the model reads
+        self.num_cut = 0
         if self._is_clip:
             self._check_end()
         self.identity = identity_of(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
@@ -101,6 +104,7 @@ class TextEmbedder:
         with TOKENIZER_IN_USE:
             found = self._tokenizer([caption], truncation=True, max_length=self._longest, split_special_tokens=True,
                                     return_tensors="pt", **padding)  # fmt: skip
+            self.num_cut += len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
         names = ("input_ids", "attention_mask") if self._is_clip else ("input_ids",)
         return {name: found[name] for name in names}
 

@@ -65,6 +65,12 @@ def test_pixels_and_embeddings_of_the_same_sample(tokenizer):
     assert encoder(tokenizer, positions=0).encode_sample(stored(both)).tiles.shape == (1, 3, 28, 28)
 
 
+def test_embeddings_where_pixels_are_read_say_how_they_are(tokenizer, caplog):
+    with pytest.raises(SkipSample):
+        encoder(tokenizer, positions=0).encode_sample(stored({"npy": as_npy(embedding("a", WIDTH))}))
+    assert "and the sample 0 image(s) in pixels; its embeddings (.npy) are read with --image-positions" in caplog.text
+
+
 def pickled() -> bytes:
     return as_npy(numpy.array([{"a": 1}], dtype=object))
 
@@ -72,7 +78,7 @@ def pickled() -> bytes:
 @pytest.mark.parametrize("images, says", [
     ({}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
     ({"png": b"..."}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
-    ({"npy": as_npy(numpy.ones(WIDTH + 1))}, "npy: it is float64 of shape [21], and --image-embedding-width asks for 20"),
+    ({"npy": as_npy(numpy.ones(WIDTH + 1))}, "npy: it is float64 of shape [21], and by --image-embedding-width it has to be 20"),
     ({"npy": as_npy(numpy.ones((1, WIDTH)))}, "npy: it is float64 of shape [1, 20]"),
     ({"npy": as_npy(numpy.ones(WIDTH, int))}, "npy: it is int64 of shape [20]"),
     ({"npy": as_npy(numpy.full(WIDTH, numpy.nan))}, "npy: it holds NaN, infinity or a number beyond float32"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from megatron.energon import WorkerConfig
 from PIL import Image
-from show_sample import marked, picture, stored_samples
+from show_sample import marked, picture
 from transformers import AutoTokenizer
 
 from rsa_megatron.data import conversation
@@ -25,6 +25,7 @@ from rsa_megatron.data.demo_tokenizer import train_tokenizer
 from rsa_megatron.data.data_sets import check_data
 from rsa_megatron.data.loaders import TrainLoader
 from rsa_megatron.data.shard_writer import Lines
+from rsa_megatron.data.stored_samples import stored_samples
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.data.tiles import ImageTiler
 

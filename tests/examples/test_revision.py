@@ -4,10 +4,16 @@ import json
 import re
 
 import embedding_data
+import processes
 import pytest
 import script
+import tiny
 import torch
 from processes import Failed
+from test_measure_checkpoint import flags as of_measurement
+from test_measure_checkpoint import measured, stored
+
+from checkpoint_conversion import __main__ as conversion
 
 WIDTH = 48  # the tiny tower's
 PROJECTOR = "vision_projection.encoder."
@@ -57,6 +63,7 @@ def test_it_goes_on_exactly_where_it_was_stopped(demo, shards, pixels, stage, tm
     revision(demo, shards, pixels, tmp_path, *more, "--exit-interval", 3)
     resumed = script.losses(revision(demo, shards, pixels, tmp_path, *more))
     expected = script.losses(stage[1])
+    # The second line of a run is the mean of its first two.
     assert list(resumed) == [4, 5, 6] and (resumed[4], resumed[6]) == (expected[4], expected[6])
 
 
@@ -79,23 +86,103 @@ def test_stages_with_real_images_go_on_from_it(demo, shards, stage, tmp_path, ki
     assert any(name.startswith("vision_model.decoder") for name in moved) == (kind == "pixels")
 
 
-def test_embeddings_of_another_width_begin_with_a_new_projector(demo, pixels, tmp_path):
-    width = 20
-    shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", width)
-    begin = ("--image-embedding-width", width)
-    outputs = revision(demo, shards, pixels, tmp_path / "run", *begin, *STILL, "--tensor-model-parallel-size", 2)
+OTHER_WIDTH = 20
+
+
+@pytest.fixture(scope="module")
+def other_shards(demo, tmp_path_factory):
+    return embedding_data.write_shards(demo / "data" / "captions", tmp_path_factory.mktemp("shards") / "other", OTHER_WIDTH)
+
+
+@pytest.fixture(scope="module")
+def other(demo, other_shards, pixels, tmp_path_factory):
+    """A run on embeddings of another width, in which nothing learns: its weights are those it begins with."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    flags = ("--image-embedding-width", OTHER_WIDTH, *STILL, "--tensor-model-parallel-size", 2)
+    return folder, revision(demo, other_shards, pixels, folder, *flags)
+
+
+def test_embeddings_of_another_width_begin_with_a_new_projector(demo, other_shards, pixels, other, tmp_path):
+    width, (run, outputs) = OTHER_WIDTH, other
     assert f"the projector begins anew: that of {pixels} is for the tower's {WIDTH} numbers, the embeddings have {width}" in outputs[0]
-    before, after = weights(pixels, 3), weights(tmp_path / "run", 1)
+    before, after = weights(pixels, 3), weights(run, 1)
     assert before.keys() == after.keys() and after[PROJECTOR + "linear_fc1.weight"].shape[1] == width
     projector = {name for name in before if name.startswith("vision_projection.")}
     assert all(torch.equal(before[name], after[name]) for name in before if name not in projector)
     # That projector is then loaded as any other part.
-    resume = (*begin, "--load", tmp_path / "run", *STILL, "--train-iters", 2, "--override-opt-param-scheduler")
-    revision(demo, shards, pixels, tmp_path / "run", *resume, world_size=1)
-    again = weights(tmp_path / "run", 2)
+    resume = ("--image-embedding-width", width, "--load", run, *STILL, "--train-iters", 2, "--override-opt-param-scheduler")
+    revision(demo, other_shards, pixels, tmp_path / "again", *resume, world_size=1)
+    again = weights(tmp_path / "again", 2)
     assert all(torch.equal(after[name], again[name]) for name in after)
     with pytest.raises(Failed, match=f"its projector takes embeddings of {width} numbers, this run's is to take {WIDTH}"):
-        script.run(1, demo, "--stage", 1, *FLAGS, "--load", tmp_path / "run", "--save", tmp_path / "other")
+        script.run(1, demo, "--stage", 1, *FLAGS, "--load", run, "--save", tmp_path / "other")
+
+
+@pytest.mark.parametrize("layout", [
+    ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2),
+], ids=lambda layout: layout[0])  # fmt: skip
+def test_a_new_projector_learns_beside_the_checkpoints_weights(demo, other_shards, pixels, tmp_path, layout):
+    revision(demo, other_shards, pixels, tmp_path, "--image-embedding-width", OTHER_WIDTH, "--train-iters", 3, *layout)
+    before, after = weights(pixels, 3), weights(tmp_path, 3)
+    differs = {name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
+    # The newline, of which embeddings have none, is drawn anew with the rest of the projector.
+    assert differs == {name for name in before if name.startswith("vision_projection.")}
+
+
+def test_a_new_projector_goes_on_exactly_with_the_distributed_optimizer(demo, other_shards, pixels, tmp_path):
+    flags = ("--image-embedding-width", OTHER_WIDTH, "--use-distributed-optimizer", "--save-interval", 3)
+    expected = script.losses(revision(demo, other_shards, pixels, tmp_path / "whole", *flags))
+    stopped = (*flags, "--load", tmp_path / "stopped")
+    assert "begins anew" in revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped, "--exit-interval", 3)[0]
+    outputs = revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped)
+    resumed = script.losses(outputs)
+    assert "begins anew" not in outputs[0] and list(resumed) == [4, 5, 6]
+    assert (resumed[4], resumed[6]) == (expected[4], expected[6])  # for the line between see above
+
+
+def test_tower_and_decoder_are_measured_whatever_the_projector_takes(demo, stage, other, pixels, tmp_path):
+    """Both are those of the run on pixels: nothing but the projector has learnt."""
+    found = {}
+    for name, (folder, layout) in {"pixels": (pixels, ()), "other": (other[0], ("--pipeline-model-parallel-size", 2))}.items():
+        argv = of_measurement(demo, tmp_path / name, "--checkpoint", folder, *layout)
+        processes.run(measure, 2 if layout else 1, argv)
+        found[name] = stored(tmp_path / name)
+    for side in ("vision", "text"):
+        for layer, expected in found["pixels"][side].items():
+            # States of size 1: some roundings of 6e-8, as the layers lie on two ranks.
+            torch.testing.assert_close(found["other"][side][layer], expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(Failed) as failed:
+        processes.run(measure, 1, of_measurement(demo, tmp_path / "projected", "--checkpoint", other[0], "--projected"))
+    assert f"takes embeddings of {OTHER_WIDTH} numbers, not the tower's tokens of {WIDTH}; leave it out" in failed.value.output
+    processes.run(measure, 1, of_measurement(demo, tmp_path / "same", "--checkpoint", stage[0], "--projected"))  # as wide: it can
+    assert list(stored(tmp_path / "same")["projector"]) == ["projector"]
+
+
+def measure(argv):
+    tiny.register()
+    return measured(argv)
+
+
+def test_what_has_no_place_in_hugging_faces_model_is_not_exported(stage, other, pixels, tmp_path):
+    export = lambda folder, name: ["megatron-to-hf", "--checkpoint", str(folder), "--out", str(tmp_path / name)]
+    (said,) = processes.run(convert, 1, export(other[0], "other"))
+    assert f"error: {other[0]}: its projector takes embeddings of {OTHER_WIDTH} numbers, for which Hugging Face's" in said
+    assert not (tmp_path / "other").exists()
+    (said,) = processes.run(convert, 1, ["verify", "--hf", str(pixels / "hf"), "--checkpoint", str(other[0])])
+    assert f"error: {other[0]}: its projector takes embeddings" in said
+    (said,) = processes.run(convert, 1, export(stage[0], "stage"))
+    assert "has learnt on embeddings of images" in said and (tmp_path / "stage" / "config.json").is_file()
+    (said,) = processes.run(convert, 1, export(pixels, "pixels"))
+    assert "embeddings of images" not in said and (tmp_path / "pixels" / "config.json").is_file()
+
+
+def convert(argv) -> str:
+    try:
+        conversion.main(argv)
+    except SystemExit as end:
+        assert end.code == 2
+    return processes.output()
 
 
 def test_validation_measures_the_embeddings(demo, shards, pixels, tmp_path):
@@ -126,3 +213,20 @@ def test_samples_without_an_embedding_are_skipped_and_counted(demo, pixels, tmp_
 def test_what_does_not_go_together_is_one_line(demo, shards, pixels, tmp_path, flags, says):
     with pytest.raises(Failed, match=re.escape(says)):
         revision(demo, shards, pixels, tmp_path, *flags, world_size=1)
+
+
+@pytest.mark.parametrize("width, kind, says", [
+    (20, "embeddings", r"npy: it is float16 of shape \[48\], and by --image-embedding-width it has to be 20"),
+    (48, "pixels", r"it has no embedding \(.npy\); name data that examples/realign.py transform has written"),
+])  # fmt: skip
+def test_data_of_another_kind_is_seen_before_anything_is_trained(demo, shards, pixels, tmp_path, width, kind, says):
+    data = shards if kind == "embeddings" else demo / "data" / "captions"
+    with pytest.raises(Failed, match=f"--data-path {data}: sample .* of its part train: {says}"):
+        revision(demo, data, pixels, tmp_path, "--image-embedding-width", width, world_size=1)
+
+
+def test_a_second_run_into_the_same_folder_is_told(demo, shards, pixels, stage, tmp_path):
+    outputs = revision(demo, shards, pixels, tmp_path, "--train-iters", 3, world_size=1)
+    assert "holds checkpoints already" not in outputs[0]
+    outputs = revision(demo, shards, pixels, tmp_path, "--train-iters", 1, world_size=1)
+    assert f"WARNING: --save {tmp_path} holds checkpoints already, and without --load this run begins anew" in outputs[0]
