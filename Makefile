@@ -44,7 +44,7 @@ $(CORES): | $(INSTALLED)
 test: $(INSTALLED) $(CORES)
 	@$(PY) -m pytest $(ARGS)
 
-BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface loader waiting_for_data start_up mutual_knn conversion task_encoder
+BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface loader waiting_for_data start_up mutual_knn conversion task_encoder realign
 bench: $(INSTALLED)
 	@for name in $(BENCHMARKS); do \
 	  echo "[$$name]"; $(PY) benchmarks/$$name.py --append results/benchmarks.jsonl || exit 1; \

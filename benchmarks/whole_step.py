@@ -10,7 +10,6 @@ demo` leaves it, written where it is missing). Memory is the peak of a process's
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training_arguments import TRACKER, architecture_of, load_tokenizer, parse, run_of  # first:
+from training_arguments import architecture_of, load_tokenizer, parse  # first:
 # it prepares Megatron for machines without CUDA
 
 import megatron_repairs
@@ -26,6 +26,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_model
 from pretrain_llava_rsa import model_provider
 from recipes import stage_1
+from stage_folders import TRACKER, run_of
 from torch import Tensor
 
 from rsa_megatron.data.tiles import ImageTiler

@@ -17,7 +17,7 @@ import os
 import time
 from pathlib import Path
 
-from training_arguments import architecture_of, dataloader_folder, end_with, load_tokenizer, parse, say, write_stage  # first:
+from training_arguments import architecture_of, dataloader_folder, end_with, load_tokenizer, parse, say  # first:
 # it prepares Megatron for machines without CUDA
 
 import megatron_repairs
@@ -28,6 +28,7 @@ from megatron.energon import WorkerConfig
 from megatron.training import get_args, get_wandb_writer, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank, print_rank_last
+from stage_folders import write_stage
 from transformers import AutoTokenizer
 from utilisation import Utilisation
 
@@ -53,6 +54,8 @@ def main():
     args = parse(rsa)
     if args.dry_run:
         return dry_run(args, rsa)
+    if "RANK" not in os.environ:
+        end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     megatron_repairs.repair()
     try:
         write_hugging_face_files(args)

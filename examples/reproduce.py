@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(queue: Queue, args) -> None:
     """Run the jobs; write the results after each and, at the end or when it is interrupted, tables and figures."""
+
+    def when_done(job: Job) -> None:
+        tidy(queue, job)
+        results.write(args.jsonl, collected(queue, args))
+
+    run_and_report(queue, args.time_limit, when_done, lambda: report(queue, args))
+
+
+def run_and_report(queue: Queue, time_limit: float | None, when_done: Callable[[Job], None], report: Callable[[], None]) -> None:
+    """Run the jobs, saying how far it is; `report` at the end, also when it is interrupted. Exit code 1 if a job is not done."""
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; the same command goes on"))
 
@@ -68,16 +79,12 @@ def run(queue: Queue, args) -> None:
         print(f"[{(time.monotonic() - begin) / 60:5.1f} min] {event} | {len(queue.done)} of {len(queue.jobs)} done, {left} waiting, "
               f"running: {', '.join(queue.running) or 'none'} | about {queue.seconds_left() / 60:.0f} min left", flush=True)  # fmt: skip
 
-    def when_done(job: Job) -> None:
-        tidy(queue, job)
-        results.write(args.jsonl, collected(queue, args))
-
     try:
-        all_done = queue.run(args.time_limit, say, when_done)
+        all_done = queue.run(time_limit, say, when_done)
     except KeyboardInterrupt:
         all_done = False
     finally:
-        report(queue, args)
+        report()
     if not all_done:
         sys.exit(1)
 

@@ -23,15 +23,13 @@ again.
 """
 
 import argparse
-import signal
 import sys
-import time
 from pathlib import Path
 
 import figure_style
 import revision_results as results
 from job_queue import Queue, write_whole
-from reproduce import alone_in, environment, show
+from reproduce import alone_in, environment, run_and_report, show
 from reproduction_results import write
 from revision_plan import ARMS, BATCH, PAIRED, USUAL, Arm, plan, shards_of, write_mixtures
 
@@ -51,26 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     with lock:
-        run(queue, args)
-
-
-def run(queue: Queue, args) -> None:
-    """Run the jobs; lines, table and figure of what is done are written in the end, also when it is interrupted."""
-    begin = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; the same command goes on"))
-
-    def say(event: str) -> None:
-        print(f"[{(time.monotonic() - begin) / 60:5.1f} min] {event} | {len(queue.done)} of {len(queue.jobs)} done, "
-              f"running: {', '.join(queue.running) or 'none'} | about {queue.seconds_left() / 60:.0f} min left", flush=True)  # fmt: skip
-
-    try:
-        all_done = queue.run(args.time_limit, say, lambda job: None)
-    except KeyboardInterrupt:
-        all_done = False
-    finally:
-        report(queue, args)
-    if not all_done:
-        sys.exit(1)
+        run_and_report(queue, args.time_limit, lambda job: None, lambda: report(queue, args))
 
 
 def report(queue: Queue, args) -> None:

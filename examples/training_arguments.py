@@ -6,7 +6,6 @@ Nothing here trains. Every mistake that can be seen before the model is built en
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import platform
 import sys
@@ -20,14 +19,18 @@ try:
 except RuntimeError as error:
     sys.exit(f"error: {error}")
 
+import embedding_arguments
 import learning_rates
 import megatron_repairs
 import utilisation
+from embedding_arguments import set_image_embeddings
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import parse_and_validate_args
 from transformers import AutoTokenizer
 
 from recipes import recipe
+from stage_folders import TRACKER, has_checkpoint, take_weights_of_another_stage
+
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
 from rsa_megatron.data.data_sets import check_data
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
@@ -42,8 +45,6 @@ from rsa_megatron.llava.layers import layer_number
 from rsa_megatron.llava.model import PARTS
 from rsa_megatron.plugin import RSAPlugin
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
 
 def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = True):
     """The run's arguments: Megatron's, ours and the plugin's, with `settings` or else --stage's as their defaults.
@@ -53,9 +54,9 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     try:
         provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
         args = parse_and_validate_args(extra_args_provider=provider)
-        take_weights_of_another_stage(args)
+        weights = take_weights_of_another_stage(args)
         check_arguments(args)
-        set_image_embeddings(args, rsa)
+        projector = set_image_embeddings(args, rsa.config, architecture_of(args).vision.hidden_size)
         if rsa.config.text_source == "caption" and rsa.config.weight > 0:
             check_settings(args, packed=args.transformer_impl == "transformer_engine")
         if reads_data:
@@ -63,6 +64,8 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         set_one_epoch(args)
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
+    for message in filter(None, (weights, projector)):
+        say(message)
     if args.virtual_pipeline_model_parallel_size:
         say("WARNING: megatron-core cannot save the data position of interleaved pipelines; "
             "a resumed run will need --restart-data")  # fmt: skip
@@ -114,9 +117,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
                        help="square: an image is squashed into one tile; anyres: a base tile and a grid of tiles")  # fmt: skip
     group.add_argument("--image-grids", nargs="+", type=grid, metavar="ROWSxCOLUMNS",
                        help="the grids of tiles that anyres may choose from; default: the model's own")  # fmt: skip
-    group.add_argument("--image-positions", type=int, default=0, metavar="N",
-                       help="images come as embeddings (.npy in the shards), each repeated in N positions; 0: as pixels")  # fmt: skip
-    group.add_argument("--image-embedding-width", type=int, metavar="D", help="theirs; default: the tower's width")
+    embedding_arguments.add_arguments(group)
     group.add_argument("--drop-last", action="store_true",
                        help="of a single pass over the data, leave out each reader's last samples that do not fill a micro-batch, "
                             "and the last iterations for which not every rank has data")  # fmt: skip
@@ -181,50 +182,6 @@ def layer_pairs(text: str) -> list[tuple[int, int]]:
     return pairs
 
 
-def take_weights_of_another_stage(args) -> None:
-    """`--load STAGE1` in a run of another stage: the weights alone, until this run has checkpoints of its own.
-
-    Within one stage --load is Megatron's: weights, optimizer, learning-rate schedule and data position.
-    """
-    for folder in filter(None, (args.load, args.save)):
-        stage = run_of(folder).get("stage")
-        if stage in (None, args.stage):
-            continue
-        if folder == args.save:
-            raise ValueError(f"--save {folder} holds a run of stage {stage}, this is stage {args.stage}: name another --save")
-        if args.pretrained_checkpoint:
-            raise ValueError(
-                f"--load {folder} is of stage {stage}, whose weights this stage {args.stage} would begin from, and "
-                f"--pretrained-checkpoint {args.pretrained_checkpoint} is named too: leave one out"
-            )
-        if not Path(folder, TRACKER).is_file():
-            raise ValueError(f"--load {folder}: stage {stage} has no checkpoint there yet; let it end first")
-        args.pretrained_checkpoint, args.load = args.load, args.save
-        if not (args.save and Path(args.save, TRACKER).is_file()):
-            say(f"weights from {folder}, of stage {stage}; optimizer, learning rates and data begin anew")
-
-
-def run_of(folder: str) -> dict:
-    """What `write_stage` says of the run that writes to a folder; empty where it is not this script's."""
-    file = Path(folder, "run.json")
-    try:
-        run = json.loads(file.read_text()) if file.is_file() else {}
-        return run | {"stage": run["stage"]} if run else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read: remove it if {folder} is not of another stage ({error})") from error
-
-
-def write_stage(args, **more) -> None:
-    """Beside the checkpoints: whose they are, for the next stage, and `finished` once the run has come to its end."""
-    if args.save and not args.skip_train and int(os.environ.get("RANK", "0")) == 0:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        unfinished = Path(args.save, "run.json.unfinished")
-        if args.image_positions:
-            more["image_embedding_width"] = args.image_embedding_width
-        unfinished.write_text(json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n")
-        unfinished.rename(Path(args.save, "run.json"))
-
-
 def check_arguments(args) -> None:
     """What would otherwise fail later, on every rank, and in other words."""
     layer_specs(args.transformer_impl)
@@ -253,54 +210,6 @@ def check_arguments(args) -> None:
     check_model(args)
 
 
-def set_image_embeddings(args, rsa: RSAPlugin) -> None:
-    """The width of images that come as embeddings, past the tower; and what does not go with them."""
-    tower_width = architecture_of(args).vision.hidden_size
-    args.projector_begins_anew = False
-    if not args.image_positions:
-        if args.image_embedding_width is not None:
-            raise ValueError("--image-embedding-width is of images that come as embeddings: name --image-positions too")
-        return check_projector(args, tower_width)
-    if not 1 <= args.image_positions < args.seq_length:
-        raise ValueError(f"--image-positions {args.image_positions} must be from 1 to below --seq-length {args.seq_length}, which "
-                         "holds the caption, too: name fewer positions or a longer row")  # fmt: skip
-    if args.image_embedding_width is None:
-        args.image_embedding_width = tower_width
-    if args.image_embedding_width < 1:
-        raise ValueError(f"--image-embedding-width {args.image_embedding_width} must be at least 1")
-    check_projector(args, tower_width)
-    if "vision" in args.trainable:
-        raise ValueError("--trainable vision: images that come as embeddings pass the tower by; leave it frozen "
-                         "(--trainable projector embeddings language)")  # fmt: skip
-    for flag, layers in (
-        ("--mutual-knn-layers", [vision for vision, _ in args.mutual_knn_layers]),
-        ("--rsa-layers", [pair.vision for pair in rsa.config.layer_pairs]),
-    ):
-        if set(layers) != {-1}:
-            raise ValueError(f"{flag}: an image that comes as an embedding has no vision layer but that, -1")
-
-
-def check_projector(args, tower_width: int) -> None:
-    """That the checkpoint's projector takes what this run's is to take; or, of a model for pixels, begins anew."""
-    own = args.load and Path(args.load, TRACKER).is_file()
-    folder = args.load if own else args.pretrained_checkpoint
-    if not folder:
-        return
-    of_checkpoint, width = run_of(folder).get("image_embedding_width"), args.image_embedding_width or tower_width
-    if (of_checkpoint or tower_width) == width:
-        return
-    if of_checkpoint:
-        raise ValueError(
-            f"{folder}: its projector takes embeddings of {of_checkpoint} numbers, this run's is to take {width}: name "
-            f"--image-positions N --image-embedding-width {of_checkpoint}, with data that has such embeddings"
-        )
-    if own:
-        raise ValueError(f"--load {folder}: it is a run on pixels, whose optimizer has no projector for embeddings of {width} numbers; "
-                         "name it as --pretrained-checkpoint, whose projector then begins anew")  # fmt: skip
-    args.projector_begins_anew = True
-    say(f"the projector begins anew: that of {folder} is for the tower's {tower_width} numbers, the embeddings have {width}")
-
-
 def check_data_path(args) -> None:
     if not args.data_path:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
@@ -316,10 +225,6 @@ def check_data_path(args) -> None:
         if args.image_positions:
             embeddings = ImageEmbeddings(width=args.image_embedding_width, positions=args.image_positions)
             check_embeddings(args.data_path[0], "val" if args.skip_train else "train", embeddings)
-
-
-def has_checkpoint(args) -> bool:
-    return any(Path(folder, TRACKER).is_file() for folder in (args.load, args.pretrained_checkpoint) if folder)
 
 
 def check_parallelism(args) -> None:

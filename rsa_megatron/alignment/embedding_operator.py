@@ -174,5 +174,6 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads(path.read_text())
         manifest["method"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): name a folder that an operator was saved in") from error
+        reason = "it is not there" if isinstance(error, FileNotFoundError) else repr(error)
+        raise ValueError(f"{path} cannot be read ({reason}): name a folder that an operator was saved in") from error
     return manifest
