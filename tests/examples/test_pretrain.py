@@ -367,7 +367,7 @@ def skip_a_batch_on_the_last_stage():
     (["--vision-lr", -1], "error: --vision-lr -1.0: a learning rate is 0 or more"),
     (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
     (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),
-    (["--stage", "7"], "error: --stage 7: no such recipe; there is 1, 1.5, 2"),
+    (["--stage", "7"], "error: --stage 7: no such recipe; there is revision, 1, 1.5, 2"),
     (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*it is not there"),
     (["--load", "/nowhere"], "error: --load /nowhere: no latest_checkpointed_iteration.txt there; name the folder that --save"),
     (["--tensor-model-parallel-size", 4, "--num-query-groups", 2],

@@ -88,7 +88,8 @@ def error(capsys, *flags) -> str:
     with pytest.raises(SystemExit) as end:
         run(*flags)
     assert end.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "left out: " not in line and "samples, " not in line]
+    told = ("left out: ", "samples, ", "texts are longer than")
+    lines = [line for line in capsys.readouterr().err.splitlines() if not any(words in line for words in told)]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -343,6 +344,16 @@ def test_an_operator_of_another_encoder_is_refused(clip, shards, tmp_path, capsy
     said = error(capsys, "transform", "--operator", "op", "--texts", "texts.safetensors", "--out", "x.npy")
     assert "the operator moves rows of 24 numbers, and texts.safetensors, tensor texts has 7" in said
     assert not Path("out").exists() and not list(Path().glob("*unfinished*"))
+
+
+def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
+    """Stored features say which side they are of."""
+    run("fit", "--encoder", clip, "--data", shards, "--out", "op")
+    images, texts = (str(next(Path("features").rglob(f"*-{side}-embedding"))) for side in ("vision", "text"))
+    run("fit", "--images", images, "--texts", texts, "--out", "again")
+    assert "these are of the side text" in error(capsys, "fit", "--images", texts, "--texts", images, "--out", "swapped")
+    assert "these are of the side vision" in error(capsys, "transform", "--operator", "op", "--texts", images, "--out", "x.npy")
+    assert not Path("swapped").exists() and not Path("x.npy").exists()
 
 
 @pytest.mark.parametrize("flags, said", [

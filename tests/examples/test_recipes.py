@@ -1,8 +1,11 @@
 """Every recipe is what Megatron's parser takes, and its flags override it."""
 
+import embedding_data
 import processes
 import pytest
 from recipes import STAGES, demo_parts, recipe
+
+from rsa_megatron.llava.architectures import get_architecture
 
 
 def parsed(model, stage, settings, data, tokenizer, *flags):
@@ -22,9 +25,12 @@ CASES = [(model, stage, None) for model in ("demo", "llava-ov-7b") for stage in 
 
 
 @pytest.mark.parametrize("model, stage, settings", CASES)
-def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(demo, model, stage, settings):
+def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(demo, tmp_path, model, stage, settings):
     expected = settings or recipe(model, stage)
-    data = (str(demo / "data" / "captions"), str(demo / "tokenizer"))
+    shards = demo / "data" / "captions"
+    if "image_positions" in expected:
+        shards = embedding_data.write_shards(shards, tmp_path / "shards", get_architecture(model).vision.hidden_size)
+    data = (str(shards), str(demo / "tokenizer"))
     ((actual, config),) = processes.run(parsed, 1, model, stage, settings, *data)
     assert actual == expected and config.weight == expected.get("rsa_weight", 0.01)
     flags = ("--lr", "0.25", "--rsa-weight", "7", "--trainable", "language")

@@ -40,6 +40,14 @@ def reference(folder):
     return model, transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_are_longer_than_the_model_reads_are_counted(folders, kind):
+    backbone = TextEmbedder(open_model(folders[kind]))
+    for caption in ("a", "a boat " * tiny_dual_encoders.LONGEST, "b"):
+        backbone.prepare(CaptionedImage("x", caption, lambda: None))
+    assert backbone.num_cut == 1
+
+
 @torch.no_grad()
 def images_by_hand(folder) -> torch.Tensor:
     model, _, processor = reference(folder)
