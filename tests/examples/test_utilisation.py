@@ -94,10 +94,11 @@ def test_flops_and_time_add_up_to_the_runs(demo, layout):
     assert sum(told) / len(told) == pytest.approx(sum(expected), rel=1e-9)
 
 
-def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo):
+def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo, tmp_path):
     architecture = dataclasses.replace(tiny.TINY, image_embedding_width=20)
     made = [embedding_data.batch(seed, width=20, positions=5, eligible=(0,) * 4) for seed in (0, 1)]
-    argv = ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"), "--rsa-weight", "0",
+    shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", 20)
+    argv = ["--data-path", str(shards), "--tokenizer-model", str(demo / "tokenizer"), "--rsa-weight", "0",
             "--trainable", "projector", "--image-positions", "5", "--image-embedding-width", "20",
             "--micro-batch-size", "4", "--global-batch-size", "8", "--peak-tflops", str(PEAK / 1e12)]  # fmt: skip
     (rank,) = processes.run(reports, 1, argv, layouts.SINGLE, [made], architecture)

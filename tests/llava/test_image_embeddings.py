@@ -16,8 +16,15 @@ TOLERANCE = 2e-5
 WIDTH = 20
 
 
-def flags(demo, data_parallel_size=1):
-    return ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"),
+@pytest.fixture(scope="module")
+def data(demo, tmp_path_factory):
+    """What the command line names; the batches are made up."""
+    shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path_factory.mktemp("data") / "shards", WIDTH)
+    return ["--data-path", str(shards), "--tokenizer-model", str(demo / "tokenizer")]
+
+
+def flags(data, data_parallel_size=1):
+    return [*data,
             "--trainable", "projector", "--image-positions", "3", "--image-embedding-width", str(WIDTH),
             "--rsa-weight", "0.3", "--micro-batch-size", str(4 // data_parallel_size), "--global-batch-size", "8",
             "--calculate-per-token-loss", "--overlap-grad-reduce"]  # fmt: skip
@@ -31,9 +38,9 @@ def batches(positions, texts=False):
 
 
 @pytest.fixture(scope="module")
-def initial(demo, tmp_path_factory):
+def initial(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embeddings") / "initial"
-    processes.run(_save_initial_weights, 1, flags(demo), str(folder))
+    processes.run(_save_initial_weights, 1, flags(data), str(folder))
     return embedding_data.say_whose(folder, WIDTH)
 
 
@@ -45,12 +52,12 @@ def _save_initial_weights(argv, folder):
 
 
 @pytest.fixture(scope="module")
-def reference(demo, initial):
+def reference(data, initial):
     found = {}
 
     def run(positions, texts=False):
         if (positions, texts) not in found:
-            found[positions, texts] = layouts.run(SINGLE, batches(positions, texts), flags(demo), load=initial)
+            found[positions, texts] = layouts.run(SINGLE, batches(positions, texts), flags(data), load=initial)
         return found[positions, texts]
 
     return run
@@ -60,8 +67,8 @@ CASES = [(layout, 3, False) for layout in LAYOUTS] + [(layout, 1, True) for layo
 
 
 @pytest.mark.parametrize("layout, positions, texts", CASES, ids=lambda value: getattr(value, "name", str(value)))
-def test_every_layout_equals_one_process(demo, initial, reference, layout, positions, texts):
-    actual = layouts.run(layout, batches(positions, texts), flags(demo, layout.data_parallel_size), load=initial)
+def test_every_layout_equals_one_process(data, initial, reference, layout, positions, texts):
+    actual = layouts.run(layout, batches(positions, texts), flags(data, layout.data_parallel_size), load=initial)
     expected = reference(positions, texts)
     for one, other in zip(actual.losses, expected.losses, strict=True):
         for name in ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text"):
@@ -70,8 +77,8 @@ def test_every_layout_equals_one_process(demo, initial, reference, layout, posit
     assert largest_difference(actual.parameters, expected.parameters)[0] < TOLERANCE
 
 
-def test_only_the_projector_learns_and_rsa_reaches_it(demo, initial, reference):
-    with_rsa, without = reference(3), layouts.run(SINGLE, batches(3), [*flags(demo), "--rsa-weight", "0"], load=initial)
+def test_only_the_projector_learns_and_rsa_reaches_it(data, initial, reference):
+    with_rsa, without = reference(3), layouts.run(SINGLE, batches(3), [*flags(data), "--rsa-weight", "0"], load=initial)
     learns = {name for name, gradient in with_rsa.gradients.items() if gradient.any()}
     learns -= {"vision_model.ln_post.weight"}  # a buffer
     assert learns == {name for name in with_rsa.gradients if name.startswith("vision_projection.encoder")}
@@ -79,11 +86,11 @@ def test_only_the_projector_learns_and_rsa_reaches_it(demo, initial, reference):
     assert largest_difference(with_rsa.gradients, without.gradients)[0] > 1e-3
 
 
-def test_an_embedding_stands_in_its_positions(demo, initial, reference):
+def test_an_embedding_stands_in_its_positions(data, initial, reference):
     """The LM loss of the first batch, by the decoder alone on rows put together by hand."""
-    (expected,) = processes.run(_by_hand, 1, flags(demo), str(initial), batches(3)[0])
+    (expected,) = processes.run(_by_hand, 1, flags(data), str(initial), batches(3)[0])
     assert reference(3).losses[0]["lm loss"] == pytest.approx(expected, rel=1e-5)
-    (other,) = processes.run(_by_hand, 1, flags(demo), str(initial), batches(3)[0], 2)  # of two positions in the place of three
+    (other,) = processes.run(_by_hand, 1, flags(data), str(initial), batches(3)[0], 2)  # of two positions in the place of three
     assert abs(other / expected - 1) > 1e-4
 
 
