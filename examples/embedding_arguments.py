@@ -5,6 +5,7 @@ from pathlib import Path
 from stage_folders import TRACKER, run_of
 
 from rsa_megatron.config import RSAConfig
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
 
 
 def add_arguments(group) -> None:
@@ -41,6 +42,12 @@ def set_image_embeddings(args, rsa: RSAConfig, tower_width: int) -> str | None:
         if set(layers) != {-1}:
             raise ValueError(f"{flag}: an image that comes as an embedding has no vision layer but that, -1")
     return check_projector(args, tower_width)
+
+
+def image_embeddings(args) -> ImageEmbeddings | None:
+    """What reads them from a sample; None where images come as pixels."""
+    positions = args.image_positions
+    return ImageEmbeddings(width=args.image_embedding_width, positions=positions) if positions else None
 
 
 def check_projector(args, tower_width: int) -> str | None:

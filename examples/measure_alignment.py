@@ -157,9 +157,17 @@ def check(args: argparse.Namespace) -> None:
     if RANK:
         return
     try:
-        torch.zeros(1, device=args.device)
+        check_device(args.device)
+    except ValueError as error:
+        fail_once(str(error))
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError where there is none of that name."""
+    try:
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail_once(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -183,12 +191,17 @@ def progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
 
 def report_left_out(rows: FeatureStore, columns: FeatureStore) -> None:
     reasons = {key: reason for store in (rows, columns) for key, reason in store.left_out.items()}
+    say_left_out(reasons)
+    if reasons:
+        print(f"left out: to try these again, remove {rows.folder} and {columns.folder}", file=sys.stderr)
+
+
+def say_left_out(reasons: dict[str, str]) -> None:
+    """Samples and why they are left out; of many the first and how many more."""
     for key, reason in [*reasons.items()][:_NAMED]:
         print(f"left out: {key}: {reason}", file=sys.stderr)
     if len(reasons) > _NAMED:
         print(f"left out: {len(reasons) - _NAMED} more", file=sys.stderr)
-    if reasons:
-        print(f"left out: to try these again, remove {rows.folder} and {columns.folder}", file=sys.stderr)
 
 
 def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:

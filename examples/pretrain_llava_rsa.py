@@ -21,6 +21,7 @@ from training_arguments import architecture_of, dataloader_folder, end_with, loa
 # it prepares Megatron for machines without CUDA
 
 import megatron_repairs
+from embedding_arguments import image_embeddings
 from learning_rates import LearningRates, table
 from megatron.core import mpu
 from megatron.core.enums import ModelType
@@ -33,7 +34,6 @@ from transformers import AutoTokenizer
 from utilisation import Utilisation
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
-from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.loader_state import find_train_state
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
@@ -175,8 +175,6 @@ def validation_loader(args, *, say_skipped: bool, image_aspect_ratio: str | None
 def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = None) -> LlavaTaskEncoder:
     architecture = architecture_of(args)
     size = architecture.vision.image_size
-    width, positions = args.image_embedding_width, args.image_positions
-    embeddings = ImageEmbeddings(width=width, positions=positions) if positions else None
     grids = [(rows * size, columns * size) for rows, columns in args.image_grids or []]
     return LlavaTaskEncoder(
         load_tokenizer(args),
@@ -188,7 +186,7 @@ def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = No
         max_sequence_length=args.seq_length,
         template=args.template,
         label_style=args.label_style,
-        embeddings=embeddings,
+        embeddings=image_embeddings(args),
         say_skipped=say_skipped,
     )
 

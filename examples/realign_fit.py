@@ -3,12 +3,11 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from gap_parts import Rows
 from realign_sources import add_source_arguments, group, num_ranks, on_first_rank, progress, rank, sources
-from torch import Tensor
 
 from rsa_megatron.alignment.embedding_operator import EmbeddingOperator
 from rsa_megatron.alignment.embedding_passes import moments
@@ -68,17 +67,6 @@ def encoder_of(embeddings: Embeddings) -> str | None:
     return " ".join(parts) if all(parts) else None
 
 
-class Moved:
-    """Pieces of texts, moved by an operator, in float64; iterated as often as you like."""
-
-    def __init__(self, operator: EmbeddingOperator, texts: Embeddings):
-        self._operator, self._texts, self.num_rows = operator, texts, texts.num_rows
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for piece_ND in self._texts:
-            yield self._operator.transform(piece_ND, dtype=torch.float64)
-
-
 def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
     """|mean - mu_x| of the texts that were fitted on: as they are, and after each step and its projection.
 
@@ -98,7 +86,8 @@ def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, fl
 
 
 def _gap(operator: EmbeddingOperator, texts: Embeddings) -> float:
-    mean_D = moments(Moved(operator, texts), "moved texts", group=group(), progress=progress).mean_D
+    moved = Rows(texts, torch.ones(texts.num_rows, dtype=torch.bool), operator)
+    mean_D = moments(moved, "moved texts", group=group(), progress=progress).mean_D
     return (mean_D - operator.image_mean_D).norm().item()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from measure_alignment import DTYPES
+from measure_alignment import DTYPES, check_device, say_left_out
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,8 +24,6 @@ from rsa_megatron.measurement.pairs import Pairs, in_words
 from rsa_megatron.measurement.stored_features import Drawn, draw, stored_features
 
 EMBEDDERS = {"image": ImageEmbedder, "text": TextEmbedder}
-# Of the samples that are left out so many are named.
-_NAMED = 5
 Found = TypeVar("Found")
 
 
@@ -84,10 +82,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("num_samples", "batch_size", "num_workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(args.device)
 
 
 def sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
@@ -154,13 +149,6 @@ def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
         print(f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads; what it does not read is not in "
               "their embeddings, and texts that begin alike may have equal ones", file=sys.stderr)  # fmt: skip
     return store
-
-
-def say_left_out(reasons: dict[str, str]) -> None:
-    for key, reason in [*reasons.items()][:_NAMED]:
-        print(f"left out: {key}: {reason}", file=sys.stderr)
-    if len(reasons) > _NAMED:
-        print(f"left out: {len(reasons) - _NAMED} more", file=sys.stderr)
 
 
 def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:

@@ -23,7 +23,7 @@ import embedding_arguments
 import learning_rates
 import megatron_repairs
 import utilisation
-from embedding_arguments import set_image_embeddings
+from embedding_arguments import image_embeddings, set_image_embeddings
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import parse_and_validate_args
 from transformers import AutoTokenizer
@@ -33,7 +33,6 @@ from stage_folders import TRACKER, has_checkpoint, take_weights_of_another_stage
 
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
 from rsa_megatron.data.data_sets import check_data
-from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.loaders import epoch_iterations
 from rsa_megatron.data.stored_samples import check_embeddings
 from rsa_megatron.data.tiles import ASPECT_RATIOS
@@ -222,8 +221,7 @@ def check_data_path(args) -> None:
             num_readers=args.data_parallel_size * max(1, args.num_workers),
             micro_batch_size=args.eval_micro_batch_size,
         )
-        if args.image_positions:
-            embeddings = ImageEmbeddings(width=args.image_embedding_width, positions=args.image_positions)
+        if embeddings := image_embeddings(args):
             check_embeddings(args.data_path[0], "val" if args.skip_train else "train", embeddings)
 
 

@@ -104,7 +104,9 @@ class TextEmbedder:
         with TOKENIZER_IN_USE:
             found = self._tokenizer([caption], truncation=True, max_length=self._longest, split_special_tokens=True,
                                     return_tensors="pt", **padding)  # fmt: skip
-            self.num_cut += len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
+            # Before the last token, which ends every text: where the row is not full, padding, or another text's length.
+            if (ids_S := found["input_ids"][0]).numel() == self._longest and ids_S[-2] != self._tokenizer.pad_token_id:
+                self.num_cut += len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
         names = ("input_ids", "attention_mask") if self._is_clip else ("input_ids",)
         return {name: found[name] for name in names}
 
