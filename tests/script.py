@@ -15,6 +15,7 @@ def run(world_size: int, demo: Path, *flags, data: Path | None = None, sabotage=
     """The script's output on each rank. `data`: another data set than the demo's captions; options: processes.run."""
     argv = [
         "--model", "tiny", "--seq-length", "128", "--log-interval", "1", "--train-iters", "6", "--global-batch-size", "8",
+        "--shuffle-buffer-size", "8",  # not 1000: what it holds is read before the first iteration
         "--data-path", str(data or demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"),
         *map(str, flags),
     ]  # fmt: skip
