@@ -1,49 +1,46 @@
-"""Runs the comparisons of checkpoint_conversion/test_hf_parity.py and writes them into checkpoint_conversion/README.md.
+"""Runs the comparisons of support/hf_parity.py and writes them into checkpoint_conversion/README.md.
 
-    python tests/conversion_table.py
+    python -m tests.conversion_table
 """
 
+from tests.support.environment import ROOT  # isort: skip  # before torch
+
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "checkpoint_conversion")]
-
-import conftest
-import hf_parity
-import test_hf_parity
 from tqdm import tqdm
 
 from checkpoint_conversion import torch_dist_save
+from tests.support import hf_parity
+from tests.support.demo_data import make_demo
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        demo = conftest.make_demo(folder / "demo")
+        demo = make_demo(folder / "demo")
         both = [hf_parity.Models(folder / name, demo, tied=name == "tied") for name in ("untied", "tied")]
         comparisons = [
-            row(layout, [models.differences(*test_hf_parity.flat(layout)) for models in both])
-            for layout in tqdm(test_hf_parity.LAYOUTS)
+            row(layout, [models.differences(*hf_parity.flat(layout)) for models in both])
+            for layout in tqdm(hf_parity.LAYOUTS)
         ]
         mistakes = [
             row(mistake, [models.differences(sabotage=sabotage) for models in both])
-            for mistake, sabotage in tqdm(test_hf_parity.MISTAKES.items())
+            for mistake, sabotage in tqdm(hf_parity.MISTAKES.items())
         ]
-        padding = test_hf_parity.flat(test_hf_parity.PADDED)
+        padding = hf_parity.flat(hf_parity.PADDED)
         mistakes.append(row("padding rows in the softmax", [
-            models.differences(*padding, sabotage=test_hf_parity.padding_in_the_softmax) for models in both
+            models.differences(*padding, sabotage=hf_parity.padding_in_the_softmax) for models in both
         ]))  # fmt: skip
         mistakes.append(row("the token after an image not learnt", [
-            models.differences(sabotage=test_hf_parity.token_after_an_image_not_learnt) for models in both
+            models.differences(sabotage=hf_parity.token_after_an_image_not_learnt) for models in both
         ]))  # fmt: skip
-        torch_dist_save.join = test_hf_parity.parts_one_after_the_other
+        torch_dist_save.join = hf_parity.parts_one_after_the_other
         mistakes.append(row("q, k, v not interleaved by group", [
             models.differences(checkpoint=models.convert(folder / f"wrong-{i}")) for i, models in enumerate(both)
         ]))  # fmt: skip
-    readme = TESTS.parent / "checkpoint_conversion" / "README.md"
+    readme = ROOT / "checkpoint_conversion" / "README.md"
     text = readme.read_text()
     for name, rows in (("comparisons", comparisons), ("mistakes", mistakes)):
         head = [f"| {'layout' if name == 'comparisons' else 'mistake'} | logits, untied | loss, untied | logits, tied | loss, tied |",

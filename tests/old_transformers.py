@@ -1,6 +1,6 @@
 """Loads an exported model in old versions of transformers, and compares it with the one installed. By hand: it downloads.
 
-    python tests/old_transformers.py 4.45.2 4.49.0 5.0.0
+    python -m tests.old_transformers 4.45.2 4.49.0 5.0.0
 
 A tiny model goes from Hugging Face to Megatron and back; each version is installed into a folder of its own, in front
 of this environment's packages, and loads what came out. Three folders: the source written with the keys that
@@ -19,7 +19,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parent
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]},
             {"role": "assistant", "content": [{"type": "text", "text": "A red boat."}]}]  # fmt: skip
 CONTROL = "control: no rope_theta"
@@ -47,14 +46,12 @@ def is_same_model(found: list) -> bool:
 
 def export(folder: Path) -> dict[str, Path]:
     """The folders to load, by name."""
-    sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-    import conftest
-    import tiny_hf
     from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration, __version__
 
     from checkpoint_conversion.__main__ import main as convert
+    from tests.support import demo_data, tiny_hf
 
-    source = tiny_hf.write(folder / "source", conftest.make_demo(folder / "demo") / "tokenizer", tied=True)
+    source = tiny_hf.write(folder / "source", demo_data.make_demo(folder / "demo") / "tokenizer", tied=True)
     saved = folder / "saved"
     LlavaOnevisionForConditionalGeneration.from_pretrained(source).save_pretrained(saved)
     AutoProcessor.from_pretrained(source).save_pretrained(saved)
@@ -72,11 +69,11 @@ def export(folder: Path) -> dict[str, Path]:
 def write_expected(hf: Path, file: Path) -> None:
     """Images, what the installed version prepares of them, and its logits."""
     import numpy
-    import tiny_hf
     import torch
     from transformers import LlavaOnevisionForConditionalGeneration
 
     from checkpoint_conversion.model_parts import picture as make_picture
+    from tests.support import tiny_hf
 
     processor, model = tiny_hf.load_processor(hf), LlavaOnevisionForConditionalGeneration.from_pretrained(hf)
     text = processor.apply_chat_template(MESSAGES)

@@ -1,30 +1,29 @@
-"""Runs every case of llava/test_parity.py and writes the largest differences into tests/README.md.
+"""Runs every case of support/parity.py and writes the largest differences into tests/README.md.
 
-    python tests/parity_table.py
+    python -m tests.parity_table
 """
 
+from tests.support.environment import ROOT  # isort: skip  # before torch
+
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS / "llava")]
-
-import conftest
-import test_parity
 from tqdm import tqdm
+
+from tests.support import parity
+from tests.support.demo_data import make_demo
 
 
 def main():
-    test_parity.NUM_ITERATIONS = dict.fromkeys(test_parity.NUM_ITERATIONS, 10)
+    parity.NUM_ITERATIONS = dict.fromkeys(parity.NUM_ITERATIONS, 10)
     with tempfile.TemporaryDirectory() as folder:
-        parity = test_parity.Parity(conftest.make_demo(Path(folder) / "demo"), Path(folder))
-        rows = [row(case, parity.differences(case)) for case in tqdm(test_parity.CASES)]
+        runs = parity.Parity(make_demo(Path(folder) / "demo"), Path(folder))
+        rows = [row(case, runs.differences(case)) for case in tqdm(parity.ALL_CASES)]
     columns = ["layout", "micro-batches", "per-token loss", "distributed optimizer",
                "lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "gradients", "parameters"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns), *rows]
-    readme = TESTS / "README.md"
+    readme = ROOT / "tests" / "README.md"
     marked = r"(<!-- parity -->\n).*(<!-- /parity -->)"
     text = re.sub(marked, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)

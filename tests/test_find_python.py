@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / ".ci" / "find-python"
+from tests.support.environment import ROOT
+
+SCRIPT = ROOT / ".ci" / "find-python"
 
 
 def a_python(path: Path, version: tuple[int, int]) -> Path:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_hf
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,6 +24,7 @@ from rsa_megatron.data.conversation import IMAGE_TOKEN, encode
 from rsa_megatron.huggingface import find_architecture, read_architecture, read_towers
 from rsa_megatron.huggingface_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, get_architecture
+from tests.support import tiny_hf
 
 PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 SIGLIP = dict(hidden_size=1152, image_size=384, intermediate_size=4304, model_type="siglip_vision_model",

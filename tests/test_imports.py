@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.environment import ROOT
+
 _MEGATRON = ["megatron.core", "megatron.training"]
 _DRAWING_AND_TABLES = ["matplotlib", "pyarrow", "pandas", "scipy", "datasets"]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.environment import ROOT
+
 OURS = "rsa_megatron"
 
 # What each place may not import; more and more is allowed from top to bottom.

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import processes
+from tests.support import processes
 
 
 def in_a_fresh_process(code: str) -> str:

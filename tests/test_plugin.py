@@ -2,14 +2,11 @@
 
 import inspect
 
-import layouts
-import processes
 import pytest
-import tiny
 import torch
 
-from rsa_megatron import RSAPlugin
 from rsa_megatron.plugin import _said
+from tests.support import layouts, processes, tiny
 
 
 def flags(demo):

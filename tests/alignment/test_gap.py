@@ -9,7 +9,6 @@ import math
 from dataclasses import asdict, replace
 from functools import partial
 
-import planted_gap as planted
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from rsa_megatron.alignment.coupling import coupling
 from rsa_megatron.alignment.frame import Frame
 from rsa_megatron.alignment.gap import centroid_gap, decompose, energy_budget, gap_figures, term_moments
 from rsa_megatron.alignment.realign import unit_rows
+from tests.support import planted_gap as planted
 
 TOLERANCE = 1e-10
 

@@ -5,7 +5,6 @@ Tolerances: 1e-12 for numbers of order 1 in float64.
 
 import math
 
-import planted_gap as planted
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from rsa_megatron.alignment.gap_over_time import (
     window_covariances,
 )
 from rsa_megatron.alignment.realign import unit_rows
+from tests.support import planted_gap as planted
 
 WIDTH, RANK = planted.WIDTH, planted.RANK
 

@@ -1,13 +1,13 @@
 """The gather, and the loss after it, communicate in the forward pass alone."""
 
-import processes
 import pytest
 import torch
-from adjoint_gather import all_gather_with_adjoint
 from torch.distributed.tensor.debug import CommDebugMode
 
 from rsa_megatron.alignment.gather import gather_rows
 from rsa_megatron.alignment.loss import rsa_loss_of_rows, rsa_loss_reference
+from tests.support import processes
+from tests.support.adjoint_gather import all_gather_with_adjoint
 
 NUM_OWN = 6
 

@@ -1,14 +1,14 @@
 """rsa_loss is eq. 5, in value and gradient, whatever the rows; its share over ranks is the whole."""
 
-import processes
 import pytest
 import torch
-from adjoint_gather import all_gather_with_adjoint
 
 from rsa_megatron.alignment import loss as loss_module
 from rsa_megatron.alignment.gather import gather_rows
 from rsa_megatron.alignment.loss import NORMALIZATIONS, rsa_loss, rsa_loss_of_rows, rsa_loss_reference
 from rsa_megatron.alignment.similarity import DISTANCES, pairwise_distance
+from tests.support import processes
+from tests.support.adjoint_gather import all_gather_with_adjoint
 
 SETTINGS = [(d, n) for d in DISTANCES for n in NORMALIZATIONS]
 

@@ -3,7 +3,6 @@
 import functools
 import math
 
-import naive_metrics as naive
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from rsa_megatron.alignment.metrics import (
     svcca,
     unbiased_cka,
 )
+from tests.support import naive_metrics as naive
 
 # Both sides compute in float64; what is left is the order of some thousand additions.
 FLOAT64 = 1e-10

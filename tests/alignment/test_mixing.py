@@ -6,11 +6,11 @@ from itertools import combinations
 
 import pytest
 import torch
-from naive_metrics import cosines, neighbour_sets
 from torch.nn.functional import normalize
 
 from rsa_megatron.alignment import mixing
 from rsa_megatron.alignment.mixing import chance_of_mixing, cosine_histogram, fidelity, js_divergence, mixing_rate
+from tests.support.naive_metrics import cosines, neighbour_sets
 
 # Figures are float64 sums of at most some thousand terms of size 1: rounding stays below this.
 ROUNDING = 1e-12

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from naive_metrics import neighbour_sets
 
 from rsa_megatron.alignment.candidates import CentredRows
 from rsa_megatron.alignment.neighbours import nearest_neighbours, shared_neighbours
+from tests.support.naive_metrics import neighbour_sets
 
 PRODUCTS = (torch.float32, torch.bfloat16)
 

@@ -7,16 +7,16 @@ decomposition or a longer chain lies between; others say why.
 import dataclasses
 import math
 
-import embedding_sets
 import pytest
 import torch
-from embedding_sets import MISTAKES, images, texts, unit, written_out
 from torch.testing import assert_close
 
 from rsa_megatron.alignment.embedding_operator import project
 from rsa_megatron.alignment.embedding_passes import Moments
 from rsa_megatron.alignment.gap import second_order_drift
 from rsa_megatron.alignment.realign import ReAlign, trace_scale, unit_rows
+from tests.support import embedding_sets
+from tests.support.embedding_sets import MISTAKES, images, texts, unit, written_out
 
 GOLDEN_X = torch.tensor([[0, 1, 0], [0, 0.6, 0.8], [0.6, 0.8, 0]], dtype=torch.float64)
 GOLDEN_Y = torch.tensor([[1, 0, 0], [0.6, 0.8, 0], [0.8, 0, 0.6], [0, 0.6, 0.8]], dtype=torch.float64)

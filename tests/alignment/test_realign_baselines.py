@@ -1,12 +1,19 @@
 """The baselines are their formulas, differ from ReAlign where they should, and are fitted, applied and saved as it is."""
 
-import processes
 import pytest
 import torch
-from embedding_sets import images, texts, unit
 
 from rsa_megatron.alignment.frame import Frame
-from rsa_megatron.alignment.realign_baselines import C3, METHODS, BlockwiseCovariance, MeanShift, NoAlignment, load_operator
+from rsa_megatron.alignment.realign_baselines import (
+    C3,
+    METHODS,
+    BlockwiseCovariance,
+    MeanShift,
+    NoAlignment,
+    load_operator,
+)
+from tests.support import processes
+from tests.support.embedding_sets import images, texts, unit
 
 
 def gap(moved, x) -> float:

@@ -5,16 +5,16 @@ import os
 import resource
 import signal
 
-import processes
 import pytest
 import torch
-from embedding_sets import images, texts
 from safetensors.torch import load_file, save_file
 
 from rsa_megatron.alignment import embedding_rows
 from rsa_megatron.alignment.embedding_passes import Moments, moments
 from rsa_megatron.alignment.embedding_rows import unit_rows
 from rsa_megatron.alignment.realign import ReAlign
+from tests.support import processes
+from tests.support.embedding_sets import images, texts
 
 NUMBERS = ("image_mean_D", "text_mean_D", "projected_mean_D", "scale", "image_trace", "text_trace")
 

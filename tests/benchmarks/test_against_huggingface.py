@@ -4,11 +4,12 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against_huggingface.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "against_huggingface.py"
 
 
 def test_both_sides_begin_alike_and_figures_are_appended(tmp_path):

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from rsa_megatron.llava.architectures import get_architecture
+from tests.support.environment import BENCHMARKS
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "conversion.py"
+SCRIPT = BENCHMARKS / "conversion.py"
 
 
 def test_it_measures_prints_and_appends(tmp_path):

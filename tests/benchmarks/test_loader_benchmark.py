@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "loader.py"
 sys.path.append(str(SCRIPT.parent))
 
 

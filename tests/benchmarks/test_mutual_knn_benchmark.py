@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "mutual_knn.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "mutual_knn.py"
 
 
 def test_it_measures_prints_and_appends(tmp_path):

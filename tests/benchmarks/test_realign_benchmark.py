@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "realign.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "realign.py"
 
 
 def run(*flags):

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rsa_loss.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "rsa_loss.py"
 
 
 def test_it_measures_prints_and_appends(tmp_path):

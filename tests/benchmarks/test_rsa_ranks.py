@@ -3,21 +3,20 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from rsa_megatron.alignment import loss
+from tests.support.environment import BENCHMARKS
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(FOLDER))
+sys.path.append(str(BENCHMARKS))
 
 import rsa_on_paper  # noqa: E402
 import rsa_ranks  # noqa: E402
 
 
 def test_every_rank_gathers_once_and_sends_nothing_in_backward(tmp_path):
-    command = [sys.executable, FOLDER / "rsa_ranks.py", "--sizes", "32", "--runs", "1", "--append", tmp_path / "f.jsonl"]
+    command = [sys.executable, BENCHMARKS / "rsa_ranks.py", "--sizes", "32", "--runs", "1", "--append", tmp_path / "f.jsonl"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     points = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]

@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "start_up.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "start_up.py"
 sys.path.append(str(SCRIPT.parent))
 
 

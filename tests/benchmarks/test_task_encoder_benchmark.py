@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "task_encoder.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "task_encoder.py"
 sys.path.append(str(SCRIPT.parent))
 
 

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "waiting_for_data.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "waiting_for_data.py"
 sys.path.append(str(SCRIPT.parent))
 
 

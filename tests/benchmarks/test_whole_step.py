@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "whole_step.py"
+from tests.support.environment import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "whole_step.py"
 
 
 def test_it_measures_prints_and_appends(demo, tmp_path):

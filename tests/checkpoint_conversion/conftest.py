@@ -1,7 +1,8 @@
 """A random Hugging Face model and its converted checkpoint, once with tied and once with untied embeddings."""
 
-import hf_parity
 import pytest
+
+from tests.support import hf_parity
 
 
 @pytest.fixture(scope="session", params=["untied", "tied"])

@@ -12,8 +12,7 @@ from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
 from checkpoint_conversion.names import expected_shapes, table
 from rsa_megatron.huggingface import read_architecture
-
-ROOT = Path(__file__).parents[2]
+from tests.support.environment import ROOT
 
 
 @pytest.fixture(scope="module")

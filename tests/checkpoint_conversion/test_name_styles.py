@@ -1,24 +1,24 @@
 """Every way in which checkpoints name the tensors is read as the same model."""
 
-import models
 import pytest
 
 from checkpoint_conversion.name_styles import canonical
 from checkpoint_conversion.names import expected_shapes, table
 from rsa_megatron.huggingface import read_architecture
+from tests.support import hf_checkpoints
 
 
-@pytest.mark.parametrize("style", models.STYLES)
+@pytest.mark.parametrize("style", hf_checkpoints.STYLES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_style_becomes_the_hubs_names(style, tied):
-    state = models.tensors(tied)
-    names = {canonical(name) for name in models.renamed(state, style)}
-    assert names == set(models.renamed(state, "hub"))
+    state = hf_checkpoints.tensors(tied)
+    names = {canonical(name) for name in hf_checkpoints.renamed(state, style)}
+    assert names == set(hf_checkpoints.renamed(state, "hub"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_table_has_the_names_and_shapes_of_transformers(tmp_path, tied):
-    state = models.write(tmp_path / "hf", tied=tied)
+    state = hf_checkpoints.write(tmp_path / "hf", tied=tied)
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert expected_shapes(table(read_architecture(tmp_path / "hf"))) == expected
 

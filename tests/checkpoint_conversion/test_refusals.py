@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from test_round_trip import back, there, write_training_checkpoint
 
 from checkpoint_conversion import torch_dist_save
+from tests.support import hf_checkpoints
+from tests.support.hf_checkpoints import back, there, write_training_checkpoint
 
 LAYER = "language_model.model.layers.1."
 
@@ -49,26 +49,26 @@ def refuses(capsys, tmp_path):
     ids=["missing", "shape", "unknown", "twice", "dtypes", "no float"],
 )
 def test_tensors_that_do_not_fit(tmp_path, refuses, change, words):
-    models.write(tmp_path / "hf", change=change)
+    hf_checkpoints.write(tmp_path / "hf", change=change)
     refuses(there, tmp_path / "hf", words=words)
 
 
 def test_an_output_layer_of_a_tied_model_must_be_its_embeddings(tmp_path, refuses):
     head, embeddings = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
-    models.write(tmp_path / "same", tied=True, change=lambda s: s.update({head: s[embeddings].clone()}))
+    hf_checkpoints.write(tmp_path / "same", tied=True, change=lambda s: s.update({head: s[embeddings].clone()}))
     there(tmp_path / "same", tmp_path / "megatron")
-    models.write(tmp_path / "hf", tied=True, change=lambda s: s.update({head: s[embeddings] + 1}))
+    hf_checkpoints.write(tmp_path / "hf", tied=True, change=lambda s: s.update({head: s[embeddings] + 1}))
     refuses(there, tmp_path / "hf", words=["lm_head.weight", "tie_word_embeddings"])
 
 
 def test_pickles_are_not_read(tmp_path, refuses):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     refuses(there, tmp_path / "hf", words=["pytorch_model.bin", "convert them to safetensors"])
 
 
 def test_files_missing_or_broken(tmp_path, refuses):
-    models.write(tmp_path / "hf", num_files=2)
+    hf_checkpoints.write(tmp_path / "hf", num_files=2)
     second = tmp_path / "hf" / "model-00002-of-00002.safetensors"
     second.write_bytes(second.read_bytes()[:-8])
     refuses(there, tmp_path / "hf", words=[str(second), "cannot be read"])
@@ -79,13 +79,13 @@ def test_files_missing_or_broken(tmp_path, refuses):
 
 
 def test_an_unsupported_architecture(tmp_path, refuses):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     refuses(there, tmp_path / "hf", words=["qwen2_vl", "llava_onevision"])
 
 
 def test_an_existing_folder_is_replaced_only_on_demand(tmp_path, refuses):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("kept")
     refuses(there, tmp_path / "hf", words=["kept", "--overwrite"], out=tmp_path / "kept")
@@ -96,7 +96,7 @@ def test_an_existing_folder_is_replaced_only_on_demand(tmp_path, refuses):
 
 
 def test_too_little_room_is_seen_before_writing(tmp_path, refuses, monkeypatch):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     refuses(there, tmp_path / "hf", words=["GB are needed", "make room"])
@@ -105,7 +105,7 @@ def test_too_little_room_is_seen_before_writing(tmp_path, refuses, monkeypatch):
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, direction):
     """The kernel refuses to let a file grow, in the middle of it, as it does when a disk is full."""
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     there(tmp_path / "hf", tmp_path / "megatron")
     source = ["--hf", tmp_path / "hf"] if direction == "hf-to-megatron" else ["--checkpoint", tmp_path / "megatron"]
     code = (
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, direction):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interruption_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch, error):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("kept")
 
@@ -137,13 +137,13 @@ def test_an_interruption_leaves_nothing_and_keeps_what_was_there(tmp_path, monke
 
 @pytest.mark.parametrize("key", ["vision_model.ln_post.bias", "vision_projection.image_newline"])
 def test_a_checkpoint_without_a_tensor_is_not_filled_up(tmp_path, refuses, key):
-    state = models.write(tmp_path / "hf")
+    state = hf_checkpoints.write(tmp_path / "hf")
     write_training_checkpoint(tmp_path / "run", tmp_path / "hf", state, 2, True, without=[key])
     refuses(back, tmp_path / "run", "--hf-template", str(tmp_path / "hf"), words=[f"{key} is missing"])
 
 
 def test_a_checkpoint_of_other_sizes(tmp_path, refuses):
-    state = models.write(tmp_path / "hf")
+    state = hf_checkpoints.write(tmp_path / "hf")
     write_training_checkpoint(tmp_path / "run", tmp_path / "hf", state, 2, True)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     config["text_config"].pop("layer_types")  # transformers wants as many as layers
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_other_sizes(tmp_path, refuses):
 
 
 def test_a_checkpoint_that_is_not_whole(tmp_path, refuses):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     there(tmp_path / "hf", tmp_path / "megatron")
     file = tmp_path / "megatron" / "release" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
@@ -178,7 +178,7 @@ class _Malicious:
 
 
 def test_code_in_a_checkpoints_metadata_is_not_run(tmp_path, refuses):
-    models.write(tmp_path / "hf")
+    hf_checkpoints.write(tmp_path / "hf")
     there(tmp_path / "hf", tmp_path / "megatron")
     metadata = tmp_path / "megatron" / "release" / ".metadata"
     metadata.write_bytes(pickle.dumps(_Malicious(tmp_path / "ran")))

@@ -3,12 +3,12 @@
 import json
 import math
 
-import models
 import pytest
 import torch
-from test_round_trip import back
 
 from checkpoint_conversion.__main__ import main
+from tests.support import hf_checkpoints
+from tests.support.hf_checkpoints import back
 
 VISION, HIDDEN = 16, 24
 
@@ -43,26 +43,26 @@ def convert(towers, tmp_path, siglip, qwen2, *flags, name="megatron"):
     out = tmp_path / name
     main(["hf-to-megatron", "--vision", str(towers / siglip), "--language", str(towers / qwen2), "--out", str(out), *flags])
     back(out, tmp_path / f"{name}-hf")
-    return models.read(tmp_path / f"{name}-hf")
+    return hf_checkpoints.read(tmp_path / f"{name}-hf")
 
 
 @pytest.mark.parametrize("num_layers", [26, 27])
 def test_a_tower_of_27_layers_loses_the_last_once(towers, tmp_path, num_layers):
     state = convert(towers, tmp_path, f"siglip-{num_layers}", "qwen2-tied")
-    source = models.read(towers / f"siglip-{num_layers}")
+    source = hf_checkpoints.read(towers / f"siglip-{num_layers}")
     prefix = "vision_tower.vision_model."
     expected = {
         "vision_tower." + name: tensor for name, tensor in source.items()
         if name.startswith("vision_model.") and ".head." not in name and ".layers.26." not in name
     }  # fmt: skip
-    models.assert_equal({name: tensor for name, tensor in state.items() if name.startswith(prefix)}, expected)
+    hf_checkpoints.assert_equal({name: tensor for name, tensor in state.items() if name.startswith(prefix)}, expected)
     assert any(".layers.25." in name for name in state) and not any(".layers.26." in name for name in state)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_vocabulary_rows_are_the_mean_of_the_others(towers, tmp_path, tied):
     qwen2 = f"qwen2-{'tied' if tied else 'untied'}"
-    state, source = convert(towers, tmp_path, "siglip-26", qwen2), models.read(towers / qwen2)
+    state, source = convert(towers, tmp_path, "siglip-26", qwen2), hf_checkpoints.read(towers / qwen2)
     names = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
     assert ("language_model.lm_head.weight" in state) == (not tied)
     for name in names:
@@ -82,7 +82,7 @@ def test_projector_and_newline_are_drawn_by_seed(towers, tmp_path):
     first = convert(towers, tmp_path, "siglip-26", "qwen2-tied")
     again = convert(towers, tmp_path, "siglip-26", "qwen2-tied", "--seed", "1234", name="again")
     other = convert(towers, tmp_path, "siglip-26", "qwen2-tied", "--seed", "5", name="other")
-    models.assert_equal(again, first)
+    hf_checkpoints.assert_equal(again, first)
     for name, deviation in (
         ("multi_modal_projector.linear_1.weight", 0.02),
         ("multi_modal_projector.linear_2.weight", 0.02),

@@ -1,16 +1,12 @@
 """What the main job has trained goes back to Hugging Face, and says there what it says here."""
 
-import hf_parity
-import layouts
-import processes
 import pytest
-import script
-import tiny_hf
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from checkpoint_conversion import __main__ as conversion
 from checkpoint_conversion import model_parts
+from tests.support import hf_parity, layouts, processes, script, tiny_hf
 
 NUM_NEW_TOKENS = 12
 
@@ -56,7 +52,7 @@ def test_a_trained_model_says_the_same_in_transformers(models, trained, tmp_path
         text = processor.decode(sample.batch.tokens[0])  # an image is one token, which the processor makes many
         images = [sample.images] if sample.images else None
         inputs = processor(text=text, images=images, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, min_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=None)
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
     argv = models.flags("--load", str(trained), "--micro-batch-size", "1", "--global-batch-size", "1", "--no-load-optim",
                         "--no-load-rng", "--restart-data")  # fmt: skip

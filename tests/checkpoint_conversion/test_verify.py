@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_conversion import verify
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.environment import ROOT
 
 
 def run(hf: Path, checkpoint: Path) -> subprocess.CompletedProcess:

@@ -2,17 +2,17 @@
 
 import json
 
-import broken_data
 import numpy
 import pytest
 import torch
-from embedding_data import as_npy, embedding
 from megatron.energon import SkipSample
 from transformers import AutoTokenizer
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, cook
+from tests.support import broken_data
+from tests.support.embedding_data import as_npy, embedding
 
 WIDTH = 20
 TEXT = {"conversations": [{"from": "human", "value": "<image>\nTell me."}, {"from": "gpt", "value": "A red boat."}]}

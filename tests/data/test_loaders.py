@@ -3,33 +3,17 @@
 import json
 from pathlib import Path
 
-import broken_data
 import prepare_demo
-import processes
 import pytest
 import torch
 import webdataset
 from megatron.energon import WorkerConfig
-from transformers import AutoTokenizer
 
 from rsa_megatron.data.data_sets import check_data
 from rsa_megatron.data.loader_state import find_train_state
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder
-
-
-def make_encoder(demo):
-    tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
-    return LlavaTaskEncoder(
-        tokenizer,
-        image_size=28,
-        patch_size=14,
-        max_sequence_length=128,
-        template="plain",
-        image_aspect_ratio="square",
-        grid_pinpoints=[],
-        max_tiles=1,
-    )
+from tests.support import broken_data, processes
+from tests.support.train_loaders import make_encoder, save
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +32,6 @@ def keys(loader, count):
     return [next(loader).keys for _ in range(count)]
 
 
-def save(loader, path):
-    # As Megatron does (maybe_save_dataloader_state).
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"dataloader_state_dict": loader.save_state()}, path)
 
 
 def interrupted_and_restored(demo, num_workers, path):

@@ -7,21 +7,20 @@ import os
 import re
 from pathlib import Path
 
-import broken_data
-import processes
+import prepare_shards
 import pytest
 import yaml
 from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset
 from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 from PIL import Image
-from test_loaders import make_encoder, save
 
-import prepare_shards
 from rsa_megatron.data.data_sets import check_data, fingerprint
 from rsa_megatron.data.loaders import TrainLoader, epoch_iterations
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+from tests.support import broken_data, processes
+from tests.support.environment import ROOT
+from tests.support.train_loaders import make_encoder, save
 
-ROOT = Path(__file__).parents[2]
 KINDS = {"captions": True, "words": False, "texts": False, "questions": False}
 
 

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 
 import numpy
-import processes
 import pytest
 import torch
 import webdataset
@@ -35,6 +34,7 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 from PIL import Image
 
 from rsa_megatron.data.rsa_task_encoder import RSATaskEncoder
+from tests.support import processes
 
 ROW = 40  # text positions of a packed row
 IMAGE, CAPTION = 7, 1000  # the image token; the tokens that are to be learnt begin here

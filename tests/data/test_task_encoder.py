@@ -6,7 +6,6 @@ import logging
 import math
 import random
 
-import broken_data
 import numpy
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, sample_id
+from tests.support import broken_data
 
 TILE = 28
 PINPOINTS = [(28, 28), (28, 56), (56, 28), (56, 56), (28, 84), (84, 28), (84, 84), (56, 112)]

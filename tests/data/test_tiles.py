@@ -5,7 +5,6 @@ import random
 import struct
 import zlib
 
-import broken_data
 import numpy
 import pytest
 import torch
@@ -15,6 +14,7 @@ from transformers.image_utils import load_image
 
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
 from rsa_megatron.llava.architectures import square_grids
+from tests.support import broken_data
 
 TILE, PINPOINTS = 28, square_grids(28, 3, 4)
 SHAPES = [(1, 1), (1, 4000), (4000, 1), (28, 28), (84, 84), (112, 84), (29, 27), (3, 200), (500, 375)]

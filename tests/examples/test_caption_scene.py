@@ -2,17 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
+import caption_scene
 import pytest
-import tiny_hf
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
-import caption_scene
 from checkpoint_conversion import model_parts
-
-ROOT = Path(__file__).parents[2]
+from tests.support import tiny_hf
+from tests.support.environment import ROOT
 
 
 def test_the_script_prints_a_caption_beside_the_true_one(demo, tmp_path):

@@ -5,14 +5,14 @@ import re
 import sys
 from pathlib import Path
 
-import bridge_stand_in
-import processes
 import pytest
-import script
 import torch
 
+from tests.support import bridge_stand_in, processes, script
+from tests.support.environment import EXAMPLES
+
 HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
-JOBS = Path(__file__).parents[2] / "examples" / "existing_jobs"
+JOBS = EXAMPLES / "existing_jobs"
 TP = ("--tensor-model-parallel-size", "2", "--micro-batch-size", "8")
 PP = ("--pipeline-model-parallel-size", "2", "--micro-batch-size", "8")
 

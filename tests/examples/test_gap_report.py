@@ -6,7 +6,6 @@ and the part held out, every other row, are the same set: every figure is the pl
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,12 @@ from gap_records import METHODS, STEPS, read_gap
 from matplotlib.text import Text
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "alignment"))  # for planted_gap
-import planted_gap as planted
-
-from rsa_megatron.alignment.mixing import cosine_histogram, fidelity, js_divergence, mixing_rate
 from rsa_megatron.alignment import realign_baselines
+from rsa_megatron.alignment.mixing import cosine_histogram, fidelity, js_divergence, mixing_rate
 from rsa_megatron.alignment.realign import ReAlign
 from rsa_megatron.measurement.embedding_sources import open_embeddings
 from rsa_megatron.measurement.feature_store import FeatureStore
+from tests.support import planted_gap as planted
 
 IMAGE_TRACE, TEXT_TRACE = sum(planted.IMAGE_VARIANCE.values()), sum(planted.TEXT_VARIANCE.values())
 # The sums of some hundred float64 numbers, which a line holds with all their digits.

@@ -2,10 +2,9 @@
 
 import re
 
-import layouts
-import processes
 import pytest
-import script
+
+from tests.support import layouts, processes, script
 
 FLAGS = (
     "--optimizer", "adam", "--trainable", "vision", "projector", "language", "--seq-length", "32",

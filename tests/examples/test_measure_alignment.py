@@ -10,10 +10,10 @@ import measure_alignment
 import pytest
 import torch
 from alignment_records import read_alignments
-from measurement import by_hand, tiny_backbones
 
 from rsa_megatron.measurement.captioned_images import open_pairs, sample
 from rsa_megatron.measurement.hf_models import HFModel
+from tests.support import naive_features, tiny_backbones
 
 NUM_PAIRS, NUM_SAMPLES, K = 30, 24, 4
 SETTINGS = ("--num-samples", NUM_SAMPLES, "--k", K, "--seeds", 2, "--device", "cpu")
@@ -49,14 +49,14 @@ def run(*flags, out="out.jsonl") -> list[dict]:
 
 def scores_by_hand(kind, folder, data) -> list:
     """[seed][row][column]"""
-    model, processor = by_hand.reference(folder)
+    model, processor = naive_features.reference(folder)
     scores = []
     for seed in (0, 1):
         chosen = sample(open_pairs(data), NUM_SAMPLES, seed)
-        images = zip(*[by_hand.image_features(kind, model, processor, pair.image()) for pair in chosen])
-        captions = [*zip(*[by_hand.caption_features(model, processor, pair.caption) for pair in chosen])]
+        images = zip(*[naive_features.image_features(kind, model, processor, pair.image()) for pair in chosen])
+        captions = [*zip(*[naive_features.caption_features(model, processor, pair.caption) for pair in chosen])]
         captions = [torch.stack(layer) for layer in captions]
-        scores.append([[by_hand.mutual_knn(torch.stack(rows), columns, K) for columns in captions] for rows in images])
+        scores.append([[naive_features.mutual_knn(torch.stack(rows), columns, K) for columns in captions] for rows in images])
     return scores
 
 

@@ -1,21 +1,18 @@
 """measure_alignment.py --checkpoint: a Megatron checkpoint gives what its Hugging Face export gives, in every layout."""
 
 import shutil
-import sys
 
-import hf_parity
 import measure_alignment
-import processes
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from rsa_megatron.data.tiles import ImageTiler
 from rsa_megatron.measurement.captioned_images import open_pairs, sample
 from rsa_megatron.measurement.hf_models import fingerprint
+from tests.support import hf_parity, processes
+from tests.support.measurement_runs import PAIRS, flags, measure, stored
 
-PAIRS = 24
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 LAYOUTS = {
     "one process": (1, ()),
@@ -31,28 +28,10 @@ def models(demo, tmp_path_factory):
     return hf_parity.Models(tmp_path_factory.mktemp("models"), demo, tied=True)
 
 
-def flags(demo, store, *more) -> list[str]:
-    options = {"--data": demo / "data" / "captions", "--split": "val", "--num-samples": PAIRS, "--seeds": 1, "--batch-size": 7,
-               "--store": store, "--out": store / "x.jsonl", "--k": 5}  # fmt: skip
-    return [str(word) for option in options.items() for word in option] + list(map(str, more))
 
 
-def measured(argv) -> str:
-    sys.argv = ["measure_alignment.py"]
-    try:
-        measure_alignment.main(argv)
-    except SystemExit as end:
-        if end.code:
-            raise RuntimeError(processes.output()) from end
-    return processes.output()
 
 
-def stored(folder) -> dict[str, dict[str, torch.Tensor]]:
-    """Each side's layers."""
-    found = {}
-    for part in sorted(folder.rglob("part-*.safetensors")):
-        found[part.parent.name.rsplit("-", 1)[1]] = load_file(part)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +45,7 @@ def of_export(models, demo, tmp_path_factory):
 def test_a_checkpoint_gives_what_its_export_gives(models, demo, of_export, tmp_path, name):
     world_size, layout = LAYOUTS[name]
     argv = flags(demo, tmp_path, "--checkpoint", models.megatron, *layout)
-    processes.run(measured, world_size, argv)
+    processes.run(measure, world_size, argv)
     of_checkpoint = stored(tmp_path)
     assert of_checkpoint.keys() == of_export.keys() == {"vision", "text"}
     for side, layers in of_export.items():
@@ -93,7 +72,7 @@ def of_projector(models, demo):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_images_after_the_projector_lie_in_the_decoders_space(models, demo, of_export, of_projector, tmp_path, name):
     world_size, layout = LAYOUTS[name]
-    processes.run(measured, world_size, flags(demo, tmp_path, "--checkpoint", models.megatron, "--projected", *layout))
+    processes.run(measure, world_size, flags(demo, tmp_path, "--checkpoint", models.megatron, "--projected", *layout))
     found = stored(tmp_path)
     torch.testing.assert_close(found["projector"]["projector"], of_projector, atol=1e-6, rtol=1e-6)  # as above
     torch.testing.assert_close(found["text"]["0"], of_export["text"]["0"], atol=1e-6, rtol=1e-6)
@@ -108,7 +87,7 @@ def test_images_after_the_projector_lie_in_the_decoders_space(models, demo, of_e
 def test_what_is_wrong_is_one_line(models, demo, tmp_path, world_size, more, message):
     checkpoint = () if "--checkpoint" in more else ("--checkpoint", models.megatron)
     with pytest.raises(processes.Failed) as failed:
-        processes.run(measured, world_size, flags(demo, tmp_path, *checkpoint, *more))
+        processes.run(measure, world_size, flags(demo, tmp_path, *checkpoint, *more))
     lines = [line for line in (str(failed.value) + failed.value.output).splitlines() if line.startswith("error:")]
     assert lines and lines[0].startswith(message)
 
@@ -121,7 +100,7 @@ def fail_in_the_middle(argv):
 
     if torch.distributed.get_rank() == 0:
         layer_vectors._through_decoder = out_of_memory
-    return measured(argv)
+    return measure(argv)
 
 
 def test_an_error_within_the_model_ends_the_first_rank_at_once(models, demo, tmp_path):

@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import plan_run
-import processes
 import pytest
 from layout_search import candidates, find_plans, refusal
 from plan_run import flags_of, largest_grid, parse, read_run
 from recipes import recipe
 
 from rsa_megatron.llava.architectures import ARCHITECTURES
+from tests.support import processes
 
 
 def arguments(model: str, stage: str, gpus: int, *flags: str):

@@ -28,8 +28,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 from rsa_megatron.alignment.metrics import mutual_knn
+from tests.support.environment import EXAMPLES
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "plot_alignment.py"
+SCRIPT = EXAMPLES / "plot_alignment.py"
 N, K = 60, 5
 CHANCE = K / (N - 1)
 

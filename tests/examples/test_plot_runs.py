@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import script
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "plot_runs.py"
+from tests.support import script
+from tests.support.environment import EXAMPLES
+
+SCRIPT = EXAMPLES / "plot_runs.py"
 
 
 def plot(*arguments):

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.support.environment import ROOT
+
 LOG = """
  [2026] iteration       10/      20 | consumed samples: 320 | lm loss: 7.898411E-01 | rsa loss: 6.0E+02 |
  validation mutual-knn@10 at iteration 10 | mutual-knn value: 0.1111 | 1000 pairs, image alone against caption alone | chance 0.0100 |

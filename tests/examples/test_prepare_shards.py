@@ -9,7 +9,6 @@ import signal
 import tarfile
 import time
 
-import embedding_data
 import prepare_shards
 import pyarrow
 import pyarrow.parquet
@@ -21,13 +20,14 @@ from show_sample import marked, picture
 from transformers import AutoTokenizer
 
 from rsa_megatron.data import conversation
-from rsa_megatron.data.demo_tokenizer import train_tokenizer
 from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.demo_tokenizer import train_tokenizer
 from rsa_megatron.data.loaders import TrainLoader
 from rsa_megatron.data.shard_writer import Lines
 from rsa_megatron.data.stored_samples import stored_samples
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.data.tiles import ImageTiler
+from tests.support import embedding_data
 
 PROMPT = "<image>\nPlease generate detailed descriptions of the given image."
 

@@ -4,19 +4,16 @@ import dataclasses
 import re
 import signal
 
-import broken_data
 import pytest
-import script
-import tiny
-import tiny_hf
 import torch
-from processes import Failed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rsa_megatron.huggingface import read_architecture
+from tests.support import broken_data, script, tiny, tiny_hf
+from tests.support.processes import Failed
 
 TP = ("--tensor-model-parallel-size", 2)
 PP = ("--pipeline-model-parallel-size", 2)

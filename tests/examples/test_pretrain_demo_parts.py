@@ -3,14 +3,15 @@
 import re
 import sys
 
-import processes
-import script
 import torch
+
+from tests.support import processes, script
 
 
 def train_parts(argv):
     import pretrain_demo_parts
-    import tiny
+
+    from tests.support import tiny
 
     tiny.register()
     pretrain_demo_parts.demo_parts = lambda: tiny.settings() | dict(trainable=["vision", "embeddings", "language"])

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import numpy
 import prepare_shards
-import processes
 import pytest
 import realign
 import torch
 import transformers
 import yaml
-from measurement import tiny_backbones, tiny_dual_encoders
 from safetensors.torch import save_file
 from show_sample import stored_samples
 
 from rsa_megatron.alignment.realign import ReAlign, unit_rows
 from rsa_megatron.alignment.realign_baselines import load_operator
 from rsa_megatron.measurement.feature_store import FeatureStore
+from tests.support import processes, tiny_backbones, tiny_dual_encoders
 
 ROOT = Path(realign.__file__).parent.parent
 NUM_PAIRS, NUM_HELD_OUT = 30, 6

@@ -1,17 +1,17 @@
 """Every recipe is what Megatron's parser takes, and its flags override it."""
 
-import embedding_data
-import processes
 import pytest
 from recipes import STAGES, demo_parts, recipe
 
 from rsa_megatron.llava.architectures import get_architecture
+from tests.support import embedding_data, processes
 
 
 def parsed(model, stage, settings, data, tokenizer, *flags):
     import sys
 
     import pretrain_llava_rsa
+
     from rsa_megatron.plugin import RSAPlugin
 
     sys.argv = ["pretrain_llava_rsa.py", "--model", model, "--stage", stage, "--data-path", data,

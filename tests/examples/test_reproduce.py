@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import prepare_demo
-import processes
 import pytest
 import reproduce
 import reproduction
@@ -19,7 +18,8 @@ from alignment_records import read_runs
 from job_queue import Queue
 from reproduction import ABLATIONS, DEFAULT, FULL, MAIN, Place, TrainingRun, plan
 
-ROOT = Path(__file__).parents[2]
+from tests.support import processes
+
 PLACE = Place(Path("/out"), "scenes", "test")
 
 
@@ -89,6 +89,7 @@ def test_the_training_script_takes_the_flags_of_every_arm(demo, arm):
 
 def parsed(command):
     import pretrain_llava_rsa
+
     from rsa_megatron.plugin import RSAPlugin
 
     sys.argv, rsa = command, RSAPlugin()

@@ -3,17 +3,12 @@
 import json
 import re
 
-import embedding_data
-import processes
 import pytest
-import script
-import tiny
 import torch
-from processes import Failed
-from test_measure_checkpoint import flags as of_measurement
-from test_measure_checkpoint import measured, stored
 
 from checkpoint_conversion import __main__ as conversion
+from tests.support import embedding_data, measurement_runs, processes, script, tiny
+from tests.support.processes import Failed
 
 WIDTH = 48  # the tiny tower's
 PROJECTOR = "vision_projection.encoder."
@@ -145,23 +140,23 @@ def test_tower_and_decoder_are_measured_whatever_the_projector_takes(demo, stage
     """Both are those of the run on pixels: nothing but the projector has learnt."""
     found = {}
     for name, (folder, layout) in {"pixels": (pixels, ()), "other": (other[0], ("--pipeline-model-parallel-size", 2))}.items():
-        argv = of_measurement(demo, tmp_path / name, "--checkpoint", folder, *layout)
+        argv = measurement_runs.flags(demo, tmp_path / name, "--checkpoint", folder, *layout)
         processes.run(measure, 2 if layout else 1, argv)
-        found[name] = stored(tmp_path / name)
+        found[name] = measurement_runs.stored(tmp_path / name)
     for side in ("vision", "text"):
         for layer, expected in found["pixels"][side].items():
             # States of size 1: some roundings of 6e-8, as the layers lie on two ranks.
             torch.testing.assert_close(found["other"][side][layer], expected, atol=1e-6, rtol=1e-6)
     with pytest.raises(Failed) as failed:
-        processes.run(measure, 1, of_measurement(demo, tmp_path / "projected", "--checkpoint", other[0], "--projected"))
+        processes.run(measure, 1, measurement_runs.flags(demo, tmp_path / "projected", "--checkpoint", other[0], "--projected"))
     assert f"takes embeddings of {OTHER_WIDTH} numbers, not the tower's tokens of {WIDTH}; leave it out" in failed.value.output
-    processes.run(measure, 1, of_measurement(demo, tmp_path / "same", "--checkpoint", stage[0], "--projected"))  # as wide: it can
-    assert list(stored(tmp_path / "same")["projector"]) == ["projector"]
+    processes.run(measure, 1, measurement_runs.flags(demo, tmp_path / "same", "--checkpoint", stage[0], "--projected"))  # as wide: it can
+    assert list(measurement_runs.stored(tmp_path / "same")["projector"]) == ["projector"]
 
 
 def measure(argv):
     tiny.register()
-    return measured(argv)
+    return measurement_runs.measure(argv)
 
 
 def test_what_has_no_place_in_hugging_faces_model_is_not_exported(stage, other, pixels, tmp_path):

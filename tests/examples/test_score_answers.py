@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny_hf
 from caption_scene import base_tile
 from PIL import Image
 from score_answers import Asked, Reader, asked, content_words, judge, score, shares, stored
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
+from tests.support import tiny_hf
+from tests.support.environment import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.environment import ROOT
+
 SMALL = ("--train-iters", "2", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "0",
          "--mutual-knn-samples", "0", "--log-interval", "1", "--num-workers", "0", "--shuffle-buffer-size", "1")  # fmt: skip
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import script
 import torch
-from processes import Failed
 
-ROOT = Path(__file__).parents[2]
+from tests.support import script
+from tests.support.environment import ROOT
+from tests.support.processes import Failed
+
 FLAGS_OF = {"1": ("--trainable", "vision", "projector"), "1.5": (), "2": ()}
 
 

@@ -4,15 +4,11 @@ import dataclasses
 import re
 import time
 
-import embedding_data
-import layouts
-import processes
 import pytest
-import script
-import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rsa_megatron.llava.flops import training_flops
+from tests.support import embedding_data, layouts, processes, script, tiny
 
 PEAK = 5e9
 LAYOUTS = [layouts.SINGLE, *(layout for layout in layouts.LAYOUTS if layout.name not in ("TP=2 PP=2", "TP=2 SP"))]

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import layouts
 import pytest
-import script
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import layouts, script
+from tests.support.environment import ROOT
+
 INSTALLED = importlib.metadata.version("megatron-core")
 FULL, SHORT = ("0.16.1", INSTALLED), ("0.17.1", "0.18.2")
 # A sum in another order errs by 6e-8 an operation; some hundred of them lie between a weight and its gradient.
@@ -100,8 +100,8 @@ def run(version: str, folder: Path) -> dict:
     first = core_folder(version)
     plan, results = folder / "plan.json", folder / "results.json"
     plan.write_text(json.dumps(launches(version, folder)))
-    path = os.pathsep.join(filter(None, [first, os.environ["PYTHONPATH"], str(Path(__file__).parent)]))
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "core_runs.py"), str(plan), str(results)]
+    path = os.pathsep.join(filter(None, [first, os.environ["PYTHONPATH"]]))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.core_runs", str(plan), str(results)]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return json.loads(results.read_text())

@@ -1,11 +1,9 @@
 """Sizes, counts and layouts are those of the model that is built."""
 
-import layouts
-import processes
 import pytest
-import tiny
 
 from rsa_megatron.llava.architectures import ARCHITECTURES, get_architecture
+from tests.support import layouts, processes, tiny
 
 
 def built_counts(argv):

@@ -1,9 +1,9 @@
 """Tensors reach the other ranks as they are, empty ones and changing shapes included."""
 
-import processes
 import torch
 
 from rsa_megatron.llava.broadcast import broadcast_tensors
+from tests.support import processes
 
 BATCHES = [
     dict(tokens=torch.arange(6).view(2, 3), images=torch.zeros(0, 3, 2, 2), count=torch.tensor(7)),

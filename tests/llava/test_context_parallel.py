@@ -7,16 +7,25 @@ Every row is an image of 4 positions and 11 tokens after it: text position p is 
 16, or to 32 under pipeline parallelism.
 """
 
-import context_parallel_attention
-import layouts
-import processes
 import pytest
-import tiny
 import torch
-from layouts import SINGLE, Layout, largest_difference
-from test_layers_and_scope import LAYERS, WHOLE
-from test_parity import ELIGIBLE, OVERLAP, RECOMPUTE, TOLERANCE
-from test_parity import Parity, case_name, flags, layout_of, of_every_kind, of_grids, of_texts
+
+from tests.support import context_parallel_attention, layouts, processes, tiny
+from tests.support.layouts import SINGLE, Layout, largest_difference, layout_of
+from tests.support.parity import (
+    ELIGIBLE,
+    LAYERS,
+    OVERLAP,
+    RECOMPUTE,
+    TOLERANCE,
+    WHOLE,
+    Parity,
+    case_name,
+    flags,
+    of_every_kind,
+    of_grids,
+    of_texts,
+)
 
 _CP = ("--context-parallel-size", "2")
 CP = Layout("CP=2", 2, 1, _CP)

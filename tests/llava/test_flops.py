@@ -6,14 +6,12 @@ told apart here by what is passed for the lengths.
 
 import dataclasses
 
-import layouts
-import processes
 import pytest
-import tiny
 import torch
 
 from rsa_megatron.llava.architectures import get_architecture
 from rsa_megatron.llava.flops import training_flops
+from tests.support import layouts, processes, tiny
 
 ALL = ("vision", "projector", "embeddings", "language")
 STAGE_1 = ("vision", "projector")

@@ -1,15 +1,12 @@
 """Images that come as embeddings: in every layout what one process gives, and that what the words say."""
 
-import embedding_data
-import layouts
-import processes
 import pytest
-import tiny
 import torch
-from layouts import LAYOUTS, SINGLE, largest_difference
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.llava.anyres_projector import pack_images
+from tests.support import embedding_data, layouts, processes, tiny
+from tests.support.layouts import LAYOUTS, SINGLE, largest_difference
 
 # As tests/llava/test_parity.py: some hundred roundings of 6e-8 in another order.
 TOLERANCE = 2e-5

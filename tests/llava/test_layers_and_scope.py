@@ -3,19 +3,12 @@
 As test_parity.py has it, with its batches and its tolerance.
 """
 
-import layouts
-import processes
 import pytest
-import tiny
 import torch
-from layouts import LAYOUTS, SINGLE, largest_difference
-from test_parity import CAPTION, RECOMPUTE, TOLERANCE, Parity, flags, layout_of, of_every_kind
 
-# Of the tower's 2 layers and the decoder's 4: last with last; layers of the first stage of two with either; what goes into the
-# first layers. With VPP=2 the decoder's layers lie one on each of four chunks.
-LAYERS = ("--rsa-layers", "-1:-1,-2:1@0.5,1:3@2,0:0@0.25,-1:2")
-PAIRS = [(-1, -1, 1.0), (-2, 1, 0.5), (1, 3, 2.0), (0, 0, 0.25), (-1, 2, 1.0)]
-WHOLE = ("--rsa-scope", "global-batch")
+from tests.support import layouts, processes, tiny
+from tests.support.layouts import LAYOUTS, SINGLE, largest_difference, layout_of
+from tests.support.parity import CAPTION, LAYERS, PAIRS, RECOMPUTE, TOLERANCE, WHOLE, Parity, flags, of_every_kind
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,7 @@ import functools
 import weakref
 from dataclasses import dataclass, replace
 
-import layouts
-import processes
 import pytest
-import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +18,7 @@ from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, square_grids
 from rsa_megatron.llava.layout import Layout, Run
 from rsa_megatron.llava.memory import parameter_counts, peak_memory, stage_memory
+from tests.support import layouts, processes, tiny
 
 # The goal; a part that is left out is more than this: tests below leave some out.
 TOLERANCE = 0.10

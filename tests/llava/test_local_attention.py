@@ -1,9 +1,9 @@
 """The local layers' attention gives what Megatron's own gives, and makes no matrix of scores."""
 
-import layouts
-import processes
 import pytest
 import torch
+
+from tests.support import layouts, processes
 
 POSITIONS, SAMPLES = 200, 3
 

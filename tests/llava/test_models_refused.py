@@ -3,11 +3,10 @@
 import contextlib
 from dataclasses import replace
 
-import layouts
-import processes
 import pytest
-import tiny
 import torch
+
+from tests.support import layouts, processes, tiny
 
 #: what is set on the model's config or (as "model.") on the model, and what the line says
 SETTINGS = [

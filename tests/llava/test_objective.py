@@ -7,8 +7,6 @@ Pooling by parts: every caption of a row, for every way of laying the row over f
 
 from types import SimpleNamespace
 
-import context_parallel_attention
-import processes
 import pytest
 import torch
 import torch.distributed
@@ -18,6 +16,7 @@ from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.llava import caption_pooling, objective
 from rsa_megatron.llava.taps import Representations
+from tests.support import context_parallel_attention, processes
 
 WEIGHT, NUM_MICRO_BATCHES = 0.5, 2
 ADDED_UP = ", added up over context-parallel ranks"

@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from pictures import captions, conversation, images, picture, widths
 
 from rsa_megatron.measurement.captioned_images import in_words, open_pairs, sample
+from tests.support.pictures import captions, conversation, images, picture, widths
 
 
 def coco(folder, **changes):

@@ -5,30 +5,13 @@ import json
 import pickle
 import shutil
 
-import prepare_shards
 import pytest
 import yaml
 from PIL import Image
-from pictures import conversation, images
 from show_sample import stored_samples
 
 from rsa_megatron.measurement.captioned_images import open_pairs, sample
-
-
-def pack(folder, records=30, command="pack"):
-    """The project's own shards (or links) of records of one, two and no images."""
-    source = folder / "source"
-    images(source, [f"{number}.png" for number in range(records)])
-    told = []
-    for number in range(records):
-        names = [f"{number}.png"] * (1 if number % 5 else number % 2 * 2)
-        image = {"image": names[0] if len(names) == 1 else names} if names else {}
-        told.append({"id": number, "conversations": conversation(number, "<image>" * len(names) + "?")} | image)
-    (source / "d.json").write_text(json.dumps(told))
-    out = folder / command
-    flags = ["--shard-size=5"] if command == "pack" else []
-    prepare_shards.main([command, str(source / "d.json"), "--out", str(out), "--rsa", "--val=12", *flags])
-    return out if command == "pack" else out / "mixture.yaml"
+from tests.support.pictures import pack
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from measurement.test_captioned_shards import pack
-from pictures import conversation, images
 
 from rsa_megatron.measurement.captioned_images import open_pairs
 from rsa_megatron.measurement.captions_alone import open_captions
+from tests.support.pictures import conversation, images, pack
 
 
 def records(count=6) -> list[dict]:

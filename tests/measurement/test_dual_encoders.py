@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from measurement import tiny_backbones, tiny_dual_encoders
 from safetensors.torch import load_file, save_file
 
 from rsa_megatron.measurement.dual_encoders import EMBEDDING, ImageEmbedder, TextEmbedder
 from rsa_megatron.measurement.hf_models import HFModel
 from rsa_megatron.measurement.pairs import CaptionedImage
+from tests.support import tiny_backbones, tiny_dual_encoders
 
 KINDS = ["clip", "siglip", "siglip2"]
 # Numbers of size 1 after some tens of operations, each rounded to 6e-8; a batch is multiplied in another order than a

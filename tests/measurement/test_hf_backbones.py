@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from measurement import by_hand, tiny_backbones
 from safetensors.torch import load_file, save_file
 
 from rsa_megatron.measurement.hf_backbones import CaptionAfterImage, TextBackbone, VisionBackbone
 from rsa_megatron.measurement.hf_models import HFModel, fingerprint
 from rsa_megatron.measurement.pairs import CaptionedImage
+from tests.support import naive_features, tiny_backbones
 
 KINDS = ["llava_onevision", "internvl", "qwen2_5_vl"]
 # States of size 1 to 5 after some tens of operations, each rounded to 6e-8; a batch is multiplied in another order than
@@ -44,10 +44,10 @@ def assert_close(actual: dict, expected: list[list[torch.Tensor]]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_features_are_transformers_hidden_states(kind, folders):
-    model, processor = by_hand.reference(folders[kind])
+    model, processor = naive_features.reference(folders[kind])
     backbone = VisionBackbone(open_model(folders[kind]))
     assert len(backbone.layers) == {"llava_onevision": 3, "internvl": 3, "qwen2_5_vl": 4}[kind] + 1
-    expected = [by_hand.image_features(kind, model, processor, pair.image()) for pair in PAIRS]
+    expected = [naive_features.image_features(kind, model, processor, pair.image()) for pair in PAIRS]
     actual = features(backbone)
     assert_close(actual, expected)
     moved = {name: rows.roll(1, 0) for name, rows in actual.items()}
@@ -57,18 +57,18 @@ def test_image_features_are_transformers_hidden_states(kind, folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_caption_features_are_transformers_hidden_states(kind, folders):
-    model, processor = by_hand.reference(folders[kind])
+    model, processor = naive_features.reference(folders[kind])
     backbone = TextBackbone(open_model(folders[kind]))
     assert len(backbone.layers) == {"llava_onevision": 4, "internvl": 2, "qwen2_5_vl": 2}[kind] + 1
-    assert_close(features(backbone), [by_hand.caption_features(model, processor, caption) for caption in tiny_backbones.CAPTIONS])
+    assert_close(features(backbone), [naive_features.caption_features(model, processor, caption) for caption in tiny_backbones.CAPTIONS])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_and_templates_in_the_mean_would_be_seen(kind, folders):
-    model, processor = by_hand.reference(folders[kind])
+    model, processor = naive_features.reference(folders[kind])
     actual = features(TextBackbone(open_model(folders[kind])))
     for wrong in ("<|im_start|>{}<|im_end|>", "{}<|endoftext|><|endoftext|>"):
-        states = [by_hand.caption_features(model, processor, wrong.format(caption)) for caption in tiny_backbones.CAPTIONS]
+        states = [naive_features.caption_features(model, processor, wrong.format(caption)) for caption in tiny_backbones.CAPTIONS]
         for number, rows_nD in enumerate(actual.values()):
             assert (rows_nD - torch.stack([sample[number] for sample in states])).abs().amax(1).min() > 1000 * TOLERANCE
 
@@ -87,7 +87,7 @@ def test_features_do_not_depend_on_the_batch(make, kind, folders):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_caption_after_its_image_is_read_as_transformers_reads_both(kind, folders):
-    model, processor = by_hand.reference(folders[kind])
+    model, processor = naive_features.reference(folders[kind])
     token = processor.image_token
     placeholder = f"<|vision_start|>{token}<|vision_end|>" if kind == "qwen2_5_vl" else token
     expected = []
@@ -95,7 +95,7 @@ def test_a_caption_after_its_image_is_read_as_transformers_reads_both(kind, fold
         inputs = processor(text=[placeholder + pair.caption], images=[pair.image()], return_tensors="pt")
         length = len(processor.tokenizer(pair.caption)["input_ids"])
         states = model(**inputs, output_hidden_states=True).hidden_states
-        expected.append([by_hand.mean_of([*state[0, -length:]]) for state in states])
+        expected.append([naive_features.mean_of([*state[0, -length:]]) for state in states])
     backbone = CaptionAfterImage(open_model(folders[kind]))
     actual = features(backbone)
     assert_close(actual, expected)
@@ -129,8 +129,8 @@ def test_an_encoder_sees_its_special_tokens_but_they_do_not_count(tmp_path):
         ids = tokenizer(caption, return_tensors="pt")["input_ids"]
         assert ids[0, 0] == tokenizer.cls_token_id and ids[0, -1] == tokenizer.sep_token_id
         states = model(ids, output_hidden_states=True).hidden_states
-        expected.append([by_hand.mean_of([*state[0, 1:-1]]) for state in states])
-        with_specials.append([by_hand.mean_of([*state[0]]) for state in states])
+        expected.append([naive_features.mean_of([*state[0, 1:-1]]) for state in states])
+        with_specials.append([naive_features.mean_of([*state[0]]) for state in states])
     actual = features(backbone)
     assert_close(actual, expected)
     assert (actual["2"] - torch.stack([sample[2] for sample in with_specials])).abs().amax(1).min() > 100 * TOLERANCE
@@ -151,7 +151,7 @@ def test_separate_towers(name, skip, tmp_path):
     for pair in PAIRS:
         states = model(**processor([pair.image()], return_tensors="pt"), output_hidden_states=True).hidden_states
         assert states[0].shape[1] == 16 + skip  # 4 x 4 patches
-        expected.append([by_hand.mean_of([*state[0, skip:]]) for state in states])
+        expected.append([naive_features.mean_of([*state[0, skip:]]) for state in states])
     assert_close(features(backbone), expected)
 
 

@@ -1,7 +1,9 @@
 """Small pictures that tell their number, and what pairs of them say."""
 
 import io
+import json
 
+import prepare_shards
 from PIL import Image
 
 
@@ -30,3 +32,19 @@ def widths(pairs) -> list[int]:
 
 def conversation(number, question="<image>\nWhat is it?") -> list[dict]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": f"Number {number}."}]
+
+
+def pack(folder, records=30, command="pack"):
+    """The project's own shards (or links) of records of one, two and no images."""
+    source = folder / "source"
+    images(source, [f"{number}.png" for number in range(records)])
+    told = []
+    for number in range(records):
+        names = [f"{number}.png"] * (1 if number % 5 else number % 2 * 2)
+        image = {"image": names[0] if len(names) == 1 else names} if names else {}
+        told.append({"id": number, "conversations": conversation(number, "<image>" * len(names) + "?")} | image)
+    (source / "d.json").write_text(json.dumps(told))
+    out = folder / command
+    flags = ["--shard-size=5"] if command == "pack" else []
+    prepare_shards.main([command, str(source / "d.json"), "--out", str(out), "--rsa", "--val=12", *flags])
+    return out if command == "pack" else out / "mixture.yaml"

@@ -1,6 +1,6 @@
 """Launches of core_job.py under the megatron-core of this process, and the plain model with eq. 6 written out beside it.
 
-    PYTHONPATH=FOLDER/OF/ANOTHER/CORE:$PYTHONPATH python tests/existing_jobs/core_runs.py PLAN RESULTS
+    PYTHONPATH=FOLDER/OF/ANOTHER/CORE:$PYTHONPATH python -m tests.support.core_runs PLAN RESULTS
 
 PLAN (JSON) names launches: {name: [function, world size, its arguments]}; RESULTS gets what each gave, by rank, or its
 failure as a string. Megatron is loaded once, in the process that all ranks are forked from.
@@ -18,14 +18,13 @@ from rsa_megatron import megatron_on_cpu
 
 megatron_on_cpu.enable()
 
-import core_job
 import megatron.core
-import processes
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from rsa_megatron.alignment.loss import rsa_loss_reference
+from tests.support import core_job, processes
 
 torch.set_num_threads(1)
 

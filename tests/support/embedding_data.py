@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy
 import prepare_demo
-import tiny
 import torch
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch
+from tests.support import tiny
 
 
 def batch(seed: int, *, width: int, positions: int, **options) -> LlavaBatch:

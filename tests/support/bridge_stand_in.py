@@ -12,9 +12,10 @@ import inspect
 import sys
 from functools import partial
 
-import processes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
+
+from tests.support import processes
 
 
 class GlobalState:

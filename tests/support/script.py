@@ -4,11 +4,11 @@ import re
 import sys
 from pathlib import Path
 
-import processes
-import tiny
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
+
+from tests.support import processes, tiny
 
 
 def run(world_size: int, demo: Path, *flags, data: Path | None = None, sabotage=None, **options) -> list[str]:

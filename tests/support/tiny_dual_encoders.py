@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import transformers
-from measurement.tiny_backbones import CAPTIONS, save
 from tokenizers import processors
 
 from rsa_megatron.data.demo_tokenizer import train_tokenizer
+from tests.support.tiny_backbones import CAPTIONS, save
 
 WIDTH = 24
 #: Tokens that their texts have at most: less than the longest of CAPTIONS.

@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["warm"])
+_CONTEXT.set_forkserver_preload(["tests.support.warm"])
 
 
 class Failed(RuntimeError):

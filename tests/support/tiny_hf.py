@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaOnevisionForConditionalGeneration,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from rsa_megatron.huggingface_files import write_model_files

@@ -11,7 +11,8 @@ Shapes: S positions of a row, P of them on this rank, B samples, N heads, G grou
 """
 
 import torch
-from adjoint_gather import all_gather_with_adjoint
+
+from tests.support.adjoint_gather import all_gather_with_adjoint
 
 
 def positions(rank: int, size: int, length: int) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import sys
 from dataclasses import dataclass, field
 
-import processes
-import tiny
 import torch
+
+from tests.support import processes, tiny
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ LAYOUTS = (
     Layout("PP=2 VPP=2", 2, 1, (*_PP, "--num-virtual-stages-per-pipeline-rank", "2")),
     Layout("TP=2 SP", 2, 1, (*_TP, "--sequence-parallel")),
 )
+
+
+def layout_of(name: str) -> Layout:
+    return next(layout for layout in LAYOUTS if layout.name == name)
 
 
 @dataclass

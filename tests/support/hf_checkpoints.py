@@ -9,6 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint_conversion.__main__ import main
+from checkpoint_conversion.names import join, table
+from rsa_megatron.huggingface import read_architecture
+from tests.support import checkpoint_chunks
+
 HIDDEN, VOCAB_SIZE = 48, 70
 TOWER = dict(hidden_size=20, intermediate_size=27, num_hidden_layers=3, num_attention_heads=4, image_size=58,
              patch_size=14)  # fmt: skip
@@ -111,3 +116,30 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
+
+
+def there(hf, out, *flags):
+    main(["hf-to-megatron", "--hf", str(hf), "--out", str(out), *flags])
+
+
+def back(checkpoint, out, *flags):
+    main(["megatron-to-hf", "--checkpoint", str(checkpoint), "--out", str(out), *flags])
+
+
+def write_training_checkpoint(folder, hf, state, num_ranks, stacked, padding=5, without=()):
+    stored = {"optimizer.state.exp_avg.language_model.lm_head": ((2,), [((0,), torch.zeros(2))])}
+    for row in table(read_architecture(hf)):
+        layers = [join([state[name] for name in row.part_names(layer)], row.groups) for layer in row.layers]
+        dim = 1 if row.key.endswith(("proj.weight", "fc2.weight")) else 0
+        if row.is_vocabulary:
+            layers = [torch.cat([layers[0], torch.full((padding, layers[0].shape[1]), 9.0)])]
+        if not row.num_layers:
+            stored[row.key] = (layers[0].shape, checkpoint_chunks.cut(layers[0], num_ranks, dim))
+        elif stacked:
+            cut = [chunk for layer, tensor in enumerate(layers) for chunk in checkpoint_chunks.cut(tensor, num_ranks, dim, (layer,))]
+            stored[row.key] = (row.stored_shape, cut)
+        else:
+            for layer, tensor in enumerate(layers):
+                key = row.key.replace(".layers.", f".layers.{layer}.")
+                stored[key] = (tensor.shape, checkpoint_chunks.cut(tensor, num_ranks, dim))
+    checkpoint_chunks.write(folder, {key: value for key, value in stored.items() if key not in without})

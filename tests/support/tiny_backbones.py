@@ -7,13 +7,13 @@ token more or less in a mean is seen in the first digits.
 from pathlib import Path
 
 import numpy
-import tiny_hf
 import torch
 import transformers
 from PIL import Image
 from tokenizers import processors
 
 from rsa_megatron.data.demo_tokenizer import train_tokenizer
+from tests.support import tiny_hf
 
 CAPTIONS = [
     "A red boat on the sea.",
