@@ -129,7 +129,7 @@ def anyres_images(folder: Path, num_samples: int, sizes: list[str]) -> Data:
         image = ImportedImage(anyres.jpeg(width, height), "jpg", height, width, None)
         shards.write(ImportedSample(number, number, turns, [turn["value"] for turn in turns], [image]))
     shards.close()
-    index_shards(folder, rsa=True, num_workers=1)
+    index_shards(folder, subflavors={"rsa": True}, num_workers=1)
     encoder, _ = anyres.make_contenders()
     return Data("AnyRes JPEGs", folder, encoder, 1, num_samples)
 

@@ -19,25 +19,22 @@ import io
 import itertools
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import webdataset
-import yaml
 from tqdm import tqdm
 
 from rsa_megatron.data import scenes
 from rsa_megatron.data.demo_tokenizer import train_tokenizer
+from rsa_megatron.data.shard_writer import index_shards
 
 PROMPT = "<image>\nPlease generate detailed descriptions of the given image."
 KINDS = ("captions", "questions", "texts", "words")
 MIXTURES = Path(__file__).parent / "mixtures" / "demo"
 
 
-def main():
-    args = parse()
+def main(arguments: list[str] | None = None):
+    args = parse(arguments)
     for kind in args.kinds:
         write_data_set(args.out / "data" / kind, kind, args)
     for mixture in MIXTURES.glob("*.yaml"):
@@ -45,7 +42,7 @@ def main():
     write_tokenizer(args.out / "tokenizer", args)
 
 
-def parse():
+def parse(arguments: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="data sets to write")
@@ -56,7 +53,7 @@ def parse():
     parser.add_argument("--image-size", type=int, default=112, help="side of a picture, pixels")
     parser.add_argument("--shard-size", type=int, default=500, help="samples of a tar")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def write_data_set(folder: Path, kind: str, args) -> None:
@@ -71,7 +68,7 @@ def write_data_set(folder: Path, kind: str, args) -> None:
         with webdataset.ShardWriter(f"{unfinished}/{split}-%05d.tar", maxcount=args.shard_size, verbose=0) as writer:
             for index in tqdm(range(count), desc=f"{folder} {split}", unit="scene", mininterval=1):
                 writer.write(stored_sample(kind, index, split, args))
-    prepare(unfinished, kind, counts)
+    prepare(unfinished, kind)
     unfinished.rename(folder)
 
 
@@ -131,17 +128,9 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict]:
     return [{"from": who, "value": value} for pair in pairs for who, value in zip(("human", "gpt"), pair)]
 
 
-def prepare(folder: Path, kind: str, parts: Iterable[str] = ("train", "val")) -> None:
-    """Energon's own index; then the subflavors that the task encoder reads."""
-    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", "--non-interactive", "--no-progress",
-               "--num-workers", "2", "--sample-type", "CrudeWebdataset",
-               *(word for part in parts for word in ("--split-parts", f"{part}:{part}-.*")), str(folder)]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(f"energon prepare {folder} failed:\n{result.stdout}{result.stderr}")
-    dataset_yaml = folder / ".nv-meta" / "dataset.yaml"
-    settings = yaml.safe_load(dataset_yaml.read_text())
-    dataset_yaml.write_text(yaml.safe_dump(settings | {"subflavors": {"kind": kind, "rsa": kind == "captions"}}))
+def prepare(folder: Path, kind: str) -> None:
+    """Energon's own index, and the subflavors that the task encoder reads."""
+    index_shards(folder, subflavors={"kind": kind, "rsa": kind == "captions"}, num_workers=2)
 
 
 def write_tokenizer(folder: Path, args) -> None:

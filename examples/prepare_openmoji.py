@@ -118,7 +118,7 @@ def make(args) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write(parts, drawn, unfinished, args)
-    index_shards(unfinished, rsa=True, num_workers=1)
+    index_shards(unfinished, subflavors={"rsa": True}, num_workers=1)
     summary = {"settings": settings, "families": len(families), "drawn alike": len(pictures) - len(drawn)} | counts(parts)
     (unfinished / "summary.json").write_text(json.dumps(summary, indent=1))
     (unfinished / "ATTRIBUTION.txt").write_text(attribution())

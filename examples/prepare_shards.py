@@ -96,7 +96,7 @@ def make(args) -> None:
         raise ValueError(f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
                          f"then remove {unfinished}")  # fmt: skip
     if args.command == "pack":
-        index_shards(unfinished, rsa=args.rsa, num_workers=args.num_workers)
+        index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)
     else:
         index_lines(unfinished, image_root, rsa=args.rsa)
     num_shards = len(list(unfinished.glob("*.tar")))

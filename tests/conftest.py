@@ -1,4 +1,4 @@
-"""What all tests share: the environment, and a small data set."""
+"""What all tests share: the environment, a small data set, and models converted from Hugging Face."""
 
 from tests.support import environment  # noqa: F401  # isort: skip  # before torch
 
@@ -6,9 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.demo_data import make_demo
+from tests.support.demo_data import cached_demo
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Path:
-    return make_demo(tmp_path_factory.mktemp("demo"))
+def demo() -> Path:
+    return cached_demo()
+
+
+@pytest.fixture(scope="session", params=["untied", "tied"])
+def models(request, demo, tmp_path_factory):
+    """A random Hugging Face model and its converted checkpoint, once with tied and once with untied embeddings."""
+    from tests.support.hf_parity import Models
+
+    return Models(tmp_path_factory.mktemp(request.param), demo, tied=request.param == "tied")
+
+
+@pytest.fixture(scope="session")
+def job_data(tmp_path_factory) -> Path:
+    """Data sets of captions and of questions, as a job with a task encoder of its own may have them."""
+    from tests.support.energon_jobs import write_data
+
+    return write_data(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo):
+    """The demo's."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo / "tokenizer")

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from checkpoint_conversion import torch_dist_save
 from tests.support import hf_parity
-from tests.support.demo_data import make_demo
+from tests.support.demo_data import cached_demo
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        demo = make_demo(folder / "demo")
+        demo = cached_demo()
         both = [hf_parity.Models(folder / name, demo, tied=name == "tied") for name in ("untied", "tied")]
         comparisons = [
             row(layout, [models.differences(*hf_parity.flat(layout)) for models in both])

@@ -51,7 +51,7 @@ def export(folder: Path) -> dict[str, Path]:
     from checkpoint_conversion.__main__ import main as convert
     from tests.support import demo_data, tiny_hf
 
-    source = tiny_hf.write(folder / "source", demo_data.make_demo(folder / "demo") / "tokenizer", tied=True)
+    source = tiny_hf.write(folder / "source", demo_data.cached_demo() / "tokenizer", tied=True)
     saved = folder / "saved"
     LlavaOnevisionForConditionalGeneration.from_pretrained(source).save_pretrained(saved)
     AutoProcessor.from_pretrained(source).save_pretrained(saved)

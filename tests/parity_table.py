@@ -12,13 +12,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tests.support import parity
-from tests.support.demo_data import make_demo
+from tests.support.demo_data import cached_demo
 
 
 def main():
     parity.NUM_ITERATIONS = dict.fromkeys(parity.NUM_ITERATIONS, 10)
     with tempfile.TemporaryDirectory() as folder:
-        runs = parity.Parity(make_demo(Path(folder) / "demo"), Path(folder))
+        runs = parity.Parity(cached_demo(), Path(folder))
         rows = [row(case, runs.differences(case)) for case in tqdm(parity.ALL_CASES)]
     columns = ["layout", "micro-batches", "per-token loss", "distributed optimizer",
                "lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "gradients", "parameters"]  # fmt: skip

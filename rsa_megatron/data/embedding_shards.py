@@ -138,7 +138,7 @@ def write_embedding_shards(
     unfinished.mkdir(parents=True)
     try:
         counts = _write(unfinished, parts, table, shard_size)
-        index_shards(unfinished, rsa=rsa, num_workers=num_workers)
+        index_shards(unfinished, subflavors={"rsa": rsa}, num_workers=num_workers)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

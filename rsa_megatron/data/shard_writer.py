@@ -121,16 +121,16 @@ def _to_disk(file) -> None:
     os.fsync(file.fileno())
 
 
-def index_shards(folder: Path, *, rsa: bool, num_workers: int) -> None:
-    """What `energon prepare` does for a folder of shards; and the subflavor that lets samples into RSA."""
+def index_shards(folder: Path, *, subflavors: dict, num_workers: int) -> None:
+    """Do what `energon prepare` does for a folder of shards, and write the subflavors that the task encoder reads."""
     tars = sorted(path.name for path in folder.glob("*.tar"))
-    parts = [part for part in ("train", "val") if any(tar.startswith(part) for tar in tars)]
+    parts = [part for part in ("train", "val", "test") if any(tar.startswith(part) for tar in tars)]
     patterns = [(part, f"{part}-.*") for part in parts]
     with contextlib.redirect_stdout(io.StringIO()):
         BaseWebdatasetFactory.prepare_dataset(
             EPath(folder), tars, split_parts_patterns=patterns, shuffle_seed=None, workers=num_workers
         )
-    settings = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "subflavors": {"rsa": rsa}}
+    settings = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "subflavors": subflavors}
     (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 

@@ -61,3 +61,10 @@ def use() -> None:
     llava_spec.DotProductAttention = llava_model.TEDotProductAttention = ContextParallelAttention
     llava_model.is_te_min_version = lambda version: True
     training_arguments.check_parallelism = lambda args: None
+
+
+def in_order() -> None:
+    """A mistake to be seen: attention that takes the ranks' positions for halves of the row."""
+    global positions
+    use()
+    positions = lambda rank, size, length: torch.arange(length).chunk(size)[rank]

@@ -1,7 +1,6 @@
 """A layout against one process: the batches that both train on, and the largest differences of figures, gradients and parameters."""
 
 
-
 from tests.support import layouts, processes, tiny
 from tests.support.layouts import LAYOUTS, SINGLE, largest_difference
 

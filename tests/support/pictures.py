@@ -6,6 +6,8 @@ import json
 import prepare_shards
 from PIL import Image
 
+from rsa_megatron.measurement.captioned_images import open_pairs
+
 
 def picture(number: int, format="PNG") -> bytes:
     """A picture whose width and colour tell its number."""
@@ -48,3 +50,10 @@ def pack(folder, records=30, command="pack"):
     flags = ["--shard-size=5"] if command == "pack" else []
     prepare_shards.main([command, str(source / "d.json"), "--out", str(out), "--rsa", "--val=12", *flags])
     return out if command == "pack" else out / "mixture.yaml"
+
+
+def table(folder, count, order=None):
+    images(folder, [f"{number}.png" for number in range(count)])
+    lines = [f"{number}.png,Number {number}." for number in order or range(count)]
+    (folder / "d.csv").write_text("\n".join(["file_name,caption", *lines]))
+    return open_pairs(folder / "d.csv")

@@ -46,6 +46,7 @@ def run(
     Raises:
         Failed: with the traceback of the rank that failed first, or naming the ranks that did not end.
     """
+    sys.audit("tests.processes.run")  # refused in a unit test
     with tempfile.TemporaryDirectory() as folder:
         # By file: as arguments of a process, each tensor would take a file descriptor.
         torch.save(args, Path(folder) / "arguments")

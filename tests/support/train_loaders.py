@@ -1,8 +1,10 @@
 """Loaders of the demo data, and their saved positions."""
 
 import torch
+from megatron.energon import WorkerConfig
 from transformers import AutoTokenizer
 
+from rsa_megatron.data.loaders import TrainLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 
@@ -24,3 +26,14 @@ def save(loader, path):
     # As Megatron does (maybe_save_dataloader_state).
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"dataloader_state_dict": loader.save_state()}, path)
+
+
+def train_loader(
+    demo, encoder, *, num_workers=0, rank=0, world_size=1, micro_batch_size=4, shuffle_buffer_size=20, kind="captions"
+):
+    config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
+    return TrainLoader(str(demo / "data" / kind), encoder, config, micro_batch_size, shuffle_buffer_size)
+
+
+def keys(loader, count):
+    return [next(loader).keys for _ in range(count)]

@@ -1,0 +1,45 @@
+"""What transformers computes with a checkpoint, Megatron computes with the converted one, and mistakes would be seen."""
+
+import pytest
+
+from checkpoint_conversion import torch_dist_save
+from tests.support.hf_parity import (
+    LAYOUTS,
+    MISTAKES,
+    PADDED,
+    TOLERANCE,
+    flat,
+    padding_in_the_softmax,
+    parts_one_after_the_other,
+    token_after_an_image_not_learnt,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_losses_are_hugging_faces(models, layout):
+    differences = models.differences(*flat(layout))
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+# Mistakes, made in the process that runs the model. The first six are those of the reference's table, by their cost.
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_would_be_seen(models, mistake):
+    assert models.differences(sabotage=MISTAKES[mistake])["logits"] > 10 * TOLERANCE
+
+
+def test_padding_in_the_softmax_would_be_seen(models):
+    differences = models.differences(*flat(PADDED), sabotage=padding_in_the_softmax)
+    assert differences["logits"] < TOLERANCE < 10 * TOLERANCE < differences["loss"]
+
+
+def test_the_token_after_an_image_left_out_of_the_loss_would_be_seen(models):
+    differences = models.differences(sabotage=token_after_an_image_not_learnt)
+    assert differences["logits"] < TOLERANCE < 10 * TOLERANCE < differences["loss"]
+
+
+def test_queries_keys_and_values_not_interleaved_would_be_seen(models, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch_dist_save, "join", parts_one_after_the_other)
+    assert models.differences(checkpoint=models.convert(tmp_path / "wrong"))["logits"] > 10 * TOLERANCE
+

@@ -1,0 +1,43 @@
+"""The figures after each stage come out of its log."""
+
+import json
+
+import plot_stages
+from PIL import Image
+
+from tests.support import command
+
+LOG = """
+ [2026] iteration       10/      20 | consumed samples: 320 | lm loss: 7.898411E-01 | rsa loss: 6.0E+02 |
+ validation mutual-knn@10 at iteration 10 | mutual-knn value: 0.1111 | 1000 pairs, image alone against caption alone | chance 0.0100 |
+ validation loss at iteration 20 on validation set | lm loss value: {loss} | lm loss PPL: 1.7E+00 |
+ validation mutual-knn@10 at iteration 20 | mutual-knn value: {score} | 1000 pairs, image alone against caption alone | chance 0.0100 |
+"""
+
+
+def run(*arguments):
+    return command.run(plot_stages.main, *arguments)
+
+
+def test_the_last_figures_of_each_stage_are_told_and_drawn(tmp_path):
+    for run_name, shift in (("a", 0), ("b", 1)):
+        for number, stage in enumerate(("stage1", "stage1_5", "stage2")):
+            folder = tmp_path / run_name / stage
+            folder.mkdir(parents=True)
+            (folder / "run.log").write_text(LOG.format(loss=f"{number + 1}.5E-01", score=f"0.2{number}{shift}0"))
+    (tmp_path / "before.log").write_text(LOG.format(loss="9.0E-01", score="0.1300"))
+    runs = ("--run", "with RSA", tmp_path / "a", "--run", "without", tmp_path / "b")
+    result = run("--before", tmp_path / "before.log", *runs, "--out", tmp_path / "s.png", "--jsonl", tmp_path / "s.jsonl")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert rows[0] == ["with", "RSA", "0.1300", "0.2000", "0.2100", "0.2200"]
+    assert rows[1] == ["without", "0.1300", "0.2010", "0.2110", "0.2210"]
+    assert rows[2] == ["with", "RSA", "0.9000", "0.1500", "0.2500", "0.3500"]
+    first, second = map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())
+    assert first["stage 2"] == {"mutual-knn": 0.22, "validation lm loss": 0.35, "chance": 0.01} and second["run"] == "without"
+    assert Image.open(tmp_path / "s.png").width > 500
+
+
+def test_a_run_that_has_not_ended_is_named(tmp_path):
+    result = run("--run", "a", tmp_path, "--out", tmp_path / "s.png")
+    assert result.returncode == 2 and "stage1/run.log is missing; let examples/run_stages.sh end first" in result.stderr
