@@ -5,6 +5,7 @@ it is freed, and the most at once is the peak, as torch.cuda.max_memory_allocate
 """
 
 import functools
+import tempfile
 import weakref
 from dataclasses import dataclass, replace
 
@@ -85,8 +86,10 @@ CASES = [
 @functools.cache
 def measured(case: Case, demo) -> list[dict[str, int]]:
     """Bytes on each rank: parameters, gradients, optimizer, and the peak of all."""
-    save = ["--save", "/nowhere", "--save-interval", "1000"] * case.layout.distributed_optimizer  # asked for
-    return processes.run(_measure, case.world_size, case, flags(case, demo) + save)
+    with tempfile.TemporaryDirectory() as folder:
+        # Megatron writes the whole gradients of a distributed optimizer there.
+        save = ["--save", folder, "--save-interval", "1000"] * case.layout.distributed_optimizer
+        return processes.run(_measure, case.world_size, case, flags(case, demo) + save)
 
 
 def expected_bytes(case: Case, rank: int) -> dict[str, float]:

@@ -18,17 +18,18 @@ class Layout:
     flags: tuple[str, ...] = ()
 
 
-_TP = ("--tensor-model-parallel-size", "2")
-_PP = ("--pipeline-model-parallel-size", "2")
+TP = ("--tensor-model-parallel-size", "2")
+PP = ("--pipeline-model-parallel-size", "2")
+VPP = (*PP, "--num-virtual-stages-per-pipeline-rank", "2")
 SINGLE = Layout("one process", 1, 1)
 LAYOUTS = (
     Layout("DP=2", 2, 2),
-    Layout("TP=2", 2, 1, _TP),
-    Layout("PP=2", 2, 1, _PP),
-    Layout("TP=2 PP=2", 4, 1, _TP + _PP),
-    Layout("DP=2 PP=2", 4, 2, _PP),
-    Layout("PP=2 VPP=2", 2, 1, (*_PP, "--num-virtual-stages-per-pipeline-rank", "2")),
-    Layout("TP=2 SP", 2, 1, (*_TP, "--sequence-parallel")),
+    Layout("TP=2", 2, 1, TP),
+    Layout("PP=2", 2, 1, PP),
+    Layout("TP=2 PP=2", 4, 1, TP + PP),
+    Layout("DP=2 PP=2", 4, 2, PP),
+    Layout("PP=2 VPP=2", 2, 1, VPP),
+    Layout("TP=2 SP", 2, 1, (*TP, "--sequence-parallel")),
 )
 
 

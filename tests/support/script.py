@@ -1,9 +1,13 @@
 """Runs examples/pretrain_llava_rsa.py on the tiny model, as a user would, and reads its log."""
 
+import contextlib
+import io
+import os
 import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -13,13 +17,58 @@ from tests.support import processes, tiny
 
 def run(world_size: int, demo: Path, *flags, data: Path | None = None, sabotage=None, **options) -> list[str]:
     """The script's output on each rank. `data`: another data set than the demo's captions; options: processes.run."""
-    argv = [
+    argv = [*_tiny(demo, data or demo / "data" / "captions"), *map(str, flags)]
+    return processes.run(_main, world_size, argv, sabotage, **options)
+
+
+def parse_errors(demo: Path, command_lines: list, *, world_size: int = 2) -> list[str]:
+    """What the script says to each command line before anything is built: its `error:` line, or "" where it takes it.
+
+    One process reads them all, as rank 0 of so many.
+    """
+    lines = [[*_tiny(demo, demo / "data" / "captions"), *map(str, flags)] for flags in command_lines]
+    (errors,) = processes.run(_parse_each, 1, lines, world_size)
+    return errors
+
+
+def error_line(world_size: int, demo: Path, *flags) -> str:
+    """The one `error:` line of a run that ends with it, on all its ranks."""
+    with pytest.raises(processes.Failed) as failed:
+        run(world_size, demo, *flags)
+    (line,) = [line for line in failed.value.output.splitlines() if re.search("error: ", line)]
+    return line
+
+
+def _parse_each(command_lines: list[list[str]], world_size: int) -> list[str]:
+    import pretrain_llava_rsa
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import unset_global_variables
+
+    tiny.register()
+    os.environ["WORLD_SIZE"] = str(world_size)
+    errors = []
+    for argv in command_lines:
+        sys.argv, said = ["pretrain_llava_rsa.py", *argv], io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                pretrain_llava_rsa.parse(pretrain_llava_rsa.RSAPlugin())
+            errors.append("")
+        except SystemExit as end:
+            assert end.code == 2, end
+            lines = said.getvalue().splitlines()
+            assert len(lines) == 1, lines
+            errors.append(lines[0])
+        unset_global_variables()
+        unset_num_microbatches_calculator()
+    return errors
+
+
+def _tiny(demo: Path, data: Path) -> list[str]:
+    return [
         "--model", "tiny", "--seq-length", "128", "--log-interval", "1", "--train-iters", "6", "--global-batch-size", "8",
         "--shuffle-buffer-size", "8",  # not 1000: what it holds is read before the first iteration
-        "--data-path", str(data or demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"),
-        *map(str, flags),
+        "--data-path", str(data), "--tokenizer-model", str(demo / "tokenizer"),
     ]  # fmt: skip
-    return processes.run(_main, world_size, argv, sabotage, **options)
 
 
 def _main(argv, sabotage) -> str:
