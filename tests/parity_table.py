@@ -16,7 +16,7 @@ from tests.support.demo_data import cached_demo
 
 
 def main():
-    parity.NUM_ITERATIONS = dict.fromkeys(parity.NUM_ITERATIONS, 10)
+    parity.NUM_ITERATIONS = 10
     with tempfile.TemporaryDirectory() as folder:
         runs = parity.Parity(cached_demo(), Path(folder))
         rows = [row(case, runs.differences(case)) for case in tqdm(parity.ALL_CASES)]

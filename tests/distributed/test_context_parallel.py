@@ -20,7 +20,6 @@ from tests.support.parity import (
     RECOMPUTE,
     TOLERANCE,
     WHOLE,
-    Parity,
     case_name,
     flags,
     of_every_kind,
@@ -82,11 +81,6 @@ def test_captions_lie_on_one_rank_and_on_several():
         learnt = [ranks_that_hold([position], size, length) for position in EVEN[0]]
         assert all(learnt.count({rank}) == len(learnt) / size for rank in range(size))
     assert all(ranks_that_hold(list(learnt), 2, 16) == {1} for learnt in ON_ONE_RANK)
-
-
-@pytest.fixture(scope="module")
-def parity(demo, tmp_path_factory) -> Parity:
-    return Parity(demo, tmp_path_factory.mktemp("context-parallel"))
 
 
 # Layout, micro-batches, per-token loss, distributed optimizer.

@@ -8,28 +8,32 @@ import torch
 
 from tests.support import layouts, processes, tiny
 from tests.support.layouts import LAYOUTS, SINGLE, largest_difference, layout_of
-from tests.support.parity import CAPTION, LAYERS, PAIRS, RECOMPUTE, TOLERANCE, WHOLE, Parity, flags, of_every_kind
-
-
-@pytest.fixture(scope="module")
-def parity(demo, tmp_path_factory) -> Parity:
-    return Parity(demo, tmp_path_factory.mktemp("layers and scope"))
+from tests.support.parity import CAPTION, LAYERS, PAIRS, RECOMPUTE, TOLERANCE, WHOLE, flags, of_every_kind
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_pairs_of_layers_in_every_layout(parity, layout):
-    for kind, options in ((None, LAYERS), (of_every_kind, (*LAYERS, *CAPTION))):
-        differences = parity.differences((layout, 2, True, False), options=options, batches_of=kind)
-        assert max(differences.values()) < TOLERANCE, differences
+    differences = parity.differences((layout, 2, True, False), options=(*LAYERS, *CAPTION), batches_of=of_every_kind)
+    assert max(differences.values()) < TOLERANCE, differences
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_a_whole_batch_in_every_layout(parity, layout):
+@pytest.mark.parametrize("name", ["TP=2 SP", "DP=2 PP=2", "PP=2 VPP=2"])
+def test_pairs_of_layers_of_captions_in_their_rows(parity, name):
+    differences = parity.differences((layout_of(name), 2, True, False), options=LAYERS)
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+# Each layout with one of the losses, and one of each kind with both.
+SCOPES = [(layout, number % 2 == 0) for number, layout in enumerate(LAYOUTS)]
+SCOPES += [(layout_of("DP=2"), False), (layout_of("TP=2 PP=2"), True)]
+
+
+@pytest.mark.parametrize("layout, per_token", SCOPES, ids=lambda value: getattr(value, "name", "per-token" if value else ""))
+def test_a_whole_batch_in_every_layout(parity, layout, per_token):
     """Numbers of pairs that differ from micro-batch to micro-batch, the first of some rank's none at all."""
-    for per_token in (False, True):
-        differences = parity.differences((layout, 4, per_token, False), options=WHOLE)
-        assert differences["rsa pairs"] == 0
-        assert max(differences.values()) < TOLERANCE, differences
+    differences = parity.differences((layout, 4, per_token, False), options=WHOLE)
+    assert differences["rsa pairs"] == 0
+    assert max(differences.values()) < TOLERANCE, differences
 
 
 def image_after_its_caption(num_micro_batches):
