@@ -9,8 +9,8 @@ from tests.support.layouts import LAYOUTS, SINGLE, largest_difference
 TOLERANCE = 2e-5
 
 
-# The second step is the first that the optimizer has a say in; parity_table.py takes ten.
-NUM_ITERATIONS = 3
+# The second sees what the optimizer made of the first; parity_table.py takes ten.
+NUM_ITERATIONS = 2
 
 
 # Which of a micro-batch's four samples take part: all; all but one; none of the first rank's; all but the last.
