@@ -4,36 +4,33 @@ import pytest
 from recipes import STAGES, demo_parts, recipe
 
 from rsa_megatron.llava.architectures import get_architecture
-from tests.support import embedding_data, processes
-
-
-def parsed(model, stage, settings, data, tokenizer, *flags):
-    import sys
-
-    import pretrain_llava_rsa
-
-    from rsa_megatron.plugin import RSAPlugin
-
-    sys.argv = ["pretrain_llava_rsa.py", "--model", model, "--stage", stage, "--data-path", data,
-                "--tokenizer-model", tokenizer, "--dry-run", *flags]  # fmt: skip
-    rsa = RSAPlugin()
-    args = vars(pretrain_llava_rsa.parse(rsa, settings=settings))
-    return {name: args[name] for name in settings or recipe(model, stage)}, rsa.config
-
+from tests.support import embedding_data, processes, script
 
 CASES = [(model, stage, None) for model in ("demo", "llava-ov-7b") for stage in STAGES] + [("demo", "1", demo_parts())]
+FLAGS = ("--lr", "0.25", "--rsa-weight", "7", "--trainable", "language")
 
 
-@pytest.mark.parametrize("model, stage, settings", CASES)
-def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(demo, tmp_path, model, stage, settings):
+@pytest.fixture(scope="module")
+def parsed(demo, tmp_path_factory) -> list:
+    """What each recipe, alone and with the flags, becomes in Megatron's arguments."""
+    runs = []
+    for model, stage, settings in CASES:
+        shards = demo / "data" / "captions"
+        if "image_positions" in (settings or recipe(model, stage)):
+            width = get_architecture(model).vision.hidden_size
+            shards = embedding_data.write_shards(shards, tmp_path_factory.mktemp("shards") / "embeddings", width)
+        argv = ["--model", model, "--stage", stage, "--data-path", shards, "--tokenizer-model", demo / "tokenizer", "--dry-run"]
+        runs += [([str(word) for word in argv], settings), ([*map(str, argv), *FLAGS], settings)]
+    (found,) = processes.run(script.parse_each, 1, runs)
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{model} {stage}{' parts' * bool(own)}" for model, stage, own in CASES])
+def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(parsed, number):
+    model, stage, settings = CASES[number]
     expected = settings or recipe(model, stage)
-    shards = demo / "data" / "captions"
-    if "image_positions" in expected:
-        shards = embedding_data.write_shards(shards, tmp_path / "shards", get_architecture(model).vision.hidden_size)
-    data = (str(shards), str(demo / "tokenizer"))
-    ((actual, config),) = processes.run(parsed, 1, model, stage, settings, *data)
-    assert actual == expected and config.weight == expected.get("rsa_weight", 0.01)
-    flags = ("--lr", "0.25", "--rsa-weight", "7", "--trainable", "language")
-    ((actual, config),) = processes.run(parsed, 1, model, stage, settings, *data, *flags)
+    args, config = parsed[2 * number]
+    assert {name: args[name] for name in expected} == expected and config.weight == expected.get("rsa_weight", 0.01)
+    args, config = parsed[2 * number + 1]
     changed = dict(lr=0.25, trainable=["language"]) | (dict(rsa_weight=7) if "rsa_weight" in expected else {})
-    assert actual == expected | changed and config.weight == 7
+    assert {name: args[name] for name in expected} == expected | changed and config.weight == 7

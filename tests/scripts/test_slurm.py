@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.environment import ROOT
 
-SMALL = ("--train-iters", "2", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "0",
+SMALL = ("--train-iters", "3", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "0",
          "--mutual-knn-samples", "0", "--log-interval", "1", "--num-workers", "0", "--shuffle-buffer-size", "1")  # fmt: skip
 
 SRUN = r"""#!/bin/bash
@@ -42,13 +42,13 @@ def run(script, demo, out, *flags, **environment):
 SLURM = dict(SLURM_JOB_NODELIST="node[1-2]", SLURM_JOB_ID="71", SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2")
 
 
-@pytest.mark.parametrize("script, environment", [("one_node.sh", dict(GPUS="2")), ("multi_node.sbatch", SLURM)])
-def test_it_trains_saves_and_goes_on(demo, tmp_path, script, environment):
-    first = run(script, demo, tmp_path, "--exit-interval", "1", "--save-interval", "1", **environment)
-    assert re.search(r"iteration +1/ +2 .*rsa loss", first.stdout), first.stdout + first.stderr
-    again = run(script, demo, tmp_path, **environment)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert re.findall(r"iteration +(\d)/", again.stdout) == ["2"]
+def test_each_trains_saves_and_goes_on_from_the_others_checkpoint(demo, tmp_path):
+    one_node, several = ("one_node.sh", dict(GPUS="2")), ("multi_node.sbatch", SLURM)
+    for iteration, (script, environment) in enumerate((one_node, several, one_node), start=1):
+        result = run(script, demo, tmp_path, "--exit-interval", "1", "--save-interval", "1", **environment)
+        lines = re.findall(r"iteration +(\d)/ +3 .*rsa loss", result.stdout)
+        assert lines == [str(iteration)], result.stdout + result.stderr
+    assert result.returncode == 0
 
 
 @pytest.mark.parametrize("script", ["one_node.sh", "multi_node.sbatch"])

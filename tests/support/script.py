@@ -26,9 +26,10 @@ def parse_errors(demo: Path, command_lines: list, *, world_size: int = 2) -> lis
 
     One process reads them all, as rank 0 of so many.
     """
-    lines = [[*_tiny(demo, demo / "data" / "captions"), *map(str, flags)] for flags in command_lines]
-    (errors,) = processes.run(_parse_each, 1, lines, world_size)
-    return errors
+    data = demo / "data" / "captions"
+    runs = [([*_tiny(demo, data), *map(str, flags)], None) for flags in command_lines]
+    (found,) = processes.run(parse_each, 1, runs, world_size)
+    return [line if isinstance(line, str) else "" for line in found]
 
 
 def error_line(world_size: int, demo: Path, *flags) -> str:
@@ -39,28 +40,29 @@ def error_line(world_size: int, demo: Path, *flags) -> str:
     return line
 
 
-def _parse_each(command_lines: list[list[str]], world_size: int) -> list[str]:
+def parse_each(runs: list[tuple[list[str], dict | None]], world_size: int = 1) -> list:
+    """For processes.run: of each command line (and the recipe in the place of --stage's, or None) what parse() makes of it,
+    Megatron's arguments by name and the RSAConfig; or the line that it ends with."""
     import pretrain_llava_rsa
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
 
     tiny.register()
     os.environ["WORLD_SIZE"] = str(world_size)
-    errors = []
-    for argv in command_lines:
-        sys.argv, said = ["pretrain_llava_rsa.py", *argv], io.StringIO()
+    found = []
+    for argv, settings in runs:
+        sys.argv, rsa = ["pretrain_llava_rsa.py", *argv], pretrain_llava_rsa.RSAPlugin()
+        said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                pretrain_llava_rsa.parse(pretrain_llava_rsa.RSAPlugin())
-            errors.append("")
+                found.append((vars(pretrain_llava_rsa.parse(rsa, settings=settings)), rsa.config))
         except SystemExit as end:
             assert end.code == 2, end
-            lines = said.getvalue().splitlines()
-            assert len(lines) == 1, lines
-            errors.append(lines[0])
+            (line,) = said.getvalue().splitlines()
+            found.append(line)
         unset_global_variables()
         unset_num_microbatches_calculator()
-    return errors
+    return found
 
 
 def _tiny(demo: Path, data: Path) -> list[str]:
