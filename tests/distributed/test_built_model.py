@@ -1,3 +1,4 @@
+"""The model that is built has the parameters and layers that its architecture counts."""
 
 import pytest
 

@@ -1,3 +1,4 @@
+"""The tests' own context-parallel attention is causal attention of the whole row, so it may take Transformer Engine's place."""
 
 import pytest
 import torch

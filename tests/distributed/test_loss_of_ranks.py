@@ -1,3 +1,4 @@
+"""Each rank computes its own rows' share of the loss: together they are the whole, and the gradient needs no collective."""
 
 import pytest
 import torch

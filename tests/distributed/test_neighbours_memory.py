@@ -1,3 +1,4 @@
+"""Nearest neighbours are found without a matrix of all pairs in memory."""
 
 import subprocess
 import sys

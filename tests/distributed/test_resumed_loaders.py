@@ -1,3 +1,4 @@
+"""With data workers: the position of the training data is restored exactly; a validation part that is too small is named."""
 
 import pytest
 from megatron.energon import WorkerConfig

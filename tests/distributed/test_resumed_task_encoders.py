@@ -1,3 +1,4 @@
+"""RSATaskEncoder in the task encoders of others: a restored loader goes on exactly, with data workers and without."""
 
 import pytest
 

@@ -1,3 +1,4 @@
+"""A disk that fills up during a conversion leaves nothing half-written."""
 
 import os
 import subprocess

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -71,18 +72,38 @@ def test_at_the_time_limit_what_runs_is_ended_with_all_that_it_started_and_can_g
     begin = time.monotonic()
     queue, all_done, said, done = run(jobs, tmp_path, seconds=2)
     assert not all_done and done == ["quick"] and time.monotonic() - begin < 8
-    assert not is_alive(int((tmp_path / "pid").read_text())) and any("ended long before its end" in line for line in said)
+    wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
+    assert any("ended long before its end" in line for line in said)
     assert run(jobs, tmp_path)[3] == ["long"] and queue.log("long").read_text() == "second start\n"
 
 
 def test_what_runs_does_not_outlive_an_interrupted_queue(tmp_path):
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     queue = Queue([job("long", code)], tmp_path, 1)
-    interrupt = threading.Timer(1.5, lambda: os.kill(os.getpid(), 2))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        queue.run(None, lambda line: None, lambda job: None)
-    assert not is_alive(int((tmp_path / "pid").read_text())) and not queue.done
+
+    def interrupt():
+        wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # Where tests run in the background (nohup, a shell without job control), SIGINT was ignored from the start, and
+    # Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            queue.run(60, lambda line: None, lambda job: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
+    assert not queue.done
+
+
+def wait_for(condition) -> None:
+    """A process that was killed may take a moment to be gone."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def is_alive(process: int) -> bool:

@@ -1,3 +1,4 @@
+"""realign.py over ranks, and its help."""
 
 import os
 import subprocess
@@ -13,6 +14,11 @@ from rsa_megatron.alignment.realign_baselines import load_operator
 from tests.support import processes
 from tests.support.environment import ROOT
 from tests.support.realign_runs import GIVEN, assert_same_operator, rows, run, write_rows
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def run_on_a_rank(folder, flags) -> str:

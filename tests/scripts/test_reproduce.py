@@ -1,3 +1,4 @@
+"""`make reproduce` scaled down, interrupted and resumed; and that the training script takes the flags of every arm."""
 
 import subprocess
 import sys

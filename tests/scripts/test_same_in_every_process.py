@@ -1,4 +1,6 @@
+"""Samples that are drawn, and figures, are the same in another process with other settings."""
 
+import json
 import os
 import random
 import subprocess
@@ -28,8 +30,9 @@ def test_a_sample_is_the_same_everywhere(tmp_path):
     assert result.stdout.split() == [pair.key for pair in other]
 
 
-def test_another_process_and_another_matplotlibrc_write_the_same_bytes(write, tmp_path):
-    path = write(records_for("steps"))
+def test_another_process_and_another_matplotlibrc_write_the_same_bytes(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in records_for("steps")))
     plot_alignment.main(["steps", str(path), "--out", str(tmp_path / "here")])
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\nsvg.hashsalt: other\n")
     settings = os.environ | {"MATPLOTLIBRC": str(tmp_path), "PYTHONHASHSEED": "7"}

@@ -1,3 +1,4 @@
+"""Task encoders as other jobs write them, with and without RSATaskEncoder, and their data."""
 
 import dataclasses
 import io

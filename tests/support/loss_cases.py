@@ -1,3 +1,4 @@
+"""Pairs of rows, and the loss of them with its gradients."""
 
 import torch
 

@@ -1,3 +1,4 @@
+"""What verify reports of two models that differ."""
 
 import torch
 

@@ -1,3 +1,4 @@
+"""What RSATaskEncoder cannot follow is refused, or named where it is met."""
 
 import dataclasses
 

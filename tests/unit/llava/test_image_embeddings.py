@@ -1,3 +1,4 @@
+"""An image that is an embedding takes all its positions from one projected row."""
 
 import torch
 

@@ -1,3 +1,4 @@
+"""realign.py transform: shards of embeddings are those that transformers and the operator give, sample by sample."""
 
 import json
 import re
