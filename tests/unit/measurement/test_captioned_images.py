@@ -238,7 +238,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
     ("a.csv", b"filename,caption\na.png,N\xfcmber\n", "1 whose caption is not UTF-8"),
     ("a.csv", b"filename,caption\nnone.png,x\n", r"1 whose image is not in .* \(--images names the folder; nothing is downloaded\)"),
     ("a.csv", b'filename,caption\na.png,"' + b"x" * (1 << 24) + b"\n", "a.csv, line 2: field larger .*a quotation mark there"),
-    ("a.tsv.gz", gzip.compress(b"filename\tcaption\n" * 100)[:30], "a.tsv.gz is cut off or broken: .*fetch it again"),
+    ("a.tsv.gz", gzip.compress(b"filename\tcaption\n" * 100, mtime=0)[:30], "a.tsv.gz is cut off or broken: .*fetch it again"),
     ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is cut off or broken: .*fetch it again"),
     ("a.parquet", b"PAR1 or so", "a.parquet is no parquet file that can be read: .*fetch it again"),
     ("a.txt", b"x", "a.txt is no .json, .jsonl"),
