@@ -33,6 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.utils._device import _device_constructors
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,10 @@ def _stand_in_for_placement():
 
         return build
 
+    # `with torch.device(...)` knows factories by a set that is made at its first use: of the functions themselves, which
+    # ours call, and not of ours. Else it would have no effect from here on, and transformers' from_pretrained, which builds
+    # models on the meta device, would leave buffers as the memory happened to be.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     for owner in (torch.Tensor, torch.nn.Module):

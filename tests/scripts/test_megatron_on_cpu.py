@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.support import processes
+import pytest
+import torch
+
+from tests.support import processes, tiny_dual_encoders, tiny_hf
 
 
 def in_a_fresh_process(code: str) -> str:
@@ -52,8 +56,6 @@ print(megatron_on_cpu.enable())
 
 
 def what_megatron_would_do_with_cuda():
-    import torch
-
     tensor = torch.zeros(3, device="cuda")
     module = torch.nn.Linear(2, 2).cuda().to("cuda:0")
     state = torch.cuda.get_rng_state()
@@ -73,3 +75,23 @@ def what_megatron_would_do_with_cuda():
 def test_what_asks_for_cuda_gets_the_cpu():
     (result,) = processes.run(what_megatron_would_do_with_cuda, 1)
     assert result == (["cpu"] * 5, True, True, True, True)
+
+
+def parameters_and_buffers(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "llava_onevision"])
+def test_transformers_loads_whole_models_beside_it(demo, tmp_path, kind):
+    """Their buffers are not in the files: from_pretrained computes them, after it has built the model on the meta device."""
+    if kind == "llava_onevision":
+        folder = tiny_hf.write(tmp_path / kind, demo / "tokenizer", tied=True)
+    else:
+        folder = getattr(tiny_dual_encoders, kind)(tmp_path / kind)
+    expected = parameters_and_buffers(folder)
+    (actual,) = processes.run(parameters_and_buffers, 1, folder)
+    assert actual.keys() == expected.keys() and any("position_ids" in name for name in expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
