@@ -2,6 +2,7 @@
 
 from tests.support import environment  # noqa: F401  # isort: skip  # before torch
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,18 @@ def tokenizer(demo):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(demo / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def preloaded_python() -> str:
+    """An interpreter for commands, which has loaded what they import."""
+    from tests.support import preloaded
+
+    return preloaded.python()
+
+
+@pytest.fixture
+def preloaded_commands(preloaded_python, monkeypatch) -> None:
+    """Commands that the test's code starts by sys.executable, and ranks of torchrun, run in that interpreter."""
+    monkeypatch.setattr(sys, "executable", preloaded_python)
+    monkeypatch.setenv("PYTHON_EXEC", preloaded_python)

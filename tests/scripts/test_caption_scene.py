@@ -12,6 +12,8 @@ from checkpoint_conversion import model_parts
 from tests.support import tiny_hf
 from tests.support.environment import ROOT
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 
 def test_the_script_prints_a_caption_beside_the_true_one(demo, tmp_path):
     hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)

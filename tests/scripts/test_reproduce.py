@@ -14,6 +14,8 @@ from reproduction import ABLATIONS, DEFAULT, MAIN, plan
 from tests.support import processes
 from tests.support.reproduction_plans import PLACE, flag
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 
 @pytest.mark.parametrize("arm", MAIN | ABLATIONS)
 def test_the_training_script_takes_the_flags_of_every_arm(demo, arm):
@@ -43,7 +45,7 @@ def test_all_of_it_interrupted_and_taken_up(tmp_path, monkeypatch, capsys):
     command = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--only", "main", "--seeds", "1", "--samples", "32",
                "--scenes", "120", "--iterations", "parts=2,1=2,1.5=2,2=2"]  # fmt: skip
     with pytest.raises(SystemExit) as end:
-        reproduce.main([*command, "--time-limit", "12"])
+        reproduce.main([*command, "--time-limit", "6"])
     assert end.value.code == 1 and "ended " in capsys.readouterr().out
     deadline = time.monotonic() + 5  # a process that was killed may take a moment to be gone
     while processes_of(tmp_path / "out") and time.monotonic() < deadline:

@@ -16,6 +16,8 @@ from revision_plan import ARMS, MOVED, PAIRED, UNTRAINED, Arm
 from rsa_megatron.data.embedding_shards import EmbeddingTable, Told, write_embedding_shards
 from rsa_megatron.measurement.captioned_images import open_pairs
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 
 @pytest.fixture
 def args(tmp_path):

@@ -15,6 +15,8 @@ from transformers import AutoImageProcessor, AutoProcessor
 from tests.support import tiny_hf
 from tests.support.environment import ROOT
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 
 @pytest.fixture(scope="module")
 def hf(demo, tmp_path_factory) -> Path:

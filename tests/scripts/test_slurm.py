@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.environment import ROOT
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 SMALL = ("--train-iters", "3", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "0",
          "--mutual-knn-samples", "0", "--log-interval", "1", "--num-workers", "0", "--shuffle-buffer-size", "1")  # fmt: skip
 

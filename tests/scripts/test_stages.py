@@ -14,6 +14,8 @@ from tests.support import script
 from tests.support.environment import ROOT
 from tests.support.processes import Failed
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 FLAGS_OF = {"1": ("--trainable", "vision", "projector"), "1.5": (), "2": ()}
 
 

@@ -30,6 +30,8 @@ def test_a_converted_checkpoint_is_the_same(models):
     assert "the same, to 1e-04 of the largest value" in result.stdout
 
 
+pytestmark = pytest.mark.usefixtures("preloaded_commands")
+
 # Once: neither is about the embeddings, which is what tying changes.
 UNTIED = pytest.mark.parametrize("models", ["untied"], indirect=True)
 

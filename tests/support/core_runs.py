@@ -140,6 +140,6 @@ def launch(function: str, world_size: int, arguments: list):
 
 if __name__ == "__main__":
     # Forked from here, where Megatron is loaded already.
-    processes._CONTEXT = multiprocessing.get_context("fork")
+    processes.CONTEXT = multiprocessing.get_context("fork")
     plan, results = map(Path, sys.argv[1:])
     results.write_text(json.dumps({name: launch(*what) for name, what in json.loads(plan.read_text()).items()}))

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.support.warm"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.warm"])
 
 
 class Failed(RuntimeError):
@@ -51,7 +51,7 @@ def run(
         # By file: as arguments of a process, each tensor would take a file descriptor.
         torch.save(args, Path(folder) / "arguments")
         processes = [
-            _CONTEXT.Process(target=_rank, args=(function, rank, world_size, folder)) for rank in range(world_size)
+            CONTEXT.Process(target=_rank, args=(function, rank, world_size, folder)) for rank in range(world_size)
         ]
         for process in processes:
             process.start()

@@ -13,6 +13,8 @@ import pretrain_llava_rsa  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401
 import torch._inductor  # noqa: F401
+import torch.distributed.run  # noqa: F401
+import transformers.models.llava_onevision.modeling_llava_onevision  # noqa: F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 torch.set_num_threads(1)
