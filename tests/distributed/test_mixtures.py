@@ -110,7 +110,7 @@ def one_epoch(demo, path, *, micro_batch_size, world_size, num_workers, drop_las
     for rank in range(world_size):
         encoder = make_encoder(demo)
         config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
-        loader = TrainLoader(path, encoder, config, micro_batch_size, 20, one_epoch=True, drop_last=drop_last)
+        loader = processes.kept(TrainLoader(path, encoder, config, micro_batch_size, 20, one_epoch=True, drop_last=drop_last))
         count = iterations * global_batch_size // (micro_batch_size * world_size)
         ranks.append([(batch.keys, batch.loss_mask.sum(1).tolist()) for batch in (next(loader) for _ in range(count))])
         # Beyond the end there is nothing, for ever.
@@ -224,7 +224,7 @@ def interrupted(demo, path, state, one_epoch, num_workers, sabotage=None):
 
     def loader():
         config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers, seed_offset=5)
-        return TrainLoader(path, make_encoder(demo), config, 4, 100, one_epoch=one_epoch)
+        return processes.kept(TrainLoader(path, make_encoder(demo), config, 4, 100, one_epoch=one_epoch))
 
     first, keys = loader(), []
     for count in range(STOPS[-1] + 30):

@@ -13,7 +13,7 @@ def interrupted(path, job, settings, num_workers):
         return train_loader(path, WITH_RSA[job](), num_workers=num_workers, **settings)
 
     first = loader()
-    batches = iter(first)
+    batches = processes.kept(iter(first))
     for _ in range(5):
         next(batches)
     state = first.save_state_rank()

@@ -12,21 +12,21 @@ from tests.support.processes import Failed
 
 
 def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
-    flags = ("--train-iters", 40, "--num-workers", 1, "--global-batch-size", 16, "--save-interval", 4)
+    flags = ("--train-iters", 24, "--num-workers", 1, "--global-batch-size", 16, "--save-interval", 4)
     flags_of = {name: (*flags, "--save", tmp_path / name, "--tensorboard-dir", tmp_path / name) for name in "ab"}
     uninterrupted = script.run(2, demo, *flags_of["a"])
     killed = script.run(2, demo, *flags_of["b"], kill_when=lambda output: re.search(r"iteration +10/", output))
     reached = max(script.iterations(killed))
-    assert 10 <= reached < 40
+    assert 10 <= reached < 24
     resumed = script.run(2, demo, *flags_of["b"], "--load", tmp_path / "b")
     expected, actual = script.losses(uninterrupted), script.losses(resumed)
     first, second = sorted(actual)[:2]
-    assert 4 < first <= reached + 1 and max(actual) == 40
+    assert 4 < first <= reached + 1 and max(actual) == 24
     # Megatron prints the first iteration of a run twice, alone and in the mean with the second.
     del actual[second]
     assert actual == {i: expected[i] for i in actual}
     expected, actual = (scalars(tmp_path / name, first) for name in "ab")
-    assert len(actual["lm loss"]) == 41 - first and actual == expected
+    assert len(actual["lm loss"]) == 25 - first and actual == expected
     # It is the data position that does it: with the data from the beginning the same weights see other samples.
     flags = (*flags, "--exit-interval", first, "--load", tmp_path / "a", "--ckpt-step", first - 1)
     restarted = script.losses(script.run(2, demo, *flags, "--restart-data"))
@@ -63,17 +63,24 @@ def test_a_signal_ends_the_run_with_a_checkpoint(demo, tmp_path):
     assert min(script.iterations(resumed)) == reached + 1
 
 
+@pytest.fixture(scope="module")
+def stopped_at_2(demo, tmp_path_factory):
+    """A run of two ranks that stopped after two of six iterations."""
+    folder = tmp_path_factory.mktemp("stopped")
+    script.run(2, demo, "--exit-interval", 2, "--save", folder, "--save-interval", 2)
+    return folder
+
+
 @pytest.mark.parametrize("world_size, change, message", [
     (1, [], "data-parallel size of 2, this run has 1; an exact resume is impossible"),
     (2, ["--num-workers", 1], "--num-workers = 0, this run has 1; an exact resume is impossible"),
     (2, ["--micro-batch-size", 2], "--micro-batch-size = 4, this run has 2; an exact resume is impossible"),
 ])  # fmt: skip
-def test_a_resume_that_cannot_be_exact_is_refused(demo, tmp_path, world_size, change, message):
-    script.run(2, demo, "--exit-interval", 2, "--save", tmp_path, "--save-interval", 2)
+def test_a_resume_that_cannot_be_exact_is_refused(demo, stopped_at_2, world_size, change, message):
     with pytest.raises(Failed) as failed:
-        script.run(world_size, demo, "--load", tmp_path, *change)
+        script.run(world_size, demo, "--load", stopped_at_2, *change)
     assert message in str(failed.value) and "--restart-data" in str(failed.value)
-    resumed = script.run(world_size, demo, "--load", tmp_path, *change, "--restart-data")
+    resumed = script.run(world_size, demo, "--load", stopped_at_2, *change, "--restart-data")
     assert list(script.iterations(resumed)) == [3, 4, 5, 6]
 
 

@@ -28,6 +28,7 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 from PIL import Image
 
 from rsa_megatron.data.rsa_task_encoder import RSATaskEncoder
+from tests.support import processes
 
 ROW = 40  # text positions of a packed row
 
@@ -202,7 +203,7 @@ def train_loader(path, encoder, **more):
 
 
 def take(loader, count):
-    batches = iter(loader)
+    batches = processes.kept(iter(loader))
     return [next(batches) for _ in range(count)]
 
 

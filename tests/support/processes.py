@@ -74,6 +74,15 @@ def _kill_with_children(process):
     process.join()
 
 
+_kept = []
+
+
+def kept(iterator):
+    """The iterator, held until this rank ends at once: one that is let go waits five seconds for each data worker."""
+    _kept.append(iterator)
+    return iterator
+
+
 def output() -> str:
     """What this rank has printed so far; for functions that `run` calls."""
     sys.stdout.flush(), sys.stderr.flush()

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 
 from rsa_megatron.data.loaders import TrainLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+from tests.support import processes
 
 
 def make_encoder(demo):
@@ -32,7 +33,7 @@ def train_loader(
     demo, encoder, *, num_workers=0, rank=0, world_size=1, micro_batch_size=4, shuffle_buffer_size=20, kind="captions"
 ):
     config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
-    return TrainLoader(str(demo / "data" / kind), encoder, config, micro_batch_size, shuffle_buffer_size)
+    return processes.kept(TrainLoader(str(demo / "data" / kind), encoder, config, micro_batch_size, shuffle_buffer_size))
 
 
 def keys(loader, count):
