@@ -47,8 +47,20 @@ def preloaded_python() -> str:
     return preloaded.python()
 
 
+@pytest.fixture(scope="session")
+def preloaded_python_without_megatron() -> str:
+    """Another, for benchmarks, in which nothing of torch is replaced."""
+    from tests.support import preloaded
+
+    return preloaded.python(with_megatron=False)
+
+
 @pytest.fixture
 def preloaded_commands(preloaded_python, monkeypatch) -> None:
-    """Commands that the test's code starts by sys.executable, and ranks of torchrun, run in that interpreter."""
+    """Commands that the test starts by sys.executable run in that interpreter, and so do those that they start."""
     monkeypatch.setattr(sys, "executable", preloaded_python)
-    monkeypatch.setenv("PYTHON_EXEC", preloaded_python)
+
+
+@pytest.fixture
+def preloaded_benchmarks(preloaded_python_without_megatron, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", preloaded_python_without_megatron)

@@ -7,6 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 BENCHMARKS = ROOT / "benchmarks"
+#: the interpreter itself, where a test starts its commands in one that has loaded them (preloaded.py)
+PYTHON = sys.executable
 
 # In every process started from here too: with several on two cores, a thread pool in each is slower than none, and
 # forking is safe only without one.

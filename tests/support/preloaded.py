@@ -1,12 +1,13 @@
 """An interpreter for commands that tests start, which has Megatron, torch and transformers loaded: it forks.
 
 A training run's imports take some four CPU seconds, in each rank of each command. `python()` writes a small program
-for `python`'s place (sys.executable's, or PYTHON_EXEC of torchrun): it sends its arguments, environment, folder and
+for `python`'s place (sys.executable's): it sends its arguments, environment, folder and
 open files to a server, which forks and runs the script from its first line to its exit code. All else is real.
 """
 
 import array
 import atexit
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -36,15 +38,30 @@ sys.exit(int(server.recv(16) or 70))
 """
 
 
-def python() -> str:
-    """The program's path, beside a torchrun that is run by it. The server that it asks ends with this process."""
+#: what is loaded for commands that do not train, and must see CUDA as it is
+WITHOUT_MEGATRON = ("torch._dynamo", "torch.distributed.run", "numpy", "transformers.models.llava_onevision.modeling_llava_onevision",
+                    "megatron.energon", "webdataset", "safetensors.torch")  # fmt: skip
+
+
+def python(*, with_megatron: bool = True) -> str:
+    """The program's path, beside a torchrun that is run by it. The server that it asks ends with this process.
+
+    Args:
+        with_megatron: loaded, and made to run on the CPU, as for all ranks (warm.py); else WITHOUT_MEGATRON is.
+    """
     folder = Path(tempfile.mkdtemp(prefix="rsa-"))  # not below pytest's: the address of a socket has 108 characters at most
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program, address = folder / "python", str(folder / "server")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
-    processes.CONTEXT.Process(target=_serve, args=(listener,), daemon=True).start()
+    if with_megatron:
+        processes.CONTEXT.Process(target=_serve, args=(listener, str(program)), daemon=True).start()
+    else:
+        code = f"from tests.support import preloaded; preloaded.serve_without_megatron({listener.fileno()}, {str(program)!r})"
+        environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # tests have no time to compile
+        server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, pass_fds=[listener.fileno()])
+        atexit.register(server.kill)
     listener.close()
     program.write_text(_CLIENT.format(python=sys.executable, address=address))
     (folder / "torchrun").write_text(f'#!/bin/sh\nexec {program} -m torch.distributed.run "$@"\n')
@@ -53,17 +70,23 @@ def python() -> str:
     return str(program)
 
 
-def _serve(listener: socket.socket) -> None:
+def serve_without_megatron(file: int, program: str) -> None:
+    for module in WITHOUT_MEGATRON:
+        importlib.import_module(module)
+    _serve(socket.socket(fileno=file), program)
+
+
+def _serve(listener: socket.socket, program: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            _answer(connection)
+            _answer(connection, program)
         connection.close()
 
 
-def _answer(connection: socket.socket) -> None:
+def _answer(connection: socket.socket, program: str) -> None:
     """Run a request in a process of its own and send its exit code. It gets the client's signals, and is killed if that is."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, rights, *_ = connection.recvmsg(4, socket.CMSG_SPACE(12))
@@ -76,6 +99,7 @@ def _answer(connection: socket.socket) -> None:
     if child == 0:
         connection.close()
         os.setpgid(0, 0)
+        sys.executable = program  # for what the script starts in its turn
         _run(arguments, environment, folder, files)
     for file in files:
         os.close(file)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.environment import BENCHMARKS
 
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
+
 SCRIPT = BENCHMARKS / "against_huggingface.py"
 
 

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from rsa_megatron.llava.architectures import get_architecture
 from tests.support.environment import BENCHMARKS
+
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
 
 SCRIPT = BENCHMARKS / "conversion.py"
 

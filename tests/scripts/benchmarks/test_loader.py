@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.environment import BENCHMARKS
 
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
+
 SCRIPT = BENCHMARKS / "loader.py"
 sys.path.append(str(SCRIPT.parent))
 

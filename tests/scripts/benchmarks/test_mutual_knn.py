@@ -4,7 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.environment import BENCHMARKS
+
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
 
 SCRIPT = BENCHMARKS / "mutual_knn.py"
 

@@ -8,31 +8,33 @@ import sys
 
 import pytest
 
-from tests.support.environment import BENCHMARKS
+from tests.support.environment import BENCHMARKS, PYTHON
+
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
 
 SCRIPT = BENCHMARKS / "rsa_loss.py"
 
 
 def test_it_measures_prints_and_appends(tmp_path):
-    command = [sys.executable, SCRIPT, "--threads", "1", "--sizes", "48", "64", "--widths", "24:48", "--seconds", "0.001"]
+    command = [sys.executable, SCRIPT, "--threads", "1", "--sizes", "48", "--widths", "24:48", "--seconds", "0.001"]
     # (Compiling takes half a minute.)
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
     result = subprocess.run([*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
-    assert [(row["N"], row["inputs"]) for row in rows] == [(n, t) for n in (48, 64) for t in ("float32", "bfloat16")]
+    assert [(row["N"], row["inputs"]) for row in rows] == [(48, "float32"), (48, "bfloat16")]
     for figures in rows:
         assert set(figures["seconds"]) == {"ours", "cdist", "products", "compiled"}
         assert figures["gemm_part"] > 0
         assert figures["ratio"]["cdist"] == figures["seconds"]["cdist"] / figures["seconds"]["ours"]
         # float32; and bf16 gradients, which have 8 bits
         assert 0 < figures["error"] < (1e-5 if figures["inputs"] == "float32" else 4e-3)
-    assert "| 64 |" in result.stdout
+    assert "| 48 |" in result.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch on Linux only")
 def test_fused_blocks_take_their_turns_where_they_can_be_had(tmp_path):
-    command = [sys.executable, SCRIPT, "--threads", "1", "--sizes", "48", "--widths", "24:48", "--seconds", "0.001"]
+    command = [PYTHON, SCRIPT, "--threads", "1", "--sizes", "48", "--widths", "24:48", "--seconds", "0.001"]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
     result = subprocess.run([*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr

@@ -14,6 +14,8 @@ sys.path.append(str(BENCHMARKS))
 import rsa_on_paper  # noqa: E402
 import rsa_ranks  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
+
 
 def test_every_rank_gathers_once_and_sends_nothing_in_backward(tmp_path):
     command = [sys.executable, BENCHMARKS / "rsa_ranks.py", "--sizes", "32", "--runs", "1", "--append", tmp_path / "f.jsonl"]

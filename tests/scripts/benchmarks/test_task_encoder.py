@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.environment import BENCHMARKS
 
+pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
+
 SCRIPT = BENCHMARKS / "task_encoder.py"
 sys.path.append(str(SCRIPT.parent))
 
