@@ -4,7 +4,8 @@
 # make reproduce       the paper's comparisons in small: three seeds, three stages, ablations; 59 minutes on two cores
 # make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
 # make revision        projectors trained on text in the place of images, three seeds; half an hour on two cores
-# make test            runs the tests
+# make test            runs the tests (make test ARGS="tests/unit -k anyres"; the twenty slowest are printed at the end)
+# make check           units and one layout of each kind: what one runs before a commit
 # make bench           runs the benchmarks (most of an hour; make bench BENCHMARKS=whole_step runs one)
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
 # make demo SEED=1 RSA="--rsa-weight 0" OUT=demo/other    (any Megatron flag can stand in RSA)
@@ -21,7 +22,7 @@ RUN := stage1
 SEED := 1
 RSA :=
 
-.PHONY: demo demo-compare demo-stages reproduce reproduce-openmoji revision test bench clean
+.PHONY: demo demo-compare demo-stages reproduce reproduce-openmoji revision test check bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml
@@ -29,7 +30,9 @@ $(INSTALLED): pyproject.toml
 	echo "[set-up] $$($$python --version) in $(VENV); installing from PyPI (about 6 GB, a few minutes)"; \
 	$$python -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "[set-up] $$python cannot make virtual environments; on Debian and Ubuntu install python3.12-venv"; exit 1; }
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,plots,dev,openmoji]'
+	@begin=$$(date +%s); \
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,plots,dev,openmoji]' || exit 1; \
+	echo "[set-up] installed in $$(( $$(date +%s) - begin )) s"
 	@touch $@
 
 # The plugin is tried under these too, each in a folder of its own.
@@ -41,8 +44,15 @@ $(CORES): | $(INSTALLED)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part megatron-core==$(@F:megatron-core-%=%)
 	@mv $@.part $@
 
+# On two workers; make test WORKERS=8 on a larger machine. Named files, or anything else in ARGS, run in one process.
+WORKERS := 2
+PARALLEL = --numprocesses $(WORKERS) --dist loadfile --durations 20 --quiet
+
 test: $(INSTALLED) $(CORES)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(or $(ARGS),$(PARALLEL))
+
+check: $(INSTALLED)
+	@$(PY) -m pytest $(PARALLEL) -m check $(ARGS)
 
 BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface loader waiting_for_data start_up mutual_knn conversion task_encoder realign
 bench: $(INSTALLED)

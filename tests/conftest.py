@@ -1,7 +1,8 @@
-"""What all tests share: the environment, a small data set, and models converted from Hugging Face."""
+"""What all tests share: the environment, the fixtures that several folders use, and the summary at the end."""
 
 from tests.support import environment  # noqa: F401  # isort: skip  # before torch
 
+import collections
 import sys
 from pathlib import Path
 
@@ -64,3 +65,25 @@ def preloaded_commands(preloaded_python, monkeypatch) -> None:
 @pytest.fixture
 def preloaded_benchmarks(preloaded_python_without_megatron, monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", preloaded_python_without_megatron)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/unit/" in item.path.as_posix():
+            item.add_marker("check")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests each folder had, and the seconds that they took (of all workers together)."""
+    seconds, outcomes = collections.Counter(), collections.defaultdict(collections.Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            folder = "/".join(report.nodeid.split("/")[:2])
+            outcomes[folder][outcome] += 1
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+    for folder, counts in sorted(outcomes.items()):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        terminalreporter.write_line(f"[{folder}] {told}: {seconds[folder]:.0f} s of work")

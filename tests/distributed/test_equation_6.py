@@ -12,7 +12,7 @@ from tests.support.parity import (
 
 
 @pytest.mark.parametrize("options, tiles_of, detached", [
-    ((), FIRST_TILES, ""),
+    pytest.param((), FIRST_TILES, "", marks=pytest.mark.check),
     (("--rsa-base-tile", "last"), LAST_TILES, ""),
     (("--rsa-image-pooling", "full"), ALL_TILES, ""),
     (("--rsa-stop-gradient", "text"), FIRST_TILES, "t"),

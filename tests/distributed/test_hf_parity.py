@@ -31,6 +31,7 @@ def test_a_mistake_would_be_seen(models, mistake):
     assert models.differences(sabotage=MISTAKES[mistake])["logits"] > 10 * TOLERANCE
 
 
+@pytest.mark.check
 def test_padding_in_the_softmax_would_be_seen(models):
     differences = models.differences(*flat(PADDED), sabotage=padding_in_the_softmax)
     assert differences["logits"] < TOLERANCE < 10 * TOLERANCE < differences["loss"]

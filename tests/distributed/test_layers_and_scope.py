@@ -46,6 +46,7 @@ def image_after_its_caption(num_micro_batches):
     return made
 
 
+@pytest.mark.check
 def test_the_token_before_an_image_is_in_no_layer(parity):
     differences = parity.differences((layout_of("PP=2"), 2, True, False), options=LAYERS, batches_of=image_after_its_caption)
     assert max(differences.values()) < TOLERANCE, differences

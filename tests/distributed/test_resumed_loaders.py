@@ -20,7 +20,7 @@ def interrupted_and_restored(demo, num_workers, path):
     return expected, keys(restored, 70), keys(train_loader(demo, encoder, num_workers=num_workers), 70)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.check), 2])
 def test_a_restored_loader_goes_on_exactly(demo, tmp_path, num_workers):
     (runs,) = processes.run(interrupted_and_restored, 1, demo, num_workers, tmp_path / "state.pt")
     expected, restored, from_the_beginning = runs

@@ -16,6 +16,7 @@ from tests.support.layouts import PP
 from tests.support.processes import Failed
 
 
+@pytest.mark.check
 def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     outputs = script.run(
         2, demo, "--eval-interval", 3, "--eval-iters", 2, "--mutual-knn-samples", 64, "--mutual-knn-k", 5,
