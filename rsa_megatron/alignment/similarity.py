@@ -25,7 +25,7 @@ from torch import Tensor
 DISTANCES = ("euclidean", "sqeuclidean", "cosine", "manhattan")
 
 # s below this many rounding errors of |x_i|^2 + |x_j|^2 is noise. A dot product of 3584 terms was seen to
-# err by up to 3 of them (tests/alignment/test_loss.py, duplicate rows).
+# err by up to 3 of them (tests/unit/alignment/test_loss.py, duplicate rows).
 NOISE_ROUNDING_ERRORS = 8
 
 

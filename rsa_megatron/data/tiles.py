@@ -1,7 +1,7 @@
 """From a sample's images to tiles, pixel for pixel as transformers' processors on Pillow make them.
 
 A model is trained on what it is served with: LlavaOnevisionImageProcessorPil (anyres) and SiglipImageProcessorPil (square)
-give the same tensors, bit for bit (tests/data/test_tiles.py); only without their copies, and so in half the time
+give the same tensors, bit for bit (tests/unit/data/test_tiles.py); only without their copies, and so in half the time
 (benchmarks/task_encoder.py). Most of what is left is Pillow's JPEG decoder and bicubic filter. Pillow can do both
 faster (Image.draft, reducing_gap), but not to the same pixels.
 """

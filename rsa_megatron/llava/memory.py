@@ -1,4 +1,4 @@
-"""How much memory a rank needs, by part: arithmetic alone, checked against measured runs in tests/llava/test_layout_memory.py.
+"""How much memory a rank needs, by part: arithmetic alone, checked against measured runs in tests/distributed/test_layout_memory.py.
 
 What stays for the whole run is counted exactly: parameters, Megatron's gradient buffers and Adam's state. What comes and
 goes with a micro-batch is the sum of what each layer keeps for its backward pass, and "working memory": the most that

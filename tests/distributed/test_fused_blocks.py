@@ -130,7 +130,7 @@ def test_loss_and_gradients_are_those_of_equation_5(interpreter, distance, norma
 @pytest.mark.parametrize("own", [OWN, slice(36, N), slice(20, 20)])
 def test_a_rank_with_other_rows_around_its_own_has_its_share(interpreter, own, precision):
     actual = interpreter(value_and_gradients, *pairs(), own, fused=precision)
-    expected = value_and_gradients(*(x.double() for x in pairs()), own)  # which is right (tests/alignment/test_loss.py)
+    expected = value_and_gradients(*(x.double() for x in pairs()), own)  # which is right (tests/unit/alignment/test_loss.py)
     of_value, of_gradients = TOLERANCES[precision]
     assert torch.allclose(actual[0].double(), expected[0], rtol=of_value, atol=0)
     for x, y in zip(actual[1:], expected[1:]):

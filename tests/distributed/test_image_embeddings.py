@@ -6,7 +6,7 @@ import torch
 from tests.support import embedding_data, layouts, processes, tiny
 from tests.support.layouts import LAYOUTS, SINGLE, largest_difference
 
-# As tests/llava/test_parity.py: some hundred roundings of 6e-8 in another order.
+# As tests/distributed/test_parity.py: some hundred roundings of 6e-8 in another order.
 TOLERANCE = 2e-5
 WIDTH = 20
 
