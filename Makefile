@@ -78,17 +78,17 @@ SETTINGS = seed $(SEED) $(RSA)
 
 demo: $(INSTALLED)
 	@echo "[1] data: scenes with captions, as Energon shards, and a tokenizer"
-	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
+	@$(PY) examples/demo/prepare_data.py --out $(DEMO) --kinds captions
 	@mkdir -p $(OUT)/$(RUN)
 	@if [ -s $(OUT)/$(RUN)/settings ] && [ "$$(cat $(OUT)/$(RUN)/settings)" != '$(SETTINGS)' ]; then \
 	  echo "error: $(OUT)/$(RUN) holds a run of other settings: $$(cat $(OUT)/$(RUN)/settings); name another OUT=folder"; exit 1; fi
 	@echo '$(SETTINGS)' > $(OUT)/$(RUN)/settings
 	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
 	@echo "[5] what came of it"
-	@$(PY) examples/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
+	@$(PY) examples/demo/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
 	@echo "[6] to Hugging Face, and a held-out scene captioned with transformers (after four minutes of training: expect its form, not its truth)"
 	@$(PY) -m checkpoint_conversion megatron-to-hf --checkpoint $(OUT)/$(RUN) --out $(OUT)/$(RUN)/exported --overwrite
-	@$(PY) examples/caption_scene.py --hf $(OUT)/$(RUN)/exported --data $(DEMO)/data/captions
+	@$(PY) examples/demo/caption_image.py --hf $(OUT)/$(RUN)/exported --data $(DEMO)/data/captions
 
 # The pipe's last part always succeeds: what counts is how torchrun ended.
 OR_STOP = [ "$${PIPESTATUS[0]}" = 0 ] || { echo "error: this step failed; see $(1)"; exit 1; }
@@ -96,7 +96,7 @@ OR_STOP = [ "$${PIPESTATUS[0]}" = 0 ] || { echo "error: this step failed; see $(
 $(OUT)/parts/done:
 	@echo "[2] the parts that training starts from: a language model of captions, a tower that knows scenes (two minutes)"
 	@mkdir -p $(@D)
-	@$(TORCHRUN) examples/pretrain_demo_parts.py $(FLAGS) --load $(@D) --save $(@D) 2>&1 \
+	@$(TORCHRUN) examples/demo/pretrain_backbones.py $(FLAGS) --load $(@D) --save $(@D) 2>&1 \
 	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
 	@touch $@
 
@@ -120,7 +120,7 @@ demo-compare:
 	  $(MAKE) --no-print-directory demo SEED=$$seed OUT=$(DEMO)/seed-$$seed || exit 1; \
 	  $(MAKE) --no-print-directory demo SEED=$$seed OUT=$(DEMO)/seed-$$seed RUN=without-rsa RSA="--rsa-weight 0" || exit 1; \
 	done
-	@$(PY) examples/plot_runs.py --group "with RSA" $(call LOGS,stage1) --group "without" $(call LOGS,without-rsa) \
+	@$(PY) examples/demo/plot_runs.py --group "with RSA" $(call LOGS,stage1) --group "without" $(call LOGS,without-rsa) \
 	  --out results/demo.png --jsonl results/demo.jsonl
 
 # The first stage is shorter here than in `make demo`. What is done is not done again.
@@ -131,7 +131,7 @@ RUN_STAGES = PATH=$(CURDIR)/$(VENV)/bin:$$PATH OMP_NUM_THREADS=$$(( ($$(nproc) +
   examples/run_stages.sh --seed $(SEED)
 demo-stages: $(INSTALLED)
 	@echo "[1] data: captions, questions, written words and texts, and a tokenizer"
-	@$(PY) examples/prepare_demo.py --out $(DEMO)
+	@$(PY) examples/demo/prepare_data.py --out $(DEMO)
 	@mkdir -p $(STAGES_OUT)
 	@if [ -s $(STAGES_OUT)/settings ] && [ "$$(cat $(STAGES_OUT)/settings)" != '$(SETTINGS)' ]; then \
 	  echo "error: $(STAGES_OUT) holds runs of other settings: $$(cat $(STAGES_OUT)/settings); name another OUT=folder"; exit 1; fi
@@ -141,22 +141,22 @@ demo-stages: $(INSTALLED)
 	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) $(RSA) 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
 	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) $(RSA) --rsa-weight 0 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/without)
 	@echo "[5] what came of it"
-	@$(PY) examples/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
+	@$(PY) examples/demo/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
 	  --run "without" $(STAGES_OUT)/without --out $(STAGES_OUT)/stages.png --jsonl $(STAGES_OUT)/stages.jsonl
 
 # What is done is not done again. FULL=--full: longer runs, for a machine with many cores.
 FULL :=
 reproduce: $(INSTALLED)
-	@$(PY) examples/reproduce.py $(FULL) $(ARGS)
+	@$(PY) examples/reproduce/reproduce.py $(FULL) $(ARGS)
 
 # Stage 1 on natural pictures with their names, from the parts of `make reproduce`.
 reproduce-openmoji: $(INSTALLED)
-	@$(PY) examples/reproduce.py --data openmoji $(FULL) $(ARGS)
+	@$(PY) examples/reproduce/reproduce.py --data openmoji $(FULL) $(ARGS)
 
 # ReVision in small. What is done is not done again.
 revision: $(INSTALLED)
-	@$(PY) examples/prepare_demo.py --out $(DEMO) --kinds captions
-	@$(PY) examples/revision_demo.py --demo $(DEMO) $(ARGS)
+	@$(PY) examples/demo/prepare_data.py --out $(DEMO) --kinds captions
+	@$(PY) examples/revision/revision.py --demo $(DEMO) $(ARGS)
 
 clean:
 	rm -rf $(DEMO)

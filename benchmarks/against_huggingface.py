@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from rsa_megatron.anyres import ImageLayout
-from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, get_architecture
-from rsa_megatron.llava.flops import training_flops
+from rsa_megatron.models.architectures import ARCHITECTURES, Architecture, get_architecture
+from rsa_megatron.planning.flops import training_flops
 
 PARTS = ("vision", "projector", "embeddings", "language")
 #: Relative differences of the first step's losses, means over some hundred tokens. fp32: roundings of 6e-8 through the layers
@@ -87,8 +87,8 @@ def write_models(folder: Path, args) -> None:
     from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 
     from checkpoint_conversion.__main__ import main as convert
-    from rsa_megatron.data.demo_tokenizer import train_tokenizer
-    from rsa_megatron.huggingface_files import write_model_files
+    from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
+    from rsa_megatron.models.hf_files import write_model_files
 
     write_model_files(folder / "hf", get_architecture(args.model), train_tokenizer(["a red boat"], folder / "tokenizer"))
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def megatron_step(folder: Path, args):
     from megatron.training.training import setup_model_and_optimizer, train_step
 
     megatron_args = script.parse(script.RSAPlugin(), settings, reads_data=False)
-    script.megatron_repairs.repair()
+    script.megatron_patches.repair()
     initialize_megatron()
     model, optimizer, scheduler = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

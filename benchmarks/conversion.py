@@ -25,8 +25,8 @@ import torch
 from machine import cpu_name
 from safetensors.torch import save_file
 
-from checkpoint_conversion.names import expected_shapes, table
-from rsa_megatron.llava.architectures import Architecture, get_architecture
+from checkpoint_conversion.weight_map import expected_shapes, table
+from rsa_megatron.models.architectures import Architecture, get_architecture
 
 _SHARD_BYTES = 10**9
 
@@ -56,7 +56,7 @@ def main():
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llava-ov-0.5b", help="an architecture of rsa_megatron/llava/architectures.py")
+    parser.add_argument("--model", default="llava-ov-0.5b", help="an architecture of rsa_megatron/models/architectures.py")
     parser.add_argument("--folder", type=Path, default="/tmp", help="on the disk to measure; four times the model")
     parser.add_argument("--runs", type=int, default=5, help="of each step")
     parser.add_argument("--append", type=Path, help="JSONL file to add the figures to")

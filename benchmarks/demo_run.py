@@ -15,7 +15,7 @@ SCRIPT = ROOT / "examples" / "pretrain_llava_rsa.py"
 
 def prepare(folder: Path, num_samples: int) -> None:
     """The demo's captions and its tokenizer, as `make demo` makes them, of fewer scenes."""
-    command = [sys.executable, ROOT / "examples" / "prepare_demo.py", "--out", folder, "--kinds", "captions",
+    command = [sys.executable, ROOT / "examples" / "demo" / "prepare_data.py", "--out", folder, "--kinds", "captions",
                "--train", str(num_samples), "--validation", "1"]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

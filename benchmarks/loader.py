@@ -35,13 +35,14 @@ from megatron.energon import WorkerConfig
 from PIL import Image
 from transformers import AutoTokenizer
 
-from rsa_megatron.data import conversation, scenes, tiles
-from rsa_megatron.data.imported_sample import ImportedImage, ImportedSample
+from rsa_megatron.data import conversation, tiles
 from rsa_megatron.data.loaders import TrainLoader
-from rsa_megatron.data.shard_writer import TarShards, index_shards
+from rsa_megatron.data.prepare.sample_checks import ImportedImage, ImportedSample
+from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
+from rsa_megatron.data.synthetic import scenes
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.data.tiles import ImageTiler
-from rsa_megatron.llava.architectures import get_architecture
+from rsa_megatron.models.architectures import get_architecture
 
 #: What stands behind each share of a sample's time; a function within another counts for itself alone.
 TIMED = {

@@ -25,7 +25,7 @@ import torch
 from machine import gemm_rate, synchronize
 
 from rsa_megatron.alignment.metrics import mutual_knn
-from rsa_megatron.alignment.neighbours import nearest_neighbours
+from rsa_megatron.alignment.nearest_neighbours import nearest_neighbours
 
 WIDTHS = (1152, 3584)  # SigLIP-so400m and Qwen2-7B
 SIZES = (1024, 4096, 8192)

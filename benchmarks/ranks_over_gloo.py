@@ -80,7 +80,7 @@ def _own_rows(rows: list[Tensor], rank: int, num_own: int) -> list[Tensor]:
 
 
 def _term(own: list[Tensor], group) -> Tensor:
-    """As llava/objective.py has it: one gather for both spaces."""
+    """As hooks/objective.py has it: one gather for both spaces."""
     v_nD, t_nE = own
     rows_nW = torch.cat(own, dim=1)
     gathered_NW, first_row = gather_rows(rows_nW, torch.ones(len(rows_nW), dtype=torch.bool), group)

@@ -29,8 +29,8 @@ import machine
 import numpy
 import torch
 
-from rsa_megatron.alignment.embedding_rows import RowFaults, unit_blocks
-from rsa_megatron.alignment.realign import ReAlign
+from rsa_megatron.realign.realign import ReAlign
+from rsa_megatron.realign.unit_rows import RowFaults, unit_blocks
 
 # Copies of a piece in float64 are 21 MB. Above 32 MB the C library maps memory anew for each, which costs plain more than its sums.
 PIECE_ROWS = 2048

@@ -37,7 +37,7 @@ COLUMNS = ("R", "b", "N", "GFLOP a rank", "received, MB", "memory, MB", "product
 
 FLOAT_BYTES = 4
 # Times that a rank reads or writes N x W floats outside its matrix products: valid rows picked (2, gather.py), mean (1),
-# centred copy (2), lengths (1, similarity.py).
+# centred copy (2), lengths (1, distances.py).
 ROW_PASSES = 6
 # Of everyone's rows, held at once: as gathered, and centred.
 COPIES_OF_ROWS = 2

@@ -69,14 +69,13 @@ def parse():
 
 def commands(folder: Path) -> dict[str, list]:
     """What is timed until it ends."""
-    examples = demo_run.SCRIPT.parent
     return {
         "python -c pass": ["-c", "pass"],
         'python -c "import torch"': ["-c", "import torch"],
         'python -c "import rsa_megatron"': ["-c", "import rsa_megatron"],
         "python -m checkpoint_conversion --help": ["-m", "checkpoint_conversion", "--help"],
-        "examples/measure_alignment.py --help": [examples / "measure_alignment.py", "--help"],
-        "examples/prepare_shards.py --help": [examples / "prepare_shards.py", "--help"],
+        "rsa-megatron measure --help": ["-m", "rsa_megatron", "measure", "--help"],
+        "rsa-megatron data --help": ["-m", "rsa_megatron", "data", "--help"],
         "examples/pretrain_llava_rsa.py --help": [demo_run.SCRIPT, "--tokenizer-model", folder / "tokenizer", "--help"],
     }
 

@@ -28,15 +28,15 @@ import numpy
 import PIL
 import torch
 import transformers
-from PIL import Image
 from machine import cpu_name
+from PIL import Image
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
-from rsa_megatron.data import scenes
-from rsa_megatron.data.demo_tokenizer import train_tokenizer
+from rsa_megatron.data.synthetic import scenes
+from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from rsa_megatron.data.tiles import decode_images, fitted_on_black
-from rsa_megatron.llava.architectures import get_architecture
+from rsa_megatron.models.architectures import get_architecture
 
 ARCHITECTURE = get_architecture("llava-ov-0.5b")
 TILE, PINPOINTS = ARCHITECTURE.vision.image_size, ARCHITECTURE.grid_pinpoints

@@ -22,7 +22,7 @@ import demo_run
 import machine
 import torch
 
-# The demo's batch and micro-batch (examples/recipes.py).
+# The demo's batch and micro-batch (rsa_megatron/recipes.py).
 _BATCH, _MICRO_BATCH = 32, 16
 
 

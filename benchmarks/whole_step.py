@@ -34,7 +34,7 @@ def main():
     if args.side:
         return train(args)
     about = machine.description(DEVICE, threads_of(args))
-    prepare = [sys.executable, ROOT / "examples" / "prepare_demo.py", "--out", args.demo, "--kinds", "captions"]
+    prepare = [sys.executable, ROOT / "examples" / "demo" / "prepare_data.py", "--out", args.demo, "--kinds", "captions"]
     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(args, Path(folder))

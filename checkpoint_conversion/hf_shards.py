@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_conversion.hf_weights import DTYPES
-from checkpoint_conversion.names import Row, Shape, walk
+from checkpoint_conversion.weight_map import Row, Shape, walk
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

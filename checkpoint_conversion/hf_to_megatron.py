@@ -10,16 +10,16 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_conversion.first_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
 from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
+from checkpoint_conversion.initial_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
 from checkpoint_conversion.lmms_lab import is_lmms_lab, read_lmms_lab
-from checkpoint_conversion.names import EMBEDDINGS, LM_HEAD, TOWER, table
-from checkpoint_conversion.new_folder import new_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_save import save_checkpoint
-from rsa_megatron.huggingface import read_architecture, read_towers
-from rsa_megatron.huggingface_files import copy_model_files, write_model_files
-from rsa_megatron.llava.architectures import Architecture
+from checkpoint_conversion.weight_map import EMBEDDINGS, LM_HEAD, TOWER, table
+from rsa_megatron.atomic_folder import new_folder
+from rsa_megatron.models.architectures import Architecture
+from rsa_megatron.models.hf_config import read_architecture, read_towers
+from rsa_megatron.models.hf_files import copy_model_files, write_model_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

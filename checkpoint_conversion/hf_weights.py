@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint_conversion.name_styles import canonical
-from checkpoint_conversion.names import EMBEDDINGS, LM_HEAD, Row, Shape, expected_shapes
+from checkpoint_conversion.key_aliases import canonical
+from checkpoint_conversion.weight_map import EMBEDDINGS, LM_HEAD, Row, Shape, expected_shapes
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("*.bin", "*.pt", "*.pth")

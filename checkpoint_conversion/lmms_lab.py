@@ -4,9 +4,9 @@ import ast
 import re
 from pathlib import Path
 
-from rsa_megatron.huggingface import check_grids, make_config, read_decoder, read_max_tiles, require
-from rsa_megatron.huggingface_files import read_json
-from rsa_megatron.llava.architectures import Architecture, get_architecture
+from rsa_megatron.models.architectures import Architecture, get_architecture
+from rsa_megatron.models.hf_config import check_grids, make_config, read_decoder, read_max_tiles, require
+from rsa_megatron.models.hf_files import read_json
 
 # What a config must say.
 _WANTED = {

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_conversion.hf_shards import write_folder
-from checkpoint_conversion.names import EMBEDDINGS, Row, expected_shapes, split, table
-from checkpoint_conversion.new_folder import new_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
-from rsa_megatron.huggingface import read_architecture
-from rsa_megatron.huggingface_files import copy_model_files
+from checkpoint_conversion.weight_map import EMBEDDINGS, Row, expected_shapes, split, table
+from rsa_megatron.atomic_folder import new_folder
+from rsa_megatron.models.hf_config import read_architecture
+from rsa_megatron.models.hf_files import copy_model_files
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from checkpoint_conversion.hf_weights import DTYPES
-from checkpoint_conversion.names import Row, walk
+from checkpoint_conversion.weight_map import Row, walk
 
 _MODEL = ("language_model.", "vision_model.", "vision_projection.")
 _CHECKPOINT = "torch.distributed.checkpoint."

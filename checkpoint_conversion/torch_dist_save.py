@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from checkpoint_conversion.hf_weights import Readable, row_blocks
-from checkpoint_conversion.names import Row, Shape, join, walk
+from checkpoint_conversion.weight_map import Row, Shape, join, walk
 
 # What load_checkpoint of Megatron reads. There are no arguments of a run, as there has been none: they would be
 # compared with those of the run that loads.

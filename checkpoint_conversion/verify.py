@@ -1,6 +1,6 @@
 """Runs a Hugging Face model and its Megatron checkpoint on the same samples, and compares them part by part.
 
-What is compared is the whole way from pixels to loss (model_parts.py). Prints the largest differences, and names the first
+What is compared is the whole way from pixels to loss (forward_comparison.py). Prints the largest differences, and names the first
 part that differs.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoint_conversion.megatron_to_hf import check_projector
 from checkpoint_conversion.torch_dist_load import find_checkpoint
-from rsa_megatron.huggingface import read_architecture
+from rsa_megatron.models.hf_config import read_architecture
 
 # In the order in which they are computed: the first that differs is where to look.
 PARTS = ("pixels", "vision features", "projected tokens", "last hidden state", "logits", "loss")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 when a part differs by more than the tolerance."""
-    from checkpoint_conversion import model_parts  # the other commands do without what it imports
+    from checkpoint_conversion import forward_comparison  # the other commands do without what it imports
     from rsa_megatron import megatron_on_cpu
 
     # Before minutes of transformers.
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # Megatron's, between the rows of the table
     logging.getLogger("megatron").setLevel(logging.ERROR)
     dtype = getattr(torch, args.dtype)
-    samples = model_parts.make_samples(args.hf)
-    expected = model_parts.hugging_face_parts(args.hf, samples, dtype)
+    samples = forward_comparison.make_samples(args.hf)
+    expected = forward_comparison.hugging_face_parts(args.hf, samples, dtype)
     gc.collect()
     megatron_on_cpu.enable()  # what it replaces in torch is not for transformers, which has had its turn
-    with model_parts.one_process():
-        actual = model_parts.megatron_parts(args.hf, args.checkpoint, samples, dtype)
+    with forward_comparison.one_process():
+        actual = forward_comparison.megatron_parts(args.hf, args.checkpoint, samples, dtype)
         return report([sample.name for sample in samples], expected, actual, args.tolerance or TOLERANCES[args.dtype])
 
 

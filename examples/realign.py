@@ -1,92 +1,9 @@
-"""ReAlign: text embeddings moved onto the distribution of image embeddings, so that text can stand in for images.
+"""Is now the command `rsa-megatron realign`; this pointer to it goes with version 0.3."""
 
-    python examples/realign.py fit --images SOURCE --texts SOURCE --out FOLDER              from embeddings that are there
-    python examples/realign.py fit --encoder HF --data DATA [--text-data DATA] --out FOLDER      embedded and stored first
-    torchrun --nproc-per-node N examples/realign.py fit ...                                 ranks share the rows
-    python examples/realign.py transform --operator FOLDER --texts SOURCE --out x.npy       rows to rows
-    python examples/realign.py transform --operator FOLDER --encoder HF --data SHARDS --side text --out SHARDS2
-    python examples/realign.py transform --encoder HF --data SHARDS --side image --out SHARDS2
-    python examples/realign.py transform [--operator FOLDER] --texts|--images SOURCE [--keys IDS] --data DATA --out SHARDS2
-    python examples/realign.py report ...                                                   a page of figures of two sets
-
-SOURCE: FOLDER[:LAYER] of features that this or measure_alignment.py has stored, x.npy, x.safetensors[:TENSOR]. HF: a CLIP,
-SigLIP or SigLIP2 model. DATA: as for measure_alignment.py; for texts also LLaVA's records without images, or a .txt of a
-caption a line. SHARDS2 is what pretrain_llava_rsa.py --stage revision trains on: each sample's image is its embedding,
-of unit length; records, parts and `rsa` stay as they are.
-
-Images and texts need not pair up. Embed with the same encoder, on the same kind of data, what an operator was fitted on
-and what it moves. Embeddings are kept below --store: a run that was killed goes on where it was.
-"""
-
-import argparse
-import os
 import sys
-from datetime import timedelta
 
-import realign_fit
-import realign_transform
-import torch
-from realign_sources import add_source_arguments, rank, sources
-from tqdm import tqdm
-
-__all__ = ["add_source_arguments", "main", "sources"]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what is wrong with its input is one line, and exit code 2."""
-    tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
-    join_ranks()
-    command = parse(arguments)
-    import transformers  # takes a second, which --help is spared
-
-    transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    try:
-        command.run(command)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except torch.OutOfMemoryError as error:
-        fail(f"--batch-size {command.batch_size} is too large for the device: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
-
-
-def join_ranks() -> None:
-    """Under torchrun, over gloo: what ranks exchange is a few vectors."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        # As long as the first rank may embed.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-
-
-def fail(message: str) -> None:
-    """Every rank finds the same; the first one says it."""
-    if rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        fail(message)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    modules = {"fit": realign_fit, "transform": realign_transform}
-    if arguments[:1] == ["report"]:
-        import gap_report  # loads matplotlib, which the others need not have
-
-        modules["report"] = gap_report
-    for name, help in (("fit", "fit an operator"), ("transform", "move texts, or write shards"), ("report", "draw a page of figures")):
-        command = commands.add_parser(name, help=help, allow_abbrev=False)
-        if name in modules:
-            modules[name].add_arguments(command)
-            command.set_defaults(run=modules[name].run)
-    return parser.parse_args(arguments)
-
+from rsa_megatron.cli import main
 
 if __name__ == "__main__":
-    main()
+    print("note: examples/realign.py is now the command rsa-megatron realign", file=sys.stderr)
+    sys.exit(main(["realign", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from rsa_megatron.config import RSAConfig
 
+__version__ = "0.2.0"
 __all__ = ["RSAConfig", "RSAPlugin", "rsa_loss"]
 
 

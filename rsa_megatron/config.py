@@ -72,7 +72,7 @@ class RSAConfig:
         metadata={"choices": ("micro-batch", "global-batch"), "help": "the pairs of a kernel: of one micro-batch on all "
                   "data-parallel ranks, or of the optimizer step's whole batch"},
     )  # fmt: skip
-    """N of eq. 3 to 5: micro-batch x data-parallel ranks, or the whole batch (alignment/earlier_rows.py)."""
+    """N of eq. 3 to 5: micro-batch x data-parallel ranks, or the whole batch (alignment/global_batch_loss.py)."""
 
     normalize: str = field(
         default="none",

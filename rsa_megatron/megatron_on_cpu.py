@@ -2,7 +2,7 @@
 
 `enable()` does nothing where a CUDA device is present. Where there is none it stands in, from outside and in
 this process only, for what Megatron takes from CUDA; nothing on disk is touched. Nothing else in the package
-replaces anything (examples/megatron_repairs.py does, for the training script).
+replaces anything (rsa_megatron/training/megatron_patches.py does, for the training script).
 
     what Megatron does                                    what stands in
     --------------------------------------------------    ------------------------------------------------------

@@ -20,11 +20,11 @@ from megatron.core.utils import get_model_config
 
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.llava.model_samples import Selection
-from rsa_megatron.llava.objective import add_to_loss, rsa_term
-from rsa_megatron.llava.refusals import check_model
-from rsa_megatron.llava.taps import Taps
-from rsa_megatron.llava.whole_batch import WholeBatch
+from rsa_megatron.hooks.capture import Taps
+from rsa_megatron.hooks.checks import check_model
+from rsa_megatron.hooks.global_batch import WholeBatch
+from rsa_megatron.hooks.objective import add_to_loss, rsa_term
+from rsa_megatron.hooks.sample_selection import Selection
 
 
 class RSAPlugin:

@@ -9,11 +9,9 @@ forward step for LLaVA. Bridge cannot be imported without Transformer Engine.
 import copy
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # for megatron_repairs
 from rsa_megatron import megatron_on_cpu
 
 megatron_on_cpu.enable()  # before megatron is imported; does nothing where there is a GPU
@@ -26,12 +24,12 @@ try:
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 except ImportError as error:
     sys.exit(f"error: Megatron-Bridge cannot be imported ({error}): pip install 'megatron-bridge[te]==0.6.2', with CUDA")
-import megatron_repairs
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.optimizer import OptimizerConfig
 
 from rsa_megatron import RSAConfig, RSAPlugin  # RSA
-from rsa_megatron.llava.layer_specs import layer_specs
+from rsa_megatron.models.layer_specs import layer_specs
+from rsa_megatron.training import megatron_patches
 
 IMAGE_TOKEN, VOCABULARY, SEQ_LENGTH, IMAGE_SIZE, PATCH_SIZE = 511, 512, 16, 32, 8
 rsa = RSAPlugin(RSAConfig(weight=0.01))  # RSA
@@ -87,7 +85,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def main():
-    megatron_repairs.repair()  # of megatron-core as PyPI has it
+    megatron_patches.repair()  # of megatron-core as PyPI has it
     provider = LlavaProvider(
         num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=SEQ_LENGTH, vocab_size=VOCABULARY,
         # What needs Transformer Engine or apex is off, as a job for the CPU has it.

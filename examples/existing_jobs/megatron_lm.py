@@ -6,18 +6,14 @@ The rest is a job as a team has it, in small: a provider of megatron-core's LLaV
 tensor-parallel ranks, a loss function, and Megatron's pretrain(), whose flags all work. The data is noise.
 """
 
-import sys
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # for megatron_repairs
 from rsa_megatron import megatron_on_cpu
 
 ON_CPU = megatron_on_cpu.enable()  # before megatron is imported; does nothing where there is a GPU
-import megatron_repairs
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -29,7 +25,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.arguments import parse_and_validate_args
 
 from rsa_megatron import RSAConfig, RSAPlugin  # RSA
-from rsa_megatron.llava.layer_specs import LOCAL_ARGUMENTS
+from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS
+from rsa_megatron.training import megatron_patches
 
 IMAGE_TOKEN, IMAGE_SIZE, PATCH_SIZE = 510, 32, 8
 IMAGE_LENGTH = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -105,7 +102,7 @@ def add_arguments(parser):
 
 def main():
     args = parse_and_validate_args(extra_args_provider=add_arguments)
-    megatron_repairs.repair()  # of megatron-core as PyPI has it
+    megatron_patches.repair()  # of megatron-core as PyPI has it
     config = pretrain_cfg_container_from_args(args)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step, model_provider)
 

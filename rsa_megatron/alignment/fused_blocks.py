@@ -2,7 +2,7 @@
 
 For each block (rows i, rows j) of K the loss needs both distances of each pair, the sums of r^2, K^V and K^T with
 r = K^V - K^T, and the weights w^V = r slope^V and w^T = r slope^T, with which the gradient is (row sum of w) x - w x
-(similarity.py's KernelGradient). In PyTorch that is some 35 launches a block, which at N = 512 to 2048 is all the time it
+(distances.py's KernelGradient). In PyTorch that is some 35 launches a block, which at N = 512 to 2048 is all the time it
 takes. Here it is one (fused_kernel.py). The products w x stay with cuBLAS: they are thousands wide, and nothing remains
 to be fused into them. `sweep` is what loss.py calls.
 
@@ -33,7 +33,12 @@ import os
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.similarity import NOISE_ROUNDING_ERRORS, KernelGradient, PairwiseKernel, float32_products
+from rsa_megatron.alignment.distances import (
+    NOISE_ROUNDING_ERRORS,
+    KernelGradient,
+    PairwiseKernel,
+    float32_products,
+)
 
 # Rows of x that a program reads at a time, [TILE, step]: 32 KiB for both sides of a tile of 128 on tensor cores. Three
 # such stages fit all GPUs since Ampere (99 KiB and more). Without tensor cores the operands pass through registers.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment import fused_blocks
-from rsa_megatron.alignment.similarity import (
+from rsa_megatron.alignment.distances import (
     PairwiseKernel,
     at_least_fp32,
     check_distance,

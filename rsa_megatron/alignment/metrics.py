@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.candidates import pair_cosines, row_norms
-from rsa_megatron.alignment.kernel_sums import KernelSums, kernel_sums, unbiased_hsic
+from rsa_megatron.alignment.distances import at_least_fp32, unit_rows
+from rsa_megatron.alignment.hsic import KernelSums, kernel_sums, unbiased_hsic
 from rsa_megatron.alignment.loss import rsa_loss
-from rsa_megatron.alignment.neighbours import check_features, nearest_neighbours, shared_neighbours
-from rsa_megatron.alignment.similarity import at_least_fp32, unit_rows
+from rsa_megatron.alignment.nearest_neighbours import check_features, nearest_neighbours, shared_neighbours
+from rsa_megatron.alignment.neighbour_candidates import pair_cosines, row_norms
 
 
 @torch.no_grad()

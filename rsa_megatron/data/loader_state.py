@@ -13,7 +13,12 @@ import numpy
 import torch
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRngState
-from megatron.energon.savable_loader import FlexState, SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
+from megatron.energon.savable_loader import (
+    FlexState,
+    SavableDataLoaderState,
+    SavableDatasetCheckpoint,
+    SavableDatasetState,
+)
 
 # What an Energon state is made of beside plain values.
 _STATE_CLASSES = {

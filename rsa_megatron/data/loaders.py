@@ -19,7 +19,7 @@ from megatron.energon.savable_loader import SavableDataLoader
 from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
-from rsa_megatron.data.data_sets import fingerprint
+from rsa_megatron.data.dataset_checks import fingerprint
 from rsa_megatron.data.loader_state import DataLayout, from_plain, to_plain
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 

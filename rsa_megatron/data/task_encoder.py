@@ -33,8 +33,8 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
-from rsa_megatron.data.one_pass import shuffled_once
-from rsa_megatron.data.record import Unusable, inside
+from rsa_megatron.data.single_epoch import shuffled_once
+from rsa_megatron.data.sources.record import Unusable, inside
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
 
 if TYPE_CHECKING:  # for annotations alone
@@ -158,7 +158,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         """The same for one pass over the data, of which the number of batches is known before.
 
         A sample that cannot be used is replaced by an empty one, and a batch of fewer samples is filled up. The data set
-        is shuffled here, not by Energon's `shuffle_buffer_size` (one_pass.py).
+        is shuffled here, not by Energon's `shuffle_buffer_size` (single_epoch.py).
         """
         other = copy.copy(self)
         other._fill_to, other._shuffle_once = batch_size, shuffle_buffer_size

@@ -2,7 +2,7 @@
 
 import torch
 
-from rsa_megatron.llava.broadcast import broadcast_tensors
+from rsa_megatron.hooks.broadcast import broadcast_tensors
 from tests.support import processes
 
 BATCHES = [

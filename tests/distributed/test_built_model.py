@@ -2,14 +2,14 @@
 
 import pytest
 
-from rsa_megatron.llava.architectures import ARCHITECTURES
+from rsa_megatron.models.architectures import ARCHITECTURES
 from tests.support import layouts, processes, tiny
 
 
 def built_counts(argv):
     from megatron.core.utils import unwrap_model
 
-    from rsa_megatron.llava.model import PARTS, part_of
+    from rsa_megatron.models.llava_onevision import PARTS, part_of
 
     trainer = layouts.Trainer(argv)
     (model,) = unwrap_model(trainer.model)

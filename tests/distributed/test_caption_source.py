@@ -42,10 +42,10 @@ def test_packed_sequences_need_whole_rows(parity):
 
 
 def carrier_without_starts():
-    from rsa_megatron.llava import carrier
+    from rsa_megatron.hooks import pipeline_payload
 
-    right = carrier.pack
-    carrier.pack = lambda carried, *args: right(carried._replace(start_B=0 * carried.start_B), *args)
+    right = pipeline_payload.pack
+    pipeline_payload.pack = lambda carried, *args: right(carried._replace(start_B=0 * carried.start_B), *args)
 
 
 @pytest.mark.parametrize("name", ["PP=2", "PP=2 VPP=2"])
@@ -55,10 +55,10 @@ def test_stages_that_do_not_know_where_the_copies_begin_would_be_seen(parity, na
 
 
 def copies_that_see_their_row():
-    from rsa_megatron.llava import caption_copies
+    from rsa_megatron.hooks import isolated_captions
 
-    right = caption_copies.segment_mask
-    caption_copies.segment_mask = lambda start_B, length: right(0 * start_B, length)
+    right = isolated_captions.segment_mask
+    isolated_captions.segment_mask = lambda start_B, length: right(0 * start_B, length)
 
 
 def test_copies_that_saw_their_row_would_be_seen(parity, demo):

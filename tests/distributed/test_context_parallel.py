@@ -128,7 +128,7 @@ def test_pairs_of_layers_and_whole_batches_too(parity, layout, options, per_toke
 
 
 def vectors_of_layers(argv, sabotage):
-    from rsa_megatron.llava.layer_vectors import Pairs, caption_vectors_of_layers
+    from rsa_megatron.evaluation.megatron_features import Pairs, caption_vectors_of_layers
 
     trainer = layouts.Trainer(argv, sabotage)
     for chunk in trainer.model:
@@ -191,7 +191,7 @@ def test_scripts_that_return_a_pair_get_the_same(parity):
 
 
 def tower_counted_once_a_rank():
-    from rsa_megatron.llava import objective
+    from rsa_megatron.hooks import objective
 
     context_parallel_attention.use()
     objective._scale_gradient = lambda x, factor: x
@@ -212,10 +212,10 @@ def scale_without_context_parallel_size():
 
 def first_stage_in_order():
     """The first stage of a pipeline, which works out where captions lie for layers before the last, takes halves."""
-    from rsa_megatron.llava import splice
+    from rsa_megatron.hooks import token_positions
 
     context_parallel_attention.use()
-    splice.context_parallel_part = lambda mask_BL, size, rank: mask_BL.chunk(size, dim=1)[rank]
+    token_positions.context_parallel_part = lambda mask_BL, size, rank: mask_BL.chunk(size, dim=1)[rank]
 
 
 @pytest.mark.parametrize("layout, options, sabotage", [

@@ -24,7 +24,7 @@ def weight_of_each_output() -> torch.Tensor:
 def attention_on_a_rank(sabotage):
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from rsa_megatron.llava import splice
+    from rsa_megatron.hooks import token_positions
 
     if sabotage:
         sabotage()
@@ -38,7 +38,7 @@ def attention_on_a_rank(sabotage):
     seen = context_parallel_attention.attention(*parts, group)
     gradients = torch.autograd.grad((seen * own(weight_of_each_output())).sum(), parts)
     places = own(torch.arange(LENGTH)[:, None])[:, 0]
-    assert torch.equal(places, splice.context_parallel_part(torch.arange(LENGTH)[None], group.size(), group.rank())[0])
+    assert torch.equal(places, token_positions.context_parallel_part(torch.arange(LENGTH)[None], group.size(), group.rank())[0])
     return places, seen.detach(), gradients
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rsa_megatron.measurement.extraction import extract
-from rsa_megatron.measurement.feature_store import FeatureStore
-from rsa_megatron.measurement.pairs import CaptionedImage
+from rsa_megatron.data.sources.pairs import CaptionedImage
+from rsa_megatron.evaluation.extraction import extract
+from rsa_megatron.evaluation.feature_store import FeatureStore
 
 LAYERS = ["0", "1", "2"]
 WIDTHS = {"0": 5, "1": 5, "2": 7}

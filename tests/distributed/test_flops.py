@@ -9,8 +9,8 @@ import dataclasses
 import pytest
 import torch
 
-from rsa_megatron.llava.architectures import get_architecture
-from rsa_megatron.llava.flops import training_flops
+from rsa_megatron.models.architectures import get_architecture
+from rsa_megatron.planning.flops import training_flops
 from tests.support import layouts, processes, tiny
 
 ALL = ("vision", "projector", "embeddings", "language")

@@ -16,9 +16,9 @@ import torch
 
 from rsa_megatron.alignment import fused_blocks
 from rsa_megatron.alignment import loss as loss_module
+from rsa_megatron.alignment.distances import PairwiseKernel, float32_products, pairwise_distance, unit_rows
 from rsa_megatron.alignment.fused_blocks import DISTANCES, PRECISIONS, FusedBlocks, rounded_rows
 from rsa_megatron.alignment.loss import NORMALIZATIONS, rsa_loss, rsa_loss_of_rows, rsa_loss_reference
-from rsa_megatron.alignment.similarity import PairwiseKernel, float32_products, pairwise_distance, unit_rows
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch on Linux only")
 

@@ -53,17 +53,17 @@ def test_the_token_before_an_image_is_in_no_layer(parity):
 
 
 def sums_left_on_their_stage():
-    from rsa_megatron.llava import taps
+    from rsa_megatron.hooks import capture
 
-    right = taps.caption_sums
-    taps.caption_sums = lambda *args: right(*args).detach()
+    right = capture.caption_sums
+    capture.caption_sums = lambda *args: right(*args).detach()
 
 
 def mask_of_no_caption():
-    from rsa_megatron.llava import splice
+    from rsa_megatron.hooks import token_positions
 
-    right = splice.spliced
-    splice.spliced = lambda mask_BS, *args: right(mask_BS.roll(1, dims=1), *args)
+    right = token_positions.spliced
+    token_positions.spliced = lambda mask_BS, *args: right(mask_BS.roll(1, dims=1), *args)
 
 
 @pytest.mark.parametrize("sabotage", [sums_left_on_their_stage, mask_of_no_caption])

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
-from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, square_grids
-from rsa_megatron.llava.layout import Layout, Run
-from rsa_megatron.llava.memory import parameter_counts, peak_memory, stage_memory
+from rsa_megatron.models.architectures import ARCHITECTURES, Architecture, square_grids
+from rsa_megatron.planning.memory import parameter_counts, peak_memory, stage_memory
+from rsa_megatron.planning.parallel_layout import Layout, Run
 from tests.support import layouts, processes, tiny
 
 # The goal; a part that is left out is more than this: tests below leave some out.

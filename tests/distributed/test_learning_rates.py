@@ -24,7 +24,7 @@ def movements(argv, sabotage=None) -> dict[str, set]:
     """{part: (smallest, largest) movement of each parameter of this rank} in one step of a gradient of ones."""
     from megatron.core.utils import get_attr_wrapped_model
 
-    from rsa_megatron.llava.model import part_of
+    from rsa_megatron.models.llava_onevision import part_of
 
     trainer = layouts.Trainer(argv, sabotage)
     parameters = [
@@ -72,7 +72,7 @@ def test_a_rate_of_zero_moves_nothing(demo):
 
 
 def rates_not_applied():
-    import learning_rates
+    from rsa_megatron.training import learning_rates
 
     learning_rates.LearningRates.apply = lambda self: None
 

@@ -12,7 +12,7 @@ def compared(argv):
     """Of the decoder's and the tower's attention: differences from Megatron's own, and the largest tensor that each keeps."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from rsa_megatron.llava.local_attention import LocalAttention
+    from rsa_megatron.models.local_attention import LocalAttention
 
     chunk = layouts.Trainer(argv).model[0].module
     found = {}

@@ -1,15 +1,15 @@
-"""measure_alignment.py --checkpoint: a Megatron checkpoint gives what its Hugging Face export gives, in every layout."""
+"""rsa-megatron measure --checkpoint: a Megatron checkpoint gives what its Hugging Face export gives, in every layout."""
 
 import shutil
 
-import measure_alignment
 import pytest
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from rsa_megatron.cli import measure as measure_command
+from rsa_megatron.data.sources.open_pairs import open_pairs, sample
 from rsa_megatron.data.tiles import ImageTiler
-from rsa_megatron.measurement.captioned_images import open_pairs, sample
-from rsa_megatron.measurement.hf_models import fingerprint
+from rsa_megatron.evaluation.hf_models import fingerprint
 from tests.support import hf_parity, processes
 from tests.support.measurement_runs import PAIRS, flags, measure, stored
 
@@ -31,7 +31,7 @@ def models(demo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_export(models, demo, tmp_path_factory):
     store = tmp_path_factory.mktemp("hugging-face")
-    measure_alignment.main(flags(demo, store, "--model", models.hf))
+    measure_command.main(flags(demo, store, "--model", models.hf))
     return stored(store)
 
 
@@ -87,13 +87,13 @@ def test_what_is_wrong_is_one_line(models, demo, tmp_path, world_size, more, mes
 
 
 def fail_in_the_middle(argv):
-    from rsa_megatron.llava import layer_vectors
+    from rsa_megatron.evaluation import megatron_features
 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("made up")
 
     if torch.distributed.get_rank() == 0:
-        layer_vectors._through_decoder = out_of_memory
+        megatron_features._through_decoder = out_of_memory
     return measure(argv)
 
 

@@ -7,14 +7,14 @@ import os
 import re
 from pathlib import Path
 
-import prepare_shards
 import pytest
 import yaml
 from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset
 from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 from PIL import Image
 
-from rsa_megatron.data.data_sets import check_data, fingerprint
+from rsa_megatron.cli import data
+from rsa_megatron.data.dataset_checks import check_data, fingerprint
 from rsa_megatron.data.loaders import TrainLoader, epoch_iterations
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from tests.support import broken_data, processes
@@ -81,7 +81,7 @@ def linked(demo, tmp_path_factory):
                 Image.new("RGB", (30 + index, 40), (index, 9, 9)).save(folder / name)
             turns = [{"from": "human", "value": "<image>\n" * len(images) + "what?"}, {"from": "gpt", "value": f"number {index}"}]
             file.write(json.dumps({"id": str(index), "image": images, "conversations": turns}) + "\n")
-    prepare_shards.main(["link", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--rsa", "--val", "0"])
+    data.main(["link", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--rsa", "--val", "0"])
     return str(folder / "out" / "mixture.yaml")
 
 
@@ -204,9 +204,9 @@ def test_a_mixture_goes_on_exactly(demo, epochized, tmp_path, one_epoch, num_wor
 
 
 def begins_anew():
-    from rsa_megatron.data import one_pass
+    from rsa_megatron.data import single_epoch
 
-    one_pass._OnePass.__iter__ = lambda self: iter(self.dataset)
+    single_epoch._OnePass.__iter__ = lambda self: iter(self.dataset)
 
 
 def test_a_data_set_that_begins_anew_would_be_seen(demo, epochized, tmp_path):

@@ -7,7 +7,7 @@ import sys
 def test_memory_is_nowhere_near_a_matrix_of_all_pairs():
     code = """if 1:
         import pathlib, torch
-        from rsa_megatron.alignment.neighbours import nearest_neighbours
+        from rsa_megatron.alignment.nearest_neighbours import nearest_neighbours
         def held(which):
             status = pathlib.Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024

@@ -14,8 +14,8 @@ import torch.distributed
 from rsa_megatron.alignment.loss import rsa_loss_reference
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.llava import caption_pooling, objective
-from rsa_megatron.llava.taps import Representations
+from rsa_megatron.hooks import caption_pooling, objective
+from rsa_megatron.hooks.capture import Representations
 from tests.support import context_parallel_attention, processes
 
 WEIGHT, NUM_MICRO_BATCHES = 0.5, 2

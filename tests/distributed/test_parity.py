@@ -22,7 +22,6 @@ from tests.support.parity import (
     some_of_texts,
 )
 
-
 # The first of each layout is part of `make check`.
 FIRST = [case for number, case in enumerate(CASES) if case[0] not in [earlier[0] for earlier in CASES[:number]]]
 
@@ -84,9 +83,9 @@ def test_images_of_several_tiles_and_texts_in_every_layout(parity, layout, kind)
 
 
 def no_black_tile():
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    model.LlavaOneVision._black_tile = lambda self, images: images
+    llava_onevision.LlavaOneVision._black_tile = lambda self, images: images
 
 
 def test_texts_without_the_black_tile_would_be_seen(parity):
@@ -118,9 +117,9 @@ def test_scripts_that_return_a_pair_get_the_same(parity, name):
 
 
 def hi_without_lo():
-    from rsa_megatron.llava import carrier
+    from rsa_megatron.hooks import pipeline_payload
 
-    carrier._num_parts = lambda dtype: 1
+    pipeline_payload._num_parts = lambda dtype: 1
 
 
 def test_a_bf16_pipeline_keeps_the_digits_of_the_image_vectors(parity):
@@ -149,27 +148,27 @@ def scale_without_data_parallel_size():
 
 
 def carrier_without_gradient():
-    from rsa_megatron.llava import carrier
+    from rsa_megatron.hooks import pipeline_payload
 
-    right = carrier.pack
-    carrier.pack = lambda carried, *args: right(carried._replace(vector_BF=carried.vector_BF.detach()), *args)
+    right = pipeline_payload.pack
+    pipeline_payload.pack = lambda carried, *args: right(carried._replace(vector_BF=carried.vector_BF.detach()), *args)
 
 
 def caption_mask_of_the_next_token():
-    from rsa_megatron.llava import taps
+    from rsa_megatron.hooks import capture
 
-    right = taps.Taps._samples
+    right = capture.Taps._samples
 
     def shifted(self, arguments):
         samples = right(self, arguments)
         samples.caption_mask = samples.caption_mask.roll(-1, dims=1)
         return samples
 
-    taps.Taps._samples = shifted
+    capture.Taps._samples = shifted
 
 
 def unsummed_sequence_parallel_text():
-    from rsa_megatron.llava import caption_pooling
+    from rsa_megatron.hooks import caption_pooling
 
     caption_pooling.reduce_from_tensor_model_parallel_region = lambda x, group: x
 

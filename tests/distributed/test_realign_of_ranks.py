@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from rsa_megatron.alignment.realign import ReAlign
-from rsa_megatron.alignment.realign_baselines import (
-    METHODS,
-)
+from rsa_megatron.realign.baselines import METHODS
+from rsa_megatron.realign.realign import ReAlign
 from tests.support import processes
 from tests.support.embedding_sets import NUMBERS, images, texts
 

@@ -3,7 +3,7 @@
 import pytest
 from megatron.energon import WorkerConfig
 
-from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loaders import ValidationLoader
 from tests.support import processes
 from tests.support.train_loaders import keys, make_encoder, save, train_loader

@@ -7,7 +7,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rsa_megatron.llava.flops import training_flops
+from rsa_megatron.planning.flops import training_flops
 from tests.support import embedding_data, layouts, processes, script, tiny
 
 PEAK = 5e9
@@ -35,7 +35,8 @@ def reports(argv, layout, all_batches, architecture=tiny.TINY) -> dict:
     """What one rank reports: (FLOPs, device time x peak) of each micro-batch, and what Megatron is told of the FLOPs."""
     import megatron.training.training
     import pretrain_llava_rsa
-    import utilisation
+
+    from rsa_megatron.training import mfu as utilisation
 
     trainer = layouts.Trainer(argv)
     run = utilisation.Utilisation(trainer.args, architecture)
@@ -107,7 +108,7 @@ def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo, tmp_path):
 
 
 def with_evaluations_in_the_time():
-    import utilisation
+    from rsa_megatron.training import mfu as utilisation
 
     utilisation._NOT_TRAINING = ()
 
@@ -152,7 +153,7 @@ DEVICES = {
 
 
 def peaks(names):
-    import utilisation
+    from rsa_megatron.training import mfu as utilisation
 
     return {name: utilisation.data_sheet_tflops(name) for name in names}
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
-from checkpoint_conversion.names import expected_shapes, table
-from rsa_megatron.huggingface import read_architecture
+from checkpoint_conversion.weight_map import expected_shapes, table
+from rsa_megatron.models.hf_config import read_architecture
 from tests.support.environment import ROOT
 
 

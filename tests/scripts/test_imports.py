@@ -15,13 +15,13 @@ _DRAWING_AND_TABLES = ["matplotlib", "pyarrow", "pandas", "scipy", "datasets"]
 NOT_IMPORTED = {
     "rsa_megatron": ["torch", "numpy", "transformers", "megatron"],
     "rsa_megatron.alignment.loss": ["megatron", "transformers", "PIL", "triton"],
-    "rsa_megatron.llava.architectures": ["torch", "numpy", "transformers", "megatron"],
-    "rsa_megatron.data.imported_sample": ["transformers", "megatron"],
+    "rsa_megatron.models.architectures": ["torch", "numpy", "transformers", "megatron"],
+    "rsa_megatron.data.prepare.sample_checks": ["transformers", "megatron"],
     "checkpoint_conversion.__main__": ["transformers", "megatron", "transformer_engine", "apex", "PIL", *_DRAWING_AND_TABLES],
-    "measure_alignment": ["transformers", "torchvision", *_MEGATRON, *_DRAWING_AND_TABLES],
-    "prepare_shards": ["transformers", "torchvision", *_MEGATRON, *_DRAWING_AND_TABLES],
+    "rsa_megatron.cli.measure": ["transformers", "torchvision", *_MEGATRON, *_DRAWING_AND_TABLES],
+    "rsa_megatron.cli.data": ["transformers", "torchvision", *_MEGATRON, *_DRAWING_AND_TABLES],
     # Megatron loads torch's compiler, TensorBoard and wandb as it likes. Its tokenizer is transformers', without its models.
-    "pretrain_llava_rsa": ["transformers.modeling_utils", "torchvision", "rsa_megatron.measurement", "checkpoint_conversion",
+    "pretrain_llava_rsa": ["transformers.modeling_utils", "torchvision", "rsa_megatron.data.synthetic", "checkpoint_conversion",
                            *_DRAWING_AND_TABLES],
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_what_is_not_needed_is_not_imported(module):
 def test_an_import_would_be_seen():
     """One of the names is loaded by the module that is about it: the test above can fail."""
     assert loaded("rsa_megatron.alignment.loss", NOT_IMPORTED["rsa_megatron"]) == ["torch", "numpy"]
-    assert loaded("rsa_megatron.data.demo_tokenizer", NOT_IMPORTED["prepare_shards"])[0] == "transformers"
+    assert loaded("rsa_megatron.data.synthetic.tokenizer", NOT_IMPORTED["rsa_megatron.cli.data"])[0] == "transformers"
 
 
 def test_names_of_the_package_come_when_they_are_asked_for():
@@ -60,6 +60,6 @@ def test_names_of_the_package_come_when_they_are_asked_for():
 
 def test_the_training_script_leaves_the_collector_on():
     """It is off while modules are imported."""
-    code = "import gc, pretrain_llava_rsa; print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    code = "import gc, rsa_megatron.training; print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == ["True", "True"]

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from job_queue import Job, Queue, makespan
+
+from rsa_megatron.job_queue import Job, Queue, makespan
 
 
 def job(name: str, code: str = "", needs: tuple = (), seconds: float = 1.0) -> Job:

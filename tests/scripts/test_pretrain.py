@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rsa_megatron.huggingface import read_architecture
+from rsa_megatron.models.hf_config import read_architecture
 from tests.support import script, tiny
 from tests.support.layouts import PP
 from tests.support.processes import Failed
@@ -108,10 +108,10 @@ def test_mutual_knn_is_of_base_tiles_however_images_are_cut(demo):
 
 
 def collapsed_images():
-    from rsa_megatron.llava import measure
+    from rsa_megatron.evaluation import online
 
-    right = measure.image_vectors
-    measure.image_vectors = lambda *args: {layer: torch.ones_like(v) for layer, v in right(*args).items()}
+    right = online.image_vectors
+    online.image_vectors = lambda *args: {layer: torch.ones_like(v) for layer, v in right(*args).items()}
 
 
 def test_a_collapsed_space_has_no_neighbours_and_the_run_goes_on(demo):

@@ -9,10 +9,9 @@ import numpy
 import pytest
 import torch
 
-from rsa_megatron.alignment.realign import ReAlign
-from rsa_megatron.alignment.realign_baselines import load_operator
+from rsa_megatron.realign.baselines import load_operator
+from rsa_megatron.realign.realign import ReAlign
 from tests.support import processes
-from tests.support.environment import ROOT
 from tests.support.realign_runs import GIVEN, assert_same_operator, rows, run, write_rows
 
 
@@ -52,6 +51,6 @@ def test_what_is_wrong_on_one_rank_ends_all_and_is_said_once(tmp_path):
 
 
 def test_help_names_every_command():
-    result = subprocess.run([sys.executable, ROOT / "examples" / "realign.py", "--help"], capture_output=True, text=True,
+    result = subprocess.run([sys.executable, "-m", "rsa_megatron", "realign", "--help"], capture_output=True, text=True,
                             env=os.environ | {"COLUMNS": "200"})  # fmt: skip
     assert result.returncode == 0 and all(name in result.stdout for name in ("fit", "transform", "report"))

@@ -1,9 +1,9 @@
 """Every recipe is what Megatron's parser takes, and its flags override it."""
 
 import pytest
-from recipes import STAGES, demo_parts, recipe
 
-from rsa_megatron.llava.architectures import get_architecture
+from rsa_megatron.models.architectures import get_architecture
+from rsa_megatron.recipes import STAGES, demo_parts, recipe
 from tests.support import embedding_data, processes, script
 
 CASES = [(model, stage, None) for model in ("demo", "llava-ov-7b") for stage in STAGES] + [("demo", "1", demo_parts())]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import reproduce
-import reproduction
-from alignment_records import read_runs
-from reproduction import ABLATIONS, DEFAULT, MAIN, plan
+import reproduction_plan
+from reproduction_plan import ABLATIONS, DEFAULT, MAIN, plan
 
+from rsa_megatron.plots.alignment_records import read_runs
 from tests.support import processes
 from tests.support.reproduction_plans import PLACE, flag
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("preloaded_commands")
 @pytest.mark.parametrize("arm", MAIN | ABLATIONS)
 def test_the_training_script_takes_the_flags_of_every_arm(demo, arm):
     (run,) = (job for job in plan(PLACE, DEFAULT, [1], "ablations") if getattr(job, "arm", None) == arm)
-    command = list(run.command[run.command.index(str(reproduction.EXAMPLES / "pretrain_llava_rsa.py")) :])
+    command = list(run.command[run.command.index(str(reproduction_plan.EXAMPLES / "pretrain_llava_rsa.py")) :])
     for name, value in (("--data-path", demo / "data" / "captions"), ("--tokenizer-model", demo / "tokenizer")):
         command[command.index(name) + 1] = str(value)
     for name in ("--save", "--load", "--pretrained-checkpoint"):  # there are none
         del command[command.index(name) : command.index(name) + 2]
     ((settings, weight),) = processes.run(parsed, 1, command)
-    assert settings == (int(flag(run, "--train-iters")), "1", reproduction.BATCH) and (weight == 0) == ("without" in arm)
+    assert settings == (int(flag(run, "--train-iters")), "1", reproduction_plan.BATCH) and (weight == 0) == ("without" in arm)
 
 
 def parsed(command):
@@ -41,7 +41,7 @@ def parsed(command):
 
 def test_all_of_it_interrupted_and_taken_up(tmp_path, monkeypatch, capsys):
     """The arm with RSA alone, two iterations a stage. First for some seconds, then to the end."""
-    monkeypatch.setattr(reproduction, "MAIN", {"with RSA": ()})
+    monkeypatch.setattr(reproduction_plan, "MAIN", {"with RSA": ()})
     command = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--only", "main", "--seeds", "1", "--samples", "32",
                "--scenes", "120", "--iterations", "parts=2,1=2,1.5=2,2=2"]  # fmt: skip
     with pytest.raises(SystemExit) as end:

@@ -212,7 +212,7 @@ def test_what_does_not_go_together_is_one_line(demo, shards, pixels, tmp_path, f
 
 @pytest.mark.parametrize("width, kind, says", [
     (20, "embeddings", r"npy: it is float16 of shape \[48\], and by --image-embedding-width it has to be 20"),
-    (48, "pixels", r"it has no embedding \(.npy\); name data that examples/realign.py transform has written"),
+    (48, "pixels", r"it has no embedding \(.npy\); name data that rsa-megatron realign transform has written"),
 ])  # fmt: skip
 def test_data_of_another_kind_is_seen_before_anything_is_trained(demo, shards, pixels, tmp_path, width, kind, says):
     data = shards if kind == "embeddings" else demo / "data" / "captions"

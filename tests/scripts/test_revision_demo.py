@@ -6,22 +6,22 @@ import random
 import numpy
 import prepare_notes
 import pytest
-import revision_demo
+import revision
 import revision_plan
 import revision_results as results
 import torch
 import yaml
 from revision_plan import ARMS, MOVED, PAIRED, UNTRAINED, Arm
 
-from rsa_megatron.data.embedding_shards import EmbeddingTable, Told, write_embedding_shards
-from rsa_megatron.measurement.captioned_images import open_pairs
+from rsa_megatron.data.prepare.embedding_shards import EmbeddingTable, Told, write_embedding_shards
+from rsa_megatron.data.sources.open_pairs import open_pairs
 
 pytestmark = pytest.mark.usefixtures("preloaded_commands")
 
 
 @pytest.fixture
 def args(tmp_path):
-    return revision_demo.parse(["--demo", str(tmp_path / "demo"), "--results", str(tmp_path / "results"), "--seeds", "1", "2",
+    return revision.parse(["--demo", str(tmp_path / "demo"), "--results", str(tmp_path / "results"), "--seeds", "1", "2",
                                 "--arms", *ARMS])  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_an_arm_differs_from_another_by_its_data_and_by_nothing_else(args):
 
 
 def test_statistics_are_unpaired_and_every_arm_is_judged_on_the_same_real_images(args, demo, tmp_path):
-    args = revision_demo.parse(["--demo", str(demo), "--out", str(tmp_path)])
+    args = revision.parse(["--demo", str(demo), "--out", str(tmp_path)])
     revision_plan.write_mixtures(args)
     images, texts = (set(open_pairs(tmp_path / f"{name}.yaml", split="train").keys) for name in ("images", "texts"))
     assert len(images) == len(texts) == 120 and not images & texts
@@ -71,9 +71,9 @@ def test_notes_tell_what_is_in_the_scene_and_nothing_else():
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match=f"error: {tmp_path}/data/captions is missing: `make revision` makes it"):
-        revision_demo.main(["--demo", str(tmp_path)])
+        revision.main(["--demo", str(tmp_path)])
     with pytest.raises(SystemExit):
-        revision_demo.parse(["--held-out", "100"])
+        revision.parse(["--held-out", "100"])
     assert "--held-out 100 is no multiple of the batch, 32" in capsys.readouterr().err
 
 
@@ -122,7 +122,7 @@ def test_all_of_it_on_next_to_nothing(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(revision_plan, "python", lambda script, *flags: python(script, *flags, *(small if "dual" in script else ())))
     command = ["--demo", str(demo), "--out", str(tmp_path / "out"), "--results", str(tmp_path), "--seeds", "1", "--arms", "raw text",
                "ReAlign", "--iterations", "2", "--encoder-steps", "2", "--language-iterations", "2", "--held-out", "32"]  # fmt: skip
-    revision_demo.main(command)
+    revision.main(command)
     lines = {line["arm"]: line for line in map(json.loads, (tmp_path / "revision.jsonl").read_text().splitlines())}
     assert list(lines) == ["raw text", "ReAlign"]
     for line in lines.values():
@@ -135,6 +135,6 @@ def test_all_of_it_on_next_to_nothing(demo, tmp_path, monkeypatch, capsys):
     assert "| ReAlign | " in (tmp_path / "revision.md").read_text()
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")}
-    revision_demo.main(command)
+    revision.main(command)
     assert "started" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")} == before

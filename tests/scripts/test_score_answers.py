@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from caption_scene import base_tile
+from caption_image import base_tile
 from PIL import Image
 from score_answers import Asked, Reader, asked, content_words, judge, score, shares, stored
 from transformers import AutoImageProcessor, AutoProcessor
@@ -105,7 +105,7 @@ def turns_of(record: dict) -> list[tuple[str, str]]:
 
 
 def test_the_command_line(demo, hf, tmp_path):
-    command = [sys.executable, "examples/score_answers.py", "--hf", hf, "--image-aspect-ratio", "square", "--samples", "4"]
+    command = [sys.executable, "examples/reproduce/score_answers.py", "--hf", hf, "--image-aspect-ratio", "square", "--samples", "4"]
     result = subprocess.run([*command, "--data", demo / "data" / "captions", "--out", tmp_path / "s.json"], cwd=ROOT,
                             capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from checkpoint_conversion import __main__ as conversion
-from checkpoint_conversion import model_parts
+from checkpoint_conversion import forward_comparison
 from tests.support import hf_parity, layouts, processes, script, tiny_hf
 
 NUM_NEW_TOKENS = 12
@@ -60,5 +60,5 @@ def test_a_trained_model_says_the_same_in_transformers(models, trained, tmp_path
     assert actual == expected
     assert len({tuple(row) for row in expected}) == len(expected)
     # It is another model than before training.
-    before, after = (model_parts.hugging_face_parts(folder, samples[:1], torch.float32)[0]["logits"] for folder in (models.hf, tmp_path / "hf"))
+    before, after = (forward_comparison.hugging_face_parts(folder, samples[:1], torch.float32)[0]["logits"] for folder in (models.hf, tmp_path / "hf"))
     assert (before - after).abs().max() > 0.1

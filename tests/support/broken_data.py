@@ -1,17 +1,15 @@
 """A data set with one of each unusable sample among good ones, some of these odd, as a user may bring it."""
 
-import argparse
 import io
 import json
 import struct
 import zlib
 from pathlib import Path
 
-import prepare_demo
 import webdataset
 from PIL import Image
 
-from rsa_megatron.data import scenes
+from rsa_megatron.data.synthetic import data_sets, scenes
 
 #: key of the bad sample -> what the line about it must say
 REASONS = {
@@ -60,12 +58,12 @@ def write(folder: Path, num_good: int = 40) -> None:
     with webdataset.TarWriter(str(folder / "val-00000.tar")) as writer:
         for index in range(16):
             writer.write(_good(f"good-val-{index:03d}", 1000 + index))
-    prepare_demo.prepare(folder, "captions")
+    data_sets.index_data_set(folder, "captions")
 
 
 def _good(key: str, index: int) -> dict:
-    args = argparse.Namespace(seed=0, image_size=56)
-    return prepare_demo.stored_sample("captions", index, "train", args) | {"__key__": key}
+    sizes = data_sets.Sizes(seed=0, image_size=56)
+    return data_sets.stored_sample("captions", index, "train", sizes) | {"__key__": key}
 
 
 def _bad(key: str) -> dict:

@@ -55,12 +55,13 @@ class ContextParallelAttention(torch.nn.Module):
 
 def use() -> None:
     """In this process, decoders of local layers have it, and what asks for Transformer Engine is told that it is there."""
-    import training_arguments
     from megatron.core.models.multimodal import llava_model, llava_spec
+
+    from rsa_megatron.training import arguments
 
     llava_spec.DotProductAttention = llava_model.TEDotProductAttention = ContextParallelAttention
     llava_model.is_te_min_version = lambda version: True
-    training_arguments.check_parallelism = lambda args: None
+    arguments.check_parallelism = lambda args: None
 
 
 def in_order() -> None:

@@ -1,4 +1,4 @@
-"""The demo's data sets, small, and its tokenizer, as examples/prepare_demo.py writes them.
+"""The demo's data sets, small, and its tokenizer, as examples/demo/prepare_data.py writes them.
 
 They are kept from run to run, under a name that is a hash of what makes them: code, settings and versions.
 """
@@ -19,9 +19,9 @@ PACKAGES = ("megatron-energon", "numpy", "pillow", "tokenizers", "transformers",
 
 def make_demo(out: Path) -> Path:
     """Write data and tokenizer into a folder."""
-    import prepare_demo
+    import prepare_data
 
-    prepare_demo.main(["--out", str(out), *SETTINGS])
+    prepare_data.main(["--out", str(out), *SETTINGS])
     return out
 
 
@@ -45,9 +45,10 @@ def cached_demo() -> Path:
 
 def _hash_of_makers() -> str:
     found = hashlib.sha256(repr(SETTINGS).encode())
-    code = [EXAMPLES / "prepare_demo.py", *sorted((EXAMPLES / "mixtures" / "demo").glob("*.yaml")),
-            *sorted((ROOT / "rsa_megatron" / "data").rglob("*.py"))]  # fmt: skip
-    for path in code:
+    data = ROOT / "rsa_megatron" / "data"
+    code = [EXAMPLES / "demo" / "prepare_data.py", *(EXAMPLES / "mixtures" / "demo").glob("*.yaml"),
+            *(data / "synthetic").glob("*.py"), *(data / "prepare").glob("*.py")]  # fmt: skip
+    for path in sorted(code):
         found.update(path.read_bytes())
     for package in PACKAGES:
         found.update(f"{package} {importlib.metadata.version(package)}".encode())

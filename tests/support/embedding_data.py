@@ -7,11 +7,11 @@ import zlib
 from pathlib import Path
 
 import numpy
-import prepare_demo
 import torch
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch
+from rsa_megatron.data.synthetic import data_sets
 from tests.support import tiny
 
 
@@ -52,7 +52,7 @@ def write_shards(captions: Path, out: Path, width: int, *, keep_images=False, ch
                     _add(new, member.name, content)
                 if kind == "png" and (part := change(key, as_npy(embedding(key, width).astype(numpy.float16)))) is not None:
                     _add(new, f"{key}.npy", part)
-    prepare_demo.prepare(out, "captions")
+    data_sets.index_data_set(out, "captions")
     return out
 
 

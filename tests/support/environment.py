@@ -13,7 +13,7 @@ PYTHON = sys.executable
 # In every process started from here too: with several on two cores, a thread pool in each is slower than none, and
 # forking is safe only without one.
 os.environ["OMP_NUM_THREADS"] = "1"
-_FOLDERS = [str(ROOT), str(EXAMPLES)]
+_FOLDERS = [str(ROOT), *(str(EXAMPLES / folder) for folder in (".", "demo", "reproduce", "revision"))]
 sys.path[:0] = _FOLDERS
 # The process that ranks are forked from finds them here: early 3.12 does not hand sys.path on to it.
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])

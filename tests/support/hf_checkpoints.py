@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_conversion.__main__ import main
-from checkpoint_conversion.names import join, table
-from rsa_megatron.huggingface import read_architecture
+from checkpoint_conversion.weight_map import join, table
+from rsa_megatron.models.hf_config import read_architecture
 from tests.support import checkpoint_chunks
 
 HIDDEN, VOCAB_SIZE = 48, 70

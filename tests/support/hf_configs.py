@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from rsa_megatron.llava.architectures import Architecture
+from rsa_megatron.models.architectures import Architecture
 
 PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 

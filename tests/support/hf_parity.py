@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoint_conversion import __main__ as conversion
-from checkpoint_conversion import model_parts
+from checkpoint_conversion import forward_comparison
 from tests.support import layouts, processes, tiny_hf
 
 MEGATRON_FLAGS = ["--train-iters", "1", "--seq-length", "256", "--eval-iters", "0", "--rsa-weight", "0", "--mutual-knn-samples", "0"]
@@ -22,17 +22,17 @@ class Models:
         self.demo = demo
         self.hf = tiny_hf.write(folder / "hf", demo / "tokenizer", tied=tied)
         self.megatron = self.convert(folder / "megatron")
-        encoder, pictures = model_parts.make_encoder(self.hf), [model_parts.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
+        encoder, pictures = forward_comparison.make_encoder(self.hf), [forward_comparison.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
         images = {f"{picture.width} x {picture.height}": [picture] for picture in pictures}
         images |= {"two images": pictures[1:3], "three images": pictures[6:9], "no image": []}
         # Captions of different lengths, so that rows of a batch are padded.
         captions = [" ".join(["A red boat lies in the harbour."] * (1 + i % 3)) for i in range(len(images))]
         self.samples = [
-            model_parts.make_sample(name, pictures, encoder, self.hf, caption)
+            forward_comparison.make_sample(name, pictures, encoder, self.hf, caption)
             for (name, pictures), caption in zip(images.items(), captions)
         ]
         self.batch = encoder.batch([encoder.encode_sample(sample.stored) for sample in self.samples])
-        self.expected = model_parts.hugging_face_parts(self.hf, self.samples, torch.float32)
+        self.expected = forward_comparison.hugging_face_parts(self.hf, self.samples, torch.float32)
 
     def flags(self, *flags: str) -> list[str]:
         """The main job's arguments for this model."""
@@ -138,16 +138,16 @@ def causal_tower():
 
 
 def last_norm_applied():
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    model._UnusedNorm.forward = lambda self, x: torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
+    llava_onevision._UnusedNorm.forward = lambda self, x: torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
 
 
 def rope_base_of_other_models():
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    right = model.LlavaOneVision.__init__
-    model.LlavaOneVision.__init__ = lambda self, *args, **sizes: right(self, *args, **sizes | {"rotary_base": 10000})
+    right = llava_onevision.LlavaOneVision.__init__
+    llava_onevision.LlavaOneVision.__init__ = lambda self, *args, **sizes: right(self, *args, **sizes | {"rotary_base": 10000})
 
 
 def exact_gelu_in_the_tower():
@@ -159,7 +159,7 @@ def epsilon_of_other_towers():
 
 
 def base_tile_last():
-    from rsa_megatron.llava import anyres_projector
+    from rsa_megatron.models import anyres_projector
 
     right = anyres_projector.pack_images
 
@@ -174,7 +174,7 @@ def base_tile_last():
 
 
 def tiles_column_by_column():
-    from rsa_megatron.llava import anyres_projector
+    from rsa_megatron.models import anyres_projector
 
     right = anyres_projector._pack_grid
 
@@ -186,29 +186,29 @@ def tiles_column_by_column():
 
 
 def shrunk_by_nearest_neighbours():
-    from rsa_megatron.llava import anyres_projector
+    from rsa_megatron.models import anyres_projector
 
     right = torch.nn.functional.interpolate
     anyres_projector.torch.nn.functional.interpolate = lambda x, size, mode: right(x, size, mode="nearest")
 
 
 def no_newline():
-    from rsa_megatron.llava import anyres_projector
+    from rsa_megatron.models import anyres_projector
 
     right = anyres_projector.pack_images
     anyres_projector.pack_images = lambda tokens, layouts, newline, *args: right(tokens, layouts, 0 * newline, *args)
 
 
 def padding_in_the_softmax():
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    model._mask_padding = lambda vocab_size, padded, rank, layer, args, output: output
+    llava_onevision._mask_padding = lambda vocab_size, padded, rank, layer, args, output: output
 
 
 def _change_vision_config(**changes):
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    right = model._vision_config
+    right = llava_onevision._vision_config
 
     def wrong(*args):
         config = right(*args)
@@ -216,20 +216,20 @@ def _change_vision_config(**changes):
             setattr(config, name, value)
         return config
 
-    model._vision_config = wrong
+    llava_onevision._vision_config = wrong
 
 
 def _change_layer_specs(change):
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    right = model.layer_specs
+    right = llava_onevision.layer_specs
 
     def wrong(*args):
         specs = right(*args)
         change(specs[0])
         return specs
 
-    model.layer_specs = wrong
+    llava_onevision.layer_specs = wrong
 
 
 MISTAKES = {
@@ -246,9 +246,9 @@ MISTAKES = {
 
 
 def token_after_an_image_not_learnt():
-    from rsa_megatron.llava import model
+    from rsa_megatron.models import llava_onevision
 
-    del model.LlavaOneVision._preprocess_data
+    del llava_onevision.LlavaOneVision._preprocess_data
 
 
 def parts_one_after_the_other(parts, groups):

@@ -103,7 +103,7 @@ class Trainer:
         sys.argv = ["pretrain_llava_rsa.py", "--model", "tiny", *argv]
         rsa = script.RSAPlugin()
         self.args = script.parse(rsa)
-        script.megatron_repairs.repair()
+        script.megatron_patches.repair()
         script.LearningRates(self.args).apply()
         initialize_megatron()
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(

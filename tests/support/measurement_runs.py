@@ -1,11 +1,11 @@
-"""measure_alignment.py on a checkpoint, and the features that it stored."""
+"""rsa-megatron measure on a checkpoint, and the features that it stored."""
 
 import sys
 
-import measure_alignment
 import torch
 from safetensors.torch import load_file
 
+from rsa_megatron.cli import measure as measure_command
 from tests.support import processes
 
 PAIRS = 24
@@ -18,9 +18,9 @@ def flags(demo, store, *more) -> list[str]:
 
 
 def measure(argv) -> str:
-    sys.argv = ["measure_alignment.py"]
+    sys.argv = ["rsa-megatron measure"]
     try:
-        measure_alignment.main(argv)
+        measure_command.main(argv)
     except SystemExit as end:
         if end.code:
             raise RuntimeError(processes.output()) from end

@@ -29,7 +29,7 @@ def use() -> None:
     """In this process, decoders of local layers have it."""
     from megatron.core.models.multimodal import llava_model
 
-    from rsa_megatron.llava import layer_specs
+    from rsa_megatron.models import layer_specs
 
     llava_model.TEDotProductAttention = PackedAttention  # LLaVAModel asks for it under sequence parallelism
 

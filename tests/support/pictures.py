@@ -3,10 +3,10 @@
 import io
 import json
 
-import prepare_shards
 from PIL import Image
 
-from rsa_megatron.measurement.captioned_images import open_pairs
+from rsa_megatron.cli import data
+from rsa_megatron.data.sources.open_pairs import open_pairs
 
 
 def picture(number: int, format="PNG") -> bytes:
@@ -48,7 +48,7 @@ def pack(folder, records=30, command="pack"):
     (source / "d.json").write_text(json.dumps(told))
     out = folder / command
     flags = ["--shard-size=5"] if command == "pack" else []
-    prepare_shards.main([command, str(source / "d.json"), "--out", str(out), "--rsa", "--val=12", *flags])
+    data.main([command, str(source / "d.json"), "--out", str(out), "--rsa", "--val=12", *flags])
     return out if command == "pack" else out / "mixture.yaml"
 
 

@@ -1,4 +1,4 @@
-"""Lines of results as plot_alignment.py reads them, and what its figures show."""
+"""Lines of results as rsa-megatron plot reads them, and what its figures show."""
 
 import itertools
 

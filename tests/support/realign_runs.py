@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import numpy
-import prepare_shards
 import pytest
-import realign
 import torch
 from safetensors.torch import save_file
-from show_sample import stored_samples
 
+from rsa_megatron.cli import data as data_command
+from rsa_megatron.cli import realign
+from rsa_megatron.cli.show_sample import stored_samples
 from tests.support import tiny_backbones
 
 NUM_PAIRS, NUM_HELD_OUT = 30, 6
@@ -34,7 +34,7 @@ def write_shards(folder: Path) -> Path:
         told.append({"id": f"id.{number}", "conversations": turns} | ({"image": f"{number}.png"} if is_pair else {}))
     (folder / "d.json").write_text(json.dumps(told))
     flags = ["--rsa", f"--val={NUM_HELD_OUT}", "--shard-size=9"]
-    prepare_shards.main(["pack", str(folder / "d.json"), "--out", str(folder / "shards"), *flags])
+    data_command.main(["pack", str(folder / "d.json"), "--out", str(folder / "shards"), *flags])
     return folder / "shards"
 
 

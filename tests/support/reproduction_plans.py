@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from reproduction import Place
+from reproduction_plan import Place
 
 PLACE = Place(Path("/out"), "scenes", "test")
 

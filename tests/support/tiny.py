@@ -4,7 +4,7 @@ import torch
 
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
-from rsa_megatron.llava.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower, square_grids
+from rsa_megatron.models.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower, square_grids
 
 # Wider tower than decoder, so that v takes several carrier rows; 4 layers for 2 stages of 2 chunks.
 TINY = Architecture(
@@ -56,7 +56,7 @@ def settings() -> dict:
 
 def register() -> None:
     """Make --model tiny known in this process."""
-    import recipes
+    from rsa_megatron import recipes
 
     ARCHITECTURES["tiny"] = TINY
     recipes.RECIPES["tiny", "1"] = settings

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from tokenizers import processors
 
-from rsa_megatron.data.demo_tokenizer import train_tokenizer
+from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
 from tests.support import tiny_hf
 
 CAPTIONS = [

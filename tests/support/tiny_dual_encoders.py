@@ -5,7 +5,7 @@ from pathlib import Path
 import transformers
 from tokenizers import processors
 
-from rsa_megatron.data.demo_tokenizer import train_tokenizer
+from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
 from tests.support.tiny_backbones import CAPTIONS, save
 
 WIDTH = 24

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from rsa_megatron.huggingface_files import write_model_files
-from rsa_megatron.llava.architectures import Architecture, Decoder, VisionTower, square_grids
+from rsa_megatron.models.architectures import Architecture, Decoder, VisionTower, square_grids
+from rsa_megatron.models.hf_files import write_model_files
 
 # (height, width): square, wide and tall, more than the grids hold, less than a tile, and one whose number of tokens
 # hangs on the rounding.

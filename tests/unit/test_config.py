@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from rsa_megatron import RSAConfig, RSAPlugin
+from rsa_megatron.alignment.distances import DISTANCES
 from rsa_megatron.alignment.loss import NORMALIZATIONS
-from rsa_megatron.alignment.similarity import DISTANCES
 
 
 def test_the_defaults_are_the_papers():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rsa_megatron.llava.architectures import get_architecture
+from rsa_megatron.models.architectures import get_architecture
 from tests.support.environment import BENCHMARKS
 
 pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rsa_megatron.alignment import loss as loss_module
+from rsa_megatron.alignment.distances import DISTANCES, pairwise_distance
 from rsa_megatron.alignment.loss import NORMALIZATIONS, rsa_loss, rsa_loss_reference
-from rsa_megatron.alignment.similarity import DISTANCES, pairwise_distance
 from tests.support.loss_cases import pairs, relative, value_and_gradients
 
 SETTINGS = [(d, n) for d in DISTANCES for n in NORMALIZATIONS]

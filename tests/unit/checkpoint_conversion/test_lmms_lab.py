@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint_conversion.lmms_lab import is_lmms_lab, read_lmms_lab
 from rsa_megatron.anyres import ImageLayout
-from rsa_megatron.llava.architectures import get_architecture
+from rsa_megatron.models.architectures import get_architecture
 
 PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 # What lmms-lab/llava-onevision-qwen2-7b-ov has.

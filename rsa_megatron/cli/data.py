@@ -1,0 +1,225 @@
+"""Make training data of data as people have it, and look at it.
+
+    rsa-megatron data pack SOURCE --out DIR --rsa          Energon shards; --data-path DIR
+    rsa-megatron data link SOURCE --out DIR --images ROOT  images stay where they are;
+                                                                           --data-path DIR/mixture.yaml
+    rsa-megatron data show PATH --index 3 --tokenizer TOKENIZER --stage 1.5
+
+SOURCE: LLaVA's JSON or JSONL, LLaVA-OneVision's YAML of such files, Hugging Face's parquet files (one, or a folder of
+them), or a folder of images with a text file beside each. PATH is a SOURCE, a folder that pack has written, or a mixture.
+
+A sample that cannot be used is left out; DIR/skipped.jsonl says which and why. A run that was killed goes on where it
+was; DIR appears under its name when it is whole. DIR/summary.json and summary.png show what is in it.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rsa_megatron.cli.data_summary import Figures, in_words, write_summary
+from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
+from rsa_megatron.data.prepare import sample_checks
+from rsa_megatron.data.prepare.sample_checks import ImportedSample
+from rsa_megatron.data.prepare.shard_writer import Lines, TarShards, index_lines, index_shards
+from rsa_megatron.data.sources.llava_records import open_source
+from rsa_megatron.data.sources.record import Record, Source, Unusable
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # what matters ends in skipped.jsonl
+    warnings.filterwarnings("ignore", message="'pin_memory'")  # Energon asks for it on any machine
+    try:
+        show(args) if args.command == "show" else make(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+
+
+def parse(arguments: list[str] | None):
+    parser = argparse.ArgumentParser(
+        prog="rsa-megatron data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in (("pack", "write Energon shards"), ("link", "write JSONL files that point to images where they are")):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("source", type=Path, metavar="SOURCE", help="the data: see above")
+        command.add_argument("--out", type=Path, required=True, help="folder to write")
+        command.add_argument("--images", type=Path, help="folder that the paths of images are relative to; SOURCE's own folder")
+        command.add_argument("--rsa", action="store_true", help="its samples of one image take part in the RSA loss")
+        command.add_argument("--val", default="0.01", help="held out for validation: a part below 1, or a number of samples")
+        command.add_argument("--num-workers", type=int, default=2, help="images that are decoded at the same time")
+        command.add_argument("--seed", type=int, default=0, help="of what is held out, and of sampling_strategy random")
+        command.add_argument("--tokenizer", type=Path, help="Hugging Face folder; counts tokens, not words, in the summary")
+        if name == "pack":
+            command.add_argument("--shard-size", type=int, default=1000, help="samples of a tar")
+    add_show_arguments(commands.add_parser("show", help="show one sample as training sees it"))
+    args = parser.parse_args(arguments)
+    if args.command != "show" and args.num_workers < 1:
+        parser.error("--num-workers must be at least 1")
+    if args.command == "pack" and args.shard_size < 1:
+        parser.error("--shard-size must be at least 1")
+    return args
+
+
+def make(args) -> None:
+    """pack and link."""
+    source = open_source(args.source, seed=args.seed)
+    image_root = (args.images or source.image_root).resolve()
+    if not image_root.is_dir():
+        raise ValueError(f"--images {image_root} is no folder")
+    settings = {
+        "command": args.command, "source": str(args.source.resolve()), "records": len(source), "images": str(image_root),
+        "rsa": args.rsa, "val": args.val, "seed": args.seed, "tokenizer": args.tokenizer and str(args.tokenizer.resolve()),
+        "shard-size": getattr(args, "shard_size", None),
+    }  # fmt: skip
+    held_out = choose_held_out(len(source), args.val, args.seed)
+    if is_finished(args.out, settings):
+        print(f"{args.out}: there already")
+        return
+    unfinished = args.out.with_name(args.out.name + ".unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    state = read_state(unfinished, settings)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    figures = Figures(tokenizer, state.get("figures"))
+    write(source, held_out, unfinished, settings, state, figures, args.num_workers)
+    if not figures.parts["train"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in figures.skipped.most_common())
+        raise ValueError(f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
+                         f"then remove {unfinished}")  # fmt: skip
+    if args.command == "pack":
+        index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)
+    else:
+        index_lines(unfinished, image_root, rsa=args.rsa)
+    num_shards = len(list(unfinished.glob("*.tar")))
+    write_summary(unfinished, settings, figures, num_shards)
+    (unfinished / "state.json").unlink()
+    unfinished.rename(args.out)
+    print(f"{args.out}: {in_words(figures, num_shards)}")
+    print(f"    each that was skipped: {args.out / 'skipped.jsonl'}")
+    print(f"    train with --data-path {args.out if args.command == 'pack' else args.out / 'mixture.yaml'}")
+
+
+def choose_held_out(num_records: int, val: str, seed: int) -> set[int]:
+    """Numbers of the records of the validation part. Those of them that cannot be used are not replaced by others."""
+    if not re.fullmatch(r"[0-9]+|0?\.[0-9]+", val):
+        raise ValueError(f"--val {val} is neither a part below 1, as 0.01, nor a number of samples")
+    count = int(val) if val.isdigit() else round(float(val) * num_records)
+    if count >= num_records:
+        raise ValueError(f"--val {val} leaves nothing of {num_records} samples to train on")
+    return set(random.Random(seed).sample(range(num_records), count))
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"--out {folder} is there already, and not written by this command: name another folder")
+    check_settings(folder, json.loads((folder / "summary.json").read_text())["settings"], settings)
+    return True
+
+
+def read_state(folder: Path, settings: dict) -> dict:
+    """What a run that was killed has noted last."""
+    path = folder / "state.json"
+    if not path.is_file():
+        note(folder, {"settings": settings})
+        return {}
+    state = json.loads(path.read_text())
+    check_settings(folder, state["settings"], settings)
+    return state
+
+
+def check_settings(folder: Path, then: dict, now: dict) -> None:
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise ValueError(f"{folder} was begun with {name} {then.get(name)}, this run has {value}: "
+                             "name another --out, or remove it")  # fmt: skip
+
+
+def write(
+    source: Source, held_out: set[int], folder: Path, settings: dict, state: dict, figures: Figures, num_workers: int
+) -> None:
+    """All records from where `state` stands, into the files of `folder`."""
+    packs = settings["command"] == "pack"
+    image_root = Path(settings["images"])
+    outputs = open_outputs(folder, settings, state.get("positions", {}))
+
+    def check(record: Record) -> ImportedSample | Unusable:
+        try:
+            return sample_checks.check(record, image_root)
+        except Unusable as fault:
+            return fault
+
+    def remember(next_record: int) -> None:
+        positions = {name: output.position() for name, output in outputs.items()}
+        note(folder, {"settings": settings, "next": next_record, "positions": positions, "figures": figures.state()})
+
+    start = state.get("next", 0)
+    tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
+    progress = tqdm(total=len(source), initial=start, desc=str(folder), unit="sample", mininterval=1)
+    for record, found in in_order(check, source.records(start), num_workers):
+        if isinstance(found, Unusable):
+            figures.skipped[found.kind] += 1
+            fault = {"record": record.number, "place": record.place, "id": id_of(record), "kind": found.kind}
+            is_time = outputs["skipped"].write(fault | {"reason": str(found)})
+        else:
+            part = "val" if record.number in held_out else "train"
+            if not packs and any(image.path is None for image in found.images):
+                raise ValueError(f"{record.place}: its images lie in the file itself, link has nothing to point to: use pack")
+            figures.add(part, found)
+            is_time = outputs[part].write(found if packs else found.as_line())
+        if is_time:
+            remember(record.number + 1)
+        progress.update()
+    progress.close()
+    remember(len(source))
+    for output in outputs.values():
+        output.close()
+
+
+def open_outputs(folder: Path, settings: dict, positions: dict) -> dict[str, TarShards | Lines]:
+    """The files of each part and of what is skipped, at their positions."""
+    outputs = {"skipped": Lines(folder / "skipped.jsonl", positions.get("skipped"))}
+    for part in ("train", "val"):
+        if settings["command"] == "pack":
+            outputs[part] = TarShards(folder, part, settings["shard-size"], positions.get(part))
+        else:
+            outputs[part] = Lines(folder / f"{part}.jsonl", positions.get(part))
+    return outputs
+
+
+def in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[tuple]:
+    """(item, function(item)) in the items' order, some ahead in threads: Pillow decodes without Python's lock."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
+            if len(ahead) > 4 * num_workers:
+                item, future = ahead.popleft()
+                yield item, future.result()
+        for item, future in ahead:
+            yield item, future.result()
+
+
+def id_of(record: Record) -> str | int | None:
+    """The id that it was given, for the list of what is skipped."""
+    found = record.content.get("id") if isinstance(record.content, dict) else None
+    return found if isinstance(found, str | int | None) else str(found)
+
+
+def note(folder: Path, state: dict) -> None:
+    """Write state.json: the old or the new is there, never half of one."""
+    unfinished = folder / "state.json.unfinished"
+    unfinished.write_text(json.dumps(state))
+    unfinished.replace(folder / "state.json")

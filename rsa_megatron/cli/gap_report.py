@@ -1,0 +1,213 @@
+"""`rsa-megatron realign report`: one page on a pair of encoders, what separates their clouds and what ReAlign leaves of it.
+
+    OUT.jsonl          a line of kind "gap" with everything that is drawn; `rsa-megatron plot gap` draws it again
+    OUT.png, OUT.svg   the page (rsa_megatron/plots/gap.py)
+
+Operators are fitted on a part of the rows. All figures but those called in_sample are of the rows held out, and of moved
+texts as `transform` gives them, of unit length. Keys of the line:
+
+    label, images, texts     names: of the encoder, and of the two sources
+    width, num_images, num_texts, fit_images, fit_texts      numbers of a row, of rows, and of those that are fitted on
+    scale, image_trace, text_trace                           s, T_x and T_y of ReAlign
+    steps      for no step, anchor, + trace and + centroid: the distance of the means of images and moved texts, in_sample
+               and held_out, and floor = sqrt(T_x / n + T_y / m), what n and m held-out rows of one distribution would
+               show. Rows that pair up share a part of this noise and may lie below; the noise of what was fitted on
+               comes on top
+    methods    the same distances for each method (sigma: of c3's noise), the spectrum of the moved texts, and of
+               num_sampled rows a side: mixing (k_mixing; chance_of_mixing is one cloud's), cosines (counts in equal bins
+               from -1 to 1), js against the images' in bits, phi, psi and overlap (k_overlap) with the texts as they were
+    image      spectrum and cosines of the images
+    frame      figures in the fixed frame (rsa_megatron.realign.decomposition.GapFigures) of the held-out pairs, and budget_after,
+               the energies with the texts that ReAlign has moved, in the same frame; null without pairs: left_out says why
+    clouds     at most 300 points each of image, text and realigned, from the images' mean: along the mean difference, and
+               along the first and second principal direction of both modalities across it
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rsa_megatron.cli.gap_splits import Parts, split
+from rsa_megatron.cli.realign_sources import add_source_arguments, num_ranks, progress, sources
+from rsa_megatron.evaluation.embedding_files import Embeddings
+from rsa_megatron.json_lines import Line
+from rsa_megatron.plots import style
+from rsa_megatron.plots.gap import draw_gap
+from rsa_megatron.plots.gap_records import STEPS, checked
+from rsa_megatron.plots.gap_table import in_words
+from rsa_megatron.realign.baselines import METHODS
+from rsa_megatron.realign.decomposition import gap_figures, term_moments
+from rsa_megatron.realign.frame import Frame
+from rsa_megatron.realign.mixing import (
+    chance_of_mixing,
+    cosine_histogram,
+    fidelity,
+    js_divergence,
+    mixing_rate,
+)
+from rsa_megatron.realign.moments import Moments, moments
+from rsa_megatron.realign.operator import EmbeddingOperator
+from rsa_megatron.realign.realign import ReAlign, unit_rows
+from rsa_megatron.realign.spectra import SpectrumFigures, eigenvalues
+
+K_MIXING, K_OVERLAP = 20, 10
+MOST_POINTS = 300
+
+
+def add_arguments(parser) -> None:
+    """The two sources, and what is to be said of them."""
+    add_source_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="OUT.jsonl, OUT.png and OUT.svg are written")
+    parser.add_argument("--label", help="what the page calls the pair of encoders; default: their sources")
+    parser.add_argument("--fit-fraction", type=float, default=0.5,
+                        help="share of the rows to fit operators on; figures are of the others; default: %(default)s")  # fmt: skip
+    parser.add_argument("--num-pairs", type=int, default=2000,
+                        help="rows a side for figures of pairs of rows: neighbours, cosines; default: %(default)s")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+                        default=["none", "mean-shift", "c3", "realign"],
+                        help=f"of {', '.join(METHODS)}; none and realign are always there; "
+                        "default: none mean-shift c3 realign")  # fmt: skip
+    parser.add_argument("--unpaired", action="store_true",
+                        help="images and texts are no pairs, even where keys or numbers of rows are equal")  # fmt: skip
+    frame = parser.add_mutually_exclusive_group()
+    frame.add_argument("--energy", type=float, default=0.99,
+                       help="share of the variance in the fixed frame; default: %(default)s")  # fmt: skip
+    frame.add_argument("--rank", type=int, help="of the fixed frame, in the place of --energy")
+
+
+def run(args) -> None:
+    """Measure, write the line and the page, print the tables.
+
+    Raises:
+        ValueError: what is wrong with the sources or the arguments; nothing is written.
+    """
+    check(args)
+    text = json.dumps(measure(*sources(args), args), allow_nan=False)
+    stem = args.out.with_suffix("") if args.out.suffix in (".jsonl", ".png", ".svg") else args.out
+    path = Path(f"{stem}.jsonl")
+    gap = checked(Line(str(path), json.loads(text)))  # what is drawn is what is in the file
+    with style.styled():
+        paths = style.save(draw_gap(gap), stem)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text + "\n")
+    unfinished.replace(path)
+    print(in_words(gap))
+    print(f"page: {', '.join(map(str, [path, *paths]))}")
+
+
+@torch.no_grad()
+def measure(images: Embeddings, texts: Embeddings, args) -> dict:
+    """The line."""
+    if images.width < 3:
+        raise ValueError(f"rows of {images.width} numbers: the page shows three directions and needs three at least")
+    parts = split(images, texts, args.fit_fraction, unpaired=args.unpaired)
+    num_sampled = min(args.num_pairs, parts.held_images.num_rows, parts.held_texts.num_rows)
+    if num_sampled <= K_OVERLAP:
+        raise ValueError(f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows a side, and there are {num_sampled}: "
+                         "give more rows, a smaller --fit-fraction or a larger --num-pairs")  # fmt: skip
+    fit = [parts.fit_images, parts.fit_texts]
+    names = dict.fromkeys(["none", *args.methods, "realign"])
+    operators = {name: METHODS[name].fit(*fit, progress=progress) for name in names}
+    realign = operators["realign"]
+    first_steps = [ReAlign.fit(*fit, steps=steps, progress=progress) for steps in (STEPS[1:2], STEPS[1:3])]
+    steps = dict(zip(STEPS, (operators["none"], *first_steps, realign)))
+    held = Held(parts, num_sampled)
+    distances = {operator: held.distance(operator) for operator in dict.fromkeys([*steps.values(), *operators.values()])}
+    return {
+        "kind": "gap", "label": args.label or f"{images.description} and {texts.description}",
+        "images": images.description, "texts": texts.description, "width": images.width,
+        "num_images": images.num_rows, "num_texts": texts.num_rows, "fit_images": realign.num_images,
+        "fit_texts": realign.num_texts, "num_sampled": num_sampled, "k_mixing": K_MIXING, "k_overlap": K_OVERLAP,
+        "scale": realign.scale, "image_trace": realign.image_trace, "text_trace": realign.text_trace,
+        "steps": [{"step": name} | distances[operator] for name, operator in steps.items()],
+        "methods": [{"method": name, "sigma": getattr(operator, "sigma", None)} | distances[operator]
+                    | held.of_texts(operator) for name, operator in operators.items()],
+        "chance_of_mixing": chance_of_mixing(num_sampled, num_sampled),
+        "image": held.of_images(),
+        **frame_figures(parts, realign, energy=args.energy, rank=args.rank),
+        "clouds": held.clouds(realign),
+    }  # fmt: skip
+
+
+def check(args) -> None:
+    if num_ranks() > 1:
+        raise ValueError("report is one process's work: run it without torchrun")
+    if not 0 < args.fit_fraction < 1:
+        raise ValueError(f"--fit-fraction {args.fit_fraction:g} must lie between 0 and 1, as some rows are held out")
+    if args.num_pairs <= K_OVERLAP:
+        raise ValueError(f"--num-pairs {args.num_pairs} must be above {K_OVERLAP}, the number of neighbours compared")
+
+
+class Held:
+    """The held-out rows, and what there is to say of an operator's texts beside them."""
+
+    def __init__(self, parts: Parts, num_sampled: int):
+        self.parts = parts
+        self.fit_mean_D = moments(parts.fit_images, "images").mean_D
+        self.images = moments(parts.held_images, "images", with_scatter=True)
+        self.images_nD, self.texts_nD = (rows.sample(num_sampled) for rows in (parts.held_images, parts.held_texts))
+        self.image_cosines = cosine_histogram(self.images_nD)
+
+    def distance(self, operator: EmbeddingOperator) -> dict[str, float]:
+        """Of the means of images and moved texts, and the floor of sampling."""
+        fitted = moments(self.parts.fit_texts.moved(operator), "moved texts")
+        texts = moments(self.parts.held_texts.moved(operator), "moved texts")
+        noise = self.images.trace() / self.images.num_rows + texts.trace() / texts.num_rows
+        return {"in_sample": (self.fit_mean_D - fitted.mean_D).norm().item(),
+                "held_out": (self.images.mean_D - texts.mean_D).norm().item(), "floor": noise**0.5}  # fmt: skip
+
+    def of_images(self) -> dict:
+        return {"spectrum": asdict(spectrum(self.images)), "cosines": self.image_cosines.tolist()}
+
+    def of_texts(self, operator: EmbeddingOperator) -> dict:
+        """The same of moved texts, and what a sample of them has in common with the images and with itself before."""
+        texts = moments(self.parts.held_texts.moved(operator), "moved texts", with_scatter=True)
+        moved_nD = operator.transform(self.texts_nD, dtype=torch.float64)
+        cosines = cosine_histogram(moved_nD)
+        kept = fidelity(self.texts_nD, moved_nD, K_OVERLAP)
+        return {
+            "spectrum": asdict(spectrum(texts)), "cosines": cosines.tolist(),
+            "mixing": mixing_rate(self.images_nD, moved_nD, K_MIXING), "js": js_divergence(self.image_cosines, cosines),
+            "phi": kept.mean_cosine, "psi": None if math.isnan(kept.cosine_correlation) else kept.cosine_correlation,
+            "overlap": kept.neighbour_overlap,
+        }  # fmt: skip
+
+    def clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:
+        """Points along three directions, from the images' mean."""
+        texts = moments(self.parts.held_texts, "texts", with_scatter=True)
+        directions_D3 = three_directions(self.images.mean_D - texts.mean_D, self.images.covariance_DD + texts.covariance_DD)
+        images_pD, texts_pD = (x_nD[:: -(-len(x_nD) // MOST_POINTS)] for x_nD in (self.images_nD, self.texts_nD))
+        clouds = {"image": images_pD, "text": texts_pD, "realigned": operator.transform(texts_pD, dtype=torch.float64)}
+        return {name: ((unit_rows(x_pD) - self.images.mean_D) @ directions_D3).mul(1e4).round().div(1e4).tolist()
+                for name, x_pD in clouds.items()}  # fmt: skip
+
+
+def three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor:
+    """Unit columns at right angles, [D, 3]: the mean difference, and the first principal directions of what is across it."""
+    first_D = torch.nn.functional.normalize(difference_D, dim=0)
+    across_DD = torch.eye(len(first_D), dtype=first_D.dtype) - torch.outer(first_D, first_D)
+    leading_D2 = torch.linalg.eigh(across_DD @ covariance_DD @ across_DD).eigenvectors[:, -2:].flip(1)
+    # The sign of an eigenvector means nothing: the largest number is positive.
+    largest_2 = leading_D2.gather(0, leading_D2.abs().argmax(0, keepdim=True))
+    return torch.cat([first_D[:, None], leading_D2 * largest_2.sign()], dim=1)
+
+
+def frame_figures(parts: Parts, realign, *, energy: float, rank: int | None) -> dict:
+    """Of the held-out pairs, before ReAlign and after."""
+    nothing = {"frame": None, "budget_after": None}
+    if parts.unpaired:
+        return nothing | {"left_out": f"energies and spectra in the fixed frame need pairs: {parts.unpaired}"}
+    images, texts = parts.paired_images, parts.paired_texts
+    before = gap_figures(images, texts, energy=energy, rank=rank)
+    frame = Frame.of(images, texts, rank=before.rank)
+    after = term_moments(frame, images, texts.moved(realign)).budget()
+    return {"frame": asdict(before), "budget_after": asdict(after), "left_out": None}
+
+
+def spectrum(found: Moments) -> SpectrumFigures:
+    return SpectrumFigures.of(eigenvalues(found.covariance_DD))

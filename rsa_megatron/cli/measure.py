@@ -1,0 +1,272 @@
+"""Measure alignment: every layer of one backbone against every layer of another, on image-caption pairs.
+
+    rsa-megatron measure --model HF --data DATA --out results/x.jsonl        both sides of one model
+    torchrun --nproc-per-node N -m rsa_megatron measure --checkpoint DIR --data DATA --out ...    a Megatron checkpoint of
+                                                   --save or hf-to-megatron, with any Megatron flags: in any TP x PP of N processes
+    rsa-megatron measure --vision HF --language HF --data DATA --out ...     two separate models
+    rsa-megatron measure --vision HF --vision HF --data DATA --out ...       the Vision-only baseline
+    rsa-megatron measure --language HF --language HF --data DATA --out ...   the Language-only baseline
+    rsa-megatron measure --random --out ...                                  the random baseline
+    rsa-megatron measure --features FOLDER FOLDER --out ...                  features stored before
+
+HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, for --vision also a tower for itself
+(SigLIP, CLIP, ViT, DINOv2), for --language any causal language model, or an encoder such as BERT. DATA: Energon shards
+or a mixture of them, COCO's captions .json, a .csv, .tsv or .parquet with captions, a folder of images with a .txt each.
+
+Image and caption go alone through tower and language model; the mean of the image's or caption's tokens is taken after
+every layer. mutual-kNN is averaged over seeds, each of which draws its own --num-samples pairs.
+
+Features are stored below --store and used again by any run on the same samples; a run that was killed goes on where it
+was. Of each metric a line is written to --out. It takes the place of an earlier one of the same label, data and settings.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rsa_megatron.alignment.metrics import METRICS
+from rsa_megatron.cli.measure_results import make_line, read_lines, table, write_lines
+from rsa_megatron.data.sources.open_pairs import open_pairs
+from rsa_megatron.evaluation.extraction import Backbone
+from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
+from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, text_backbone
+from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
+from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, cone_figures, samples_in_both, score_layers
+from rsa_megatron.evaluation.stored_features import draw, stored_features
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STANDARD_NORMAL = "standard normal"
+# Of the pairs that are left out so many are named.
+_NAMED = 5
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    import transformers  # takes a second, which --help is spared
+
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        measure(args)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+
+
+# Under torchrun, of --checkpoint: the first rank does all but its part of the model, in which the others serve.
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def fail(message: str) -> None:
+    print(f"error{f' on rank {RANK}' if RANK else ''}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def fail_once(message: str) -> None:
+    """For what every rank finds."""
+    if RANK:
+        sys.exit(2)
+    fail(message)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        fail_once(message)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="rsa-megatron measure", description=__doc__, formatter_class=style, allow_abbrev=False)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
+    what.add_argument("--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder")
+    what.add_argument("--projected", action="store_true",
+                      help="of a checkpoint the images after the projector, one layer in the decoder's space, not the tower's layers")  # fmt: skip
+    what.add_argument("--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model")
+    what.add_argument("--language", metavar="HF", action="append", default=[],
+                      help="a language model, or that of a vision-language model; captions are cut where its positions end")  # fmt: skip
+    what.add_argument("--features", metavar="FOLDER", type=Path, nargs=2, help="two folders below --store: rows and columns")
+    what.add_argument("--random", action="store_true", help="two sets of standard normal vectors")
+    what.add_argument("--random-dims", type=int, nargs=2, metavar=("D", "E"), default=[1152, 3584], help="their widths")
+    what.add_argument("--text-reading", choices=TEXT_READINGS, default=TEXT_READINGS[0],
+                      help="multimodal: the caption after its image in one pass. It has seen the image through attention, and "
+                      "shares neighbours with it for free: 0.7 was seen where the caption alone gives 0.05")  # fmt: skip
+    data = parser.add_argument_group("on what")
+    data.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs: see above")
+    data.add_argument("--images", type=Path, metavar="DIR", help="folder that the paths of images are relative to; DATA's own")
+    data.add_argument("--split", default="val", help="part of shards, and of tables with a column `split`")
+    data.add_argument("--language-code", default="en", help="of tables with a column `language`")
+    data.add_argument("--num-samples", type=int, default=1000, help="pairs of each seed")
+    data.add_argument("--seeds", type=int, default=3, help="how many draws of pairs; seeds 0, 1, ...")
+    how = parser.add_argument_group("how")
+    how.add_argument("--k", type=int, default=10, help="neighbours")
+    how.add_argument("--metrics", nargs="+", choices=METRICS, default=[MUTUAL_KNN], metavar="NAME",
+                     help=f"of {', '.join(METRICS)}")  # fmt: skip
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; means are float32")
+    how.add_argument("--batch-size", type=int, default=32, help="images or captions that go through a model together")
+    how.add_argument("--num-workers", type=int, default=2, help="threads that open images")
+    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="features are kept below it")
+    how.add_argument("--store-dtype", choices=STORE_DTYPES, default="float32", help="float16 takes half the room")
+    names = parser.add_argument_group("the result")
+    names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a line a metric")
+    names.add_argument("--label", help="name in tables and figures; the model's")
+    names.add_argument("--data-name", help="name of the data there; DATA's own")
+    args, args.megatron_flags = parser.parse_known_args(arguments)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """What argparse cannot see; ends with one line."""
+    sides = len(args.vision) + len(args.language)
+    if args.megatron_flags and not args.checkpoint:
+        fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
+    given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + ["vision and --language"] * bool(sides)
+    if args.projected and not args.checkpoint:
+        fail_once("--projected is of a --checkpoint, whose projector it reads")
+    if len(given) != 1:
+        found = f", not --{' and --'.join(given)}" if given else ""
+        fail_once(f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}")
+    if sides not in (0, 2):
+        fail_once(f"--vision and --language name two backbones between them, not {sides}")
+    needs_data = bool(args.model or args.checkpoint or sides)
+    if needs_data != bool(args.data):
+        fail_once("--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}")
+    if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
+        fail_once(f"--text-reading {args.text_reading} needs a language model that is read")
+    for name in ("num_samples", "seeds", "k", "batch_size", "num_workers"):
+        if getattr(args, name) < 1:
+            fail_once(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if min(args.random_dims) < 1:
+        fail_once(f"--random-dims must be at least 1, not {min(args.random_dims)}")
+    if args.k >= args.num_samples and not args.features:
+        fail_once(f"--k {args.k} needs more than {args.k} samples; --num-samples is {args.num_samples}")
+    if args.out.is_dir():
+        fail_once(f"--out {args.out} is a folder; name a file")
+    if RANK:
+        return
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        fail_once(str(error))
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError where there is none of that name."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def measure(args: argparse.Namespace) -> None:
+    read_lines(args.out)  # what is wrong with it shows before the hours, not after
+    rows, columns = stores(args)
+    report_left_out(rows, columns)
+    samples = samples_in_both(rows, columns, k=args.k)
+    lines = []
+    for metric in dict.fromkeys(args.metrics):
+        scores = score_layers(rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric))
+        gap = cone_figures(rows, columns, scores, samples=samples, device=args.device)
+        lines.append(make_line(rows, columns, scores, gap, k=args.k, label=args.label, data=args.data_name))
+        write_lines(args.out, lines[-1:])  # a metric that has no value for a layer ends the run, and takes no other with it
+    print(table(lines))
+
+
+def progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Shows how many layers of the rows are done, in a terminal."""
+    return lambda layers: tqdm(layers, desc=metric, unit="layer", leave=False) if sys.stderr.isatty() else layers
+
+
+def report_left_out(rows: FeatureStore, columns: FeatureStore) -> None:
+    reasons = {key: reason for store in (rows, columns) for key, reason in store.left_out.items()}
+    say_left_out(reasons)
+    if reasons:
+        print(f"left out: to try these again, remove {rows.folder} and {columns.folder}", file=sys.stderr)
+
+
+def say_left_out(reasons: dict[str, str]) -> None:
+    """Samples and why they are left out; of many the first and how many more."""
+    for key, reason in [*reasons.items()][:_NAMED]:
+        print(f"left out: {key}: {reason}", file=sys.stderr)
+    if len(reasons) > _NAMED:
+        print(f"left out: {len(reasons) - _NAMED} more", file=sys.stderr)
+
+
+def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
+    """The features of rows and columns, computed where they are not on disk."""
+    if args.features:
+        return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
+    if args.random:
+        return StandardNormal(args, 0), StandardNormal(args, 1)
+    opened = backbones(args)
+    if RANK:
+        with opened:
+            raise AssertionError("the other ranks serve in there, and end")
+    pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
+    drawn = draw(pairs, args.num_samples, list(range(args.seeds)), data=args.data.resolve().name, split=args.split,
+                 language=args.language_code, images=str(args.images and args.images.resolve()))  # fmt: skip
+    options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    with opened as waiting:
+        # Popped, the first model leaves its memory to the second.
+        return tuple(stored_features(waiting.pop(0), drawn, args.store, **options) for _ in (0, 1))
+
+
+def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
+    """That of the rows and that of the columns."""
+    if not args.checkpoint:
+        return nullcontext(hugging_face_backbones(args))
+    from rsa_megatron.training.checkpoint_backbone import (
+        checkpoint_backbones,  # loads Megatron, which nothing else here needs
+    )
+
+    options = {"dtype": args.dtype, "batch_size": args.batch_size, "projected": args.projected}
+    return checkpoint_backbones(args.checkpoint, args.megatron_flags, **options)
+
+
+def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
+    """Weights are read only if their features are not on disk."""
+
+    def model(name: str) -> HFModel:
+        return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])
+
+    if args.model:
+        both = model(args.model)
+        if not both.is_vision_language:
+            raise ValueError(f"--model {args.model}: model_type {both.model_type} is not supported: {', '.join(VISION_LANGUAGE)} "
+                             "are; separate models are named with --vision and --language")  # fmt: skip
+        return [VisionBackbone(both), text_backbone(both, args.text_reading)]
+    towers = [VisionBackbone(model(name)) for name in args.vision]
+    return towers + [text_backbone(model(name), args.text_reading) for name in args.language]
+
+
+class StandardNormal:
+    """What is read of a FeatureStore, of random vectors: every seed its own N."""
+
+    def __init__(self, args: argparse.Namespace, number: int):
+        self.folder, self.layers, self.left_out = Path("--random"), [STANDARD_NORMAL], {}
+        self._width, self._number, self._num_samples = args.random_dims[number], number, args.num_samples
+        total = args.num_samples * args.seeds
+        self.keys = [str(key) for key in range(total)]
+        self.manifest = {
+            "model": "Random", "revision": None, "side": ("vision", "text")[number],
+            "pooling": f"none, {self._width} wide", "data": STANDARD_NORMAL, "num_samples": args.num_samples,
+            "seeds": list(range(args.seeds)), "keys": self.keys,
+            "samples": [list(range(start, start + args.num_samples)) for start in range(0, total, args.num_samples)],
+        }  # fmt: skip
+
+    def layer(self, name: str) -> Tensor:
+        seeds = [torch.Generator().manual_seed(2 * seed + self._number) for seed in self.manifest["seeds"]]
+        return torch.cat([torch.randn(self._num_samples, self._width, generator=generator) for generator in seeds])

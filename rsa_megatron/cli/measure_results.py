@@ -1,0 +1,93 @@
+"""Writes what rsa-megatron measure has found: a JSON object a line, which alignment_records.py reads, and a table.
+
+Shapes: S seeds, R layers of the rows, C of the columns.
+"""
+
+import datetime
+import json
+import os
+from pathlib import Path
+
+from rsa_megatron.evaluation.layer_scores import LayerScores
+from rsa_megatron.json_lines import json_object
+
+# What tells measurements apart. A line takes the place of one with the same of all.
+_IDENTITY = ("kind", "label", "data", "rows", "columns", "row_model", "column_model", "metric", "k", "num_samples", "seeds",
+             "text_reading")  # fmt: skip
+
+
+def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: str | None, data: str | None) -> dict:
+    """The line of one metric.
+
+    Args:
+        rows, columns: the stores of features.
+        gap: of layer_scores.cone_figures.
+        label: None for the models' names; data: None for the data's own.
+    """
+    manifests = [store.manifest for store in (rows, columns)]
+    models = [manifest["model"] for manifest in manifests]
+    revisions = dict.fromkeys(manifest["revision"] for manifest in manifests)
+    readings = [manifest["text_reading"] for manifest in manifests if "text_reading" in manifest]
+    return {
+        "kind": "alignment", "label": label or " and ".join(dict.fromkeys(models)), "data": data or manifests[0]["data"],
+        "rows": manifests[0]["side"], "columns": manifests[1]["side"], "row_model": models[0], "column_model": models[1],
+        "metric": scores.metric, "k": k, "num_samples": manifests[0]["num_samples"], "seeds": manifests[0]["seeds"],
+        "left_out": len({key for store in (rows, columns) for key in store.left_out}),
+        "pooling": ", ".join(dict.fromkeys(manifest["pooling"] for manifest in manifests)),
+        "text_reading": "multimodal" if "multimodal" in readings else readings[0] if readings else None,
+        "row_layers": scores.row_layers, "column_layers": scores.column_layers, "scores": scores.scores_SRC.tolist(),
+        "mean": scores.mean_RC.tolist(), "std": None if scores.std_RC is None else scores.std_RC.tolist(),
+        "best": _pair(scores, *scores.best), "last": _pair(scores, *scores.last), "chance": scores.chance, "gap": gap,
+        "revision": None if None in revisions else ", ".join(revisions), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _pair(scores: LayerScores, row: int, column: int) -> dict:
+    std = None if scores.std_RC is None else scores.std_RC[row, column].item()
+    return {"row": scores.row_layers[row], "column": scores.column_layers[column],
+            "mean": scores.mean_RC[row, column].item(), "std": std}  # fmt: skip
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Those of a file, of whatever kind; none if it is not there.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    texts = path.read_text().split("\n") if path.exists() else []
+    return [json_object(text, f"{path}, line {number}") for number, text in enumerate(texts, 1) if text.strip()]
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Add lines to a file, each in the place of an earlier one of the same measurement; all at once or not at all."""
+    kept = [line for line in read_lines(path) if not any(_identity(line) == _identity(one) for one in lines)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, *lines]))
+    unfinished.replace(path)
+
+
+def _identity(line: dict) -> list:
+    return [line.get(name) for name in _IDENTITY]
+
+
+def table(lines: list[dict]) -> str:
+    """Best and last pair of each metric, all of one measurement."""
+    first = lines[0]
+    seeds = ", ".join(map(str, first["seeds"]))
+    what = f"{first['label']}, {first['rows']} x {first['columns']} layers, on {first['data']}: {first['num_samples']} pairs"
+    what += f", seeds {seeds}, k = {first['k']}" + (f", {first['left_out']} pairs left out" if first["left_out"] else "")
+    what += ", each caption read AFTER ITS IMAGE" if first["text_reading"] == "multimodal" else ""
+    header = ["metric", "best pair", "score", "last pair", "score", "chance"]
+    body = [
+        [line["metric"], *_cells(line["best"]), *_cells(line["last"]), "" if line["chance"] is None else f"{line['chance']:.4f}"]
+        for line in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *body)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *body]]
+    return "\n".join([what, *rows])
+
+
+def _cells(pair: dict) -> list[str]:
+    spread = "" if pair["std"] is None else f" ± {pair['std']:.4f}"
+    return [f"{pair['row']} x {pair['column']}", f"{pair['mean']:.4f}{spread}"]

@@ -1,0 +1,207 @@
+"""Shows one sample as training sees it: its tokens with what is learnt, and its images cut into tiles."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.data import conversation
+from rsa_megatron.data.dataset_checks import check_data
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
+from rsa_megatron.data.prepare import sample_checks
+from rsa_megatron.data.raw_samples import stored_samples
+from rsa_megatron.data.sources.llava_records import open_source
+from rsa_megatron.data.sources.record import Unusable
+from rsa_megatron.data.task_encoder import StoredSample
+from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
+from rsa_megatron.models.architectures import get_architecture, square_grids
+from rsa_megatron.recipes import STAGES
+
+if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+    from transformers import PreTrainedTokenizerBase
+
+_MODEL = get_architecture("llava-ov-7b")  # all of LLaVA-OneVision's cut images alike
+_GAP = 6  # pixels between tiles
+_GREEN, _UNDERLINE, _PLAIN = "\033[32m", "\033[4m", "\033[0m"
+
+
+def add_show_arguments(parser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
+    parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--part", choices=["train", "val"], default="train", help="of shards or a mixture")
+    parser.add_argument("--images", type=Path, help="folder that a SOURCE's paths of images are relative to; its own")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling_strategy random, as for pack")
+    parser.add_argument("--stage", choices=list(STAGES), default="1", help="as this stage's recipe has it")
+    parser.add_argument("--template", choices=conversation.TEMPLATES, help="in the place of the stage's")
+    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="in the place of the stage's")
+    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="in the place of the stage's")
+    parser.add_argument("--image-size", type=int, default=_MODEL.vision.image_size, help="side of a tile, pixels")
+    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
+
+
+def show(args) -> None:
+    tokenizer, settings = load_tokenizer(args.tokenizer), STAGES[args.stage]()
+    for name in ("template", "label_style", "image_aspect_ratio"):
+        setattr(args, name, getattr(args, name) or settings[name])
+    conversation.check_tokenizer(tokenizer, args.template)
+    if args.index < 0:
+        raise ValueError(f"--index {args.index}: samples are counted from 0")
+    prepared = is_prepared(args.path)
+    sample = stored_sample(args) if prepared else source_sample(args)
+    record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
+    text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
+    parts = read_parts(sample)
+    reader = image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
+    parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
+    if sample.images and not parts:
+        raise ValueError(f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform")
+    images = reader.decode(parts)
+    layouts = reader.layouts(images)
+    num_image_tokens = sum(layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts)
+    print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
+    print(marked(tokenizer, text, colour=sys.stdout.isatty()))
+    num_positions = len(text.tokens) - len(images) + num_image_tokens
+    print(f"\n«learnt» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are learnt and "
+          f"{sum(text.is_caption)} the caption's; {num_positions} with the images' own")  # fmt: skip
+    if num_positions > settings["seq_length"]:
+        print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit")
+    takes_part = "yes, it takes part" if prepared else "yes, if it is packed or linked with --rsa"
+    if settings.get("rsa_weight") == 0:
+        takes_part = f"no, stage {args.stage} trains without it"
+    print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
+    for image, layout in zip(images, layouts):
+        print(in_words(image, layout))
+    if images and isinstance(reader, ImageTiler):
+        picture(reader.tiles(images), layouts).save(args.out)
+        print(f"tiles: {args.out}")
+
+
+def image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
+    """As the stage reads images; those that are embeddings alone can be shown in any."""
+    positions = settings.get("image_positions", 0)
+    if positions or not has_pixels:
+        return ImageEmbeddings(width=None, positions=positions or 1)
+    size = args.image_size
+    grids = [(rows * size, columns * size) for rows, columns in settings.get("image_grids") or []]
+    return ImageTiler(
+        image_size=size,
+        image_aspect_ratio=args.image_aspect_ratio,
+        grid_pinpoints=grids or square_grids(size, 6, 6),
+    )
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    if not folder.is_dir():
+        raise ValueError(f"--tokenizer {folder} is no folder; name one with a Hugging Face tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {folder} has no tokenizer that can be loaded: {error}") from error
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether Energon can read it: a folder that is indexed, or a mixture."""
+    if path.is_dir():
+        return (path / ".nv-meta").is_dir()
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return False
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return isinstance(content, dict) and "__class__" in content
+
+
+def stored_sample(args) -> StoredSample:
+    check_data(str(args.path), [args.part], num_readers=1, micro_batch_size=1)
+    num_samples = 0
+    for sample in stored_samples(args.path, args.part):
+        if num_samples == args.index:
+            return sample
+        num_samples += 1
+    raise ValueError(f"--index {args.index}: {args.path} has {num_samples} samples in its part {args.part}")
+
+
+def source_sample(args) -> StoredSample:
+    """A record of a SOURCE, as pack would store it with --rsa."""
+    source = open_source(args.path, seed=args.seed)
+    if args.index >= len(source):
+        raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
+    record = next(source.records(args.index))
+    try:
+        sample = sample_checks.check(record, (args.images or source.image_root).resolve())
+    except Unusable as fault:
+        raise ValueError(f"sample {args.index} ({record.place}) cannot be used: {fault}") from fault
+    parts = sample.in_shard()
+    return StoredSample(
+        __key__=record.place, __restore_key__=(), __subflavors__={"rsa": True}, record=parts.pop("json"), images=parts
+    )
+
+
+def read_parts(sample: StoredSample) -> dict[str, bytes]:
+    """Its images' bytes; of a linked sample each may have been missing."""
+    for part in sample.images.values():
+        if isinstance(part, Exception):
+            raise ValueError(f"an image of {sample.__key__} cannot be read: {part}") from part
+    return sample.images
+
+
+def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
+    """The text of the tokens, what is learnt between « and », the caption between ‹ and ›."""
+    out = ""
+    runs = itertools.groupby(zip(text.tokens, text.is_target, text.is_caption), key=lambda token: token[1])
+    for is_target, run in runs:
+        out += (_GREEN * colour + "«") if is_target else ""
+        for is_caption, tokens in itertools.groupby(run, key=lambda token: token[2]):
+            piece = tokenizer.decode([token for token, _, _ in tokens], clean_up_tokenization_spaces=False)
+            # An end of a line that is learnt would not be seen.
+            piece = piece.replace("\n", "↵\n") if is_target else piece
+            if is_caption:
+                piece = f"{_UNDERLINE * colour}‹{piece}›{(_PLAIN + _GREEN * is_target) * colour}"
+            out += piece
+        out += ("»" + _PLAIN * colour) if is_target else ""
+    return out
+
+
+def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
+    """What keeps it out of the RSA loss; None if nothing does."""
+    if not (sample.__subflavors__ or {}).get("rsa"):
+        return "no, its data set has no subflavor rsa: true"
+    if num_images != 1:
+        return f"no, it has {num_images} images, not one"
+    return None if any(text.is_caption) else "no, it has no caption"
+
+
+def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
+    if layout.positions:
+        return f"image as an embedding: {len(image)} numbers, of length {image.norm():.4g}, in {layout.positions} position(s)"
+    grid = f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " alone"
+    return f"image of {image.width} x {image.height} pixels: a base tile{grid}"
+
+
+def picture(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:
+    """Each image's base tile and, right of it, its grid; images one below the other."""
+    pixels = ((tiles.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    step = pixels.shape[1] + _GAP
+    rows = [max(1, layout.grid_rows) for layout in layouts]
+    width = max(1 + layout.grid_columns for layout in layouts)
+    canvas = numpy.full((sum(rows) * step + _GAP, width * step + _GAP, 3), 255, dtype=numpy.uint8)
+    top, index = 0, 0
+    for layout, num_rows in zip(layouts, rows):
+        grid = [(row, 1 + column) for row in range(layout.grid_rows) for column in range(layout.grid_columns)]
+        for row, column in [(0, 0), *grid]:
+            y, x = (top + row) * step + _GAP, column * step + _GAP
+            canvas[y : y + pixels.shape[1], x : x + pixels.shape[2]] = pixels[index]
+            index += 1
+        top += num_rows
+    return Image.fromarray(canvas)

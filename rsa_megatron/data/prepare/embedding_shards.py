@@ -1,0 +1,185 @@
+"""Energon shards of samples whose image is an embedding: 000123.npy beside 000123.json.
+
+The embedding stands where an image would: one row of numbers in numpy's format, beside the record's conversation, in which
+exactly one <image> says where. For ReVision's first stage it is that of a text, moved onto images; for the stages with
+images, a real image's. Embeddings are looked up by key; a sample without one of its own ends the writing, for a wrong
+image is nothing that training would notice.
+
+Shapes: N rows of embeddings; D their width.
+"""
+
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from rsa_megatron.data.conversation import IMAGE_TOKEN
+from rsa_megatron.data.prepare.sample_checks import checked_turns, with_image_token
+from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
+from rsa_megatron.data.sources.llava_records import CAPTION_PROMPT
+from rsa_megatron.data.sources.record import Unusable
+
+#: The part of a sample that holds its embedding.
+PART = "npy"
+# Of keys that are missing or doubled so many are named.
+_NAMED = 5
+
+
+class EmbeddingTable:
+    """Embeddings by key.
+
+    Args:
+        keys: of the rows, N.
+        rows_ND: in memory or memory-mapped.
+
+    Raises:
+        ValueError: keys are doubled, or there are not as many as rows.
+    """
+
+    def __init__(self, keys: Sequence[str], rows_ND: numpy.ndarray):
+        if len(keys) != len(rows_ND):
+            raise ValueError(f"there are {len(keys)} keys for {len(rows_ND)} embeddings; each row needs its own")
+        self._row = {key: number for number, key in enumerate(keys)}
+        if len(self._row) < len(keys):
+            raise ValueError(f"{_in_words(_doubled(keys))} more than one embedding; keep one of each")
+        self._rows_ND = rows_ND
+
+    def get(self, key: str) -> numpy.ndarray | None:
+        """[D], or None for a key without an embedding."""
+        row = self._row.get(key)
+        return None if row is None else numpy.asarray(self._rows_ND[row])
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is said of an embedding."""
+
+    #: by which the embedding is looked up
+    key: str
+    id: str | int
+    #: with one <image>
+    conversations: list[dict]
+
+
+def tell(key: str, record: dict | None, caption: str, *, by_id: bool = False) -> Told:
+    """What the record of a sample says; without one, its caption as the answer to a question for it.
+
+    A conversation without an <image> gets one in its first human turn.
+
+    Args:
+        by_id: look its embedding up by the record's id, not by its key.
+
+    Raises:
+        Unusable: it has several, or is no conversation.
+    """
+    if record is None:
+        turns = [{"from": "human", "value": CAPTION_PROMPT}, {"from": "gpt", "value": caption}]
+        return Told(key, key, turns)
+    turns, texts = checked_turns(record)
+    count = sum(text.count(IMAGE_TOKEN) for text in texts)
+    if count > 1:
+        raise Unusable(f"whose text has several {IMAGE_TOKEN}", f"{key}: its text has {count} {IMAGE_TOKEN} for one embedding")
+    found = key if record.get("id") is None else record["id"]
+    return Told(str(found) if by_id else key, found, turns if count else with_image_token(turns))
+
+
+@dataclass(frozen=True)
+class EmbeddedSample:
+    """A sample as it lies in a shard."""
+
+    #: its name there
+    key: str
+    told: Told
+    #: [D]
+    embedding_D: numpy.ndarray
+
+    def in_shard(self) -> dict[str, bytes]:
+        """Its parts, by their names."""
+        record = json.dumps({"id": self.told.id, "conversations": self.told.conversations}, ensure_ascii=False).encode()
+        return {PART: as_npy(self.embedding_D), "json": record}
+
+
+def as_npy(x_D: numpy.ndarray) -> bytes:
+    """An array in numpy's format, without pickle."""
+    out = io.BytesIO()
+    numpy.lib.format.write_array(out, numpy.ascontiguousarray(x_D), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def write_embedding_shards(
+    folder: str | Path,
+    parts: Mapping[str, Iterable[Told]],
+    table: EmbeddingTable,
+    *,
+    rsa: bool,
+    shard_size: int = 1000,
+    num_workers: int = 1,
+) -> dict[str, int]:
+    """Write a folder of shards, which appears under its name when it is whole; how many samples each part has.
+
+    Args:
+        parts: "train", "val", and what is in each. A key may occur once in all of them.
+        rsa: whether its samples take part in the RSA loss.
+        shard_size: samples of a tar.
+        num_workers: processes that index them.
+
+    Raises:
+        ValueError: samples have no embedding, or share one (the message counts and names them), or the folder is there.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        counts = _write(unfinished, parts, table, shard_size)
+        index_shards(unfinished, subflavors={"rsa": rsa}, num_workers=num_workers)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    unfinished.rename(folder)
+    return counts
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError where there is something of that name; an empty folder is nothing."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name another --out, or remove it")
+
+
+def _write(folder: Path, parts: Mapping[str, Iterable[Told]], table: EmbeddingTable, shard_size: int) -> dict[str, int]:
+    counts, keys, missing = {}, [], []
+    for part, samples in parts.items():
+        shards, counts[part] = TarShards(folder, part, shard_size, None), 0
+        for told in samples:
+            keys.append(told.key)
+            embedding_D = table.get(told.key)
+            if embedding_D is None:
+                missing.append(told.key)
+                continue
+            # Energon wants names that no two samples of a data set have, in whichever part.
+            shards.write(EmbeddedSample(f"{len(keys) - 1:06d}", told, embedding_D))
+            counts[part] += 1
+        shards.close()
+    if missing:
+        raise ValueError(f"{_in_words(missing)} no embedding, of {len(keys)} samples; embed them, or leave these samples out")
+    if doubled := _doubled(keys):
+        raise ValueError(f"{_in_words(doubled)} more than one sample, which would share an embedding; give each its own key")
+    if not keys:
+        raise ValueError("there is no sample to write; name other data")
+    return counts
+
+
+def _doubled(keys: Sequence[str]) -> list[str]:
+    return [key for key, count in Counter(keys).items() if count > 1]
+
+
+def _in_words(keys: list[str]) -> str:
+    """ "3 keys (a, b, c) have", for what they have or lack."""
+    named = ", ".join(map(str, keys[:_NAMED])) + (", ..." if len(keys) > _NAMED else "")
+    return f"{len(keys)} keys ({named}) have" if len(keys) > 1 else f"1 key ({named}) has"

@@ -1,0 +1,52 @@
+"""The samples of a prepared data set as they are stored, for those who look at them without training."""
+
+import contextlib
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_val_dataset
+
+from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
+
+# A mixture may begin with texts: among so many samples there is one with an image, or none is looked at.
+_LOOKED_AT = 64
+
+
+class _AsStored(DefaultTaskEncoder):
+    """Gives samples as the training's task encoder gets them."""
+
+    cookers = LlavaTaskEncoder.cookers
+    decoder = None
+
+
+def stored_samples(path: str | Path, part: str) -> Iterator[StoredSample]:
+    """In the order in which they lie; those of a mixture one data set after the other."""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
+        dataset = get_val_dataset(path, split_part=part, batch_size=None, worker_config=config, task_encoder=_AsStored())
+    yield from get_loader(dataset)
+
+
+def check_embeddings(path: str, part: str, embeddings: ImageEmbeddings) -> None:
+    """Raise ValueError, with the remedy, unless the first image of a part is an embedding of the right width."""
+    for sample in itertools.islice(stored_samples(path, part), _LOOKED_AT):
+        if not sample.images:
+            continue
+        found = {name: image for name, image in sample.images.items() if EMBEDDING_PART.fullmatch(name)}
+        fault = "it has no embedding (.npy); name data that rsa-megatron realign transform has written, or train on pixels"
+        if found:
+            fault = _fault(found, embeddings)
+        if fault:
+            raise ValueError(f"--data-path {path}: sample {sample.__key__} of its part {part}: {fault}")
+        return
+
+
+def _fault(found: dict, embeddings: ImageEmbeddings) -> str | None:
+    try:
+        embeddings.decode(found)
+    except Exception as error:  # of a linked sample the file may be missing
+        return str(error)
+    return None

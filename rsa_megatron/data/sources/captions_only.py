@@ -1,0 +1,68 @@
+"""Captions without their images: what stands in for image data where text is moved onto images (ReVision's stage 1).
+
+    captions.txt             a caption a line
+    llava.json, .jsonl       LLaVA's records of one image or of none; the images need not be there
+    Energon shards           the same, or a mixture of them
+    anything else            as open_pairs.py reads it, images and all
+
+They come as pairs all the same, whose images nobody opens: their keys are those that the same data has with its images.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from rsa_megatron.data.sources.coco import read_records
+from rsa_megatron.data.sources.llava_records import open_source
+from rsa_megatron.data.sources.open_pairs import is_json_object, is_prepared, open_pairs
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, in_words, without_image
+from rsa_megatron.data.sources.shards import read_shards
+
+
+def open_captions(path: str | Path, *, split: str = "train", language: str = "en") -> Pairs:
+    """The captions of a file or folder; see above.
+
+    Args:
+        split, language: as for `open_pairs`.
+
+    Raises:
+        ValueError: there is no caption in it, or it cannot be read; names file and remedy.
+    """
+    path = Path(path)
+    try:
+        captions = _open(path, split)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if captions is None:
+        return open_pairs(path, split=split, language=language)
+    if not len(captions):
+        reasons = f": {in_words(captions.left_out)}" if captions.left_out else "; name a .txt of a caption a line, or LLaVA's records"
+        raise ValueError(f"{path}: there is no caption in it{reasons}")
+    return captions
+
+
+def _open(path: Path, split: str) -> Pairs | None:
+    """None for what is read with its images."""
+    if not path.exists():
+        return None  # whose message names the forms
+    if path.suffix.lower() == ".txt" and path.is_file():
+        return _lines(path)
+    if is_prepared(path):
+        return read_shards(path, split, needs_image=False)
+    if path.suffix.lower() in (".json", ".jsonl") and not is_json_object(path):
+        return read_records(open_source(path), path.parent, needs_image=False)
+    return None
+
+
+def _lines(path: Path) -> Pairs:
+    found, left_out = [], Counter()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                caption = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                left_out["whose line is not UTF-8"] += 1
+                continue
+            if caption:
+                key = f"{path.name}, line {number}"
+                found.append(CaptionedImage(key, caption, without_image(key)))
+    return Pairs.of(found, left_out)

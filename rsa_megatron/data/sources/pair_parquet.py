@@ -1,0 +1,91 @@
+"""Parquet files as tables of captions: texts are read a batch at a time, images when they are opened."""
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import pyarrow
+from PIL import Image
+from pyarrow.parquet import ParquetFile
+
+from rsa_megatron.data.sources.pairs import Row, Table, decode, find_image, open_image
+from rsa_megatron.data.sources.record import Unusable
+
+# Rows that are in memory at once, without their images.
+_ROWS = 4096
+# Wikimedia's WIT has a row an image; what is said of it in each language lies in here.
+_NESTED = "wit_features"
+
+
+def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
+    """A file's rows, of which the columns `wanted` are read.
+
+    Args:
+        name: of the file among others.
+        root: resolved folder that paths of images are relative to.
+    """
+    try:
+        with ParquetFile(path) as file:
+            schema = file.schema_arrow
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no parquet file that can be read: {error}; fetch it again") from error
+    columns = [column for column in schema.names if column != _NESTED]
+    if _NESTED in schema.names:
+        inner = schema.field(_NESTED).type
+        inner = inner.value_type if pyarrow.types.is_list(inner) else inner
+        columns += [field.name for field in inner]
+    image_column = "image" if "image" in schema.names and _holds_images(schema.field("image").type) else None
+    texts = [column for column in schema.names if column in wanted | {_NESTED} and column != image_column]
+    return Table(path, columns, image_column, _rows(path, name, root, texts, image_column))
+
+
+def _holds_images(kind: pyarrow.DataType) -> bool:
+    """Bytes, or Hugging Face's {bytes, path}."""
+    types = pyarrow.types
+    return types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _rows(path: Path, name: str, root: Path, columns: list[str], image_column: str | None) -> Iterator[Row]:
+    try:
+        with ParquetFile(path) as file:
+            for group in range(file.metadata.num_row_groups):
+                number = 0
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                    for content in batch.to_pylist():
+                        place = f"{name}, row group {group}, row {number}"
+                        image = partial(_open, path, group, number, root) if image_column else None
+                        yield from (Row(place, texts, image) for texts in _in_each_language(content))
+                        number += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; fetch it again") from error
+
+
+def _in_each_language(content: dict) -> list[dict]:
+    nested = content.pop(_NESTED, None)
+    if nested is None:
+        return [content]
+    if isinstance(nested, dict):  # a list a field, instead of a list of fields
+        nested = [dict(zip(nested, values)) for values in zip(*nested.values())]
+    return [content | texts for texts in nested]
+
+
+def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
+    place = f"{path}, row group {group}, row {number}"
+    value = _images(path, group)[number].as_py()
+    value = value if isinstance(value, dict) else {"bytes": value}
+    if value.get("bytes"):
+        return decode(value["bytes"], place)
+    try:
+        return open_image(find_image(root, value.get("path") or ""))
+    except Unusable as fault:
+        raise ValueError(f"{place}: it has no image of its own, and its path {fault} is not in {root}") from fault
+
+
+@lru_cache(maxsize=1)
+def _images(path: Path, group: int) -> pyarrow.ChunkedArray:
+    """The images of a row group, which is what can be read at once; samples come in the data's order, so each is read once."""
+    try:
+        with ParquetFile(path) as file:
+            return file.read_row_group(group, columns=["image"]).column("image")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}, row group {group} cannot be read: {error}; fetch the file again") from error

@@ -1,0 +1,187 @@
+"""Image-caption pairs to measure on: what one is, a collection of which any can be had, and the choice of some."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from rsa_megatron.data.sources.record import Unusable, inside
+from rsa_megatron.data.tiles import decode_images
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One pair. It can be sent to another process."""
+
+    #: names it among the pairs of its source
+    key: str
+    caption: str
+    #: Opens the image, upright RGB. Raises ValueError, naming the file, for one that cannot be read: among thousands there
+    #: may be such, which whoever opens them leaves out and counts.
+    image: Callable[[], Image.Image]
+    #: what the source says of it, where that is a record with a conversation
+    record: dict | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table of pairs, as it was found."""
+
+    #: file and row
+    place: str
+    #: by column
+    content: dict
+    #: opens the image that lies in the table itself
+    image: Callable[[], Image.Image] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of such rows (tables.py, pair_parquet.py)."""
+
+    path: Path
+    columns: list[str]
+    #: the one of them that holds the images themselves
+    image_column: str | None
+    rows: Iterator[Row]
+
+
+class Pairs(Sequence[CaptionedImage]):
+    """Pairs by number; a caption is read when its pair is asked for, an image when it is opened.
+
+    `pairs[i]` raises ValueError, naming the sample, where that is what shows that it has no caption (in shards alone).
+    """
+
+    def __init__(self, keys: Sequence[str], load: Callable[[int], CaptionedImage], left_out: Counter[str]):
+        #: of each pair, in the data's order
+        self.keys = keys
+        #: what was found and is no pair: how many, by what is wrong with them and what to do about it
+        self.left_out = left_out
+        self._load = load
+
+    @classmethod
+    def of(cls, pairs: list[CaptionedImage], left_out: Counter[str]) -> "Pairs":
+        return cls([pair.key for pair in pairs], pairs.__getitem__, left_out)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self._load(index % len(self))
+
+
+def join(parts: list[Pairs]) -> Pairs:
+    """The pairs of several sources, one after the other; of those with the same key the first."""
+    places = {key: (part, index) for part in reversed(parts) for index, key in reversed([*enumerate(part.keys)])}
+    places = [places[key] for key in dict.fromkeys(key for part in parts for key in part.keys)]
+
+    def load(index: int) -> CaptionedImage:
+        part, index = places[index]
+        return part[index]
+
+    return Pairs([part.keys[i] for part, i in places], load, sum((part.left_out for part in parts), Counter()))
+
+
+def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
+    """`num_samples` of the pairs, without replacement, in the data's order: files are read from front to end.
+
+    The pairs whose hash of seed and key is smallest: the same on each machine and version of Python, whatever order the
+    files are listed in, and a smaller sample lies in a larger one. A pair that turns out to have no caption is passed over.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if num_samples < 1:
+        raise ValueError(f"--num-samples {num_samples}: it must be at least 1")
+    chosen, fault = {}, ""
+    for index in sorted(range(len(pairs)), key=lambda index: _hash(seed, pairs.keys[index])):
+        try:
+            chosen[index] = pairs[index]
+        except ValueError as error:
+            fault = f"; passed over, the last: {error}"
+            continue
+        if len(chosen) == num_samples:
+            return [chosen[index] for index in sorted(chosen)]
+    left_out = f"; left out: {in_words(pairs.left_out)}" if pairs.left_out else ""
+    raise ValueError(f"--num-samples {num_samples}: there are {len(chosen)} pairs with a caption; lower it{left_out}{fault}")
+
+
+def every(pairs: Pairs) -> list[CaptionedImage]:
+    """All pairs that have a caption, in the data's order; the others are counted in `left_out`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen, fault = [], None
+    for index in range(len(pairs)):
+        try:
+            chosen.append(pairs[index])
+        except ValueError as error:
+            fault = error
+            pairs.left_out["without a caption"] += 1
+    if not chosen:
+        raise ValueError(f"there is no pair with a caption; the last: {fault}")
+    return chosen
+
+
+def _hash(seed: int, key: str) -> bytes:
+    # A name of a file that is no UTF-8 has surrogates.
+    return hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def in_words(left_out: Counter[str]) -> str:
+    """What was left out: "12 without a caption; 3 of a language other than en"."""
+    return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+
+
+def without_image(key: str) -> Callable[[], Image.Image]:
+    """In the place of an image where texts alone are read."""
+    return partial(_no_image, key)
+
+
+def _no_image(key: str) -> Image.Image:
+    raise ValueError(f"{key} was read as text alone")
+
+
+def find_image(root: Path, name: str) -> Path:
+    """The path of an image below `root`, a resolved folder; not opened yet.
+
+    Raises:
+        Unusable: it is not there, or leads out of the folder. Its kind says so for all such images of the folder.
+    """
+    # Before `inside`, which looks at each folder on the way: of millions of rows few images may be there.
+    if not os.path.isfile(os.path.join(root, name)):
+        raise Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
+    try:
+        return inside(root, name)
+    except Unusable as fault:
+        raise Unusable(f"whose image's path leads out of {root}", name) from fault
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image of a file, as training opens it: upright, RGB, transparency on white.
+
+    Raises:
+        ValueError: it cannot be read; names the file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    return decode(data, str(path))
+
+
+def decode(data: bytes, place: str) -> Image.Image:
+    """The same for the bytes of an image that lie in `place`."""
+    try:
+        (image,) = decode_images({"png": data})  # whatever it is: its bytes say so
+    except ValueError as error:
+        raise ValueError(f"{place}: the image cannot be opened: {str(error).removeprefix('png: ')}") from error
+    return image

@@ -1,0 +1,87 @@
+"""Hugging Face's parquet files, read row group by row group.
+
+Columns: id; image or images, each a struct {bytes, path}, bytes or a path, or a list of these; conversations (or messages).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+from pyarrow.parquet import ParquetFile
+
+from rsa_megatron.data.sources.record import Record, Unusable
+
+_COLUMNS = ("id", "image", "images", "video", "conversations", "messages")
+# Rows that are in memory at once; a row group of pictures can be gigabytes.
+_ROWS = 32
+
+
+class Parquet:
+    """The rows of one or more files, in the files' order."""
+
+    def __init__(self, files: list[Path], image_root: Path):
+        self.image_root = image_root
+        self._files = files
+        #: rows of each group of each file
+        self._groups: list[list[int]] = []
+        for path in files:
+            try:
+                with ParquetFile(path) as file:
+                    metadata, names = file.metadata, file.schema_arrow.names
+                    self._groups.append([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ValueError(f"{path} is no parquet file that can be read: {error}; fetch it again") from error
+            if not {"conversations", "messages"} & set(names):
+                raise ValueError(f"{path} has no column conversations or messages; its columns are {', '.join(names)}")
+
+    def __len__(self) -> int:
+        return sum(map(sum, self._groups))
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        number = 0
+        for path, groups in zip(self._files, self._groups):
+            if start >= number + sum(groups):
+                number += sum(groups)
+                continue
+            with ParquetFile(path) as file:
+                row = 0
+                for group, num_rows in enumerate(groups):
+                    if start < number + num_rows:
+                        for offset, content in enumerate(_rows(file, group, num_rows)):
+                            if number + offset >= start:
+                                place = f"{path.name}, row {row + offset}"
+                                yield Record(number + offset, place, content, may_lack_image_token=True)
+                    number += num_rows
+                    row += num_rows
+
+
+def _rows(file: ParquetFile, group: int, num_rows: int) -> Iterator:
+    columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+    done = 0
+    try:
+        for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+            for index in range(batch.num_rows):
+                yield _row(batch.slice(index, 1))
+                done += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        for _ in range(done, num_rows):
+            yield Unusable("broken row group", f"its row group {group} cannot be read: {error}")
+
+
+def _row(batch: pyarrow.RecordBatch):
+    try:
+        (row,) = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        return Unusable("not UTF-8", f"its text is not UTF-8: {error}")
+    for name in ("image", "images"):
+        if isinstance(row.get(name), list):
+            row[name] = [_image(item) for item in row[name]]
+        elif name in row:
+            row[name] = _image(row[name])
+    return row
+
+
+def _image(value):
+    if not isinstance(value, dict):
+        return value
+    return value.get("bytes") if value.get("bytes") is not None else value.get("path")

@@ -1,0 +1,186 @@
+"""Reads a model's sizes from Hugging Face folders: LLaVA-OneVision's, or a SigLIP's and a Qwen2's.
+
+What the Megatron model cannot do is refused here, by its key.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub.errors import StrictDataclassError
+
+from rsa_megatron.models.architectures import (
+    Architecture,
+    Decoder,
+    VisionTower,
+    get_architecture,
+    square_grids,
+)
+from rsa_megatron.models.hf_files import image_processor_config, read_json, read_json_if_there
+
+if TYPE_CHECKING:  # for annotations alone: the known architectures need no transformers, which takes a second to import
+    from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+
+# How images are prepared.
+_PIXEL_KEYS = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+               "image_std", "do_pad", "image_grid_pinpoints")  # fmt: skip
+
+
+def is_model_folder(model: str) -> bool:
+    """Whether --model names a folder with a config.json, and not one of the known architectures."""
+    return (Path(model) / "config.json").is_file()
+
+
+def find_architecture(model: str) -> Architecture:
+    """What --model names."""
+    return read_architecture(Path(model)) if is_model_folder(model) else get_architecture(model)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The sizes in a folder's config.json.
+
+    Raises:
+        ValueError: when it is of another kind of model, or asks for what the Megatron model does not do; names the key.
+    """
+    raw = read_json(folder / "config.json")
+    where = f"{folder}/config.json"
+    if "mm_vision_tower" in raw:
+        raise ValueError(f"{where} is lmms-lab's own; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf")
+    if raw.get("model_type") != "llava_onevision":
+        raise ValueError(
+            f"{where}: model_type is {raw.get('model_type')!r}; llava_onevision is what can be read (for a SigLIP and a "
+            "Qwen2 checkpoint: python -m checkpoint_conversion hf-to-megatron --vision DIR --language DIR)"
+        )
+    config = _load_config(folder)
+    require(where, "vision_feature_layer", config.vision_feature_layer, -1)
+    require(where, "vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
+    require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")
+    require(where, "multimodal_projector_bias", config.multimodal_projector_bias, True)
+    tower = _read_tower(config.vision_config, f"{where}, vision_config")
+    decoder = read_decoder(config.text_config, f"{where}, text_config")
+    architecture = Architecture(
+        name=folder.name,
+        vision=tower,
+        # Embeddings are tied where one of the two configs says so; the hub's 0.5b has it in text_config.
+        decoder=dataclasses.replace(decoder, tie_word_embeddings=config.tie_word_embeddings),
+        vocab_size=config.text_config.vocab_size,
+        grid_pinpoints=tuple(tuple(grid) for grid in config.image_grid_pinpoints),
+        max_tiles=read_max_tiles("vision_aspect_ratio", config.vision_aspect_ratio, where),
+    )
+    check_grids(architecture.grid_pinpoints, tower.image_size, where)
+    _check_image_processor(folder, architecture)
+    return architecture
+
+
+def read_towers(vision: Path, language: Path) -> Architecture:
+    """The model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
+
+    The vocabulary gets rows for <image> and <video>, and is rounded up to a multiple of 64, as in the published
+    checkpoints. Embeddings stay tied or untied, as they are: Qwen2-1.5B-Instruct's are tied, those of the paper's
+    llava-ov-1.5b are not (hf-to-megatron --untie-embeddings-and-output-weights).
+    """
+    vision_config, text_config = _load_config(vision), _load_config(language)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    tower = _read_tower(vision_config, f"{vision}/config.json")
+    tower = dataclasses.replace(tower, num_layers=_layers_used(tower.num_layers))
+    return Architecture(
+        name=f"{vision.name}+{language.name}",
+        vision=tower,
+        decoder=read_decoder(text_config, f"{language}/config.json"),
+        vocab_size=-(-(text_config.vocab_size + 2) // 64) * 64,
+        grid_pinpoints=square_grids(tower.image_size, 6, 6),
+    )
+
+
+def _layers_used(num_layers: int) -> int:
+    """Of SigLIP-so400m's 27 layers 26 are used. A tower of 26 has lost its last one already; others are used whole."""
+    return num_layers - 1 if num_layers == 27 else num_layers
+
+
+def _read_tower(config: "SiglipVisionConfig", where: str) -> VisionTower:
+    require(where, "model_type", config.model_type, "siglip_vision_model")
+    require(where, "hidden_act", config.hidden_act, "gelu_pytorch_tanh")
+    require(where, "num_channels", config.num_channels, 3)
+    require(where, "attention_dropout", config.attention_dropout, 0)
+    for key in ("image_size", "patch_size"):
+        if not isinstance(getattr(config, key), int):
+            raise ValueError(f"{where}: {key} is {getattr(config, key)}; one number, the side of a square, can be read")
+    return VisionTower(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layernorm_epsilon=config.layer_norm_eps,
+    )
+
+
+def read_decoder(config: "Qwen2Config", where: str) -> Decoder:
+    require(where, "model_type", config.model_type, "qwen2")
+    require(where, "hidden_act", config.hidden_act, "silu")
+    require(where, "attention_dropout", config.attention_dropout, 0)
+    # max_window_layers may be so many that use_sliding_window means no layer.
+    require(where, "use_sliding_window", "sliding_attention" in config.layer_types, False)
+    head_size = config.hidden_size / config.num_attention_heads
+    require(where, "head_dim", getattr(config, "head_dim", None) or head_size, head_size)
+    rope = config.rope_parameters  # also what older versions have as rope_theta and rope_scaling
+    require(where, "rope_scaling", rope["rope_type"], "default")
+    require(where, "partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1)
+    require(where, "rope_theta", rope["rope_theta"], int(rope["rope_theta"]))  # a whole number, as --rotary-base is
+    return Decoder(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rotary_base=int(rope["rope_theta"]),
+        rmsnorm_epsilon=config.rms_norm_eps,
+    )
+
+
+def require(where: str, key: str, value, wanted) -> None:
+    if value != wanted:
+        raise ValueError(f"{where}: {key} is {value!r}; only {wanted!r} can be read")
+
+
+def read_max_tiles(key: str, aspect_ratio: str | None, where: str) -> int:
+    match = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
+    if not match:
+        raise ValueError(f"{where}: {key} is {aspect_ratio!r}; anyres_max_N can be read")
+    return int(match[1])
+
+
+def check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) -> None:
+    wrong = [grid for grid in grids if any(side < tile_size or side % tile_size for side in grid)]
+    if wrong or not grids:
+        what = f"has {list(wrong[0])}" if wrong else "is empty"
+        raise ValueError(f"{where}: image_grid_pinpoints {what}; multiples of image_size {tile_size} can be read")
+
+
+def _check_image_processor(folder: Path, architecture: Architecture) -> None:
+    """Refuse a folder whose images are prepared in another way than here: it is served with that way."""
+    expected = image_processor_config(architecture)
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        content = read_json_if_there(folder / name)
+        found = content.get(part, {}) if part else content
+        for key in _PIXEL_KEYS:
+            require(f"{folder}/{name}", key, found.get(key, expected[key]), expected[key])
+
+
+def _load_config(folder: Path) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    read_json(folder / "config.json")  # else a folder that is missing would be looked for on the hub
+    return make_config(f"{folder}/config.json", AutoConfig.from_pretrained, folder)
+
+
+def make_config(where: str, make: Callable, *arguments) -> "PreTrainedConfig":
+    try:
+        return make(*arguments)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error

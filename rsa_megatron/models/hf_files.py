@@ -1,0 +1,217 @@
+"""Writes what a Hugging Face folder holds beside weights: config, tokenizer, processor, chat template.
+
+Under the keys and in the files that transformers had from 4.45 on (rope_theta, torch_dtype, chat_template.json,
+additional_special_tokens), which its later versions read too: tests/old_transformers.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsa_megatron.data.conversation import IMAGE_TOKEN, SYSTEM_PROMPT
+from rsa_megatron.models.architectures import Architecture
+
+if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+    from transformers import PreTrainedTokenizerBase
+
+VIDEO_TOKEN = "<video>"
+#: What a folder may hold that is weights, or about them.
+WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.index.*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5",
+                   "*.msgpack", "*.onnx", "*.onnx_data", "*.distcp")  # fmt: skip
+# Parts of processor_config.json that have files of their own before transformers 5.
+_PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+# As data/conversation.py's qwen_1_5.
+_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}<video>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: name a folder in Hugging Face format") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: no table of keys and values")
+    return content
+
+
+def read_json_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Every file of a Hugging Face folder but its weights, readable to old versions of transformers too."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
+            shutil.copyfile(file, target / file.name)
+    _add_old_names(target)
+
+
+def _add_old_names(folder: Path) -> None:
+    """What transformers 5 saves under names or in files of its own, by those that 4.45 knows. 5 reads these as well.
+
+    Without rope_theta an old version would take 10000, and without preprocessor_config.json find no processor.
+    """
+    config = read_json_if_there(folder / "config.json")
+    if "rope_theta" in (rope := config.get("text_config", {}).get("rope_parameters") or {}):
+        config["text_config"]["rope_theta"] = rope["rope_theta"]
+        _write_json(folder / "config.json", config)
+    processor = read_json_if_there(folder / "processor_config.json")
+    parts = [name for name in _PROCESSOR_PARTS if name in processor]
+    for name in parts:
+        _write_json(folder / _PROCESSOR_PARTS[name], processor.pop(name))
+    if parts:
+        _write_json(folder / "processor_config.json", processor)
+    tokenizer = read_json_if_there(folder / "tokenizer_config.json")
+    renamed = dict(tokenizer)
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        renamed["additional_special_tokens"] = renamed.pop("extra_special_tokens")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        renamed.setdefault("chat_template", template.read_text())
+        if not (folder / "chat_template.json").is_file():
+            _write_json(folder / "chat_template.json", {"chat_template": template.read_text()})
+    if renamed != tokenizer:
+        _write_json(folder / "tokenizer_config.json", renamed)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_chat_template(folder: Path) -> None:
+    """Put the template of our qwen_1_5 into a folder, for processor and tokenizer: what a model was trained with."""
+    _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
+    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
+    tokenizer = read_json_if_there(folder / "tokenizer_config.json")
+    _write_json(folder / "tokenizer_config.json", tokenizer | {"chat_template": _CHAT_TEMPLATE})
+    processor = read_json_if_there(folder / "processor_config.json")
+    if processor.pop("chat_template", None):
+        _write_json(folder / "processor_config.json", processor)
+
+
+def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Everything of a Hugging Face folder but its weights. Gives the tokenizer <image> and <video> where it has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+    if len(tokenizer) > architecture.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} ids ({' and '.join(missing) or 'none'} added), "
+            f"the model {architecture.vocab_size} word embeddings"
+        )
+    tokenizer.chat_template = _CHAT_TEMPLATE  # a text model's own would not show the images
+    tokenizer.save_pretrained(folder)
+    for name, content in {
+        "config.json": _config(architecture, tokenizer),
+        "generation_config.json": _generation_config(tokenizer),
+        "preprocessor_config.json": image_processor_config(architecture),
+        "video_preprocessor_config.json": _video_processor_config(architecture),
+        "processor_config.json": _processor_config(architecture),
+        "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
+    }.items():
+        _write_json(folder / name, content)
+    _add_old_names(folder)
+
+
+def _config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
+    vision, decoder = architecture.vision, architecture.decoder
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "video_token_index": tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        "image_grid_pinpoints": [list(resolution) for resolution in architecture.grid_pinpoints],
+        "vision_aspect_ratio": f"anyres_max_{architecture.max_tiles}",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "projector_hidden_act": "gelu",
+        "use_image_newline_parameter": True,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
+        "torch_dtype": "bfloat16",
+        "text_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": architecture.vocab_size,
+            "num_hidden_layers": decoder.num_layers,
+            "hidden_size": decoder.hidden_size,
+            "intermediate_size": decoder.ffn_hidden_size,
+            "num_attention_heads": decoder.num_attention_heads,
+            "num_key_value_heads": decoder.num_query_groups,
+            "max_position_embeddings": decoder.max_position_embeddings,
+            "rope_theta": float(decoder.rotary_base),
+            "rms_norm_eps": decoder.rmsnorm_epsilon,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "tie_word_embeddings": decoder.tie_word_embeddings,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "num_hidden_layers": vision.num_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.ffn_hidden_size,
+            "num_attention_heads": vision.num_attention_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layer_norm_eps": vision.layernorm_epsilon,
+            "hidden_act": "gelu_pytorch_tanh",
+            "vision_use_head": False,
+        },
+    }
+
+
+def _generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return {"eos_token_id": sorted({end for end in ends if end is not None}), "pad_token_id": tokenizer.pad_token_id}
+
+
+def _pixels(architecture: Architecture) -> dict:
+    # SigLIP's mean and deviation: the class defaults are CLIP's.
+    side = architecture.vision.image_size
+    return {"do_convert_rgb": True, "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3}  # fmt: skip
+
+
+def image_processor_config(architecture: Architecture) -> dict:
+    return _pixels(architecture) | {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "processor_class": "LlavaOnevisionProcessor",
+        "do_pad": True,
+        "image_grid_pinpoints": [list(resolution) for resolution in architecture.grid_pinpoints],
+    }
+
+
+def _video_processor_config(architecture: Architecture) -> dict:
+    return _pixels(architecture) | {
+        "video_processor_type": "LlavaOnevisionVideoProcessor",
+        "processor_class": "LlavaOnevisionProcessor",
+    }
+
+
+def _processor_config(architecture: Architecture) -> dict:
+    return {
+        "processor_class": "LlavaOnevisionProcessor",
+        "num_image_tokens": architecture.vision.tokens_per_side**2,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": f"anyres_max_{architecture.max_tiles}",
+        "image_token": IMAGE_TOKEN,
+        "video_token": VIDEO_TOKEN,
+    }

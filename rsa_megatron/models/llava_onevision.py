@@ -1,0 +1,347 @@
+"""LLaVA-OneVision on Megatron's LLaVAModel: a SigLIP tower, an AnyRes projector and a Qwen2 decoder.
+
+LLaVAModel would build the tower itself, with a norm at its end that needs Transformer Engine and that
+LLaVA-OneVision does not use. So it is built without an encoder and given ours, of Megatron's own classes.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.models.anyres_projector import AnyResProjector
+from rsa_megatron.models.architectures import Architecture, VisionTower
+from rsa_megatron.models.layer_specs import layer_specs
+
+
+class LlavaOneVision(LLaVAModel):
+    """This rank's part of the model (a chunk of it, under interleaved pipelines).
+
+    Args:
+        architecture: sizes of tower and vocabulary; the decoder's come from decoder_config.
+        decoder_config: Megatron's config, as made from its flags; the tower's and projector's are derived from it.
+        padded_vocab_size: rows of the word embeddings. Those beyond architecture.vocab_size are padding: no text has
+            their ids, and their logits are as if they were not there.
+        max_sequence_length: longest row, image tokens included. Longer rows are cut by LLaVAModel.
+        image_token_index: the token id at which an image's tokens are put in.
+        tie_word_embeddings: the output layer's weight is the word embeddings'.
+        rotary_base: of the decoder's rotary position embedding.
+        pre_process: this is the first pipeline stage: it holds the tower, the projector and the embeddings.
+        post_process: this is the last one: it holds the output layer.
+        vp_stage: which of this rank's chunks, under interleaved pipelines.
+        pg_collection: process groups; Megatron's global ones where there is none.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        decoder_config: TransformerConfig,
+        *,
+        padded_vocab_size: int,
+        max_sequence_length: int,
+        image_token_index: int,
+        tie_word_embeddings: bool,
+        rotary_base: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        vision_spec, decoder_spec, projector_spec = layer_specs(decoder_config.transformer_impl)
+        vision, vision_config = architecture.vision, _vision_config(decoder_config, architecture.vision)
+        projector_config = _projector_config(decoder_config)
+        # A side that is no multiple of the patch (384 = 27 * 14 + 6) loses its last pixels in the patch convolution;
+        # Megatron's classes ask for the side of which all is used.
+        used_size = vision.tokens_per_side * vision.patch_size
+        super().__init__(
+            language_transformer_config=decoder_config,
+            language_transformer_layer_spec=decoder_spec,
+            language_vocab_size=padded_vocab_size,
+            language_max_sequence_length=max_sequence_length,
+            language_position_embedding_type="rope",
+            language_rotary_base=rotary_base,
+            share_embeddings_and_output_weights=tie_word_embeddings,
+            vision_transformer_config=vision_config,
+            vision_transformer_layer_spec=vision_spec,
+            drop_vision_class_token=False,
+            vision_projection_config=projector_config,
+            vision_projection_layer_spec=projector_spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            add_encoder=False,
+            img_h=used_size,
+            img_w=used_size,
+            patch_dim=vision.patch_size,
+            image_token_index=image_token_index,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        self._image_size, self._side, self._max_tiles = vision.image_size, vision.tokens_per_side, architecture.max_tiles
+        self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
+        # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
+        self.add_encoder = pre_process
+        if pre_process:
+            self._drop_vision_class_token = False
+            self.vision_model = _Tower(
+                vision_config,
+                vision_spec,
+                ln_post_impl=_UnusedNorm,
+                add_class_token=False,
+                class_token_len=0,
+                patch_dim=vision.patch_size,
+                img_h=used_size,
+                img_w=used_size,
+                model_subtype="siglip",
+                pg_collection=self.pg_collection,
+            )
+            self.vision_model.out_hidden_size = architecture.projector_input_width
+            self.vision_projection = AnyResProjector(
+                projector_config,
+                projector_spec,
+                self.vision_model.out_hidden_size,
+                side=self._side,
+                max_tiles=self._max_tiles,
+                tp_group=self.pg_collection.tp,
+            )
+            num_built = len(self.vision_model.decoder.layers)
+            assert num_built == vision.num_layers, (
+                f"the vision tower has {num_built} layers instead of {vision.num_layers}: "
+                "a pipeline setting of the decoder reached its config"
+            )
+        if post_process:
+            mask = partial(_mask_padding, architecture.vocab_size, padded_vocab_size, self.pg_collection.tp.rank())
+            self.language_model.output_layer.register_forward_hook(mask)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        inference_context=None,
+        image_layouts: Tensor | None = None,
+        **kwargs,
+    ):
+        """LLaVAModel's forward pass, with image_layouts in the place of num_image_tiles.
+
+        Args:
+            images: all images' tiles in order, [T, 3, image_size, image_size]; or the images' embeddings, [T, D], which
+                go past the tower into the projector.
+            image_layouts: how each image lies in its tiles, [number of images, 6] (LlavaBatch). Without it each tile
+                is an image, without a newline.
+            Others as LLaVAModel's.
+        """
+        num_tokens = None
+        if input_ids is not None:
+            layouts = self._layouts(images, image_layouts)
+            num_tokens = [layout.num_tokens(self._side, self._max_tiles) for layout in layouts]
+            num_tokens = torch.tensor(num_tokens, dtype=torch.int, device=input_ids.device)
+            if self.add_encoder:
+                self.vision_projection.layouts = layouts
+                if images is not None and not len(images) and torch.is_grad_enabled():
+                    images = self._black_tile(images)
+        return super().forward(
+            images,
+            input_ids,
+            position_ids,
+            attention_mask,
+            labels=labels,
+            loss_mask=loss_mask,
+            inference_context=inference_context,
+            num_image_tiles=num_tokens,
+            **kwargs,
+        )
+
+    def _preprocess_data(
+        self, image_embeddings, language_embeddings, input_ids, loss_mask, labels, inference_kv_cache, inference_context,
+        image_token_index, num_image_tiles, *args, **kwargs,
+    ):  # fmt: skip
+        """LLaVAModel's splice; and the token after an image is learnt where the loss mask says so, as LLaVA learns it.
+
+        LLaVAModel masks all positions of an image, also its last, whose label is the next token of the text.
+        """
+        combined, new_labels, new_mask = super()._preprocess_data(
+            image_embeddings, language_embeddings, input_ids, loss_mask, labels, inference_kv_cache, inference_context,
+            image_token_index, num_image_tiles, *args, **kwargs,
+        )  # fmt: skip
+        if new_mask is not None:
+            is_image_BS = input_ids == image_token_index
+            lengths_BS = torch.ones_like(input_ids)
+            lengths_BS[is_image_BS] = num_image_tiles.to(lengths_BS.dtype)
+            last_BS = lengths_BS.cumsum(dim=1) - 1  # where each token's last position is in the spliced row
+            is_image_BS &= last_BS < new_mask.shape[1]
+            rows, _ = torch.where(is_image_BS)
+            new_mask[rows, last_BS[is_image_BS]] = loss_mask[is_image_BS]
+        return combined, new_labels, new_mask
+
+    def _black_tile(self, images: Tensor) -> Tensor:
+        """Goes through the vision parts in a batch of text, and nothing of it into the text: a gradient of zero.
+
+        Without it they would have none, and Megatron's overlapped gradient reduction would wait for it.
+        """
+        return images.new_zeros(1, *images.shape[1:])
+
+    def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
+        if image_layouts is not None:
+            return [ImageLayout(*row) for row in image_layouts.tolist()]
+        num_images = 0 if images is None else len(images)
+        return [ImageLayout(self._image_size, self._image_size, newline=0)] * num_images
+
+
+class _Tower(CLIPViTModel):
+    """The tower; an image that comes as its embedding (ReVision's stages) is its own only token.
+
+    The tower stays in such a model, so that its checkpoints are those of any other stage.
+    """
+
+    def forward(self, images: Tensor, *args, **kwargs) -> Tensor:
+        """[T, P, D] of tiles, [T, 1, D] of embeddings [T, D]."""
+        return images[:, None] if images.dim() == 2 else super().forward(images, *args, **kwargs)
+
+
+class _UnusedNorm(torch.nn.Module):
+    """SigLIP's last norm: LLaVA-OneVision takes the tokens as the last layer leaves them, but its checkpoints have it.
+
+    Buffers, as nothing is learnt: they go from checkpoint to checkpoint and back to Hugging Face as they are.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(hidden_size))
+        self.register_buffer("bias", torch.zeros(hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+def _mask_padding(vocab_size: int, padded_vocab_size: int, tp_rank: int, layer, args, output):
+    """Hook on the output layer: logits of padding rows go to the lowest number, out of softmax and gradient."""
+    logits, bias = output
+    width = logits.shape[-1]  # this rank's columns, or all of them where they were gathered
+    first = 0 if width == padded_vocab_size else tp_rank * width
+    if first + width > vocab_size:
+        logits[..., max(0, vocab_size - first) :].fill_(torch.finfo(logits.dtype).min)
+    return logits, bias
+
+
+def local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
+    """The decoder's config on one process with plain layers, for those who have no Megatron arguments to make it from."""
+    decoder = architecture.decoder
+    return TransformerConfig(
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.ffn_hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        num_query_groups=decoder.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=decoder.rmsnorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=True,
+        use_cpu_initialization=True,
+    )
+
+
+#: The parts that --trainable names, and where they are in the model.
+PARTS = {
+    "vision": ("vision_model.",),
+    "projector": ("vision_projection.",),
+    "embeddings": ("language_model.embedding.",),
+    "language": ("language_model.decoder.", "language_model.output_layer."),
+}
+
+
+def part_of(parameter_name: str, parameter: torch.nn.Parameter) -> str:
+    """The part that a parameter of the model belongs to."""
+    if getattr(parameter, "shared_embedding", False):
+        return "embeddings"  # the last stage's copy of tied word embeddings is called output_layer
+    return next(part for part, prefixes in PARTS.items() if parameter_name.startswith(prefixes))
+
+
+def set_trainable(model: LLaVAModel, trainable: Iterable[str]) -> None:
+    """Freeze all parts but those named."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = part_of(name, parameter) in trainable
+
+
+# Whatever lays the decoder's layers out over pipeline stages, or its sequence over ranks, must not reach the
+# tower: it is whole on the first stage. An uneven layout would otherwise build a tower of fewer layers, silently.
+_WHOLE_ON_ONE_STAGE = dict(
+    pipeline_model_parallel_size=1,
+    virtual_pipeline_model_parallel_size=None,
+    num_layers_in_first_pipeline_stage=None,
+    num_layers_in_last_pipeline_stage=None,
+    pipeline_model_parallel_layout=None,
+    account_for_embedding_in_pipeline_split=False,
+    account_for_loss_in_pipeline_split=False,
+    microbatch_group_size_per_vp_stage=None,
+    sequence_parallel=False,
+    tp_comm_overlap=False,
+    context_parallel_size=1,
+    # Set anew for the width and depth of these layers.
+    init_method=None,
+    output_layer_init_method=None,
+    embedding_init_method=None,
+    variable_seq_lengths=False,
+)
+
+
+def _vision_config(decoder_config: TransformerConfig, vision: VisionTower) -> TransformerConfig:
+    recomputed = decoder_config.recompute_num_layers
+    config = dataclasses.replace(
+        decoder_config,
+        **_WHOLE_ON_ONE_STAGE,
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        num_query_groups=vision.num_attention_heads,
+        kv_channels=vision.hidden_size // vision.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.layernorm_epsilon,
+        gated_linear_unit=False,
+        activation_func=partial(torch.nn.functional.gelu, approximate="tanh"),
+        bias_activation_fusion=False,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        qk_layernorm=False,
+        apply_rope_fusion=False,
+        recompute_num_layers=recomputed and min(recomputed, vision.num_layers),
+    )
+    config.vision_model_type = "siglip"  # LLaVAModel reads it from the config, which has no such field
+    return config
+
+
+def _projector_config(decoder_config: TransformerConfig) -> TransformerConfig:
+    return dataclasses.replace(
+        decoder_config,
+        **_WHOLE_ON_ONE_STAGE,
+        num_layers=1,
+        ffn_hidden_size=decoder_config.hidden_size,
+        gated_linear_unit=False,
+        activation_func=torch.nn.functional.gelu,
+        bias_activation_fusion=False,
+        add_bias_linear=True,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+    )

@@ -1,0 +1,60 @@
+"""What a plan is about: a run, and its layout over ranks. Sizes alone; memory.py and step_time.py reckon with them."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from rsa_megatron.models.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is split over ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    micro_batch_size: int = 1
+    #: of a step, on each data-parallel rank
+    num_micro_batches: int = 1
+    #: "none", "selective" or "full"
+    recompute: str = "none"
+    distributed_optimizer: bool = False
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and on what."""
+
+    architecture: Architecture
+    #: as --trainable names the parts
+    trainable: Collection[str]
+    #: positions of the longest row; under pipeline parallelism --seq-length, to which every row is filled up
+    row_length: int
+    #: tiles of the row with most
+    num_tiles: int = 1
+    bf16: bool = True
+    #: Transformer Engine's layers, with flash attention; else the plain ones
+    transformer_engine: bool = True
+    #: parts ("vision", "language") whose plain layers have Megatron's own attention, which makes a matrix of scores and
+    #: keeps it, and not that of local_attention.py: the decoder's do with --rsa-text-source caption
+    keeps_scores: Collection[str] = ()
+    #: whether the RSA loss is on
+    rsa: bool = True
+
+    @property
+    def number_size(self) -> int:
+        """Bytes of an activation or parameter."""
+        return 2 if self.bf16 else 4
+
+    def learns(self, *parts: str) -> bool:
+        return any(part in self.trainable for part in parts)
+
+    def makes_scores(self, part: str) -> bool:
+        """Whether a layer of this part has a matrix of attention scores; those of Transformer Engine never do."""
+        return part in self.keeps_scores and not self.transformer_engine
+
+    @property
+    def output_learns(self) -> bool:
+        """Whether the output layer's weight does: tied, it is the word embeddings."""
+        return self.learns("embeddings" if self.architecture.decoder.tie_word_embeddings else "language")

@@ -1,0 +1,115 @@
+"""The layouts that a run may have on so many GPUs: which of them Megatron and the training script take, and which fit."""
+
+from dataclasses import dataclass, replace
+
+from rsa_megatron.planning.memory import peak_memory
+from rsa_megatron.planning.parallel_layout import Layout, Run
+from rsa_megatron.planning.step_time import Assumptions, step_time
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+DOES_NOT_FIT = "does not fit"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the run is to be split over."""
+
+    num_gpus: int
+    #: the most for tensor parallelism
+    gpus_per_node: int
+    #: of one GPU, what parameters and activations may take
+    usable_bytes: float
+    #: samples of a step, on all GPUs
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, and what it needs."""
+
+    layout: Layout
+    #: bytes by part, on the pipeline stage that needs most
+    stage: int
+    memory: dict[str, float]
+    #: of a step
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def find_plans(run: Run, cluster: Cluster, assumed: Assumptions) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
+    """The layouts that fit, the fastest first; those that do not, the smallest first; and those refused, with the reason."""
+    fitting, too_large, refused = [], [], []
+    for layout in candidates(run, cluster):
+        reason = refusal(run, layout, cluster)
+        if reason:
+            refused.append((layout, reason))
+            continue
+        for recompute in ("none", "full"):  # "selective" has next to nothing to save without scores
+            made = _plans(run, replace(layout, recompute=recompute), assumed)
+            fits = [plan for plan in made if plan.total <= cluster.usable_bytes]
+            if fits:
+                fitting.append(min(fits, key=lambda plan: plan.seconds))
+            else:
+                too_large.append(min(made, key=lambda plan: plan.total))
+    fitting.sort(key=lambda plan: (plan.seconds, plan.total))
+    too_large.sort(key=lambda plan: plan.total)
+    return fitting, too_large, refused
+
+
+def candidates(run: Run, cluster: Cluster) -> list[Layout]:
+    """Every split over the GPUs, before anything is checked; `data` is rounded down where they do not divide."""
+    layouts = []
+    for tensor in range(1, cluster.gpus_per_node + 1):
+        for pipeline in range(1, run.architecture.decoder.num_layers + 1):
+            data = cluster.num_gpus // (tensor * pipeline)
+            for size in MICRO_BATCH_SIZES if data else ():
+                layouts.append(
+                    Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        data=data,
+                        micro_batch_size=size,
+                        num_micro_batches=cluster.global_batch_size // (size * data),
+                        sequence_parallel=tensor > 1 and run.transformer_engine,
+                    )
+                )
+    return layouts
+
+
+def refusal(run: Run, layout: Layout, cluster: Cluster) -> str | None:
+    """Why Megatron or the training script would not take a layout, a kind of reason; None where they do."""
+    tensor, pipeline = layout.tensor, layout.pipeline
+    if cluster.num_gpus % (tensor * pipeline):
+        return "TP x PP does not divide the GPUs"
+    try:
+        run.architecture.check_layout(tensor=tensor, pipeline=pipeline)
+    except ValueError:
+        return "TP does not divide the model's heads, query groups and FFN widths"
+    if run.architecture.decoder.num_layers % pipeline:
+        return "PP does not divide the decoder's layers"
+    if layout.sequence_parallel and run.row_length % tensor:
+        return "TP does not divide --seq-length, as sequence parallelism asks"
+    if cluster.global_batch_size % (layout.micro_batch_size * layout.data):
+        return "micro-batch x DP does not divide the global batch"
+    return None
+
+
+def nearest_number_of_gpus(run: Run, cluster: Cluster) -> int:
+    """The number of GPUs nearest to this one over which a layout can be split; one alone always can."""
+
+    def possible(num_gpus: int) -> bool:
+        other = replace(cluster, num_gpus=num_gpus)
+        return any(not refusal(run, layout, other) for layout in candidates(run, other))
+
+    wanted = cluster.num_gpus
+    outwards = (num_gpus for distance in range(wanted) for num_gpus in (wanted - distance, wanted + distance))
+    return next(filter(possible, outwards))
+
+
+def _plans(run: Run, layout: Layout, assumed: Assumptions) -> list[Plan]:
+    """Without the distributed optimizer and, where it has ranks to divide its state over, with it."""
+    layouts = [replace(layout, distributed_optimizer=on) for on in ((False, True) if layout.data > 1 else (False,))]
+    return [Plan(one, *peak_memory(run, one), step_time(run, one, assumed)) for one in layouts]

@@ -1,0 +1,230 @@
+"""Figures of training runs: after each stage (the paper's figure E.1), against the step (the form of its figure 4), and arm
+by arm (its tables F.1 and G.1 as dots).
+
+They take what alignment_records.py reads, and return a matplotlib Figure. An arm is a way of training, run with several
+seeds, and every seed is shown. `figure` names what was measured: "mutual-knn", "lm loss", ...
+"""
+
+import statistics
+from collections.abc import Iterable
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rsa_megatron.plots import style
+from rsa_megatron.plots.alignment_records import STAGES, Run
+
+DOT = {"linestyle": "", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.1}
+BEFORE = {"color": style.color(1), "marker": "o", "label": "before, each seed"}
+AFTER = {"color": style.color(0), "marker": "s", "markerfacecolor": style.color(0), "label": "after, each seed"}
+MEAN = {"color": "black", "linewidth": 0.8, "zorder": 1.5, "marker": "|", "markersize": 16, "markeredgewidth": 1.8,
+        "label": "mean"}  # fmt: skip
+
+
+def draw_stages(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
+    """The last value of each stage, a panel a data set: an arm's mean, and a hollow mark a seed beside it.
+
+    A dashed line is the mean before training, a dotted one chance.
+    """
+    runs = having(runs, figure)
+    data, arms = style.unique(run.data for run in runs), style.unique(run.arm for run in runs)
+    page = Figure(figsize=(max(6, 3 * len(data) + 0.6), 4.2), layout="constrained")
+    panels = page.subplots(1, len(data), sharey=True, squeeze=False)[0]
+    for axis, name in zip(panels, data):
+        draw_stages_of(axis, [run for run in runs if run.data == name], figure, arms, stages_of(runs))
+        axis.set_title(name if len(data) > 1 else None)
+    label_values(panels[:1], figure)
+    spread = ": mean, and each seed (hollow)" if have_seeds(runs) else ""
+    return finished(page, runs, figure, f"after each stage{spread}")
+
+
+def draw_stages_of(axis: Axes, runs: list[Run], figure: str, arms: list[str], stages: list[str]) -> None:
+    """One data set. The arms stand side by side, within 0.6 of the stage's place."""
+    width = 0.6 / len(arms)
+    for index, arm in enumerate(arms):
+        seeds_at = {}
+        for place, stage in enumerate(stages):
+            if seeds := [last(run, figure) for run in runs if (run.arm, run.stage) == (arm, stage)]:
+                seeds_at[place + (index + 0.5) * width - 0.3] = seeds
+        if seeds_at:
+            draw_arm_by_stage(axis, arm, seeds_at, index, beside=0.35 * width)
+    before = [run.before[figure] for run in runs if figure in run.before]
+    if before:
+        axis.plot([-1] * len(before), before, color="black", marker="o", **DOT)
+        axis.axhline(statistics.mean(before), color="black", linestyle="--", linewidth=1.2, label="before training, mean")
+    draw_chance(axis, runs, figure)
+    axis.set_xticks(range(-1 if before else 0, len(stages)), (["before"] if before else []) + stages)
+    axis.set(xlabel="after stage", xlim=(-1.5 if before else -0.5, len(stages) - 0.5))
+
+
+def draw_arm_by_stage(axis: Axes, arm: str, seeds_at: dict[float, list[float]], index: int, beside: float) -> None:
+    """seeds_at: {place on the x axis: the seeds' values}. They are drawn beside the mean, which would hide them."""
+    marks = {"color": style.color(index), "marker": style.marker(index)}
+    for x, seeds in seeds_at.items():
+        if len(seeds) > 1:
+            axis.plot([x + beside] * len(seeds), seeds, **DOT | marks)
+    means = [statistics.mean(seeds) for seeds in seeds_at.values()]
+    marks |= {"linestyle": style.line_style(index), "markersize": 8, "markeredgecolor": "black"}
+    axis.plot(list(seeds_at), means, label=arm, **marks)
+
+
+def draw_steps(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
+    """Against the iteration, a panel a stage and a row a data set: an arm's mean, ± one standard deviation over the seeds as
+    a band, and a thin line a seed.
+
+    A loss has an axis of its own in each panel, as the stages' data and templates differ.
+
+    Raises:
+        ValueError: no run has the figure, or the seeds of an arm have no iteration in common.
+    """
+    runs = having(runs, figure)
+    data, arms, stages = style.unique(run.data for run in runs), style.unique(run.arm for run in runs), stages_of(runs)
+    page = Figure(figsize=(max(6, 2.9 * len(stages) + 0.6), 2.7 * len(data) + 1.3), layout="constrained")
+    axes = page.subplots(len(data), len(stages), sharey=False if "loss" in figure else "row", squeeze=False)
+    for panels, name in zip(axes, data):
+        for axis, stage in zip(panels, stages):
+            draw_steps_of(axis, [run for run in runs if (run.data, run.stage) == (name, stage)], figure, arms)
+            axis.set_title(f"{name}, stage {stage}" if len(data) > 1 else f"stage {stage}")
+    for axis in axes[-1]:
+        axis.set_xlabel("iteration")
+    label_values(axes[:, 0], figure)
+    spread = ": mean ± standard deviation, and each seed" if have_seeds(runs) else ""
+    return finished(page, runs, figure, f"over training{spread}")
+
+
+def draw_steps_of(axis: Axes, runs: list[Run], figure: str, arms: list[str]) -> None:
+    """One data set and stage. What spans decades, as the RSA loss does, has a logarithmic axis."""
+    for index, arm in enumerate(arms):
+        if of_arm := [run for run in runs if run.arm == arm]:
+            draw_arm_by_step(axis, arm, curves(of_arm, figure), index)
+    draw_chance(axis, runs, figure)
+    values = [value for run in runs for _, value in run.figures[figure]]
+    if values and min(values) > 0 and max(values) > 30 * min(values):
+        axis.set_yscale("log")
+
+
+def curves(runs: list[Run], figure: str) -> list[dict[int, float]]:
+    """{iteration: value} of each run; what training began from stands at 0."""
+    starts = ({0: run.before[figure]} if figure in run.before else {} for run in runs)
+    found = [start | dict(run.figures[figure]) for start, run in zip(starts, runs)]
+    if not set.intersection(*map(set, found)):
+        raise ValueError(f"{runs[0].where} and {runs[-1].where}: the seeds' {figure!r} have no iteration in common")
+    return found
+
+
+def draw_arm_by_step(axis: Axes, arm: str, curves: list[dict[int, float]], index: int) -> None:
+    """The mean is over the iterations that all seeds have."""
+    marks = {"color": style.color(index), "linestyle": style.line_style(index)}
+    iterations = sorted(set.intersection(*map(set, curves)))
+    seeds_at = [[curve[iteration] for curve in curves] for iteration in iterations]
+    means = [statistics.mean(seeds) for seeds in seeds_at]
+    if len(curves) > 1:
+        for curve in curves:
+            axis.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.7, **marks)
+        deviations = [statistics.stdev(seeds) for seeds in seeds_at]
+        low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
+        axis.fill_between(iterations, low, high, color=style.color(index), alpha=0.18, linewidth=0)
+    marks |= {"marker": style.marker(index), "markersize": 5, "markevery": max(1, len(iterations) // 8)}
+    axis.plot(iterations, means, linewidth=2, label=arm, **marks)
+
+
+def draw_ablation(runs: list[Run], *, figure: str = "mutual-knn", stage: str = "1") -> Figure:
+    """Before training and after a stage, a row an arm and a panel a data set: a dot a seed, a bar at the mean, and at the
+    right what the mean has gained.
+
+    Raises:
+        ValueError: no run of that stage has the figure.
+    """
+    began = {(run.data, run.arm, run.seed): run.before[figure] for run in runs if figure in run.before}
+    runs = having([run for run in runs if run.stage == stage], figure, f"of stage {stage} ")
+    data, arms = style.unique(run.data for run in runs), style.unique(run.arm for run in runs)
+    page = Figure(figsize=(max(7, 2.9 * len(data) + 2.6), 0.42 * len(arms) + 1.9), layout="constrained")
+    panels = page.subplots(1, len(data), sharey=True, squeeze=False)[0]
+    for axis, name in zip(panels, data):
+        of_data = sorted((run for run in runs if run.data == name), key=lambda run: run.seed)
+        for row, arm in enumerate(arms):
+            of_arm = [run for run in of_data if run.arm == arm]
+            before = [began[name, arm, run.seed] for run in of_arm if (name, arm, run.seed) in began]
+            draw_arm_in_row(axis, row, before, [last(run, figure) for run in of_arm])
+        write_beside(axis, -0.5, "difference")
+        chance = chance_of(of_data, figure)
+        dress_rows(axis, style.axis_label(figure) + (f" (chance {chance:.3f})" if chance else ""))
+        axis.set_title(name if len(data) > 1 else None)
+    panels[0].set_yticks(range(len(arms)), [style.wrapped(arm, 30) for arm in arms])
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)  # the first arm at the top
+    return finished(page, runs, figure, f"before training and after stage {stage}")
+
+
+def draw_arm_in_row(axis: Axes, row: int, before: list[float], after: list[float]) -> None:
+    """The seeds lie one below the other within the row, so that equal values do not hide each other."""
+    for values, marks in ((before, BEFORE), (after, AFTER)):
+        heights = [row + 0.5 * ((number + 0.5) / len(values) - 0.5) for number in range(len(values))]
+        axis.plot(values, heights, **DOT | marks)
+    means = [statistics.mean(values) for values in (before, after) if values]
+    axis.plot(means, [row] * len(means), **MEAN)
+    if before and len(before) == len(after):
+        write_beside(axis, row, f"{means[1] - means[0]:+.3f}".replace("-", "\N{MINUS SIGN}"))
+
+
+def write_beside(axis: Axes, row: float, text: str) -> None:
+    axis.annotate(text, (1, row), xycoords=axis.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points", va="center",
+                  fontsize=9, annotation_clip=False)  # fmt: skip
+
+
+def dress_rows(axis: Axes, label: str) -> None:
+    axis.set_xlabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+
+
+def draw_chance(axis: Axes, runs: list[Run], figure: str) -> None:
+    if chance := chance_of(runs, figure):
+        axis.axhline(chance, color="black", linestyle=":", linewidth=1.2, label=f"chance, {chance:.3f}")
+
+
+def chance_of(runs: list[Run], figure: str) -> float | None:
+    return next((run.chance for run in runs if figure == "mutual-knn" and run.chance), None)
+
+
+def last(run: Run, figure: str) -> float:
+    return run.figures[figure][-1][1]
+
+
+def having(runs: list[Run], figure: str, which: str = "") -> list[Run]:
+    """The runs in which a figure was taken."""
+    found = [run for run in runs if run.figures.get(figure)]
+    if not found:
+        names = style.unique(name for run in runs for name, points in run.figures.items() if points)
+        raise ValueError(f"no run {which}has the figure {figure!r}; there are: {', '.join(names) or 'none'}")
+    return found
+
+
+def stages_of(runs: list[Run]) -> list[str]:
+    return [stage for stage in STAGES if any(run.stage == stage for run in runs)]
+
+
+def label_values(left_panels: Iterable[Axes], figure: str) -> None:
+    for axis in left_panels:
+        axis.set_ylabel(style.axis_label(figure))
+        if figure == "mutual-knn":
+            axis.set_ylim(bottom=0)  # last, when all is drawn: the panels of a row share it
+
+
+def finished(page: Figure, runs: list[Run], figure: str, when: str) -> Figure:
+    """With a title that says what was measured over what, and a legend for all panels."""
+    sizes = {"k": runs[0].k, "N": runs[0].num_samples} if figure == "mutual-knn" else {}
+    details = [f"{name} = {size}" for name, size in sizes.items() if size] + [style.seeds_in_words(seeds_of_arms(runs))]
+    style.title(page, f"{style.name(figure)} {when}", ", ".join(details))
+    style.legend_below(page)
+    return page
+
+
+def have_seeds(runs: list[Run]) -> bool:
+    return max(map(len, seeds_of_arms(runs))) > 1
+
+
+def seeds_of_arms(runs: list[Run]) -> list[list[int]]:
+    arms = style.unique((run.data, run.arm) for run in runs)
+    return [sorted({run.seed for run in runs if (run.data, run.arm) == arm}) for arm in arms]

@@ -1,0 +1,22 @@
+"""Training on Megatron's own pretrain(): the command line, the recipes' settings, the providers, what is logged.
+
+The only folder that imports megatron.training. Importing it makes Megatron ready for a machine without CUDA, which has to be
+done before any of Megatron's modules is loaded: they look for CUDA as they load.
+"""
+
+import gc
+import sys
+
+from rsa_megatron import megatron_on_cpu
+
+try:
+    #: whether this process trains on the CPU
+    ON_CPU = megatron_on_cpu.enable()
+except RuntimeError as error:
+    sys.exit(f"error: {error}")
+
+gc.disable()  # what modules define stays: to look for garbage among it again and again is a seventh of the imports' time
+import megatron.training.training  # noqa: F401
+
+gc.freeze()  # and what collects later need not look at it either
+gc.enable()

@@ -1,0 +1,107 @@
+"""A learning rate for each part of the model: --vision-lr and --projector-lr beside Megatron's --lr.
+
+Megatron's optimizer knows any number of rates (ParamKey and ParamGroupOverride say which parameters have another), but
+its pretrain() has no argument for them: it takes what `get_megatron_optimizer_config` makes of the command line, which
+"can be added to as needed by the user". Here the optimizer is made with ours added. Warm-up and decay have the same shape
+for all parts: lr_part(step) / lr(step) is the same at every step.
+"""
+
+import functools
+
+import megatron.training.training
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from rsa_megatron.models.architectures import Architecture
+from rsa_megatron.models.llava_onevision import PARTS
+
+
+def add_arguments(group) -> None:
+    group.add_argument("--vision-lr", type=float, help="peak learning rate of the vision tower; default: --lr")
+    group.add_argument("--projector-lr", type=float, help="peak learning rate of projector and image_newline; default: --lr")
+
+
+def check_arguments(args) -> None:
+    for part in ("vision", "projector"):
+        flag, rate = f"--{part}-lr", getattr(args, f"{part}_lr")
+        if rate is None:
+            continue
+        if not rate >= 0:
+            raise ValueError(f"{flag} {rate}: a learning rate is 0 or more")
+        if args.lr_warmup_init and rate != args.lr:
+            raise ValueError(f"{flag} goes with a warm-up from 0 alone: all rates begin at --lr-warmup-init; leave that out")
+        if args.lr == 0 and args.min_lr > 0:
+            raise ValueError(f"{flag} with --lr 0 needs --min-lr 0: the other rates decay in proportion to --lr")
+
+
+def peak_rates(args) -> dict[str, float]:
+    """The peak rate of each part that learns."""
+    rates = {"vision": args.vision_lr, "projector": args.projector_lr}
+    return {part: args.lr if rates.get(part) is None else rates[part] for part in PARTS if part in args.trainable}
+
+
+def table(args, architecture: Architecture) -> str:
+    """Parts, their parameters, and the rate at which each learns."""
+    rates = peak_rates(args)
+    lines = [f"{'part':<12}{'parameters':>16}  {'peak learning rate':<18}  of which"]
+    totals = {}
+    for part, pieces in architecture.parameter_counts().items():
+        totals[part] = sum(pieces.values())
+        rate = "frozen" if part not in rates else f"{rates[part]:g}"
+        lines.append(f"{part:<12}{totals[part]:>16,}  {rate:<18}  " + ", ".join(f"{k} {v:,}" for k, v in pieces.items()))
+    learn = sum(totals[part] for part in rates)
+    return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {learn:,} learn"])
+
+
+class LearningRates:
+    """The rates of one run, from its arguments to its optimizer and its log."""
+
+    def __init__(self, args):
+        self._args = args
+        self._optimizer = None
+
+    def apply(self) -> None:
+        """Before pretrain(): its optimizer gets a parameter group for each rate."""
+        make_optimizer = megatron.training.training.get_megatron_optimizer
+
+        @functools.wraps(make_optimizer)
+        def with_rates(config, model_chunks, *, config_overrides, **options):
+            overrides = {**config_overrides, **self._overrides()}
+            self._optimizer = make_optimizer(config, model_chunks, config_overrides=overrides, **options)
+            return self._optimizer
+
+        megatron.training.training.get_megatron_optimizer = with_rates
+
+    def _overrides(self) -> dict[ParamKey, ParamGroupOverride]:
+        lr, min_lr = self._args.lr, self._args.min_lr
+        return {
+            # Names begin with the wrappers' "module.".
+            ParamKey(name=tuple(f"*{prefix}*" for prefix in PARTS[part])): ParamGroupOverride(
+                max_lr=rate, min_lr=min_lr * rate / lr if lr else 0.0
+            )
+            for part, rate in peak_rates(self._args).items()
+            # Equal rates are one group: Megatron tells groups of a checkpoint apart by their rates.
+            if rate != lr
+        }
+
+    def wrap_forward_step(self, forward_step):
+        """A forward step whose loss function also reports the rates of vision and projector in this step.
+
+        (Megatron's `learning rate` is that of the rest: --lr's. It prints the next step's.)
+        """
+
+        @functools.wraps(forward_step)
+        def with_report(data_iterator, model, *args, **kwargs):
+            output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
+            if loss_func is None or not model.training:
+                return output, loss_func
+            return output, lambda output_tensor: self._with_rates(loss_func(output_tensor))
+
+        return with_report
+
+    def _with_rates(self, outputs: tuple) -> tuple:
+        *loss, report = outputs
+        current = {group["max_lr"]: float(group["lr"]) for group in self._optimizer.param_groups}
+        rates = {part: current[rate] for part, rate in peak_rates(self._args).items() if part in ("vision", "projector")}
+        # Pairs like the losses', whose numerators and denominators are added up over ranks and micro-batches.
+        return (*loss, report | {f"{part} lr": loss[0].new_tensor([rate, 1.0]).float() for part, rate in rates.items()})

@@ -1,0 +1,71 @@
+"""mutual-kNN at each evaluation: pretrain()'s callbacks for figures that are no loss."""
+
+import math
+import time
+
+from megatron.core import mpu
+from megatron.training import get_args, get_wandb_writer
+from megatron.training.utils import is_last_rank, print_rank_last
+
+from rsa_megatron.evaluation.online import measure_mutual_knn, read_pairs
+from rsa_megatron.plugin import RSAPlugin
+from rsa_megatron.training.providers import validation_loader
+
+
+class MutualKnn:
+    """For Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on the same validation pairs."""
+
+    def __init__(self, rsa: RSAPlugin):
+        self._rsa = rsa
+        self._pairs = None
+
+    def __call__(self, model) -> dict[str, float]:
+        args, begin = get_args(), time.monotonic()
+        if self._pairs is None:
+            self._pairs = self._read(args, model)
+        result = measure_mutual_knn(
+            model,
+            self._pairs,
+            num_samples=args.mutual_knn_samples,
+            micro_batch_size=args.eval_micro_batch_size,
+            seq_length=args.seq_length,
+            k=args.mutual_knn_k,
+            layer_pairs=args.mutual_knn_layers,
+        )
+        return said(args, *result, time.monotonic() - begin) if result else {}
+
+    def _read(self, args, model) -> list:
+        reads = mpu.get_tensor_model_parallel_rank() == 0 and (
+            mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+        )
+        # Base tiles alone are measured; with anyres the others would be cut for nothing.
+        loader = validation_loader(args, say_skipped=False, image_aspect_ratio="square") if reads else None
+        return read_pairs(
+            model,
+            loader and loader.one_pass(),
+            num_samples=args.mutual_knn_samples,
+            micro_batch_size=args.eval_micro_batch_size,
+            base_tile=self._rsa.config.base_tile,
+        )
+
+
+def said(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: float) -> dict[str, float]:
+    """The scores by the names that the log calls them by, once it has."""
+    # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
+    iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
+    chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
+    named = {"mutual-knn" + ("" if pair == (-1, -1) else " {}:{}".format(*pair)): score for pair, score in scores.items()}
+    for name, score in named.items():
+        print_rank_last(
+            f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | {name} value: {score:.4f} | "
+            f"{num_pairs} pairs, image alone against caption alone, {seconds:.1f} s | chance {chance:.4f} |"
+        )
+    return named
+
+
+def write_mutual_knn(scores: dict[str, float], iteration: int, writer) -> None:
+    """Megatron's process_non_loss_data_func: to TensorBoard and, where it is on, wandb."""
+    for key, score in scores.items():
+        writer.add_scalar(f"{key} validation", score, iteration)
+        if get_wandb_writer() and is_last_rank():
+            get_wandb_writer().log({f"{key} validation": score}, iteration)

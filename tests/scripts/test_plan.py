@@ -1,0 +1,138 @@
+"""The planner: what it calls possible the training script takes, what it refuses is refused; and what it prints."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rsa_megatron.cli import plan as plan_command
+from rsa_megatron.cli.plan import flags_of, largest_grid, parse, read_run
+from rsa_megatron.models.architectures import ARCHITECTURES
+from rsa_megatron.planning.search import candidates, find_plans, refusal
+from rsa_megatron.recipes import recipe
+from tests.support import processes
+
+
+def arguments(model: str, stage: str, gpus: int, *flags: str):
+    args = parse(["--model", model, "--stage", stage, "--gpus", str(gpus), *flags])
+    return args, *read_run(args)
+
+
+def accepted(world_size: int, command_lines: list[str], demo) -> list[bool]:
+    """Whether the training script takes each command line on so many ranks: its own parse, Megatron's checks in it."""
+    import pretrain_llava_rsa
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import unset_global_variables
+
+    os.environ["WORLD_SIZE"] = str(world_size)
+    results = []
+    for flags in command_lines:
+        flags = [*flags.split(), "--train-iters", "8", "--tokenizer-model", str(demo / "tokenizer")]
+        sys.argv = ["pretrain_llava_rsa.py", *flags]
+        try:
+            pretrain_llava_rsa.parse(pretrain_llava_rsa.RSAPlugin(), reads_data=False)
+            results.append(True)
+        except SystemExit as end:
+            assert end.code == 2, end
+            results.append(False)
+        unset_global_variables()
+        unset_num_microbatches_calculator()
+    return results
+
+
+def on_cpu(flags: str) -> str:
+    """Transformer Engine is not there; nothing that is checked here hangs on it."""
+    return flags.replace("transformer_engine", "local")
+
+
+def test_every_split_is_taken_or_refused_as_the_training_script_does(demo):
+    args, run, cluster, _ = arguments(
+        "demo", "1", 12, "--gpus-per-node", "4", "--global-batch-size", "48", "--seq-length", "162"
+    )
+    layouts = [one for one in candidates(run, cluster) if one.micro_batch_size in (1, 8)]
+    reasons = [refusal(run, one, cluster) for one in layouts]
+    command_lines = [on_cpu(flags_of(one, args)) for one in layouts]
+    (actual,) = processes.run(accepted, 1, cluster.num_gpus, command_lines, demo)
+    assert actual == [reason is None for reason in reasons]
+    assert len(set(reasons)) == 5 and 5 < sum(actual) < len(actual) - 5  # four reasons, and none
+
+
+@pytest.mark.parametrize("model, stage, gpus", [
+    ("llava-ov-7b", "1.5", 224), ("llava-ov-7b", "revision", 224), ("llava-ov-0.5b", "2", 64), ("demo", "1", 8),
+])  # fmt: skip
+def test_the_layouts_it_prints_are_taken(demo, model, stage, gpus):
+    args, run, cluster, assumed = arguments(model, stage, gpus)
+    layouts = [plan.layout for plan in find_plans(run, cluster, assumed)[0]]
+    # The fastest, the slowest, which recomputes, and one with the distributed optimizer.
+    chosen = [layouts[0], layouts[-1], *[one for one in layouts if one.distributed_optimizer][:1]]
+    (actual,) = processes.run(accepted, 1, gpus, [on_cpu(flags_of(one, args)) for one in chosen], demo)
+    assert all(actual)
+
+
+def test_a_sequence_length_that_tensor_parallelism_does_not_divide_is_refused(demo):
+    args, run, cluster, _ = arguments("demo", "1", 2, "--seq-length", "161")
+    layout = next(one for one in candidates(run, cluster) if one.tensor == 2)
+    assert "--seq-length" in refusal(run, layout, cluster)
+    (actual,) = processes.run(accepted, 1, 2, [on_cpu(flags_of(layout, args))], demo)
+    assert actual == [False]
+
+
+def test_what_it_prints_and_in_how_little_time_to_load(capsys):
+    assert plan_command.main("--model llava-ov-7b --stage 1.5 --gpus 224 --gpu-memory 80 --show 3".split()) == 0
+    printed = capsys.readouterr().out
+    # PP of 7: 224 = 2^5 x 7 ranks, and DP must divide a batch of 256 = 2^8.
+    assert len(re.findall(r"^ +\d+ +(?:7|14|28) +\d+ .*\d$", printed, flags=re.MULTILINE)) == 3
+    parts = dict(re.findall(r"^    (\w[\w ]*?) +([\d.]+)$", printed, flags=re.MULTILINE))
+    total = float(parts.pop("all"))
+    assert sum(map(float, parts.values())) == pytest.approx(total, abs=0.05) and total < 74
+    assert "Nothing of this has been measured at this size" in printed
+    code = "import sys; from rsa_megatron.cli import plan; print([m for m in ('megatron', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_refused_layouts_are_counted_and_printed(capsys):
+    assert plan_command.main("--model demo --stage 1 --gpus 8 --show-refused".split()) == 0
+    printed = capsys.readouterr().out
+    counted = int(re.search(r"(\d+) are refused", printed)[1])
+    by_reason = re.findall(r"^ +(\d+)  (.*)$", printed, flags=re.MULTILINE)
+    by_reason = [(int(count), reason) for count, reason in by_reason if reason.startswith(("TP", "PP", "micro"))]
+    assert counted == sum(count for count, _ in by_reason) == printed.count(", recompute none: ")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--model llava-ov-8b --stage 1 --gpus 8", "llava-ov-8b"),
+    ("--model demo --stage 3 --gpus 8", "--stage 3"),
+    ("--model demo --stage 1 --gpus 0", "--gpus 0"),
+    ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
+    ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
+    ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or name another --global-batch-size"),
+    ("--model llava-ov-7b --stage 2 --gpus 1", "the nearest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
+])  # fmt: skip
+def test_what_is_wrong_is_one_line(capsys, flags, said):
+    assert plan_command.main(flags.split()) == 2
+    printed, error = capsys.readouterr()
+    assert not printed and error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():
+    def plans(memory):
+        _, run, cluster, assumed = arguments("llava-ov-7b", "1.5", 32, "--gpu-memory", str(memory))
+        return [plan.layout for plan in find_plans(run, cluster, assumed)[0]]
+
+    def splits(layouts):
+        return {(one.tensor, one.pipeline, one.micro_batch_size, one.recompute) for one in layouts}
+
+    def part_recomputed(layouts):
+        return sum(one.recompute == "full" for one in layouts) / len(layouts)
+
+    small, large = plans(40), plans(141)
+    assert splits(small) < splits(large) and part_recomputed(small) > part_recomputed(large)
+
+
+def test_the_largest_image_is_that_of_the_recipe():
+    architecture = ARCHITECTURES["llava-ov-7b"]
+    # One tile; a base tile and 2 x 2; a base tile and 6 x 6.
+    assert [largest_grid(recipe("llava-ov-7b", stage), architecture) for stage in ("1", "1.5", "2")] == [1, 5, 37]
