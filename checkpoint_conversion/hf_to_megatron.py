@@ -13,10 +13,10 @@ from pathlib import Path
 from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
 from checkpoint_conversion.initial_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
 from checkpoint_conversion.lmms_lab import is_lmms_lab, read_lmms_lab
+from checkpoint_conversion.output_folder import output_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_save import save_checkpoint
 from checkpoint_conversion.weight_map import EMBEDDINGS, LM_HEAD, TOWER, table
-from rsa_megatron.atomic_folder import new_folder
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import read_architecture, read_towers
 from rsa_megatron.models.hf_files import copy_model_files, write_model_files
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     where = " and ".join(map(str, sources))
     check(tensors, rows, where)
     num_bytes = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors.values())
-    with new_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=sources) as folder:
+    with output_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=sources) as folder:
         if is_onevision:
             copy_model_files(args.hf, folder / "hf")
         else:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from checkpoint_conversion.hf_shards import write_folder
+from checkpoint_conversion.output_folder import output_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
 from checkpoint_conversion.weight_map import EMBEDDINGS, Row, expected_shapes, split, table
-from rsa_megatron.atomic_folder import new_folder
 from rsa_megatron.models.hf_config import read_architecture
 from rsa_megatron.models.hf_files import copy_model_files
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = MegatronCheckpoint(source, rows)
     dtypes = {row.key: checkpoint.dtype(row) for row in rows}
     num_bytes = sum(dtypes[row.key].itemsize * math.prod(row.stored_shape) for row in rows)
-    with new_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=[source, template]) as folder:
+    with output_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=[source, template]) as folder:
         copy_model_files(template, folder)
         _set_dtype(folder / "config.json", next(dtypes[row.key] for row in rows if EMBEDDINGS in row.parts))
         with progress(len(expected_shapes(rows)), num_bytes, args.out) as bar:

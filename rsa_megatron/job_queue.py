@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rsa_megatron import atomic
+
 SECONDS_TO_END = 10
 
 
@@ -131,7 +133,7 @@ class Queue:
         if process.returncode == 0:
             self.took[job.name] = seconds
             self.done.add(job.name)
-            write_whole(self.folder / job.name / "done.json", json.dumps({"seconds": round(seconds, 1)}))
+            atomic.write_text(self.folder / job.name / "done.json", json.dumps({"seconds": round(seconds, 1)}))
             when_done(job)
             say(f"done {job.name} in {seconds:.0f} s")
         else:
@@ -163,14 +165,6 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
     except ProcessLookupError:
         pass
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def makespan(jobs: Iterable[Job], num_at_once: int, gone: dict[str, float] | None = None) -> float:

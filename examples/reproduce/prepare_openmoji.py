@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rsa_megatron import atomic
 from rsa_megatron.cli.data import is_finished
 from rsa_megatron.data.prepare.sample_checks import ImportedImage, ImportedSample
 from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
@@ -114,15 +114,12 @@ def make(args) -> None:
     drawn = draw_each(pictures, folder, args)
     families = by_family(list(drawn))
     parts = divide(families, args.validation, args.seed)
-    unfinished = args.out.with_name(args.out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write(parts, drawn, unfinished, args)
-    index_shards(unfinished, subflavors={"rsa": True}, num_workers=1)
-    summary = {"settings": settings, "families": len(families), "drawn alike": len(pictures) - len(drawn)} | counts(parts)
-    (unfinished / "summary.json").write_text(json.dumps(summary, indent=1))
-    (unfinished / "ATTRIBUTION.txt").write_text(attribution())
-    unfinished.rename(args.out)
+    with atomic.new_folder(args.out) as unfinished:
+        write(parts, drawn, unfinished, args)
+        index_shards(unfinished, subflavors={"rsa": True}, num_workers=1)
+        summary = {"settings": settings, "families": len(families), "drawn alike": len(pictures) - len(drawn)} | counts(parts)
+        (unfinished / "summary.json").write_text(json.dumps(summary, indent=1))
+        (unfinished / "ATTRIBUTION.txt").write_text(attribution())
     print(in_short(args.out, summary))
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from reproduction_plan import ABLATIONS, MAIN, TrainingRun
 
-from rsa_megatron.job_queue import Queue, write_whole
+from rsa_megatron import atomic
+from rsa_megatron.job_queue import Queue
 from rsa_megatron.plots.tables import cell, spread, table
 from rsa_megatron.plots.training_log import read_figures
 
@@ -84,7 +85,7 @@ def merged(old: list[dict], new: list[dict], about: dict) -> list[dict]:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def tables(lines: list[dict]) -> str:
@@ -152,5 +153,5 @@ def fill_page(page: Path, name: str, text: str) -> bool:
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(old):
         return False
-    write_whole(page, pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", old))
+    atomic.write_text(page, pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", old))
     return True

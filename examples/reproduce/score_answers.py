@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
+from rsa_megatron import atomic
 from rsa_megatron.data.conversation import IMAGE_TOKEN, encode
 from rsa_megatron.data.synthetic import scenes
 from rsa_megatron.data.tiles import ASPECT_RATIOS, ImageTiler
-from rsa_megatron.job_queue import write_whole
 from rsa_megatron.models.hf_config import read_architecture
 
 BATCH = 16
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(in_words(scores))
     if args.out:
-        write_whole(args.out, json.dumps(scores, indent=1) + "\n")
+        atomic.write_text(args.out, json.dumps(scores, indent=1) + "\n")
 
 
 def parse(arguments):

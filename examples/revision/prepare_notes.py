@@ -13,13 +13,13 @@ all before one caption in five. It sees no picture: the notes are words.
 import argparse
 import json
 import random
-import shutil
 import sys
 from pathlib import Path
 
 import webdataset
 from tqdm import tqdm
 
+from rsa_megatron import atomic
 from rsa_megatron.data.synthetic.data_sets import PROMPT, index_data_set, turns
 
 #: Labels of a scene's contents that say no more than others of them, or nothing.
@@ -32,19 +32,16 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.out.exists():
         return print(f"{args.out}: there already")
-    unfinished = args.out.with_name(args.out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    parts = {part: sorted(args.data.glob(f"{part}-*.tar")) for part in ("train", "val")}
-    if not all(parts.values()):
-        sys.exit(f"error: {args.data} has no shards of train and val; name captions that prepare_data.py has written")
-    for part, tars in parts.items():
-        with webdataset.ShardWriter(f"{unfinished}/{part}-%05d.tar", maxcount=500, verbose=0) as writer:
-            samples = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
-            for sample in tqdm(samples, desc=f"{args.out} {part}", unit="text", mininterval=1):
-                writer.write(with_notes(sample))
-    index_data_set(unfinished, "notes")
-    unfinished.rename(args.out)
+    with atomic.new_folder(args.out) as unfinished:
+        parts = {part: sorted(args.data.glob(f"{part}-*.tar")) for part in ("train", "val")}
+        if not all(parts.values()):
+            sys.exit(f"error: {args.data} has no shards of train and val; name captions that prepare_data.py has written")
+        for part, tars in parts.items():
+            with webdataset.ShardWriter(f"{unfinished}/{part}-%05d.tar", maxcount=500, verbose=0) as writer:
+                samples = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
+                for sample in tqdm(samples, desc=f"{args.out} {part}", unit="text", mininterval=1):
+                    writer.write(with_notes(sample))
+        index_data_set(unfinished, "notes")
 
 
 def parse(arguments: list[str] | None):

@@ -30,8 +30,9 @@ from pathlib import Path
 import revision_results as results
 from revision_plan import ARMS, BATCH, PAIRED, USUAL, Arm, plan, shards_of, write_mixtures
 
+from rsa_megatron import atomic
 from rsa_megatron.job_commands import environment
-from rsa_megatron.job_queue import Queue, lock_folder, print_plan, run_and_report, write_whole
+from rsa_megatron.job_queue import Queue, lock_folder, print_plan, run_and_report
 from rsa_megatron.plots import style
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +58,10 @@ def report(queue: Queue, args) -> None:
     arms = [job for job in queue.jobs if isinstance(job, Arm) and {job.name, job.own or job.name} <= queue.done]
     lines = [results.line_of(queue, job, args, shards_of(args, job.seed, PAIRED)) for job in arms]
     if lines:
-        write_whole(args.jsonl, "".join(json.dumps(line) + "\n" for line in lines))
+        atomic.write_text(args.jsonl, "".join(json.dumps(line) + "\n" for line in lines))
         table = results.table_of(lines)
         print(table)
-        write_whole(args.results / "revision.md", table + "\n")
+        atomic.write_text(args.results / "revision.md", table + "\n")
     if any(line["curve"] for line in lines):
         with style.styled():
             paths = style.save(results.draw(lines), args.results / "revision")

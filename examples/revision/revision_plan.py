@@ -6,9 +6,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsa_megatron import atomic
 from rsa_megatron.example_files import EXAMPLES
 from rsa_megatron.job_commands import folder_name, python, torchrun
-from rsa_megatron.job_queue import Job, write_whole
+from rsa_megatron.job_queue import Job
 
 HERE = Path(__file__).parent
 BATCH = 32
@@ -159,9 +160,9 @@ def write_mixtures(args) -> None:
     numbers = {"held_out": args.held_out, "first": "50%", "last": "100%"}
     for name, first, last in (("images", "0%", "50%"), ("texts", "50%", "100%")):
         halves = numbers | {"first": first, "last": last}
-        write_whole(args.out / f"{name}.yaml", MIXTURE.format(train=captions(args), val=captions(args), **halves))
+        atomic.write_text(args.out / f"{name}.yaml", MIXTURE.format(train=captions(args), val=captions(args), **halves))
     for seed in args.seeds:
         for arm in (*MOVED, PAIRED):
             for of in (PAIRED, arm):
                 train, val = (shards_of(args, seed, name) for name in (arm, of))
-                write_whole(mixture(args, seed, arm, of=of), MIXTURE.format(train=train, val=val, **numbers))
+                atomic.write_text(mixture(args, seed, arm, of=of), MIXTURE.format(train=train, val=val, **numbers))

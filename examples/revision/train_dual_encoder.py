@@ -21,7 +21,6 @@ Shapes: N pairs, L tokens, S side of an image in pixels, D width of an embedding
 import argparse
 import json
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
+from rsa_megatron import atomic
 from rsa_megatron.data.sources.open_pairs import Pairs, open_pairs
 
 #: A text begins and ends with these, as CLIP's do; padding is the second, too. The state at the first of them is the text's.
@@ -198,12 +198,10 @@ def in_words(figures: dict[str, float]) -> str:
 
 def save(folder: Path, model: CLIPModel, tokenizer, processor, figures: dict) -> None:
     """A folder that is there as a whole or not at all."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(unfinished)
-    (unfinished / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
-    unfinished.rename(folder)
+    with atomic.new_folder(folder) as unfinished:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(unfinished)
+        (unfinished / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     print(f"dual encoder: {folder}")
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rsa_megatron import atomic
 from rsa_megatron.cli.data_summary import Figures, in_words, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
 from rsa_megatron.data.prepare import sample_checks
@@ -220,6 +221,4 @@ def id_of(record: Record) -> str | int | None:
 
 def note(folder: Path, state: dict) -> None:
     """Write state.json: the old or the new is there, never half of one."""
-    unfinished = folder / "state.json.unfinished"
-    unfinished.write_text(json.dumps(state))
-    unfinished.replace(folder / "state.json")
+    atomic.write_text(folder / "state.json", json.dumps(state))

@@ -25,13 +25,13 @@ texts as `transform` gives them, of unit length. Keys of the line:
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rsa_megatron import atomic
 from rsa_megatron.cli.gap_splits import Parts, split
 from rsa_megatron.cli.realign_sources import add_source_arguments, num_ranks, progress, sources
 from rsa_megatron.evaluation.embedding_files import Embeddings
@@ -93,9 +93,7 @@ def run(args) -> None:
     gap = checked(Line(str(path), json.loads(text)))  # what is drawn is what is in the file
     with style.styled():
         paths = style.save(draw_gap(gap), stem)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n")
-    unfinished.replace(path)
+    atomic.write_text(path, text + "\n")
     print(in_words(gap))
     print(f"page: {', '.join(map(str, [path, *paths]))}")
 

@@ -5,9 +5,9 @@ Shapes: S seeds, R layers of the rows, C of the columns.
 
 import datetime
 import json
-import os
 from pathlib import Path
 
+from rsa_megatron import atomic
 from rsa_megatron.evaluation.layer_scores import LayerScores
 from rsa_megatron.json_lines import json_object
 
@@ -61,10 +61,7 @@ def read_lines(path: Path) -> list[dict]:
 def write_lines(path: Path, lines: list[dict]) -> None:
     """Add lines to a file, each in the place of an earlier one of the same measurement; all at once or not at all."""
     kept = [line for line in read_lines(path) if not any(_identity(line) == _identity(one) for one in lines)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    unfinished.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, *lines]))
-    unfinished.replace(path)
+    atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, *lines]))
 
 
 def _identity(line: dict) -> list:

@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from rsa_megatron import atomic
 from rsa_megatron.cli.data import choose_held_out
 from rsa_megatron.cli.realign_fit import encoder_of
 from rsa_megatron.cli.realign_sources import (
@@ -125,13 +126,8 @@ def write_rows(args: argparse.Namespace, operator: EmbeddingOperator) -> None:
     """Rows to rows, in an .npy that appears when it is whole."""
     texts = open_embeddings(args.texts)
     check_encoder(operator, texts)
-    unfinished = args.out.with_name(args.out.name + ".unfinished")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic.new_file(args.out) as unfinished:
         _write_npy(unfinished, [texts], operator, _DTYPES[args.out_dtype])
-        unfinished.rename(args.out)
-    finally:
-        unfinished.unlink(missing_ok=True)
     print(f"{args.out}: {texts.num_rows} rows of {texts.width}, {operator.method}")
 
 

@@ -11,18 +11,19 @@ bytes of a run that was not: nothing in them depends on the clock or on the mach
 Shapes: N pairs in a store, n of them in a part; D width of a layer.
 """
 
-import contextlib
 import fcntl
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rsa_megatron import atomic
 
 STORE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _MANIFEST = "manifest.json"
@@ -68,7 +69,7 @@ class FeatureStore:
             if (unfinished / _MANIFEST).exists():
                 _check_same(unfinished, _read_manifest(unfinished), manifest)
             else:
-                _write_whole(unfinished / _MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
+                atomic.write_text(unfinished / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
             store = cls(unfinished, manifest, final=folder)
         except BaseException:
             os.close(lock)
@@ -128,7 +129,8 @@ class FeatureStore:
         # One entry: safetensors writes several in any order, and the bytes would differ from run to run.
         metadata = {"pairs": json.dumps({"keys": list(keys), "left_out": left_out})}
         part = self.folder / f"part-{len(self._parts):05d}.safetensors"
-        _write_whole(part, lambda path: save_file(tensors, path, metadata=metadata))
+        with atomic.new_file(part) as file:
+            save_file(tensors, file, metadata=metadata)
         self._count(part, list(keys), left_out)
 
     def finish(self) -> None:
@@ -218,20 +220,6 @@ def _lock(folder: Path) -> int:
     except OSError:
         pass  # a file system without locks
     return handle
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that is there as a whole or not at all, even if the machine loses power."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
 
 
 def _read_manifest(folder: Path) -> dict:

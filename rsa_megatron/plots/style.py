@@ -6,7 +6,6 @@ rises evenly. Sizes are for a width of 9 inches, shown at some 850 pixels in a R
 """
 
 import math
-import os
 import textwrap
 from collections.abc import Iterable
 from io import BytesIO
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
+
+from rsa_megatron import atomic
 
 STYLE = {
     "font.size": 10,
@@ -132,14 +133,9 @@ def save(figure: Figure, out: Path) -> list[Path]:
     """Write out.png and out.svg, the same bytes for the same figure; a reader sees the old file or the whole new one."""
     stem = str(out.with_suffix("")) if out.suffix in (".png", ".svg") else str(out)
     contents = {Path(f"{stem}.{kind}"): rendered(figure, kind) for kind in ("png", "svg")}
-    out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in contents.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic.new_file(path) as unfinished:
+            unfinished.write_bytes(content)
     return list(contents)
 
 

@@ -10,8 +10,6 @@ Shapes: N rows, b in a block; D width.
 
 import dataclasses
 import json
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rsa_megatron import atomic
 from rsa_megatron.realign.moments import Moments, moments
 from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, unit_blocks
 
@@ -98,16 +97,11 @@ class EmbeddingOperator(ABC):
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is there already: name another folder, or remove it")
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file({name: x.cpu().contiguous() for name, x in self._tensors().items()}, unfinished / f"{self.method}.safetensors")
-        manifest = {"method": self.method} | self._numbers()
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in unfinished.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        unfinished.rename(folder)
+        with atomic.new_folder(folder) as unfinished:
+            tensors = {name: x.cpu().contiguous() for name, x in self._tensors().items()}
+            save_file(tensors, unfinished / f"{self.method}.safetensors")
+            manifest = {"method": self.method} | self._numbers()
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddingOperator":

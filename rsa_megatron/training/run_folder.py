@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from rsa_megatron import atomic
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
@@ -59,12 +60,9 @@ def run_of(folder: str) -> dict:
 def write_stage(args, **more) -> None:
     """Beside the checkpoints: whose they are, for the next stage, and `finished` once the run has come to its end."""
     if args.save and not args.skip_train and int(os.environ.get("RANK", "0")) == 0:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        unfinished = Path(args.save, "run.json.unfinished")
         if args.image_positions:
             more["image_embedding_width"] = args.image_embedding_width
-        unfinished.write_text(json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n")
-        unfinished.rename(Path(args.save, "run.json"))
+        atomic.write_text(Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n")
 
 
 def write_hugging_face_files(args, architecture: Architecture) -> None:
@@ -77,15 +75,14 @@ def write_hugging_face_files(args, architecture: Architecture) -> None:
         if dataclasses.replace(read_architecture(folder), **same) != architecture:
             raise ValueError(f"{folder} is of another model than this run's: name another --save, or remove it")
         return
-    unfinished = Path(args.save) / "hf.unfinished"
-    if is_model_folder(args.model):
-        copy_model_files(Path(args.model), unfinished)
-    else:
-        # A tokenizer of its own: it may be given a token that the one in use must not have.
-        write_model_files(unfinished, architecture, AutoTokenizer.from_pretrained(args.tokenizer_model))
-    if args.template == "qwen_1_5":
-        write_chat_template(unfinished)
-    unfinished.rename(folder)
+    with atomic.new_folder(folder) as unfinished:
+        if is_model_folder(args.model):
+            copy_model_files(Path(args.model), unfinished)
+        else:
+            # A tokenizer of its own: it may be given a token that the one in use must not have.
+            write_model_files(unfinished, architecture, AutoTokenizer.from_pretrained(args.tokenizer_model))
+        if args.template == "qwen_1_5":
+            write_chat_template(unfinished)
 
 
 def has_checkpoint(args) -> bool:

@@ -28,7 +28,8 @@ def flags(data, data_parallel_size=1):
 def batches(positions, texts=False):
     """Of two micro-batches, the second of texts without an image where `texts` says so."""
     second = dict(eligible=(0,) * 4, tiles=(0,) * 4) if texts else {}
-    made = lambda seed, **options: embedding_data.batch(seed, width=WIDTH, positions=positions, **options)
+    def made(seed, **options):
+        return embedding_data.batch(seed, width=WIDTH, positions=positions, **options)
     return [[made(10 * i, eligible=(1, 0, 1, 1)), made(10 * i + 1, **second)] for i in range(3)]
 
 

@@ -160,7 +160,8 @@ def measure(argv):
 
 
 def test_what_has_no_place_in_hugging_faces_model_is_not_exported(stage, other, pixels, tmp_path):
-    export = lambda folder, name: ["megatron-to-hf", "--checkpoint", str(folder), "--out", str(tmp_path / name)]
+    def export(folder, name):
+        return ["megatron-to-hf", "--checkpoint", str(folder), "--out", str(tmp_path / name)]
     (said,) = processes.run(convert, 1, export(other[0], "other"))
     assert f"error: {other[0]}: its projector takes embeddings of {OTHER_WIDTH} numbers, for which Hugging Face's" in said
     assert not (tmp_path / "other").exists()
@@ -189,7 +190,8 @@ def test_validation_measures_the_embeddings(demo, shards, pixels, tmp_path):
 
 
 def test_samples_without_an_embedding_are_skipped_and_counted(demo, pixels, tmp_path):
-    kept = lambda key, part: None if int(key[-6:]) % 4 == 0 else part
+    def kept(key, part):
+        return None if int(key[-6:]) % 4 == 0 else part
     shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", WIDTH, change=kept)
     outputs = revision(demo, shards, pixels, tmp_path / "run")
     assert "the sample 0 embedding(s) of images (.npy)" in "".join(outputs)

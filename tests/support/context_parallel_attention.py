@@ -68,4 +68,5 @@ def in_order() -> None:
     """A mistake to be seen: attention that takes the ranks' positions for halves of the row."""
     global positions
     use()
-    positions = lambda rank, size, length: torch.arange(length).chunk(size)[rank]
+    def positions(rank, size, length):
+        return torch.arange(length).chunk(size)[rank]

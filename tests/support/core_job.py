@@ -247,7 +247,8 @@ def main(argv: list[str], with_rsa: bool = False) -> list[dict[str, float]]:
 
         rsa = RSAPlugin()
         provider, step = rsa.wrap_model_provider(model_provider), rsa.wrap_forward_step(forward_step)
-        extra_arguments = lambda parser: rsa.add_arguments(add_job_arguments(parser))
+        def extra_arguments(parser):
+            return rsa.add_arguments(add_job_arguments(parser))
     args = extra_arguments(argparse.ArgumentParser()).parse_args(argv)
     initialize()
     model, optimizer = build(provider)

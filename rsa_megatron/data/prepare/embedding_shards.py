@@ -10,7 +10,6 @@ Shapes: N rows of embeddings; D their width.
 
 import io
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy
 
+from rsa_megatron import atomic
 from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.data.prepare.sample_checks import checked_turns, with_image_token
 from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
@@ -133,16 +133,9 @@ def write_embedding_shards(
     """
     folder = Path(folder)
     check_free(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with atomic.new_folder(folder) as unfinished:
         counts = _write(unfinished, parts, table, shard_size)
         index_shards(unfinished, subflavors={"rsa": rsa}, num_workers=num_workers)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    unfinished.rename(folder)
     return counts
 
 

@@ -13,13 +13,13 @@ import functools
 import io
 import itertools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import webdataset
 from tqdm import tqdm
 
+from rsa_megatron import atomic
 from rsa_megatron.data.prepare.shard_writer import index_shards
 from rsa_megatron.data.synthetic import scenes
 from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
@@ -47,16 +47,13 @@ def write_data_set(folder: Path, kind: str, sizes: Sizes) -> None:
     if folder.exists():
         print(f"{folder}: there already")
         return
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    counts = {"train": sizes.train, "val": sizes.validation} | ({"test": sizes.test} if sizes.test else {})
-    for split, count in counts.items():
-        with webdataset.ShardWriter(f"{unfinished}/{split}-%05d.tar", maxcount=sizes.shard_size, verbose=0) as writer:
-            for index in tqdm(range(count), desc=f"{folder} {split}", unit="scene", mininterval=1):
-                writer.write(stored_sample(kind, index, split, sizes))
-    index_data_set(unfinished, kind)
-    unfinished.rename(folder)
+    with atomic.new_folder(folder) as unfinished:
+        counts = {"train": sizes.train, "val": sizes.validation} | ({"test": sizes.test} if sizes.test else {})
+        for split, count in counts.items():
+            with webdataset.ShardWriter(f"{unfinished}/{split}-%05d.tar", maxcount=sizes.shard_size, verbose=0) as writer:
+                for index in tqdm(range(count), desc=f"{folder} {split}", unit="scene", mininterval=1):
+                    writer.write(stored_sample(kind, index, split, sizes))
+        index_data_set(unfinished, kind)
 
 
 def stored_sample(kind: str, index: int, split: str, sizes: Sizes) -> dict:
@@ -124,13 +121,12 @@ def write_tokenizer(folder: Path, sizes: Sizes) -> None:
     if folder.exists():
         print(f"{folder}: there already")
         return
-    unfinished = folder.with_name(folder.name + ".unfinished")
     texts = [
         turn["value"]
         for kind in KINDS[:3]  # the words are in the questions too
         for index in tqdm(range(min(sizes.train, 2000)), desc=f"{folder} {kind}", unit="text", mininterval=1)
         for turn in conversations(kind, scenes.make_scene(sizes.seed + KINDS.index(kind), index, validation=False), index)
     ]
-    train_tokenizer(texts, unfinished)
-    unfinished.rename(folder)
+    with atomic.new_folder(folder) as unfinished:
+        train_tokenizer(texts, unfinished)
     print(f"{folder}: trained on the texts of the data")

@@ -191,7 +191,8 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
     parts = split(images, texts, 0.4)
     assert parts.unpaired is None
     both = [i for i in range(1, 41) if i % 5 and i % 3]
-    numbers = lambda rows: torch.cat(list(rows))[:, 0].int().tolist()
+    def numbers(rows):
+        return torch.cat(list(rows))[:, 0].int().tolist()
     paired = numbers(parts.paired_images)
     assert paired == numbers(parts.paired_texts) and set(paired) < set(both)
     assert set(numbers(parts.fit_images)) & set(both) == set(numbers(parts.fit_texts)) & set(both) == set(both) - set(paired)

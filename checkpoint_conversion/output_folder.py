@@ -1,4 +1,4 @@
-"""An output folder that appears under its name only when it is whole."""
+"""--out of a conversion: checked for room before anything is written, and there only when it is whole."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ _OTHER_FILES = 64 * 2**20  # bytes, ample for tokenizer, configs and a checkpoin
 
 
 @contextmanager
-def new_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
+def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
     """A folder to write to, beside `out`, renamed to `out` at the end; removed if anything goes wrong.
 
     Args:
