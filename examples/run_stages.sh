@@ -5,7 +5,7 @@
 #
 # DATA holds stage1.yaml, stage1_5.yaml and stage2.yaml (examples/mixtures). The flags go to every stage; those of one
 # alone stand in STAGE1_FLAGS, STAGE1_5_FLAGS and STAGE2_FLAGS. STAGES="1.5 2" leaves out the first.
-# A stage is one run of RUN_STAGE, examples/slurm/one_node.sh; on a cluster
+# A stage is one run of RUN_STAGE, slurm/one_node.sh beside this file; on a cluster
 #     RUN_STAGE="sbatch --wait --nodes 4 --output runs/mine/%j.out examples/slurm/multi_node.sbatch"
 # A run that ends before its stage does (a time limit, a lost node) is started again, as long as it gets on.
 set -euo pipefail
@@ -32,7 +32,7 @@ for stage in ${STAGES:-1 1.5 2}; do
     echo "[stage $stage] from iteration $before${previous:+, weights of $previous}; $folder/run.log"
     # shellcheck disable=SC2086  # commands and flags of several words
     DATA=$DATA/$name.yaml STAGE=$stage PRETRAINED=$previous OUT=$folder \
-      ${RUN_STAGE:-examples/slurm/one_node.sh} "$@" ${!own_flags:-} 2>&1 | tee -a "$folder/run.log" || true
+      ${RUN_STAGE:-$(dirname "$0")/slurm/one_node.sh} "$@" ${!own_flags:-} 2>&1 | tee -a "$folder/run.log" || true
     if ! finished "$folder" && [ "$(reached "$folder")" = "$before" ]; then
       echo "error: stage $stage ended at iteration $before, where it began; see $folder/run.log" >&2
       exit 1

@@ -3,7 +3,7 @@
 #
 #     DATA=mixture.yaml MODEL=converted/hf TOKENIZER=converted/hf PRETRAINED=converted OUT=runs/stage1 examples/slurm/one_node.sh [flags]
 #
-# MODEL (demo) and STAGE (1) choose the recipe. Any Megatron or --rsa-* flag can follow; the last one counts.
+# It runs rsa_megatron.training, which is examples/pretrain_llava_rsa.py. MODEL (demo) and STAGE (1) choose the recipe. Any Megatron or --rsa-* flag can follow; the last one counts.
 # Run again with the same OUT, it goes on from the last checkpoint. `sbatch` takes this file too.
 #SBATCH --job-name=llava-rsa
 #SBATCH --nodes=1
@@ -26,7 +26,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 # behind the backward pass. Fully reshardable checkpoints can be resumed under another TP x PP. (GPU_FLAGS= for a CPU.)
 gpu_flags=${GPU_FLAGS---bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce}
 # shellcheck disable=SC2086  # several flags
-exec torchrun --standalone --nproc-per-node "${GPUS:-8}" examples/pretrain_llava_rsa.py \
+exec torchrun --standalone --nproc-per-node "${GPUS:-8}" -m rsa_megatron.training \
   --model "${MODEL:-demo}" --stage "${STAGE:-1}" \
   --data-path "$DATA" --tokenizer-model "$TOKENIZER" \
   ${PRETRAINED:+--pretrained-checkpoint "$PRETRAINED"} \
