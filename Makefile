@@ -5,7 +5,7 @@
 # make reproduce-openmoji    stage 1 with and without RSA on natural pictures, after that
 # make revision        projectors trained on text in the place of images, three seeds; half an hour on two cores
 # make test            runs the tests (make test ARGS="tests/unit -k anyres"; the twenty slowest are printed at the end)
-# make check           units and one layout of each kind: what one runs before a commit
+# make check           lint, format, units and one layout of each kind: what one runs before a commit
 # make bench           runs the benchmarks (most of an hour; make bench BENCHMARKS=whole_step runs one)
 # Each does all of its own set-up: a virtual environment in .venv, with everything from PyPI.
 # make demo SEED=1 RSA="--rsa-weight 0" OUT=demo/other    (any Megatron flag can stand in RSA)
@@ -52,6 +52,7 @@ test: $(INSTALLED) $(CORES)
 	@$(PY) -m pytest $(or $(ARGS),$(PARALLEL))
 
 check: $(INSTALLED)
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
 	@$(PY) -m pytest $(PARALLEL) -m check $(ARGS)
 
 BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface loader waiting_for_data start_up mutual_knn conversion task_encoder realign

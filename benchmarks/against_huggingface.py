@@ -55,12 +55,16 @@ def main():
     tokens, part = figures["tokens_per_s"], figures["gemm_part"]
     print(about)
     low, high = figures["quartiles"]
-    print("| model | rows x positions | tokens/s, ours | transformers | ours over theirs | quartiles | "
-          "part of GEMM rate, ours | transformers |")  # fmt: skip
+    print(
+        "| model | rows x positions | tokens/s, ours | transformers | ours over theirs | quartiles | "
+        "part of GEMM rate, ours | transformers |"
+    )
     print("| --- " * 8 + "|")
-    print(f"| {args.model} | {args.batch_size} x {figures['positions']} | {tokens['megatron']:.0f} | "
-          f"{tokens['transformers']:.0f} | {figures['ratio']:.3f} | {low:.3f} to {high:.3f} | "
-          f"{part['megatron']:.2f} | {part['transformers']:.2f} |")  # fmt: skip
+    print(
+        f"| {args.model} | {args.batch_size} x {figures['positions']} | {tokens['megatron']:.0f} | "
+        f"{tokens['transformers']:.0f} | {figures['ratio']:.3f} | {low:.3f} to {high:.3f} | "
+        f"{part['megatron']:.2f} | {part['transformers']:.2f} |"
+    )
     machine.append(args.append, "against_huggingface", about, figures)
 
 
@@ -90,7 +94,9 @@ def write_models(folder: Path, args) -> None:
     from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
     from rsa_megatron.models.hf_files import write_model_files
 
-    write_model_files(folder / "hf", get_architecture(args.model), train_tokenizer(["a red boat"], folder / "tokenizer"))
+    write_model_files(
+        folder / "hf", get_architecture(args.model), train_tokenizer(["a red boat"], folder / "tokenizer")
+    )
     torch.manual_seed(0)
     model = LlavaOnevisionForConditionalGeneration(AutoConfig.from_pretrained(folder / "hf"))
     model.to(dtype_of(args)).save_pretrained(folder / "hf")
@@ -157,8 +163,12 @@ def transformers_step(folder: Path, args):
 
 
 def part_in_transformers(name: str) -> str:
-    beginnings = {"model.vision_tower.": "vision", "model.multi_modal_projector.": "projector",
-                  "model.image_newline": "projector", "model.language_model.embed_tokens.": "embeddings"}  # fmt: skip
+    beginnings = {
+        "model.vision_tower.": "vision",
+        "model.multi_modal_projector.": "projector",
+        "model.image_newline": "projector",
+        "model.language_model.embed_tokens.": "embeddings",
+    }
     return next((part for beginning, part in beginnings.items() if name.startswith(beginning)), "language")
 
 
@@ -167,16 +177,37 @@ def megatron_step(folder: Path, args):
     architecture = get_architecture(args.model)
     batch = make_batch(architecture, args)
     settings = dict(
-        trainable=args.trainable, template="plain", image_aspect_ratio="anyres", seq_length=batch.num_positions,
-        micro_batch_size=args.batch_size, global_batch_size=args.batch_size, train_iters=1_000_000, eval_iters=0,
-        mutual_knn_samples=0, num_workers=0, lr=RATE, min_lr=RATE, lr_decay_style="constant", weight_decay=WEIGHT_DECAY,
-        clip_grad=CLIP, adam_beta2=0.999,
-    )  # fmt: skip
+        trainable=args.trainable,
+        template="plain",
+        image_aspect_ratio="anyres",
+        seq_length=batch.num_positions,
+        micro_batch_size=args.batch_size,
+        global_batch_size=args.batch_size,
+        train_iters=1_000_000,
+        eval_iters=0,
+        mutual_knn_samples=0,
+        num_workers=0,
+        lr=RATE,
+        min_lr=RATE,
+        lr_decay_style="constant",
+        weight_decay=WEIGHT_DECAY,
+        clip_grad=CLIP,
+        adam_beta2=0.999,
+    )
     hf = str(folder / "megatron" / "hf")
-    sys.argv = ["against_huggingface.py", "--model", hf, "--tokenizer-model", hf, "--rsa-weight", "0",
-                "--pretrained-checkpoint", str(folder / "megatron")]  # fmt: skip
+    sys.argv = [
+        "against_huggingface.py",
+        "--model",
+        hf,
+        "--tokenizer-model",
+        hf,
+        "--rsa-weight",
+        "0",
+        "--pretrained-checkpoint",
+        str(folder / "megatron"),
+    ]
     sys.argv += ["--bf16"] if args.device == "cuda" else []
-    import pretrain_llava_rsa as script  # first: it prepares Megatron for machines without CUDA
+    from rsa_megatron.training import arguments, megatron_patches, providers  # isort: skip  # before Megatron
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -187,12 +218,15 @@ def megatron_step(folder: Path, args):
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer, train_step
 
-    megatron_args = script.parse(script.RSAPlugin(), settings, reads_data=False)
-    script.megatron_patches.repair()
+    from rsa_megatron.plugin import RSAPlugin
+    from rsa_megatron.training.train_step import forward_step
+
+    megatron_args = arguments.parse(RSAPlugin(), settings, reads_data=False)
+    megatron_patches.repair()
     initialize_megatron()
     model, optimizer, scheduler = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        model_provider_func=script.model_provider,
+        model_provider_func=providers.model_provider,
         checkpointing_context={},
         cfg_container=pretrain_cfg_container_from_args(megatron_args),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
@@ -200,12 +234,12 @@ def megatron_step(folder: Path, args):
     config = get_model_config(model[0])
     config.grad_scale_func, config.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
     model[0].train()
-    stored = as_stored(batch, script.load_tokenizer(megatron_args).convert_tokens_to_ids("<image>"))
+    stored = as_stored(batch, arguments.load_tokenizer(megatron_args).convert_tokens_to_ids("<image>"))
     endless = RerunDataIterator(iter(lambda: stored, None))
 
     def step() -> float:
         figures, *_ = train_step(
-            script.forward_step, endless, model, optimizer, scheduler, config, get_forward_backward_func(), iteration=0
+            forward_step, endless, model, optimizer, scheduler, config, get_forward_backward_func(), iteration=0
         )
         return figures["lm loss"].item()
 
@@ -240,7 +274,9 @@ SIDES = {"megatron": megatron_step, "transformers": transformers_step}
 def serve(connection, side: str, folder: Path, args) -> None:
     """One side's process: so many steps at each request, none to end; their mean time in seconds, and the first one's loss."""
     torch.set_num_threads(args.threads)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Megatron prints a thousand arguments; errors go to stderr
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # Megatron prints a thousand arguments; errors go to stderr
     step, device = SIDES[side](folder, args), torch.device(args.device)
     while num_steps := connection.recv():
         machine.synchronize(device)
@@ -251,8 +287,15 @@ def serve(connection, side: str, folder: Path, args) -> None:
 
 
 def measure(folder: Path, args) -> dict:
-    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                   "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # fmt: skip
+    os.environ |= {
+        "OMP_NUM_THREADS": str(args.threads),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
     context, connections, processes = multiprocessing.get_context("spawn"), {}, []
     for side in SIDES:
         connections[side], theirs = context.Pipe()
@@ -304,7 +347,9 @@ def compare(connections: dict, args) -> dict:
         tokens_per_s={side: args.batch_size * batch.num_positions / seconds for side, seconds in medians.items()},
         ratio=statistics.median(ratios),
         quartiles=[quartiles[0], quartiles[2]],
-        gemm_part={side: flops(batch, args) / seconds / statistics.median(gemm[1:]) for side, seconds in medians.items()},
+        gemm_part={
+            side: flops(batch, args) / seconds / statistics.median(gemm[1:]) for side, seconds in medians.items()
+        },
     )
 
 
@@ -312,14 +357,16 @@ def flops(batch: Batch, args) -> float:
     """Model FLOPs of a step."""
     architecture = get_architecture(args.model)
     num_tiles = batch.tiles.shape[0] * batch.tiles.shape[1]
-    return sum(training_flops(
-        architecture,
-        args.trainable,
-        num_tiles=num_tiles,
-        num_positions=args.batch_size * batch.num_positions,
-        squared_lengths=args.batch_size * batch.num_positions**2,
-        num_image_tokens=num_tiles * architecture.vision.tokens_per_side**2,
-    ).values())  # fmt: skip
+    return sum(
+        training_flops(
+            architecture,
+            args.trainable,
+            num_tiles=num_tiles,
+            num_positions=args.batch_size * batch.num_positions,
+            squared_lengths=args.batch_size * batch.num_positions**2,
+            num_image_tokens=num_tiles * architecture.vision.tokens_per_side**2,
+        ).values()
+    )
 
 
 if __name__ == "__main__":

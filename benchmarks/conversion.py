@@ -56,7 +56,9 @@ def main():
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llava-ov-0.5b", help="an architecture of rsa_megatron/models/architectures.py")
+    parser.add_argument(
+        "--model", default="llava-ov-0.5b", help="an architecture of rsa_megatron/models/architectures.py"
+    )
     parser.add_argument("--folder", type=Path, default="/tmp", help="on the disk to measure; four times the model")
     parser.add_argument("--runs", type=int, default=5, help="of each step")
     parser.add_argument("--append", type=Path, help="JSONL file to add the figures to")
@@ -116,17 +118,29 @@ def write_config(architecture: Architecture, folder: Path) -> None:
 
     vision, decoder = architecture.vision, architecture.decoder
     LlavaOnevisionConfig(
-        vision_config=dict(model_type="siglip_vision_model", num_hidden_layers=vision.num_layers,
-                           hidden_size=vision.hidden_size, intermediate_size=vision.ffn_hidden_size,
-                           num_attention_heads=vision.num_attention_heads, image_size=vision.image_size,
-                           patch_size=vision.patch_size, vision_use_head=False),
-        text_config=dict(model_type="qwen2", num_hidden_layers=decoder.num_layers, hidden_size=decoder.hidden_size,
-                         intermediate_size=decoder.ffn_hidden_size, num_attention_heads=decoder.num_attention_heads,
-                         num_key_value_heads=decoder.num_query_groups, vocab_size=architecture.vocab_size,
-                         tie_word_embeddings=decoder.tie_word_embeddings),
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            num_hidden_layers=vision.num_layers,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.ffn_hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            vision_use_head=False,
+        ),
+        text_config=dict(
+            model_type="qwen2",
+            num_hidden_layers=decoder.num_layers,
+            hidden_size=decoder.hidden_size,
+            intermediate_size=decoder.ffn_hidden_size,
+            num_attention_heads=decoder.num_attention_heads,
+            num_key_value_heads=decoder.num_query_groups,
+            vocab_size=architecture.vocab_size,
+            tie_word_embeddings=decoder.tie_word_embeddings,
+        ),
         tie_word_embeddings=decoder.tie_word_embeddings,
         image_grid_pinpoints=[list(grid) for grid in architecture.grid_pinpoints],
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 def in_own_process(step: list) -> dict:

@@ -76,7 +76,10 @@ def main():
     print(description)
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
         folder = Path(folder)
-        sets = [demo_captions(folder / "demo", args.captions), anyres_images(folder / "anyres", args.images, args.sizes)]
+        sets = [
+            demo_captions(folder / "demo", args.captions),
+            anyres_images(folder / "anyres", args.images, args.sizes),
+        ]
         figures = {data.name: {"workers": {}} for data in sets}
         taken, shares = collections.defaultdict(list), collections.defaultdict(list)
         for _ in range(args.runs):
@@ -174,7 +177,10 @@ def measure_shares(data: Data) -> dict[str, float]:
     for name, (owner, function) in TIMED.items():
         setattr(owner, function, stopwatch.around(name, getattr(owner, function)))  # in this process, which ends
     loader, num_batches = new_loader(data, 0), data.num_samples // data.micro_batch_size
-    read, hand_over = stopwatch.around("reading", loader.__next__), stopwatch.around("handing over", ForkingPickler.dumps)
+    read, hand_over = (
+        stopwatch.around("reading", loader.__next__),
+        stopwatch.around("handing over", ForkingPickler.dumps),
+    )
     read()
     stopwatch.seconds.clear()
     for _ in range(num_batches):

@@ -47,8 +47,18 @@ def full_matrix(a_ND, b_NE, k):
 
 CONTENDERS = {"ours": mutual_knn, "full": full_matrix}
 FEATURES = ("normal", "cone")
-COLUMNS = ("features", "N", "ours, s", "full matrix, s", "times faster", "part of the GEMM limit", "memory, MB",
-           "full matrix, MB", "rows that differ", "by a cosine of")  # fmt: skip
+COLUMNS = (
+    "features",
+    "N",
+    "ours, s",
+    "full matrix, s",
+    "times faster",
+    "part of the GEMM limit",
+    "memory, MB",
+    "full matrix, MB",
+    "rows that differ",
+    "by a cosine of",
+)
 
 
 def main():
@@ -80,7 +90,9 @@ def parse():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--runs", type=int, default=5, help="of each contender, at each size")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # contender, features and N, in a process of its own
+    parser.add_argument(
+        "--memory-of", nargs=3, help=argparse.SUPPRESS
+    )  # contender, features and N, in a process of its own
     return parser.parse_args()
 
 
@@ -148,8 +160,18 @@ def different_rows(x_ND) -> tuple[int, float]:
 
 
 def memory_in_own_process(name, kind, size, args, device) -> int:
-    command = [sys.executable, __file__, "--threads", str(args.threads), "--device", str(device),
-               "--memory-of", name, kind, str(size)]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(args.threads),
+        "--device",
+        str(device),
+        "--memory-of",
+        name,
+        kind,
+        str(size),
+    ]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -67,7 +67,9 @@ def _of_size(num_pairs, widths, rank, groups, turns, num_runs) -> dict:
         turns.wait()
         if rank == 0:
             rates.append(_rates(rows))
-    figures = {size: dict(zip(("work_s", "wall_s"), _medians(runs[1:])), runs_s=runs[1:]) for size, runs in times.items()}
+    figures = {
+        size: dict(zip(("work_s", "wall_s"), _medians(runs[1:])), runs_s=runs[1:]) for size, runs in times.items()
+    }
     for size, group in groups.items():
         counts = _count(own.get(size), group, turns)
         if size in own:

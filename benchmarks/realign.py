@@ -34,8 +34,20 @@ from rsa_megatron.realign.unit_rows import RowFaults, unit_blocks
 
 # Copies of a piece in float64 are 21 MB. Above 32 MB the C library maps memory anew for each, which costs plain more than its sums.
 PIECE_ROWS = 2048
-COLUMNS = ("type", "files", "read, s", "ours, s", "times reading", "rows a second", "means, s", "plain, s", "times faster than plain",
-           "memory, MB", "plain, MB", "difference")  # fmt: skip
+COLUMNS = (
+    "type",
+    "files",
+    "read, s",
+    "ours, s",
+    "times reading",
+    "rows a second",
+    "means, s",
+    "plain, s",
+    "times faster than plain",
+    "memory, MB",
+    "plain, MB",
+    "difference",
+)
 
 
 class Rows:
@@ -79,7 +91,9 @@ def plain(images: Rows, texts: Rows) -> dict:
         return total / count
 
     mu_x, mu_y = (mean_over(rows, lambda e: e.sum(0)) for rows in (images, texts))
-    t_x, t_y = (mean_over(rows, lambda e, mu=mu: (e - mu).square().sum()) for rows, mu in ((images, mu_x), (texts, mu_y)))
+    t_x, t_y = (
+        mean_over(rows, lambda e, mu=mu: (e - mu).square().sum()) for rows, mu in ((images, mu_x), (texts, mu_y))
+    )
     scale = (t_x / (t_y + 1e-10)).sqrt().item()
     drifted = mean_over(texts, lambda e: torch.nn.functional.normalize(mu_x + scale * (e - mu_y)).sum(0))
     return dict(image_mean_D=mu_x, text_mean_D=mu_y, projected_mean_D=drifted, scale=scale)
@@ -107,7 +121,9 @@ def main():
             sets = make_files(Path(folder), args.rows, args.width, dtype)
             memory = {name: memory_in_own_process(name, sets, args) for name in ("ours", "plain")}
             for files in args.files:
-                figures = dict(dtype=dtype, width=args.width, rows=args.rows, memory_bytes=memory) | measure(sets, files, args)
+                figures = dict(dtype=dtype, width=args.width, rows=args.rows, memory_bytes=memory) | measure(
+                    sets, files, args
+                )
                 print_row(figures)
                 machine.append(args.append, "realign", about, figures)
 
@@ -117,11 +133,19 @@ def parse():
     machine.add_arguments(parser)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the images, and of the texts")
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=["float16", "float32", "float64"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "float16"], choices=["float16", "float32", "float64"]
+    )
     parser.add_argument("--files", nargs="+", default=["cached", "disk"], choices=["cached", "disk"])
     parser.add_argument("--runs", type=int, default=5, help="of each contender")
-    parser.add_argument("--file", type=Path, help="folder to write the files in, and remove them from; by default the system's for temporary files")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # contender and both files, in a process of its own
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="folder to write the files in, and remove them from; by default the system's for temporary files",
+    )
+    parser.add_argument(
+        "--memory-of", nargs=3, help=argparse.SUPPRESS
+    )  # contender and both files, in a process of its own
     return parser.parse_args()
 
 
@@ -129,7 +153,9 @@ def make_files(folder: Path, num_rows: int, width: int, dtype: str) -> tuple[Row
     """Images and texts around different means, with different spreads, their variances falling by power laws."""
     needed, free = 2 * num_rows * width * numpy.dtype(dtype).itemsize, shutil.disk_usage(folder).free
     if needed > 0.9 * free:
-        sys.exit(f"{folder} has {free / 1e9:.1f} GB left, and the files need {needed / 1e9:.1f}: pass --file FOLDER or fewer --rows")
+        sys.exit(
+            f"{folder} has {free / 1e9:.1f} GB left, and the files need {needed / 1e9:.1f}: pass --file FOLDER or fewer --rows"
+        )
     paths = [folder / "images.npy", folder / "texts.npy"]
     for seed, (path, exponent, spread) in enumerate(zip(paths, (0.9, 0.65), (0.8, 1.2))):
         generator = torch.Generator().manual_seed(seed)
@@ -171,7 +197,15 @@ def largest_difference(a: dict, b: dict) -> float:
 
 
 def memory_in_own_process(name: str, sets: tuple[Rows, Rows], args) -> int:
-    command = [sys.executable, __file__, "--threads", str(args.threads), "--memory-of", name, *(str(rows.path) for rows in sets)]
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(args.threads),
+        "--memory-of",
+        name,
+        *(str(rows.path) for rows in sets),
+    ]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -64,11 +64,30 @@ def _distances(x_ND):
 OTHERS = {"cdist": two_cdist, "products": products, "compiled": torch.compile(products, dynamic=True)}
 FUSED = {f"fused {precision}": functools.partial(rsa_loss, fused=precision) for precision in fused_blocks.PRECISIONS}
 CONTENDERS = {"ours": rsa_loss} | OTHERS | FUSED
-COLUMNS = ("N", "widths", "inputs", "ours, s", *(f"times faster than {name}" for name in OTHERS),
-           "part of the GEMM limit", "memory, MB", *(f"{name}, MB" for name in OTHERS), "error")  # fmt: skip
+COLUMNS = (
+    "N",
+    "widths",
+    "inputs",
+    "ours, s",
+    *(f"times faster than {name}" for name in OTHERS),
+    "part of the GEMM limit",
+    "memory, MB",
+    *(f"{name}, MB" for name in OTHERS),
+    "error",
+)
 LIMITS = ("float32", "tf32", "bfloat16")
-COLUMNS_FUSED = ("N", "widths", "inputs", "", "s", "times faster than ours", "times faster than cdist",
-                 *(f"part of the {limit} limit" for limit in LIMITS), "memory, MB", "error")  # fmt: skip
+COLUMNS_FUSED = (
+    "N",
+    "widths",
+    "inputs",
+    "",
+    "s",
+    "times faster than ours",
+    "times faster than cdist",
+    *(f"part of the {limit} limit" for limit in LIMITS),
+    "memory, MB",
+    "error",
+)
 
 
 def main():
@@ -101,7 +120,9 @@ def parse():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--widths", nargs="+", default=WIDTHS, metavar="D:E")
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each contender at each size, about: 3 to 9 runs")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="for each contender at each size, about: 3 to 9 runs"
+    )
     # Contender, N, widths and type, in a process of its own.
     parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -135,7 +156,9 @@ def measure(num_pairs: int, widths: str, dtype: str, args, device) -> dict:
     )
     if fused:
         figures["gemm_parts"] = {name: {of: s / medians[name] for of, s in limits.items()} for name in ("ours", *fused)}
-        figures["errors"] = {"ours": figures["error"]} | {name: relative_error(CONTENDERS[name], inputs) for name in fused}
+        figures["errors"] = {"ours": figures["error"]} | {
+            name: relative_error(CONTENDERS[name], inputs) for name in fused
+        }
     return figures
 
 
@@ -197,12 +220,25 @@ def relative_error(function, inputs) -> float:
     rows = [x[: None if whole else 256].clone().requires_grad_() for x in doubles]
     exact = rsa_loss_of_rows(*rows, *doubles, 0).loss
     pairs = list(zip(gradients, torch.autograd.grad(exact, rows))) + ([(value, exact)] if whole else [])
-    return max(((actual[: len(e)] if e.dim() else actual).double() - e).norm().item() / e.norm().item() for actual, e in pairs)
+    return max(
+        ((actual[: len(e)] if e.dim() else actual).double() - e).norm().item() / e.norm().item() for actual, e in pairs
+    )
 
 
 def in_own_process(name: str, num_pairs: int, widths: str, dtype: str, args, device) -> dict:
-    command = [sys.executable, __file__, "--threads", str(args.threads), "--device", str(device),
-               "--alone", name, str(num_pairs), widths, dtype]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(args.threads),
+        "--device",
+        str(device),
+        "--alone",
+        name,
+        str(num_pairs),
+        widths,
+        dtype,
+    ]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -221,8 +257,14 @@ def print_header(columns: tuple[str, ...]):
 def table_row(figures: dict) -> str:
     memory = [memory_of(figures, name) for name in ("ours", *OTHERS)]
     ratios = [f"{figures['ratio'][name]:.2f}" if name in figures["ratio"] else "–" for name in OTHERS]
-    row = [*inputs_of(figures), f"{figures['seconds']['ours']:.4f}",
-           *ratios, f"{figures['gemm_part']:.2f}", *memory, f"{figures['error']:.1e}"]  # fmt: skip
+    row = [
+        *inputs_of(figures),
+        f"{figures['seconds']['ours']:.4f}",
+        *ratios,
+        f"{figures['gemm_part']:.2f}",
+        *memory,
+        f"{figures['error']:.1e}",
+    ]
     return f"| {' | '.join(row)} |"
 
 
@@ -232,7 +274,15 @@ def table_rows_fused(figures: dict) -> list[str]:
         ratios = [f"{times[other] / times[name]:.2f}" if other in times else "–" for other in ("ours", "cdist")]
         parts = figures["gemm_parts"][name]
         parts = [f"{parts[limit]:.2f}" if limit in parts else "–" for limit in LIMITS]
-        row = [*inputs_of(figures), name, f"{times[name]:.5f}", *ratios, *parts, memory_of(figures, name), f"{error:.1e}"]
+        row = [
+            *inputs_of(figures),
+            name,
+            f"{times[name]:.5f}",
+            *ratios,
+            *parts,
+            memory_of(figures, name),
+            f"{error:.1e}",
+        ]
         rows.append(f"| {' | '.join(row)} |")
     return rows
 

@@ -32,8 +32,23 @@ import machine
 WIDTHS = (1152, 3584)  # SigLIP-so400m and Qwen2-7B
 RANKS = (224, 2048, 16384)
 MICRO_BATCHES = (1, 8)
-COLUMNS = ("R", "b", "N", "GFLOP a rank", "received, MB", "memory, MB", "products, ms", "entries, ms", "rows, ms",
-           "launches, ms", "gather by tree, ms", "RSA, ms", "step, ms", "part of the step", "gather in a ring")  # fmt: skip
+COLUMNS = (
+    "R",
+    "b",
+    "N",
+    "GFLOP a rank",
+    "received, MB",
+    "memory, MB",
+    "products, ms",
+    "entries, ms",
+    "rows, ms",
+    "launches, ms",
+    "gather by tree, ms",
+    "RSA, ms",
+    "step, ms",
+    "part of the step",
+    "gather in a ring",
+)
 
 FLOAT_BYTES = 4
 # Times that a rank reads or writes N x W floats outside its matrix products: valid rows picked (2, gather.py), mean (1),
@@ -161,20 +176,28 @@ def main():
             machine.append(args.append, "rsa_on_paper", dict(rates=asdict(rates)), figures)
     for num_samples in args.micro_batches:
         most = {key: most_ranks(num_samples, rates, key) for key in ("part_of_step", "part_of_step_in_a_ring")}
-        print(f"b = {num_samples}: at most {_FREE:.0%} of a step up to R = {most['part_of_step']} by tree, "
-              f"{most['part_of_step_in_a_ring']} in a ring")  # fmt: skip
+        print(
+            f"b = {num_samples}: at most {_FREE:.0%} of a step up to R = {most['part_of_step']} by tree, "
+            f"{most['part_of_step_in_a_ring']} in a ring"
+        )
 
 
 def most_ranks(num_samples: int, rates: Rates, part: str) -> int:
     """The largest number of ranks at which RSA takes no more than _FREE of a step (each part grows with it); 0 for none."""
-    return bisect_right(range(1, _MOST_RANKS), _FREE, key=lambda num_ranks: on_paper(num_ranks, num_samples, rates)[part])
+    return bisect_right(
+        range(1, _MOST_RANKS), _FREE, key=lambda num_ranks: on_paper(num_ranks, num_samples, rates)[part]
+    )
 
 
 def table_row(figures: dict) -> str:
     cells = [str(figures[name]) for name in ("ranks", "samples", "N")] + [f"{figures['flops'] / 1e9:.3g}"]
     cells += [f"{figures[name] / 1e6:.1f}" for name in ("received_bytes", "memory_bytes")]
     cells += [f"{1e3 * seconds:.2f}" for seconds in (*figures["parts_s"].values(), figures["total_s"])]
-    cells += [f"{1e3 * figures['step_s']:.0f}", f"{figures['part_of_step']:.2%}", f"{figures['part_of_step_in_a_ring']:.2%}"]
+    cells += [
+        f"{1e3 * figures['step_s']:.0f}",
+        f"{figures['part_of_step']:.2%}",
+        f"{figures['part_of_step_in_a_ring']:.2%}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -182,13 +205,21 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="data-parallel ranks")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=MICRO_BATCHES, help="samples a rank")
-    parser.add_argument("--gpu-tflops", type=float, default=67 * 0.6, help="of float32 products: an H100's, 60 %% of them")
+    parser.add_argument(
+        "--gpu-tflops", type=float, default=67 * 0.6, help="of float32 products: an H100's, 60 %% of them"
+    )
     parser.add_argument("--memory-gbytes-per-s", type=float, default=3350 * 0.8, help="an H100's, 80 %% of them")
-    parser.add_argument("--gbytes-per-s", type=float, default=50.0, help="a network card of 400 Gb/s a rank; more where ranks "
-                        "of the group share a node, and so what enters it")  # fmt: skip
+    parser.add_argument(
+        "--gbytes-per-s",
+        type=float,
+        default=50.0,
+        help="a network card of 400 Gb/s a rank; more where ranks of the group share a node, and so what enters it",
+    )
     parser.add_argument("--hop-microseconds", type=float, default=5.0, help="from one rank to the next")
     parser.add_argument("--launches", type=int, default=35, help="operations that a block of 1024 x 1024 pairs takes")
-    parser.add_argument("--launch-microseconds", type=float, default=5.0, help="for each, with nothing queued before it")
+    parser.add_argument(
+        "--launch-microseconds", type=float, default=5.0, help="for each, with nothing queued before it"
+    )
     parser.add_argument("--append", type=Path, help="JSONL file to add the figures to")
     return parser.parse_args()
 

@@ -38,10 +38,31 @@ from rsa_on_paper import (
 
 SIZES = (2048, 4096)
 RANKS = (1, 2, 4)
-TIMES = ("N", "R", "work, s", "of one rank's", "(4 - 1/R) / 3R", "part of the GEMM limit", "model, s", "its error", "wall, s",
-         "model, s", "error")  # fmt: skip
-BYTES = ("N", "R", "sent, MB", "received, MB", "formula, MB", "collectives forward", "backward", "bytes backward",
-         "memory, MB", "formula, MB")  # fmt: skip
+TIMES = (
+    "N",
+    "R",
+    "work, s",
+    "of one rank's",
+    "(4 - 1/R) / 3R",
+    "part of the GEMM limit",
+    "model, s",
+    "its error",
+    "wall, s",
+    "model, s",
+    "error",
+)
+BYTES = (
+    "N",
+    "R",
+    "sent, MB",
+    "received, MB",
+    "formula, MB",
+    "collectives forward",
+    "backward",
+    "bytes backward",
+    "memory, MB",
+    "formula, MB",
+)
 
 
 def main():
@@ -52,8 +73,10 @@ def main():
     processes = ranks_over_gloo.measure(args.sizes, WIDTHS, RANKS, args.runs)
     points = [point(processes, num_pairs, num_ranks) for num_pairs in args.sizes for num_ranks in RANKS]
     rates = rates_of(processes, points)
-    print(f"products {rates.flops / 1e9:.1f} GFLOP/s, rows {rates.memory / 1e9:.2f} GB/s, "
-          f"an entry {rates.entry * 1e9:.2f} ns, gloo {rates.network / 1e9:.2f} GB/s and {rates.hop * 1e6:.0f} us a hop")  # fmt: skip
+    print(
+        f"products {rates.flops / 1e9:.1f} GFLOP/s, rows {rates.memory / 1e9:.2f} GB/s, "
+        f"an entry {rates.entry * 1e9:.2f} ns, gloo {rates.network / 1e9:.2f} GB/s and {rates.hop * 1e6:.0f} us a hop"
+    )
     for figures in points:
         figures |= beside_the_model(figures, rates)
         machine.append(args.append, "rsa_ranks", about, figures | dict(rates=asdict(rates)))

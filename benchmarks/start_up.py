@@ -63,7 +63,9 @@ def main():
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="of each command")
-    parser.add_argument("--samples", type=int, default=2000, help="in the training data; more than its shuffle buffer of 1000")
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="in the training data; more than its shuffle buffer of 1000"
+    )
     return machine.add_arguments(parser).parse_args()
 
 
@@ -88,7 +90,8 @@ def measure(folder: Path, args) -> dict:
         for name, figures in timed_start(folder, args.threads).items():
             parts[name].append(figures)
     start = [
-        {unit: sum(part[run][unit] for part in parts.values()) for unit in ("s", "cpu_s")} for run in range(args.runs + 1)
+        {unit: sum(part[run][unit] for part in parts.values()) for unit in ("s", "cpu_s")}
+        for run in range(args.runs + 1)
     ]
     return dict(
         commands={name: medians(runs) for name, runs in taken.items()},
@@ -135,7 +138,9 @@ def timed_start(folder: Path, threads: int) -> dict[str, dict[str, float]]:
 def start_python(arguments: list, threads: int, **options) -> subprocess.Popen:
     environment = demo_run.environment(0, 1, demo_run.free_port(), threads)
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | options
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, cwd=demo_run.ROOT, text=True, **streams)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=environment, cwd=demo_run.ROOT, text=True, **streams
+    )
 
 
 def cpu_seconds(process_id: int) -> float:

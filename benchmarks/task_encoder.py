@@ -47,8 +47,14 @@ CONTENDERS = ("ours", "transformers", "decode", "pillow")
 def main():
     args = parse()
     torch.set_num_threads(1)
-    machine = dict(date=str(date.today()), device=cpu_name(), threads=1, torch=torch.__version__,
-                   pillow=PIL.__version__, transformers=transformers.__version__)  # fmt: skip
+    machine = dict(
+        date=str(date.today()),
+        device=cpu_name(),
+        threads=1,
+        torch=torch.__version__,
+        pillow=PIL.__version__,
+        transformers=transformers.__version__,
+    )
     print(machine)
     print("| image | tiles | ours, ms | transformers, ms | times faster | of ours: decoding | decoding and resizing |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -143,7 +149,9 @@ def measure(size: str, encoder: LlavaTaskEncoder, processor: LlavaOnevisionProce
     spread_s = {name: [min(times[1:]), max(times[1:])] for name, times in taken.items()}
     print(table_row(size.replace("x", " x "), layout.num_tiles, seconds), flush=True)
     ratio = seconds["transformers"] / seconds["ours"]
-    return dict(size=size, num_tiles=layout.num_tiles, file_bytes=len(file), ratio=ratio, seconds=seconds, spread_s=spread_s)
+    return dict(
+        size=size, num_tiles=layout.num_tiles, file_bytes=len(file), ratio=ratio, seconds=seconds, spread_s=spread_s
+    )
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -160,7 +168,9 @@ def check_same(size: str, encoder, encoded, theirs) -> None:
     (layout,) = encoded.layouts
     tokens = []
     for token in encoded.text.tokens:
-        tokens += [token] * (layout.num_tokens(encoder.tokens_per_side, encoder.max_tiles) if token == image_token else 1)
+        tokens += [token] * (
+            layout.num_tokens(encoder.tokens_per_side, encoder.max_tiles) if token == image_token else 1
+        )
     if not torch.equal(encoded.tiles, theirs["pixel_values"][0]) or tokens != theirs["input_ids"][0].tolist():
         sys.exit(f"the two give other pixels or tokens for an image of {size}: their times are not to be compared")
 

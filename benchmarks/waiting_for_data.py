@@ -39,14 +39,19 @@ def main():
             for workers in args.workers:
                 taken[workers].append(measure(Path(folder), workers, args))
     figures = {
-        workers: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for workers, runs in taken.items()
+        workers: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for workers, runs in taken.items()
     }
-    print("| workers | ms a step | ms waiting for data | share of the step | of runs |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| workers | ms a step | ms waiting for data | share of the step | of runs |\n| --- | --- | --- | --- | --- |"
+    )
     for workers, row in figures.items():
         shares = [run["share"] for run in taken[workers]]
         row["spread"] = [min(shares), max(shares)]
-        print(f"| {workers} | {row['step_s'] * 1e3:.0f} | {row['waiting_s'] * 1e3:.1f} | {row['share']:.1%} | "
-              f"{min(shares):.1%} to {max(shares):.1%} |")  # fmt: skip
+        print(
+            f"| {workers} | {row['step_s'] * 1e3:.0f} | {row['waiting_s'] * 1e3:.1f} | {row['share']:.1%} | "
+            f"{min(shares):.1%} to {max(shares):.1%} |"
+        )
     machine.append(args.append, "waiting_for_data", description, {"workers": figures})
 
 
@@ -56,7 +61,9 @@ def parse():
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="data workers of each process")
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--uncounted", type=int, default=5, help="iterations at the beginning that do not count")
-    parser.add_argument("--samples", type=int, default=2000, help="in the training data; more than its shuffle buffer of 1000")
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="in the training data; more than its shuffle buffer of 1000"
+    )
     parser.add_argument("--runs", type=int, default=3, help="of each number of workers")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # a rank of the training run
     machine.add_arguments(parser).set_defaults(threads=max(1, os.cpu_count() // 2))
@@ -68,8 +75,13 @@ def measure(folder: Path, workers: int, args) -> dict[str, float]:
     flags = demo_run.flags(folder, "--train-iters", str(args.iterations), "--num-workers", str(workers))
     port = demo_run.free_port()
     ranks = [
-        subprocess.Popen([sys.executable, __file__, "--train", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, env=demo_run.environment(rank, args.processes, port, args.threads))  # fmt: skip
+        subprocess.Popen(
+            [sys.executable, __file__, "--train", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=demo_run.environment(rank, args.processes, port, args.threads),
+        )
         for rank in range(args.processes)
     ]
     outputs = [rank.communicate()[0] for rank in ranks]
@@ -95,7 +107,9 @@ def train(flags: list[str]) -> None:
     sys.path.insert(0, str(demo_run.SCRIPT.parent))
     import pretrain_llava_rsa
 
-    asked, read = [], pretrain_llava_rsa.TrainLoader.__next__
+    from rsa_megatron.data.loaders import TrainLoader
+
+    asked, read = [], TrainLoader.__next__
 
     def timed(loader):
         began = time.perf_counter()
@@ -103,7 +117,7 @@ def train(flags: list[str]) -> None:
         asked.append((began, time.perf_counter()))
         return batch
 
-    pretrain_llava_rsa.TrainLoader.__next__ = timed
+    TrainLoader.__next__ = timed
     sys.argv = [str(demo_run.SCRIPT), *flags]
     pretrain_llava_rsa.main()
     print(f"\n{json.dumps(asked)}", flush=True)

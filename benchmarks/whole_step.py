@@ -34,12 +34,21 @@ def main():
     if args.side:
         return train(args)
     about = machine.description(DEVICE, threads_of(args))
-    prepare = [sys.executable, ROOT / "examples" / "demo" / "prepare_data.py", "--out", args.demo, "--kinds", "captions"]
+    prepare = [
+        sys.executable,
+        ROOT / "examples" / "demo" / "prepare_data.py",
+        "--out",
+        args.demo,
+        "--kinds",
+        "captions",
+    ]
     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(args, Path(folder))
     print(about)
-    print("| processes | ms an iteration with RSA | without | with over without | quartiles | peak memory with, MB | without | over |")
+    print(
+        "| processes | ms an iteration with RSA | without | with over without | quartiles | peak memory with, MB | without | over |"
+    )
     print("| --- " * 8 + "|")
     print(table_row(figures))
     machine.append(args.append, "whole_step", about, figures)
@@ -91,12 +100,28 @@ def measure(args, folder: Path) -> dict:
 def start(side: str, args, folder: Path) -> subprocess.Popen:
     iterations = (args.turns + 1) * args.iterations + 1  # the last ends the last turn
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes), __file__,
-        "--side", side, "--folder", folder, "--iterations", str(args.iterations), "--",
-        *demo_run.flags(args.demo, "--log-interval", "10", "--train-iters", str(iterations)), *args.flags, *SIDES[side],
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.processes),
+        __file__,
+        "--side",
+        side,
+        "--folder",
+        folder,
+        "--iterations",
+        str(args.iterations),
+        "--",
+        *demo_run.flags(args.demo, "--log-interval", "10", "--train-iters", str(iterations)),
+        *args.flags,
+        *SIDES[side],
+    ]
     log = open(folder / f"{side}.log", "w")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads_of(args))})
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads_of(args))}
+    )
 
 
 def threads_of(args) -> int:
@@ -157,8 +182,14 @@ class Turns:
 def table_row(figures: dict) -> str:
     times = [f"{1000 * figures['seconds'][side]:.0f}" for side in SIDES]
     memory = [f"{figures['peak_bytes'][side] / 1e6:.0f}" for side in SIDES]
-    row = [str(figures["processes"]), *times, f"{figures['ratio']:.3f}", "{:.3f} to {:.3f}".format(*figures["quartiles"]), *memory,
-           f"{figures['memory_ratio']:.3f}"]  # fmt: skip
+    row = [
+        str(figures["processes"]),
+        *times,
+        f"{figures['ratio']:.3f}",
+        "{:.3f} to {:.3f}".format(*figures["quartiles"]),
+        *memory,
+        f"{figures['memory_ratio']:.3f}",
+    ]
     return f"| {' | '.join(row)} |"
 
 

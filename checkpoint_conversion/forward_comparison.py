@@ -91,7 +91,9 @@ def make_sample(name: str, images: list[Image.Image], encoder, hf: Path, text: s
     stored = StoredSample(__key__=name, __restore_key__=(), images=parts, record=record)
     batch = encoder.batch([encoder.encode_sample(stored)])
     image_token = encoder.tokenizer.convert_tokens_to_ids("<image>")
-    counts = [ImageLayout(*row).num_tokens(encoder.tokens_per_side, encoder.max_tiles) for row in batch.image_layouts.tolist()]
+    counts = [
+        ImageLayout(*row).num_tokens(encoder.tokens_per_side, encoder.max_tiles) for row in batch.image_layouts.tolist()
+    ]
     # Inputs are all tokens but the last one; Hugging Face takes the whole row and shifts the labels itself.
     tokens = [*batch.tokens[0].tolist(), batch.labels[0, -1].item()]
     is_target = [False, *(batch.loss_mask[0] > 0).tolist()]
@@ -131,20 +133,30 @@ def hugging_face_parts(hf: Path, samples: list[Sample], dtype: torch.dtype) -> l
         output = model(
             input_ids=sample.input_ids.to(device), labels=sample.labels.to(device), output_hidden_states=True, **pixels
         )
-        parts |= {"last hidden state": output.hidden_states[-1][0], "logits": output.logits[0], "loss": output.loss[None]}
+        parts |= {
+            "last hidden state": output.hidden_states[-1][0],
+            "logits": output.logits[0],
+            "loss": output.loss[None],
+        }
         results.append({part: tensor.float().cpu() for part, tensor in parts.items()})
     return results
 
 
 @torch.no_grad()
-def megatron_parts(hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def megatron_parts(
+    hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
     """The same of the Megatron model, sample by sample (logits are large), on `one_process`."""
     model = load_model(hf, checkpoint, dtype)
     device = next(model.parameters()).device
     seen = {}
     model.vision_model.register_forward_hook(lambda module, args, output: seen.update({"vision features": output}))
-    model.vision_projection.register_forward_hook(lambda module, args, output: seen.update({"projected tokens": output[:, 0]}))
-    model.language_model.decoder.register_forward_hook(lambda module, args, output: seen.update({"last hidden state": output[:, 0]}))
+    model.vision_projection.register_forward_hook(
+        lambda module, args, output: seen.update({"projected tokens": output[:, 0]})
+    )
+    model.language_model.decoder.register_forward_hook(
+        lambda module, args, output: seen.update({"last hidden state": output[:, 0]})
+    )
     for sample in samples:
         seen.clear()
         batch = sample.batch
@@ -156,7 +168,9 @@ def megatron_parts(hf: Path, checkpoint: Path, samples: list[Sample], dtype: tor
         parts = dict(seen) | {"logits": logits[0]}
         labels = torch.cat([batch.labels, batch.labels[:, -1:]], dim=1).to(device)
         loss_mask = torch.nn.functional.pad(batch.loss_mask, (0, 1)).to(device)
-        token_loss, mask = model(*inputs, labels=labels, loss_mask=loss_mask, image_layouts=layouts, sound_clips=no_sound)
+        token_loss, mask = model(
+            *inputs, labels=labels, loss_mask=loss_mask, image_layouts=layouts, sound_clips=no_sound
+        )
         parts["loss"] = ((token_loss.float() * mask).sum() / mask.sum())[None]
         if sample.images:
             parts["pixels"] = batch.images

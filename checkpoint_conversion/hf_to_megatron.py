@@ -1,8 +1,8 @@
 """Hugging Face to a Megatron checkpoint that --load takes under any tensor and pipeline parallelism.
 
-    OUT/latest_checkpointed_iteration.txt    "release"
-    OUT/release/                             the weights, as a torch_dist checkpoint
-    OUT/hf/                                  config, tokenizer and processor: --model OUT/hf --tokenizer-model OUT/hf
+OUT/latest_checkpointed_iteration.txt    "release"
+OUT/release/                             the weights, as a torch_dist checkpoint
+OUT/hf/                                  config, tokenizer and processor: --model OUT/hf --tokenizer-model OUT/hf
 """
 
 import argparse
@@ -27,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", type=Path, help="instead: folder of a SigLIP, for a new model")
     parser.add_argument("--language", type=Path, help="and folder of a Qwen2")
     parser.add_argument("--seed", type=int, help="of a new model's projector and image_newline; default 1234")
-    parser.add_argument("--untie-embeddings-and-output-weights", action="store_true",
-                        help="of a new model: a tied Qwen2 gets an output layer of its own (as llava-ov-1.5b, the RSA paper's)")  # fmt: skip
+    parser.add_argument(
+        "--untie-embeddings-and-output-weights",
+        action="store_true",
+        help="of a new model: a tied Qwen2 gets an output layer of its own (as llava-ov-1.5b, the RSA paper's)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
 
@@ -71,7 +74,9 @@ def _sources(args: argparse.Namespace) -> list[Path]:
     if args.hf and args.seed is not None:
         raise ValueError("--seed: nothing is drawn at random from --hf; leave it out")
     if args.hf and args.untie_embeddings_and_output_weights:
-        raise ValueError("--untie-embeddings-and-output-weights: a model of --hf stays as its config.json says; leave it out")
+        raise ValueError(
+            "--untie-embeddings-and-output-weights: a model of --hf stays as its config.json says; leave it out"
+        )
     return [args.hf] if args.hf else [args.vision, args.language]
 
 

@@ -103,7 +103,9 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
         raise ValueError(f"{file} cannot be read: {error}; download it again") from error
     for name, _, dtype in tensors:
         if dtype not in DTYPES and canonical(name) is not None:
-            raise ValueError(f"{file}, tensor {name}: its dtype {dtype} is quantised or no float; convert it to bfloat16")
+            raise ValueError(
+                f"{file}, tensor {name}: its dtype {dtype} is quantised or no float; convert it to bfloat16"
+            )
     return [StoredTensor(file, name, shape, DTYPES[dtype]) for name, shape, dtype in tensors if dtype in DTYPES]
 
 

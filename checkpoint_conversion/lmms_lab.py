@@ -30,7 +30,9 @@ def read_lmms_lab(folder: Path) -> Architecture:
     for key, wanted in _WANTED.items():
         require(where, key, raw.get(key), wanted)
     if "siglip-so400m-patch14-384" not in raw["mm_vision_tower"]:
-        raise ValueError(f"{where}: mm_vision_tower {raw['mm_vision_tower']}; siglip-so400m-patch14-384 is what can be read")
+        raise ValueError(
+            f"{where}: mm_vision_tower {raw['mm_vision_tower']}; siglip-so400m-patch14-384 is what can be read"
+        )
     keys = {key: value for key, value in raw.items() if key != "model_type"}
     config = make_config(where, Qwen2Config.from_dict, keys)
     vision = get_architecture("llava-ov-7b").vision
@@ -47,11 +49,15 @@ def read_lmms_lab(folder: Path) -> Architecture:
 def _grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]:
     """(height, width) in pixels, in the order of lmms-lab, which has the width first."""
     try:
-        if isinstance(pinpoints, str) and "x" in pinpoints:  # "(1x1),...,(6x6)": all from the first to the last, in tiles
+        if (
+            isinstance(pinpoints, str) and "x" in pinpoints
+        ):  # "(1x1),...,(6x6)": all from the first to the last, in tiles
             (first, *_, last) = re.findall(r"(\d+)x(\d+)", pinpoints)
             columns, rows = (range(int(least), int(most) + 1) for least, most in zip(first, last))
             return tuple((tile_size * row, tile_size * column) for column in columns for row in rows)
         pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         return tuple((height, width) for width, height in pairs)
     except (ValueError, TypeError, SyntaxError) as error:
-        raise ValueError(f"{where}: image_grid_pinpoints is {pinpoints!r}; a list of [width, height] can be read") from error
+        raise ValueError(
+            f"{where}: image_grid_pinpoints is {pinpoints!r}; a list of [width, height] can be read"
+        ) from error

@@ -27,7 +27,9 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron's --save folder, or one checkpoint in it")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="Megatron's --save folder, or one checkpoint in it"
+    )
     parser.add_argument("--iteration", type=int, help="of a --save folder; default: the latest")
     parser.add_argument("--hf-template", type=Path, help="folder to copy all but weights from; default: hf beside it")
     parser.add_argument("--max-shard-size", type=_size, default="2GB", help="of a safetensors file; default 2GB")
@@ -44,8 +46,11 @@ def run(args: argparse.Namespace) -> None:
         )
     architecture = read_architecture(template)
     if check_projector(source.parent, architecture.vision.hidden_size):
-        print(f"WARNING: the projector of {source} has learnt on embeddings of images; Hugging Face's model will give it the "
-              "tower's tokens, which are as wide: train it on images first", file=sys.stderr)  # fmt: skip
+        print(
+            f"WARNING: the projector of {source} has learnt on embeddings of images; Hugging Face's model will give it the "
+            "tower's tokens, which are as wide: train it on images first",
+            file=sys.stderr,
+        )
     rows = table(architecture)
     checkpoint = MegatronCheckpoint(source, rows)
     dtypes = {row.key: checkpoint.dtype(row) for row in rows}
@@ -68,8 +73,10 @@ def check_projector(run: Path, tower_width: int) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None  # not the training script's
     if width not in (None, tower_width):
-        raise ValueError(f"{run}: its projector takes embeddings of {width} numbers, for which Hugging Face's LLaVA-OneVision has no "
-                         f"place: its own takes the tower's {tower_width}; there is no export of such a model")  # fmt: skip
+        raise ValueError(
+            f"{run}: its projector takes embeddings of {width} numbers, for which Hugging Face's LLaVA-OneVision has no "
+            f"place: its own takes the tower's {tower_width}; there is no export of such a model"
+        )
     return width
 
 

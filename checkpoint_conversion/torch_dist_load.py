@@ -20,14 +20,22 @@ from checkpoint_conversion.weight_map import Row, walk
 _MODEL = ("language_model.", "vision_model.", "vision_projection.")
 _CHECKPOINT = "torch.distributed.checkpoint."
 _ALLOWED = {
-    _CHECKPOINT + "metadata": {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-                               "TensorProperties", "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    _CHECKPOINT + "metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
     _CHECKPOINT + "planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
     _CHECKPOINT + "filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "pathlib": {"PosixPath"},
-}  # fmt: skip
+}
 
 
 def find_checkpoint(folder: Path, iteration: int | None) -> Path:
@@ -47,9 +55,13 @@ def find_checkpoint(folder: Path, iteration: int | None) -> Path:
     else:
         raise ValueError(f"{folder}: no Megatron checkpoint: neither .metadata nor {tracker.name} is there")
     if not found.is_dir():
-        raise ValueError(f"{found} is missing; there is {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}")
+        raise ValueError(
+            f"{found} is missing; there is {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}"
+        )
     if not (found / ".metadata").is_file():
-        raise ValueError(f"{found}: no checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist")
+        raise ValueError(
+            f"{found}: no checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist"
+        )
     return found
 
 
@@ -57,7 +69,9 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs; do not use a file like that")
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which no checkpoint needs; do not use a file like that"
+        )
 
 
 class _Reader(FileSystemReader):
@@ -90,9 +104,10 @@ class MegatronCheckpoint:
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, True)
         self._tensors: dict[str, TensorStorageMetadata] = {
-            key: item for key, item in metadata.state_dict_metadata.items()
+            key: item
+            for key, item in metadata.state_dict_metadata.items()
             if isinstance(item, TensorStorageMetadata) and key.startswith(_MODEL)
-        }  # fmt: skip
+        }
         self._check(rows)
 
     def dtype(self, row: Row) -> torch.dtype:

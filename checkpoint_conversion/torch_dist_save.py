@@ -40,7 +40,9 @@ _COMMON_STATE = {
 _WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "final_layernorm")
 
 
-def save_checkpoint(folder: Path, rows: list[Row], tensors: dict[str, Readable], written: Callable[[int], object]) -> None:
+def save_checkpoint(
+    folder: Path, rows: list[Row], tensors: dict[str, Readable], written: Callable[[int], object]
+) -> None:
     """Write the tensors of the table.
 
     Args:

@@ -28,10 +28,17 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", type=Path, required=True, help="folder in Hugging Face format")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint, as --save or hf-to-megatron wrote it")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what both models compute in")
-    parser.add_argument("--tolerance", type=float,
-                        help="largest difference, as a part of the largest value; default 1e-4, in bfloat16 5e-2")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="Megatron checkpoint, as --save or hf-to-megatron wrote it"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="what both models compute in"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest difference, as a part of the largest value; default 1e-4, in bfloat16 5e-2",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,8 +76,11 @@ def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], t
         print(f"the same, to {tolerance:.0e} of the largest value")
         return 0
     part, name, value = worst
-    print(f"error: {part} differ by {value:.1e} of their largest value (sample {name!r}); it is the first part that "
-          f"differs by more than --tolerance {tolerance:.0e}", file=sys.stderr)  # fmt: skip
+    print(
+        f"error: {part} differ by {value:.1e} of their largest value (sample {name!r}); it is the first part that "
+        f"differs by more than --tolerance {tolerance:.0e}",
+        file=sys.stderr,
+    )
     return 1
 
 

@@ -74,11 +74,7 @@ def walk(rows: Iterable[Row]) -> Iterator[tuple[Row, int | None]]:
 
 def expected_shapes(rows: Iterable[Row]) -> dict[str, Shape]:
     """Every Hugging Face tensor's shape by its name."""
-    return {
-        name: shape
-        for row, layer in walk(rows)
-        for name, shape in zip(row.part_names(layer), row.parts.values())
-    }  # fmt: skip
+    return {name: shape for row, layer in walk(rows) for name, shape in zip(row.part_names(layer), row.parts.values())}
 
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
@@ -162,9 +158,7 @@ def _decoder(decoder: Decoder, vocab_size: int) -> list[Row]:
     head = [Row("language_model.output_layer.weight", {LM_HEAD: vocabulary}, is_vocabulary=True)]
     return [
         Row("language_model.embedding.word_embeddings.weight", {EMBEDDINGS: vocabulary}, is_vocabulary=True),
-        *_stack(
-            "language_model.decoder.layers.", "language_model.model.layers.{layer}.", decoder.num_layers, layer
-        ),
+        *_stack("language_model.decoder.layers.", "language_model.model.layers.{layer}.", decoder.num_layers, layer),
         Row("language_model.decoder.final_layernorm.weight", {"language_model.model.norm.weight": (hidden,)}),
         *([] if decoder.tie_word_embeddings else head),
-    ]  # fmt: skip
+    ]

@@ -42,9 +42,12 @@ class RSAConfig:
 
     base_tile: str = field(
         default="first",
-        metadata={"choices": ("first", "last"), "help": "where the base image stands among the tiles: first in "
-                  "Hugging Face and LLaVA-NeXT, last (the thumbnail) in Megatron's own tiler"},
-    )  # fmt: skip
+        metadata={
+            "choices": ("first", "last"),
+            "help": "where the base image stands among the tiles: first in "
+            "Hugging Face and LLaVA-NeXT, last (the thumbnail) in Megatron's own tiler",
+        },
+    )
     """Which of an image's tiles is the base image."""
 
     stop_gradient: str = field(
@@ -55,30 +58,41 @@ class RSAConfig:
 
     text_source: str = field(
         default="sequence",
-        metadata={"choices": ("sequence", "caption"), "help": "sequence: t is the mean of the caption's states after its image; "
-                  "caption: of the caption read alone, once more at the end of its row (eq. 2 read literally)"},
-    )  # fmt: skip
+        metadata={
+            "choices": ("sequence", "caption"),
+            "help": "sequence: t is the mean of the caption's states after its image; "
+            "caption: of the caption read alone, once more at the end of its row (eq. 2 read literally)",
+        },
+    )
     """Whether t_i comes from the multimodal row, or from the caption alone. The paper does not say which it used."""
 
     layers: str = field(
         default="-1:-1",
-        metadata={"help": "vision:text pairs of layers, as -1:-1,-2:14@0.5; 0 is what goes into the first layer, -1 what each backbone gives, "
-                  "the number after @ the pair's weight (1 without)"},
-    )  # fmt: skip
+        metadata={
+            "help": "vision:text pairs of layers, as -1:-1,-2:14@0.5; 0 is what goes into the first layer, -1 what each backbone gives, "
+            "the number after @ the pair's weight (1 without)"
+        },
+    )
     """Pairs of layers whose losses add up. The paper aligns the last layers and names others as open (appendix J)."""
 
     scope: str = field(
         default="micro-batch",
-        metadata={"choices": ("micro-batch", "global-batch"), "help": "the pairs of a kernel: of one micro-batch on all "
-                  "data-parallel ranks, or of the optimizer step's whole batch"},
-    )  # fmt: skip
+        metadata={
+            "choices": ("micro-batch", "global-batch"),
+            "help": "the pairs of a kernel: of one micro-batch on all "
+            "data-parallel ranks, or of the optimizer step's whole batch",
+        },
+    )
     """N of eq. 3 to 5: micro-batch x data-parallel ranks, or the whole batch (alignment/global_batch_loss.py)."""
 
     normalize: str = field(
         default="none",
-        metadata={"choices": ("none", "mean-distance"), "help": "mean-distance divides each kernel by its own mean, "
-                  "which makes the weight independent of the two spaces' scales"},
-    )  # fmt: skip
+        metadata={
+            "choices": ("none", "mean-distance"),
+            "help": "mean-distance divides each kernel by its own mean, "
+            "which makes the weight independent of the two spaces' scales",
+        },
+    )
     """Whether each kernel is divided by its own mean distance. Not in the paper."""
 
     def __post_init__(self):
@@ -107,5 +121,7 @@ def _layer_pair(text: str, whole: str) -> LayerPair:
     except ValueError:
         pair = None
     if pair is None or not (math.isfinite(pair.weight) and pair.weight > 0):
-        raise ValueError(f"--rsa-layers {whole} is no list of VISION:TEXT or VISION:TEXT@WEIGHT, such as -1:-1,-2:14@0.5")
+        raise ValueError(
+            f"--rsa-layers {whole} is no list of VISION:TEXT or VISION:TEXT@WEIGHT, such as -1:-1,-2:14@0.5"
+        )
     return pair

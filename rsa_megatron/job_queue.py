@@ -192,15 +192,20 @@ def lock_folder(folder: Path):
     return lock
 
 
-def run_and_report(queue: Queue, time_limit: float | None, when_done: Callable[[Job], None], report: Callable[[], None]) -> None:
+def run_and_report(
+    queue: Queue, time_limit: float | None, when_done: Callable[[Job], None], report: Callable[[], None]
+) -> None:
     """Run the jobs, saying how far it is; `report` at the end, also when it is interrupted. Exit code 1 if a job is not done."""
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; the same command goes on"))
 
     def say(event: str) -> None:
         left = len(queue.waiting)
-        print(f"[{(time.monotonic() - begin) / 60:5.1f} min] {event} | {len(queue.done)} of {len(queue.jobs)} done, {left} waiting, "
-              f"running: {', '.join(queue.running) or 'none'} | about {queue.seconds_left() / 60:.0f} min left", flush=True)  # fmt: skip
+        print(
+            f"[{(time.monotonic() - begin) / 60:5.1f} min] {event} | {len(queue.done)} of {len(queue.jobs)} done, {left} waiting, "
+            f"running: {', '.join(queue.running) or 'none'} | about {queue.seconds_left() / 60:.0f} min left",
+            flush=True,
+        )
 
     try:
         all_done = queue.run(time_limit, say, when_done)
@@ -215,5 +220,9 @@ def run_and_report(queue: Queue, time_limit: float | None, when_done: Callable[[
 def print_plan(jobs: list[Job], num_at_once: int, jsonl: Path) -> None:
     """What --dry-run shows."""
     for job in jobs:
-        print(f"{job.name}  (about {job.seconds:.0f} s; after {', '.join(job.needs) or 'nothing'})\n    {shlex.join(job.command)}")
-    print(f"{len(jobs)} jobs, {num_at_once} at a time: about {makespan(jobs, num_at_once) / 60:.0f} minutes; lines go to {jsonl}")
+        print(
+            f"{job.name}  (about {job.seconds:.0f} s; after {', '.join(job.needs) or 'nothing'})\n    {shlex.join(job.command)}"
+        )
+    print(
+        f"{len(jobs)} jobs, {num_at_once} at a time: about {makespan(jobs, num_at_once) / 60:.0f} minutes; lines go to {jsonl}"
+    )

@@ -118,20 +118,33 @@ def _stand_in_for_torch_cuda():
         "get_device_capability": (8, 0),
         "get_device_name": "cpu",
         "get_device_properties": SimpleNamespace(name="cpu", major=8, minor=0, multi_processor_count=1, total_memory=0),
-        "memory_stats": {"reserved_bytes.all.current": 0, "allocated_bytes.all.current": 0,
-                         "allocated_bytes.all.peak": 0, "allocation.all.current": 0},
+        "memory_stats": {
+            "reserved_bytes.all.current": 0,
+            "allocated_bytes.all.current": 0,
+            "allocated_bytes.all.peak": 0,
+            "allocation.all.current": 0,
+        },
         "memory_allocated": 0,
         "memory_reserved": 0,
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
         "device_memory_used": 0,
         "is_current_stream_capturing": False,
-    }  # fmt: skip
+    }
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
     torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed",
-                 "manual_seed_all", "_lazy_init", "check_error"):  # fmt: skip
+    for name in (
+        "set_device",
+        "set_stream",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "manual_seed",
+        "manual_seed_all",
+        "_lazy_init",
+        "check_error",
+    ):
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
     torch.cuda.Stream = torch.cuda.Event = torch.cuda.ExternalStream = _NoStream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
@@ -172,7 +185,9 @@ def _stand_in_for_placement():
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor_type = torch.Tensor.type
     torch.Tensor.type = lambda self, dtype=None, *args, **kwargs: (
-        tensor_type(self).replace("torch.", "torch.cuda.") if dtype is None else tensor_type(self, dtype, *args, **kwargs)
+        tensor_type(self).replace("torch.", "torch.cuda.")
+        if dtype is None
+        else tensor_type(self, dtype, *args, **kwargs)
     )
     for name in ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Byte"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))

@@ -103,17 +103,23 @@ class RSAPlugin:
             if self.config.weight == 0:
                 return forward_step(*args, **kwargs)
             if kwargs.get("return_schedule_plan"):
-                raise ValueError("RSA cannot train with combined forward and backward passes (1F1B that overlaps expert-parallel "
-                                 "communication): leave --overlap-moe-expert-parallel-comm out")  # fmt: skip
+                raise ValueError(
+                    "RSA cannot train with combined forward and backward passes (1F1B that overlaps expert-parallel "
+                    "communication): leave --overlap-moe-expert-parallel-comm out"
+                )
             # The schedules pass both by their places, next to each other.
             place = next((i for i, argument in enumerate(args) if isinstance(argument, torch.nn.Module)), 0)
             if not place:
-                raise ValueError("RSA's forward step is to be called as Megatron's schedules do: (..., data_iterator, model)")
+                raise ValueError(
+                    "RSA's forward step is to be called as Megatron's schedules do: (..., data_iterator, model)"
+                )
             before, data_iterator, model, after = args[: place - 1], args[place - 1], args[place], args[place + 1 :]
             chunk = llava_within(model)
             reader = None if data_iterator is None else _Reader(data_iterator, self._select)
             # A rank that holds an iterator need not read from it: those of a tensor-parallel group receive.
-            chunk.rsa_taps.begin(lambda: None if reader is None or reader.selection is None else _said(reader.selection))
+            chunk.rsa_taps.begin(
+                lambda: None if reader is None or reader.selection is None else _said(reader.selection)
+            )
             try:
                 output, loss_func = forward_step(*before, reader, model, *after, **kwargs)
             finally:
@@ -180,8 +186,10 @@ def _said(selection) -> RSASamples | Selection:
     if isinstance(selection, RSASamples):
         return selection
     if not (isinstance(selection, tuple) and len(selection) == 2):
-        raise ValueError(f"RSAPlugin(select=...) gave {type(selection).__name__}: give (caption_mask, eligible) or an RSASamples "
-                         "(rsa_megatron/batch.py)")  # fmt: skip
+        raise ValueError(
+            f"RSAPlugin(select=...) gave {type(selection).__name__}: give (caption_mask, eligible) or an RSASamples "
+            "(rsa_megatron/batch.py)"
+        )
     caption_mask, eligible = selection
     return Selection(eligible, caption_mask)
 

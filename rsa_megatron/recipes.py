@@ -133,11 +133,15 @@ def demo_revision() -> dict:
     0.392 at 3e-2.
     """
     sizes = ("seq_length", "micro_batch_size", "global_batch_size", "eval_iters", "log_interval")
-    return revision() | {name: demo_stage_1()[name] for name in sizes} | dict(
-        image_positions=8,
-        lr=1e-2,
-        eval_interval=100,
-        save_interval=100,
+    return (
+        revision()
+        | {name: demo_stage_1()[name] for name in sizes}
+        | dict(
+            image_positions=8,
+            lr=1e-2,
+            eval_interval=100,
+            save_interval=100,
+        )
     )
 
 
@@ -154,14 +158,18 @@ def demo_stage_2() -> dict:
 def _demo(stage: dict) -> dict:
     """A later stage in the demo's sizes; the tower at a fifth of the others' rate, as the paper has it."""
     sizes = {name: demo_stage_1()[name] for name in ("global_batch_size", "eval_iters", "log_interval")}
-    return stage | sizes | dict(
-        image_grids=None,
-        seq_length=448,  # 180 + 12 positions of an image, and a text
-        micro_batch_size=8,
-        lr=5e-4,
-        vision_lr=1e-4,
-        eval_interval=1000,  # at the end
-        save_interval=20,
+    return (
+        stage
+        | sizes
+        | dict(
+            image_grids=None,
+            seq_length=448,  # 180 + 12 positions of an image, and a text
+            micro_batch_size=8,
+            lr=5e-4,
+            vision_lr=1e-4,
+            eval_interval=1000,  # at the end
+            save_interval=20,
+        )
     )
 
 

@@ -1,6 +1,6 @@
 """Runs the comparisons of support/hf_parity.py and writes them into checkpoint_conversion/README.md.
 
-    python -m tests.conversion_table
+python -m tests.conversion_table
 """
 
 from tests.support.environment import ROOT  # isort: skip  # before torch
@@ -30,21 +30,32 @@ def main():
             for mistake, sabotage in tqdm(hf_parity.MISTAKES.items())
         ]
         padding = hf_parity.flat(hf_parity.PADDED)
-        mistakes.append(row("padding rows in the softmax", [
-            models.differences(*padding, sabotage=hf_parity.padding_in_the_softmax) for models in both
-        ]))  # fmt: skip
-        mistakes.append(row("the token after an image not learnt", [
-            models.differences(sabotage=hf_parity.token_after_an_image_not_learnt) for models in both
-        ]))  # fmt: skip
+        mistakes.append(
+            row(
+                "padding rows in the softmax",
+                [models.differences(*padding, sabotage=hf_parity.padding_in_the_softmax) for models in both],
+            )
+        )
+        mistakes.append(
+            row(
+                "the token after an image not learnt",
+                [models.differences(sabotage=hf_parity.token_after_an_image_not_learnt) for models in both],
+            )
+        )
         torch_dist_save.join = hf_parity.parts_one_after_the_other
-        mistakes.append(row("q, k, v not interleaved by group", [
-            models.differences(checkpoint=models.convert(folder / f"wrong-{i}")) for i, models in enumerate(both)
-        ]))  # fmt: skip
+        mistakes.append(
+            row(
+                "q, k, v not interleaved by group",
+                [models.differences(checkpoint=models.convert(folder / f"wrong-{i}")) for i, models in enumerate(both)],
+            )
+        )
     readme = ROOT / "checkpoint_conversion" / "README.md"
     text = readme.read_text()
     for name, rows in (("comparisons", comparisons), ("mistakes", mistakes)):
-        head = [f"| {'layout' if name == 'comparisons' else 'mistake'} | logits, untied | loss, untied | logits, tied | loss, tied |",
-                "|" + " --- |" * 5]  # fmt: skip
+        head = [
+            f"| {'layout' if name == 'comparisons' else 'mistake'} | logits, untied | loss, untied | logits, tied | loss, tied |",
+            "|" + " --- |" * 5,
+        ]
         marked = rf"(<!-- {name} -->\n).*(<!-- /{name} -->)"
         text = re.sub(marked, lambda m: m[1] + "\n".join([*head, *rows]) + "\n" + m[2], text, flags=re.DOTALL)
     readme.write_text(text)

@@ -19,11 +19,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "A red boat."}]}]  # fmt: skip
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A red boat."}]},
+]
 CONTROL = "control: no rope_theta"
-COLUMNS = ["transformers", "folder", "missing", "unexpected", "rope theta", "image mean", "logits differ by",
-           "pixels differ by", "same token ids", "same chat text"]  # fmt: skip
+COLUMNS = [
+    "transformers",
+    "folder",
+    "missing",
+    "unexpected",
+    "rope theta",
+    "image mean",
+    "logits differ by",
+    "pixels differ by",
+    "same token ids",
+    "same chat text",
+]
 
 
 def main(versions: list[str]) -> None:
@@ -31,7 +43,9 @@ def main(versions: list[str]) -> None:
         folder = Path(temporary)
         folders = export(folder)
         write_expected(folders["4.45's keys"], folder / "expected.pt")
-        rows = [[version, name, *found] for version in versions for name, found in try_version(version, folders, folder)]
+        rows = [
+            [version, name, *found] for version in versions for name, found in try_version(version, folders, folder)
+        ]
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows))
     wrong = [row[:2] for row in rows if row[1] != CONTROL and not is_same_model(row[2:])]
@@ -100,7 +114,10 @@ def try_version(version: str, folders: dict[str, Path], folder: Path):
     for name, hf in folders.items():
         command = [sys.executable, __file__, "--in-this-version", str(hf), str(folder / "expected.pt")]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        yield name, [f"fails: {last_line(result.stderr)}"] if result.returncode else json.loads(last_line(result.stdout))
+        yield (
+            name,
+            [f"fails: {last_line(result.stderr)}"] if result.returncode else json.loads(last_line(result.stdout)),
+        )
 
 
 def last_line(text: str) -> str:
@@ -130,11 +147,19 @@ def in_this_version(hf: str, expected_file: str) -> None:
     frequencies = next(buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
     theta = frequencies[1].item() ** -len(frequencies)  # the second of n frequencies is theta ** (-1 / n)
     same_text = processor.apply_chat_template(MESSAGES) == expected["text"]
-    print(json.dumps([
-        len(loading["missing_keys"]), len(loading["unexpected_keys"]), f"{theta:,.0f}",
-        processor.image_processor.image_mean[0], *(f"{difference:.0e}" for difference in largest.values()),
-        f"{same_ids} of {len(expected['samples'])}", "yes" if same_text else "no",
-    ]))  # fmt: skip
+    print(
+        json.dumps(
+            [
+                len(loading["missing_keys"]),
+                len(loading["unexpected_keys"]),
+                f"{theta:,.0f}",
+                processor.image_processor.image_mean[0],
+                *(f"{difference:.0e}" for difference in largest.values()),
+                f"{same_ids} of {len(expected['samples'])}",
+                "yes" if same_text else "no",
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="folder that megatron-to-hf has written")
     parser.add_argument("--data", type=Path, required=True, help="the demo's data set of captions")
-    parser.add_argument("--image-aspect-ratio", choices=["square", "anyres"], default="square", help="as it was trained")
+    parser.add_argument(
+        "--image-aspect-ratio", choices=["square", "anyres"], default="square", help="as it was trained"
+    )
     parser.add_argument("--index", type=int, default=0, help="which of the held-out scenes")
     return parser.parse_args()
 

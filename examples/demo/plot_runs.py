@@ -19,7 +19,13 @@ from matplotlib.ticker import LogFormatter
 
 from rsa_megatron.plots.training_log import FIGURES, read_figures
 
-PANELS = (("lm loss",), ("validation lm loss",), ("rsa loss",), ("rsa dist vision", "rsa dist text"), ("mutual-knn", "chance"))
+PANELS = (
+    ("lm loss",),
+    ("validation lm loss",),
+    ("rsa loss",),
+    ("rsa dist vision", "rsa dist text"),
+    ("mutual-knn", "chance"),
+)
 
 
 def main():
@@ -35,8 +41,14 @@ def main():
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", nargs="+", action="append", required=True, metavar=("LABEL", "LOG"),
-                        help="a label, and what examples/pretrain_llava_rsa.py has printed in one or more runs")  # fmt: skip
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("LABEL", "LOG"),
+        help="a label, and what examples/pretrain_llava_rsa.py has printed in one or more runs",
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--jsonl", type=Path, help="file for the numbers that are drawn, a line a run")
     args = parser.parse_args()
@@ -66,7 +78,9 @@ def in_words(groups: dict[str, list[dict]]) -> str:
                     f"{label:<{width}}  {name:<20}{spread(first):>20}{spread(last):>20}   "
                     f"iterations {first[0][0]} and {last[0][0]}"
                 )
-    lines.append("mutual-knn: held-out pairs, the image alone against the caption alone; chance is what random features have")
+    lines.append(
+        "mutual-knn: held-out pairs, the image alone against the caption alone; chance is what random features have"
+    )
     return "\n".join(lines)
 
 

@@ -23,8 +23,10 @@ FIGURES = {"mutual-knn": "mutual-kNN", "validation lm loss": "validation LM loss
 def main():
     args = parse()
     before = last(read_figures(args.before)) if args.before else {}
-    runs = {label: {stage: last(read_figures(Path(folder, name, "run.log"))) for stage, name in STAGES.items()}
-            for label, folder in args.run}  # fmt: skip
+    runs = {
+        label: {stage: last(read_figures(Path(folder, name, "run.log"))) for stage, name in STAGES.items()}
+        for label, folder in args.run
+    }
     print(table(before, runs))
     draw(before, runs, args.out)
     print(f"figure: {args.out}")
@@ -35,8 +37,14 @@ def main():
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs=2, action="append", required=True, metavar=("LABEL", "FOLDER"),
-                        help="a label, and the OUT of a run of run_stages.sh")  # fmt: skip
+    parser.add_argument(
+        "--run",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("LABEL", "FOLDER"),
+        help="a label, and the OUT of a run of run_stages.sh",
+    )
     parser.add_argument("--before", type=Path, help="log of an evaluation of what stage 1 begins from")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--jsonl", type=Path, help="file for the numbers, a line a run")
@@ -44,7 +52,9 @@ def parse():
     for label, folder in args.run:
         for name in STAGES.values():
             if not Path(folder, name, "run.log").is_file():
-                parser.error(f"--run {label!r} {folder}: {name}/run.log is missing; let examples/run_stages.sh end first")
+                parser.error(
+                    f"--run {label!r} {folder}: {name}/run.log is missing; let examples/run_stages.sh end first"
+                )
     return args
 
 
@@ -61,8 +71,10 @@ def table(before: dict, runs: dict[str, dict[str, dict]]) -> str:
         for label, stages in runs.items():
             values = [(before if column == "before" else stages[column]).get(figure) for column in columns]
             lines.append(f"  {label:<32}" + "".join(f"{'-' if v is None else f'{v:.4f}':>12}" for v in values))
-    lines.append("mutual-knn: held-out pairs, the image alone against the caption alone. Each stage has a template and labels of its "
-                 "own: losses compare within a column.")  # fmt: skip
+    lines.append(
+        "mutual-knn: held-out pairs, the image alone against the caption alone. Each stage has a template and labels of its "
+        "own: losses compare within a column."
+    )
     return "\n".join(lines)
 
 

@@ -37,10 +37,18 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="data sets to write")
     parser.add_argument("--train", type=int, default=Sizes.train, help="training scenes of each data set; %(default)s")
-    parser.add_argument("--validation", type=int, default=Sizes.validation, help="validation scenes of each data set; %(default)s")
-    parser.add_argument("--test", type=int, default=Sizes.test,
-                        help="scenes of a third part, for figures that no setting was chosen by; %(default)s")  # fmt: skip
-    parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="side of a picture, pixels; %(default)s")
+    parser.add_argument(
+        "--validation", type=int, default=Sizes.validation, help="validation scenes of each data set; %(default)s"
+    )
+    parser.add_argument(
+        "--test",
+        type=int,
+        default=Sizes.test,
+        help="scenes of a third part, for figures that no setting was chosen by; %(default)s",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=Sizes.image_size, help="side of a picture, pixels; %(default)s"
+    )
     parser.add_argument("--shard-size", type=int, default=Sizes.shard_size, help="samples of a tar; %(default)s")
     parser.add_argument("--seed", type=int, default=Sizes.seed)
     return parser.parse_args(arguments)

@@ -23,7 +23,9 @@ try:
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 except ImportError as error:
-    sys.exit(f"error: Megatron-Bridge cannot be imported ({error}): pip install 'megatron-bridge[te]==0.6.2', with CUDA")
+    sys.exit(
+        f"error: Megatron-Bridge cannot be imported ({error}): pip install 'megatron-bridge[te]==0.6.2', with CUDA"
+    )
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.optimizer import OptimizerConfig
 
@@ -47,11 +49,25 @@ class LlavaProvider(GPTModelProvider):
         # An image takes one position of the text, and (32 / 8)^2 of the row.
         max_length = SEQ_LENGTH - 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2
         return LLaVAModel(
-            self, language_layer, VOCABULARY, max_length, tower, vision_layer, True, copy.deepcopy(tower), projector,
-            pre_process=pre_process, post_process=post_process, add_encoder=pre_process, vp_stage=vp_stage,
-            img_h=IMAGE_SIZE, img_w=IMAGE_SIZE, patch_dim=PATCH_SIZE, image_token_index=IMAGE_TOKEN,
+            self,
+            language_layer,
+            VOCABULARY,
+            max_length,
+            tower,
+            vision_layer,
+            True,
+            copy.deepcopy(tower),
+            projector,
+            pre_process=pre_process,
+            post_process=post_process,
+            add_encoder=pre_process,
+            vp_stage=vp_stage,
+            img_h=IMAGE_SIZE,
+            img_w=IMAGE_SIZE,
+            patch_dim=PATCH_SIZE,
+            image_token_index=IMAGE_TOKEN,
             pg_collection=self._pg_collection,
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -87,11 +103,19 @@ class Samples(torch.utils.data.Dataset):
 def main():
     megatron_patches.repair()  # of megatron-core as PyPI has it
     provider = LlavaProvider(
-        num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=SEQ_LENGTH, vocab_size=VOCABULARY,
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        seq_length=SEQ_LENGTH,
+        vocab_size=VOCABULARY,
         # What needs Transformer Engine or apex is off, as a job for the CPU has it.
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
-        cross_entropy_loss_fusion=False, persist_layer_norm=False, attention_softmax_in_fp32=True,
-    )  # fmt: skip
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        cross_entropy_loss_fusion=False,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=True,
+    )
     provider.register_pre_wrap_hook(rsa.attach)  # RSA
     pretrain(
         config.ConfigContainer(

@@ -40,11 +40,26 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
     vision, language_layer = deepcopy(language), decoder_model_with_local_default_spec()
     vision.pipeline_model_parallel_size, vision.vision_model_type = 1, "clip"
     return LLaVAModel(
-        language, language_layer, args.padded_vocab_size, args.seq_length, vision, get_vit_layer_with_local_spec(),
-        True, deepcopy(vision), get_submodules(language_layer.submodules.mlp), "mlp",
-        pre_process=pre_process, post_process=post_process, add_encoder=pre_process, vp_stage=vp_stage,
-        img_h=IMAGE_SIZE, img_w=IMAGE_SIZE, patch_dim=PATCH_SIZE, image_token_index=IMAGE_TOKEN, pg_collection=pg_collection,
-    )  # fmt: skip
+        language,
+        language_layer,
+        args.padded_vocab_size,
+        args.seq_length,
+        vision,
+        get_vit_layer_with_local_spec(),
+        True,
+        deepcopy(vision),
+        get_submodules(language_layer.submodules.mlp),
+        "mlp",
+        pre_process=pre_process,
+        post_process=post_process,
+        add_encoder=pre_process,
+        vp_stage=vp_stage,
+        img_h=IMAGE_SIZE,
+        img_w=IMAGE_SIZE,
+        patch_dim=PATCH_SIZE,
+        image_token_index=IMAGE_TOKEN,
+        pg_collection=pg_collection,
+    )
 
 
 class Noise(torch.utils.data.Dataset):
@@ -92,11 +107,25 @@ def forward_step(data_iterator, model):
 def add_arguments(parser):
     rsa.add_arguments(parser)  # RSA
     parser.set_defaults(
-        num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32, max_position_embeddings=32, micro_batch_size=4,
-        global_batch_size=16, train_iters=5, lr=1e-3, log_interval=1, eval_iters=0, eval_interval=100, save_interval=100,
-        num_workers=0, tokenizer_type="NullTokenizer", vocab_size=511, **LOCAL_ARGUMENTS,
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        seq_length=32,
+        max_position_embeddings=32,
+        micro_batch_size=4,
+        global_batch_size=16,
+        train_iters=5,
+        lr=1e-3,
+        log_interval=1,
+        eval_iters=0,
+        eval_interval=100,
+        save_interval=100,
+        num_workers=0,
+        tokenizer_type="NullTokenizer",
+        vocab_size=511,
+        **LOCAL_ARGUMENTS,
         **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
-    )  # fmt: skip
+    )
     return parser
 
 

@@ -38,12 +38,14 @@ SKIN_TONES = range(0x1F3FB, 0x1F400)
 COUNTRY_LETTERS, END_OF_REGION = range(0x1F1E6, 0x1F200), 0xE007F
 CLOCK_FACES = range(0x1F550, 0x1F568)
 # What a name's family does not turn on: who, which colour, which way, and words that join others.
-SILENT = frozenset("""
+SILENT = frozenset(
+    """
     a an and at by for from in no non not of off on or over per s t the to under up with without
     adult adults boy child children female girl male man men mr mrs mx older person people woman women
     down facing left lower right upper
     black blue brown dark gray green light orange pink purple red white yellow
-""".split())  # fmt: skip
+""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def make(args) -> None:
     with atomic.new_folder(args.out) as unfinished:
         write(parts, drawn, unfinished, args)
         index_shards(unfinished, subflavors={"rsa": True}, num_workers=1)
-        summary = {"settings": settings, "families": len(families), "drawn alike": len(pictures) - len(drawn)} | counts(parts)
+        summary = {"settings": settings, "families": len(families), "drawn alike": len(pictures) - len(drawn)} | counts(
+            parts
+        )
         (unfinished / "summary.json").write_text(json.dumps(summary, indent=1))
         (unfinished / "ATTRIBUTION.txt").write_text(attribution())
     print(in_short(args.out, summary))
@@ -194,7 +198,9 @@ def divide(families: dict[str, list[Picture]], num_validation: int, seed: int) -
         raise ValueError(f"--validation {num_validation}: no family is a tenth of it or less; ask for 10 or more")
     if len(parts["train"]) < len(parts["val"]):
         raise ValueError(f"--validation {num_validation} leaves {len(parts['train'])} pictures to train on; lower it")
-    return {part: sorted(pictures, key=lambda picture: shuffled(seed, picture.code)) for part, pictures in parts.items()}
+    return {
+        part: sorted(pictures, key=lambda picture: shuffled(seed, picture.code)) for part, pictures in parts.items()
+    }
 
 
 def shuffled(seed: int, name: str) -> bytes:

@@ -68,22 +68,42 @@ def run(queue: Queue, args) -> None:
 def parse(arguments: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the longer form")
-    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "reproduce", help="folder for data and runs; %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "demo" / "reproduce", help="folder for data and runs; %(default)s"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder for the results; %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core; %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
-    parser.add_argument("--data", choices=["scenes", "openmoji"], default="scenes",
-                        help="openmoji: stage 1 on pictures that the packages of [openmoji] bring; %(default)s")  # fmt: skip
-    parser.add_argument("--only", choices=["main", "ablations"], help="the three stages, or stage 1 under other settings")
-    parser.add_argument("--part", choices=["test", "val"], default="test",
-                        help="what is measured on; settings are chosen on val alone; %(default)s")  # fmt: skip
-    parser.add_argument("--iterations", type=iterations, default={}, metavar="STAGE=COUNT,...",
-                        help="another length of stages, as parts=200,1=100,1.5=60,2=60")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        choices=["scenes", "openmoji"],
+        default="scenes",
+        help="openmoji: stage 1 on pictures that the packages of [openmoji] bring; %(default)s",
+    )
+    parser.add_argument(
+        "--only", choices=["main", "ablations"], help="the three stages, or stage 1 under other settings"
+    )
+    parser.add_argument(
+        "--part",
+        choices=["test", "val"],
+        default="test",
+        help="what is measured on; settings are chosen on val alone; %(default)s",
+    )
+    parser.add_argument(
+        "--iterations",
+        type=iterations,
+        default={},
+        metavar="STAGE=COUNT,...",
+        help="another length of stages, as parts=200,1=100,1.5=60,2=60",
+    )
     parser.add_argument("--samples", type=int, help=f"held-out pairs, a multiple of {BATCH}")
     parser.add_argument("--scenes", type=int, help="training scenes of each data set")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="then end what runs and tell what is done")
-    parser.add_argument("--skip-recorded", action="store_true",
-                        help="leave out runs whose lines are in the results already, as from another machine")  # fmt: skip
+    parser.add_argument(
+        "--skip-recorded",
+        action="store_true",
+        help="leave out runs whose lines are in the results already, as from another machine",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the time, and stop")
     args = parser.parse_args(arguments)
     form = FULL if args.full else DEFAULT
@@ -92,7 +112,9 @@ def parse(arguments: list[str] | None):
     if args.form.samples % BATCH:
         parser.error(f"--samples {args.form.samples} is no multiple of the batch, {BATCH}")
     if args.data == "openmoji" and (args.only or args.samples):
-        parser.error("--data openmoji has stage 1 alone and a validation part of its own: leave out --only and --samples")
+        parser.error(
+            "--data openmoji has stage 1 alone and a validation part of its own: leave out --only and --samples"
+        )
     args.place = Place(args.out.resolve(), args.data, "val" if args.data == "openmoji" else args.part)
     # Runs that settings are chosen by must not stand in for those that are reported.
     names = ["full"] * args.full + ["openmoji"] * (args.data == "openmoji") + ["val"] * (args.part == "val")

@@ -75,8 +75,16 @@ class Form:
     the first alone."""
 
 
-DEFAULT = Form({"parts": 150, "1": 60, "1.5": 40, "2": 80}, 512, 6000, {"1": 3, "1.5": 1, "2": 1, "ablations": 1}, anyres=False)
-FULL = Form({"parts": 400, "1": 600, "1.5": 300, "2": 300}, 1024, 10000, {"1": 12, "1.5": 6, "2": 6, "ablations": 4}, anyres=True)
+DEFAULT = Form(
+    {"parts": 150, "1": 60, "1.5": 40, "2": 80}, 512, 6000, {"1": 3, "1.5": 1, "2": 1, "ablations": 1}, anyres=False
+)
+FULL = Form(
+    {"parts": 400, "1": 600, "1.5": 300, "2": 300},
+    1024,
+    10000,
+    {"1": 12, "1.5": 6, "2": 6, "ablations": 4},
+    anyres=True,
+)
 
 
 @dataclass(frozen=True)
@@ -162,21 +170,43 @@ def prepare_jobs(place: Place, form: Form, kinds: list[str]) -> list[Job]:
     sizes = ("--train", form.scenes, "--validation", form.samples, "--test", form.samples)
     seconds = 5 + 0.004 * (form.scenes + 2 * form.samples)
     return [
-        Job(f"data/{kind}", python(EXAMPLES / "demo" / "prepare_data.py", "--out", place.out, "--kinds", kind, *sizes),
-            () if kind == "captions" else ("data/captions",), seconds)
+        Job(
+            f"data/{kind}",
+            python(EXAMPLES / "demo" / "prepare_data.py", "--out", place.out, "--kinds", kind, *sizes),
+            () if kind == "captions" else ("data/captions",),
+            seconds,
+        )
         for kind in kinds
-    ]  # fmt: skip
+    ]
 
 
 def parts_jobs(place: Place, form: Form, seed: int) -> list[Job]:
     """The parts of a seed, and what they are worth before they are trained together."""
     parts, before, count = f"seed-{seed}/parts", f"{place.of_seed(seed)}/before", form.iterations["parts"]
     data = ("data/captions",) if place.data == "scenes" else ("data/openmoji",)
-    train = torchrun(EXAMPLES / "demo" / "pretrain_backbones.py", *common(place, seed), *checkpoints(place, parts, count),
-                     "--data-path", place.out / "data" / "captions", "--train-iters", count)  # fmt: skip
-    measure = torchrun(EXAMPLES / "pretrain_llava_rsa.py", *common(place, seed), *evaluated(place.num_samples(form), 1, 1), "--stage", "1",
-                       "--skip-train", "--train-iters", 1, "--data-path", place.mixture("1"),
-                       "--pretrained-checkpoint", place.out / "runs" / parts)  # fmt: skip
+    train = torchrun(
+        EXAMPLES / "demo" / "pretrain_backbones.py",
+        *common(place, seed),
+        *checkpoints(place, parts, count),
+        "--data-path",
+        place.out / "data" / "captions",
+        "--train-iters",
+        count,
+    )
+    measure = torchrun(
+        EXAMPLES / "pretrain_llava_rsa.py",
+        *common(place, seed),
+        *evaluated(place.num_samples(form), 1, 1),
+        "--stage",
+        "1",
+        "--skip-train",
+        "--train-iters",
+        1,
+        "--data-path",
+        place.mixture("1"),
+        "--pretrained-checkpoint",
+        place.out / "runs" / parts,
+    )
     return [
         Job(parts, train, ("data/captions",), START + count * ITERATION["parts"]),
         Job(before, measure, (parts, *data), START + form.samples * EVALUATED_PAIR),
@@ -205,25 +235,67 @@ def run_of(
     if stage != "1":
         flags = (*LATER_STAGES, *(() if form.anyres else ("--image-aspect-ratio", "square")), *flags)
     evaluations = form.evaluations["ablations" if arm in ABLATIONS else stage]
-    command = torchrun(EXAMPLES / "pretrain_llava_rsa.py", *common(place, seed), *evaluated(place.num_samples(form), count, evaluations),
-                       *checkpoints(place, name, count), "--stage", stage, "--data-path", place.mixture(stage),
-                       "--train-iters", count, "--pretrained-checkpoint", place.out / "runs" / begin, *flags)  # fmt: skip
+    command = torchrun(
+        EXAMPLES / "pretrain_llava_rsa.py",
+        *common(place, seed),
+        *evaluated(place.num_samples(form), count, evaluations),
+        *checkpoints(place, name, count),
+        "--stage",
+        stage,
+        "--data-path",
+        place.mixture(stage),
+        "--train-iters",
+        count,
+        "--pretrained-checkpoint",
+        place.out / "runs" / begin,
+        *flags,
+    )
     is_anyres = "anyres" in flags or (stage != "1" and form.anyres)
     seconds = START + count * ITERATION[stage] * (ANYRES_TIMES if is_anyres else 1)
     seconds += evaluations * form.samples * EVALUATED_PAIR
-    return TrainingRun(name, command, (begin, before, *MIXED[stage]), seconds, arm=arm, seed=seed, stage=stage,
-                       iterations=count, flags=flags, before=before)  # fmt: skip
+    return TrainingRun(
+        name,
+        command,
+        (begin, before, *MIXED[stage]),
+        seconds,
+        arm=arm,
+        seed=seed,
+        stage=stage,
+        iterations=count,
+        flags=flags,
+        before=before,
+    )
 
 
 def asked(place: Place, form: Form, run: TrainingRun) -> list[Job]:
     """The run, its export to Hugging Face and the questions to it."""
     folder, export, score = place.out / "runs" / run.name, f"{run.name}/export", f"{run.name}/score"
-    to_hf = python("-m", "checkpoint_conversion", "megatron-to-hf", "--checkpoint", folder,
-                   "--out", folder / "hf-export", "--overwrite")  # fmt: skip
+    to_hf = python(
+        "-m",
+        "checkpoint_conversion",
+        "megatron-to-hf",
+        "--checkpoint",
+        folder,
+        "--out",
+        folder / "hf-export",
+        "--overwrite",
+    )
     data = [place.out / "data" / kind for kind in ("questions", "captions")]
-    ask = python(EXAMPLES / "reproduce" / "score_answers.py", "--hf", folder / "hf-export", "--data", *data, "--part", place.part,
-                 "--samples", form.samples, "--image-aspect-ratio", "anyres" if form.anyres else "square",
-                 "--out", place.out / "runs" / score / "scores.json")  # fmt: skip
+    ask = python(
+        EXAMPLES / "reproduce" / "score_answers.py",
+        "--hf",
+        folder / "hf-export",
+        "--data",
+        *data,
+        "--part",
+        place.part,
+        "--samples",
+        form.samples,
+        "--image-aspect-ratio",
+        "anyres" if form.anyres else "square",
+        "--out",
+        place.out / "runs" / score / "scores.json",
+    )
     return [
         replace(run, score=score),
         Job(export, to_hf, (run.name,), 6.0),
@@ -232,8 +304,20 @@ def asked(place: Place, form: Form, run: TrainingRun) -> list[Job]:
 
 
 def common(place: Place, seed: int) -> tuple:
-    return ("--model", "demo", "--tokenizer-model", place.out / "tokenizer", "--seed", seed, "--num-workers", 1,
-            "--micro-batch-size", BATCH, "--global-batch-size", BATCH)  # fmt: skip
+    return (
+        "--model",
+        "demo",
+        "--tokenizer-model",
+        place.out / "tokenizer",
+        "--seed",
+        seed,
+        "--num-workers",
+        1,
+        "--micro-batch-size",
+        BATCH,
+        "--global-batch-size",
+        BATCH,
+    )
 
 
 def checkpoints(place: Place, name: str, iterations: int) -> tuple:

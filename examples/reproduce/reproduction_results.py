@@ -56,7 +56,10 @@ def line_of(queue: Queue, run: TrainingRun, about: dict) -> dict:
 def curves(queue: Queue, name: str) -> dict[str, list]:
     """The figures of a log, without those that are no number."""
     found = read_figures(queue.log(name))
-    found = {figure: [[i, v] for i, v in sorted(found[figure].items()) if math.isfinite(v)] for figure in (*FIGURES, "chance")}
+    found = {
+        figure: [[i, v] for i, v in sorted(found[figure].items()) if math.isfinite(v)]
+        for figure in (*FIGURES, "chance")
+    }
     return {figure: points for figure, points in found.items() if points}
 
 
@@ -77,11 +80,15 @@ def read_lines(path: Path) -> list[dict]:
 
 def merged(old: list[dict], new: list[dict], about: dict) -> list[dict]:
     """The lines of before with those of today in their place; of another form or part they do not belong beside them."""
-    same = [line for line in old if all(line.get(name) == about[name] for name in ("form", "part", "num_samples", "data"))]
+    same = [
+        line for line in old if all(line.get(name) == about[name] for name in ("form", "part", "num_samples", "data"))
+    ]
     lines = {key(line): line for line in same} | {key(line): line for line in new}
     arms = [arm + end for end in ("", ", no stage 1.5") for arm in MAIN] + list(ABLATIONS)
     place = {arm: number for number, arm in enumerate(arms)}  # an arm that is no longer run comes last
-    return sorted(lines.values(), key=lambda line: (place.get(line["arm"], len(arms)), line["arm"], line["seed"], line["stage"]))
+    return sorted(
+        lines.values(), key=lambda line: (place.get(line["arm"], len(arms)), line["arm"], line["seed"], line["stage"])
+    )
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -98,23 +105,37 @@ def setting(lines: list[dict]) -> str:
     steps = ", ".join(f"stage {stage}: {iterations[stage]}" for stage in STAGES if stage in iterations)
     seeds = sorted({line["seed"] for line in lines})
     first = lines[0]
-    return (f"Data: {first['data']}, measured on {first['num_samples']} pairs of the part `{first['part']}`, k = {first['k']}, "
-            f"chance {first['chance'] or math.nan:.4f}. Iterations of 32 samples: {steps}. Seeds: {', '.join(map(str, seeds))}.")  # fmt: skip
+    return (
+        f"Data: {first['data']}, measured on {first['num_samples']} pairs of the part `{first['part']}`, k = {first['k']}, "
+        f"chance {first['chance'] or math.nan:.4f}. Iterations of 32 samples: {steps}. Seeds: {', '.join(map(str, seeds))}."
+    )
 
 
 def stage_tables(lines: list[dict]) -> list[str]:
     """Of the arms that go through the stages."""
-    arms = [arm for arm in (*MAIN, *(f"{arm}, no stage 1.5" for arm in MAIN)) if any(line["arm"] == arm for line in lines)]
+    arms = [
+        arm for arm in (*MAIN, *(f"{arm}, no stage 1.5" for arm in MAIN)) if any(line["arm"] == arm for line in lines)
+    ]
     titles = {"mutual-knn": "mutual-kNN", "validation lm loss": "LM loss on held-out captions, nats a token"}
     found = []
     for figure, title in titles.items():
-        rows = [[arm, cell(befores(lines, arm, figure))] + [cell(lasts(lines, arm, stage, figure)) for stage in STAGES]
-                for arm in arms]  # fmt: skip
+        rows = [
+            [arm, cell(befores(lines, arm, figure))] + [cell(lasts(lines, arm, stage, figure)) for stage in STAGES]
+            for arm in arms
+        ]
         found.append(table([title, "before", *(f"after stage {stage}" for stage in STAGES)], rows))
     asked = [line for line in lines if line["accuracy"]]
     if asked:
-        rows = [[arm, *(cell({line["seed"]: line["accuracy"][name] for line in asked if line["arm"] == arm})
-                        for name in ACCURACIES)] for arm in arms]  # fmt: skip
+        rows = [
+            [
+                arm,
+                *(
+                    cell({line["seed"]: line["accuracy"][name] for line in asked if line["arm"] == arm})
+                    for name in ACCURACIES
+                ),
+            ]
+            for arm in arms
+        ]
         found.append(table(["accuracy after stage 2", *ACCURACIES], rows))
     return found
 
@@ -125,17 +146,26 @@ def ablation_table(lines: list[dict]) -> list[str]:
     if not arms:
         return []
     rows = [
-        [arm, cell(gains(lines, arm)), *(cell(lasts(lines, arm, "1", figure)) for figure in FIGURES[:2]),
-         spread(list(lasts(lines, arm, "1", "rsa dist vision").values()))]
+        [
+            arm,
+            cell(gains(lines, arm)),
+            *(cell(lasts(lines, arm, "1", figure)) for figure in FIGURES[:2]),
+            spread(list(lasts(lines, arm, "1", "rsa dist vision").values())),
+        ]
         for arm in arms
-    ]  # fmt: skip
-    return [table(["stage 1", "gain of mutual-kNN", "mutual-kNN", "LM loss", "mean distance of images at the end"], rows)]
+    ]
+    return [
+        table(["stage 1", "gain of mutual-kNN", "mutual-kNN", "LM loss", "mean distance of images at the end"], rows)
+    ]
 
 
 def lasts(lines: list[dict], arm: str, stage: str, figure: str) -> dict[int, float]:
     """{seed: the last value}."""
-    return {line["seed"]: line["figures"][figure][-1][1] for line in lines
-            if (line["arm"], line["stage"]) == (arm, stage) and line["figures"].get(figure)}  # fmt: skip
+    return {
+        line["seed"]: line["figures"][figure][-1][1]
+        for line in lines
+        if (line["arm"], line["stage"]) == (arm, stage) and line["figures"].get(figure)
+    }
 
 
 def befores(lines: list[dict], arm: str, figure: str) -> dict[int, float]:
@@ -144,7 +174,9 @@ def befores(lines: list[dict], arm: str, figure: str) -> dict[int, float]:
 
 def gains(lines: list[dict], arm: str) -> dict[int, float]:
     before = befores(lines, arm, "mutual-knn")
-    return {seed: value - before[seed] for seed, value in lasts(lines, arm, "1", "mutual-knn").items() if seed in before}
+    return {
+        seed: value - before[seed] for seed, value in lasts(lines, arm, "1", "mutual-knn").items() if seed in before
+    }
 
 
 def fill_page(page: Path, name: str, text: str) -> bool:

@@ -74,9 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="folder that megatron-to-hf has written")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets that prepare_data.py has written")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="data sets that prepare_data.py has written"
+    )
     parser.add_argument("--part", default="val", help="which part of them; %(default)s")
-    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, default="anyres", help="as in training; %(default)s")
+    parser.add_argument(
+        "--image-aspect-ratio", choices=ASPECT_RATIOS, default="anyres", help="as in training; %(default)s"
+    )
     parser.add_argument("--samples", type=int, help="the first so many of each; all of them by default")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     return parser.parse_args(arguments)
@@ -101,8 +105,12 @@ def score(reader: "Reader", data: Path, part: str, num_samples: int | None) -> d
 
 
 def shares(counts: Counter) -> dict:
-    found = {"answers": counts["answers"], "exact": counts["exact"] / counts["answers"],
-             "base rate": counts["usual"] / counts["answers"], "tokens": counts["right tokens"] / counts["tokens"]}  # fmt: skip
+    found = {
+        "answers": counts["answers"],
+        "exact": counts["exact"] / counts["answers"],
+        "base rate": counts["usual"] / counts["answers"],
+        "tokens": counts["right tokens"] / counts["tokens"],
+    }
     return found | ({"content words": counts["right words"] / counts["words"]} if counts["words"] else {})
 
 
@@ -156,18 +164,25 @@ class Reader:
         vision = architecture.vision
         self.tokenizer = AutoTokenizer.from_pretrained(hf)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = LlavaOnevisionForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval().to(self.device)
+        self.model = (
+            LlavaOnevisionForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval().to(self.device)
+        )
         self._side, self._max_tiles = vision.tokens_per_side, architecture.max_tiles
         self._image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._tiler = ImageTiler(image_size=vision.image_size, image_aspect_ratio=image_aspect_ratio,
-                                 grid_pinpoints=architecture.grid_pinpoints)  # fmt: skip
+        self._tiler = ImageTiler(
+            image_size=vision.image_size,
+            image_aspect_ratio=image_aspect_ratio,
+            grid_pinpoints=architecture.grid_pinpoints,
+        )
 
     def right_tokens(self, batch: list[Asked]) -> list[list[bool]]:
         """Of each sample's tokens, whether it is the likeliest after those before it (and the picture's)."""
         rows = [self._with_image_tokens(sample) for sample in batch]
         length = max(map(len, rows))
         # Padding at the end is seen by none of the tokens before it.
-        ids_BS = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=self.device)
+        ids_BS = torch.tensor(
+            [row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=self.device
+        )
         with torch.no_grad():
             likeliest_BS = self._logits(ids_BS, [sample.image for sample in batch]).argmax(-1).tolist()
         found = []
@@ -187,7 +202,9 @@ class Reader:
         tiles = [self._tiler.tiles([picture]).to(self.device) for picture in pictures]
         if self._tiler.image_aspect_ratio == "anyres":
             sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
-            return self.model(input_ids=ids_BS, pixel_values=pad_sequence(tiles, batch_first=True), image_sizes=sizes).logits
+            return self.model(
+                input_ids=ids_BS, pixel_values=pad_sequence(tiles, batch_first=True), image_sizes=sizes
+            ).logits
         # transformers' own way adds a grid of tiles to each picture.
         features = self.model.model.vision_tower(torch.cat(tiles), output_hidden_states=True).hidden_states[-1]
         embedded_BSH = self.model.get_input_embeddings()(ids_BS)
@@ -199,15 +216,17 @@ def judge(tokenizer, sample: Asked, answer: Answer, is_right: list[bool], usual:
     """What one answer adds to the counts."""
     of_answer = [is_right[position] for position in answer.positions]
     words = content_words(tokenizer, [sample.tokens[position] for position in answer.positions][:-1])
-    return Counter({
-        "answers": 1,
-        "exact": all(of_answer),
-        "usual": usual.get(answer.question) == answer.text,
-        "tokens": len(of_answer) - 1,
-        "right tokens": sum(of_answer[:-1]),
-        "words": len(words),
-        "right words": sum(all(of_answer[place] for place in word) for word in words),
-    })  # fmt: skip
+    return Counter(
+        {
+            "answers": 1,
+            "exact": all(of_answer),
+            "usual": usual.get(answer.question) == answer.text,
+            "tokens": len(of_answer) - 1,
+            "right tokens": sum(of_answer[:-1]),
+            "words": len(words),
+            "right words": sum(all(of_answer[place] for place in word) for word in words),
+        }
+    )
 
 
 def content_words(tokenizer, tokens: list[int]) -> list[list[int]]:

@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     with atomic.new_folder(args.out) as unfinished:
         parts = {part: sorted(args.data.glob(f"{part}-*.tar")) for part in ("train", "val")}
         if not all(parts.values()):
-            sys.exit(f"error: {args.data} has no shards of train and val; name captions that prepare_data.py has written")
+            sys.exit(
+                f"error: {args.data} has no shards of train and val; name captions that prepare_data.py has written"
+            )
         for part, tars in parts.items():
             with webdataset.ShardWriter(f"{unfinished}/{part}-%05d.tar", maxcount=500, verbose=0) as writer:
                 samples = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)

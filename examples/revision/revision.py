@@ -72,15 +72,26 @@ def report(queue: Queue, args) -> None:
 
 def parse(arguments: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="folder that prepare_data.py has written; %(default)s")
+    parser.add_argument(
+        "--demo", type=Path, default=ROOT / "demo", help="folder that prepare_data.py has written; %(default)s"
+    )
     parser.add_argument("--out", type=Path, help="folder for the runs; revision below that of the demo")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder for the results; %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=USUAL, metavar="ARM", help=f"of {', '.join(ARMS)}; all but an ablation")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=USUAL,
+        metavar="ARM",
+        help=f"of {', '.join(ARMS)}; all but an ablation",
+    )
     parser.add_argument("--iterations", type=int, default=240, help="of each arm, 32 captions each; %(default)s")
     parser.add_argument("--language-iterations", type=int, default=500, help="of the language model; %(default)s")
     parser.add_argument("--encoder-steps", type=int, default=200, help="of the dual encoder; %(default)s")
-    parser.add_argument("--held-out", type=int, default=512, help=f"scenes to measure on, a multiple of {BATCH}; %(default)s")
+    parser.add_argument(
+        "--held-out", type=int, default=512, help=f"scenes to measure on, a multiple of {BATCH}; %(default)s"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="jobs at a time, each on one core; %(default)s")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="then end what runs and tell what is done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the time, and stop")

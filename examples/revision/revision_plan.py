@@ -30,7 +30,15 @@ EVALUATIONS = 3
 WIDTH = 128
 LANGUAGE = "language/train"
 # Seconds on one core of two that are both at work.
-SECONDS = {"encoder": 1.1, "language": 0.6, "iteration": 0.34, "evaluation": 3.5, "start": 8.0, "embed": 22.0, "shards": 6.0}
+SECONDS = {
+    "encoder": 1.1,
+    "language": 0.6,
+    "iteration": 0.34,
+    "evaluation": 3.5,
+    "start": 8.0,
+    "embed": 22.0,
+    "shards": 6.0,
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,34 @@ def language(args) -> list[Job]:
     """The language model of all seeds. Its pictures are of notes' scenes and pass an untrained tower, which no arm uses."""
     runs, count = args.out / "runs", args.language_iterations
     notes = python(HERE / "prepare_notes.py", "--data", captions(args), "--out", runs / "language" / "notes" / "data")
-    train = torchrun(EXAMPLES / "demo" / "pretrain_backbones.py", "--model", "demo", "--tokenizer-model", args.demo / "tokenizer", "--seed", 1,
-                     "--data-path", runs / "language" / "notes" / "data", "--trainable", "embeddings", "language", "--num-workers", 1,
-                     "--micro-batch-size", BATCH, "--global-batch-size", BATCH, "--train-iters", count,
-                     "--save", runs / LANGUAGE, "--load", runs / LANGUAGE, "--save-interval", -(-count // 3))  # fmt: skip
+    train = torchrun(
+        EXAMPLES / "demo" / "pretrain_backbones.py",
+        "--model",
+        "demo",
+        "--tokenizer-model",
+        args.demo / "tokenizer",
+        "--seed",
+        1,
+        "--data-path",
+        runs / "language" / "notes" / "data",
+        "--trainable",
+        "embeddings",
+        "language",
+        "--num-workers",
+        1,
+        "--micro-batch-size",
+        BATCH,
+        "--global-batch-size",
+        BATCH,
+        "--train-iters",
+        count,
+        "--save",
+        runs / LANGUAGE,
+        "--load",
+        runs / LANGUAGE,
+        "--save-interval",
+        -(-count // 3),
+    )
     return [
         Job("language/notes", notes, (), SECONDS["start"] + SECONDS["embed"]),
         Job(LANGUAGE, train, ("language/notes",), SECONDS["start"] + count * SECONDS["language"]),
@@ -67,14 +99,43 @@ def language(args) -> list[Job]:
 def jobs_of_seed(args, seed: int) -> list[Job]:
     name, runs = f"seed-{seed}", args.out / "runs"
     encoder, images = f"{name}/encoder", f"{name}/{folder_name(PAIRED)}/shards"
-    train = python(HERE / "train_dual_encoder.py", "--data", captions(args), "--tokenizer", args.demo / "tokenizer", "--seed", seed,
-                   "--steps", args.encoder_steps, "--projection-dim", WIDTH, "--out", runs / encoder / "model")  # fmt: skip
+    train = python(
+        HERE / "train_dual_encoder.py",
+        "--data",
+        captions(args),
+        "--tokenizer",
+        args.demo / "tokenizer",
+        "--seed",
+        seed,
+        "--steps",
+        args.encoder_steps,
+        "--projection-dim",
+        WIDTH,
+        "--out",
+        runs / encoder / "model",
+    )
     of_encoder = ("--encoder", runs / encoder / "model", "--store", runs / encoder / "features")
     jobs = [
         Job(encoder, train, (), SECONDS["start"] + args.encoder_steps * SECONDS["encoder"]),
-        Job(images, python("-m", "rsa_megatron", "realign", "transform", *of_encoder, "--data", captions(args), "--side", "image",
-                           "--out", shards_of(args, seed, PAIRED)), (encoder,), SECONDS["embed"]),
-    ]  # fmt: skip
+        Job(
+            images,
+            python(
+                "-m",
+                "rsa_megatron",
+                "realign",
+                "transform",
+                *of_encoder,
+                "--data",
+                captions(args),
+                "--side",
+                "image",
+                "--out",
+                shards_of(args, seed, PAIRED),
+            ),
+            (encoder,),
+            SECONDS["embed"],
+        ),
+    ]
     if UNTRAINED in args.arms:
         jobs.append(untrained(args, seed, images))
     for arm in MOVED:
@@ -86,16 +147,48 @@ def jobs_of_seed(args, seed: int) -> list[Job]:
 
 def moved(args, seed: int, arm: str, of_encoder: tuple, encoder: str) -> list[Job]:
     """The operator of an arm and its shards. The first arm's jobs store the embeddings, which the others wait for."""
-    first, mine = (f"seed-{seed}/{folder_name(name)}" for name in (next(name for name in MOVED if name in args.arms), arm))
+    first, mine = (
+        f"seed-{seed}/{folder_name(name)}" for name in (next(name for name in MOVED if name in args.arms), arm)
+    )
     runs, begins = args.out / "runs", mine == first
-    fit = python("-m", "rsa_megatron", "realign", "fit", *of_encoder, "--data", args.out / "images.yaml", "--text-data", args.out / "texts.yaml",
-                 *MOVED[arm], "--out", runs / mine / "operator" / "fitted")  # fmt: skip
-    transform = python("-m", "rsa_megatron", "realign", "transform", *of_encoder, "--operator", runs / mine / "operator" / "fitted",
-                       "--data", captions(args), "--side", "text", "--out", shards_of(args, seed, arm))  # fmt: skip
+    fit = python(
+        "-m",
+        "rsa_megatron",
+        "realign",
+        "fit",
+        *of_encoder,
+        "--data",
+        args.out / "images.yaml",
+        "--text-data",
+        args.out / "texts.yaml",
+        *MOVED[arm],
+        "--out",
+        runs / mine / "operator" / "fitted",
+    )
+    transform = python(
+        "-m",
+        "rsa_megatron",
+        "realign",
+        "transform",
+        *of_encoder,
+        "--operator",
+        runs / mine / "operator" / "fitted",
+        "--data",
+        captions(args),
+        "--side",
+        "text",
+        "--out",
+        shards_of(args, seed, arm),
+    )
     seconds = SECONDS["embed" if begins else "start"]
     return [
         Job(f"{mine}/operator", fit, (encoder,) if begins else (f"{first}/operator",), seconds),
-        Job(f"{mine}/shards", transform, (f"{mine}/operator", *([] if begins else [f"{first}/shards"])), seconds + SECONDS["shards"]),
+        Job(
+            f"{mine}/shards",
+            transform,
+            (f"{mine}/operator", *([] if begins else [f"{first}/shards"])),
+            seconds + SECONDS["shards"],
+        ),
     ]
 
 
@@ -104,30 +197,89 @@ def trained(args, seed: int, arm: str, images: str) -> list[Job]:
     mine, count = f"seed-{seed}/{folder_name(arm)}", args.iterations
     folder, own = args.out / "runs" / mine / "train", f"{mine}/own"
     # Megatron evaluates once more at the end: an interval that divides the iterations would do it twice there.
-    train = stage(args, seed, mixture(args, seed, arm), "--train-iters", count, "--eval-interval", count // EVALUATIONS + 1,
-                  "--save", folder, "--save-interval", count, "--pretrained-checkpoint", args.out / "runs" / LANGUAGE)  # fmt: skip
-    on_own = stage(args, seed, mixture(args, seed, arm, of=arm), "--skip-train", "--train-iters", 1,
-                   "--pretrained-checkpoint", folder)  # fmt: skip
+    train = stage(
+        args,
+        seed,
+        mixture(args, seed, arm),
+        "--train-iters",
+        count,
+        "--eval-interval",
+        count // EVALUATIONS + 1,
+        "--save",
+        folder,
+        "--save-interval",
+        count,
+        "--pretrained-checkpoint",
+        args.out / "runs" / LANGUAGE,
+    )
+    on_own = stage(
+        args,
+        seed,
+        mixture(args, seed, arm, of=arm),
+        "--skip-train",
+        "--train-iters",
+        1,
+        "--pretrained-checkpoint",
+        folder,
+    )
     is_paired = arm == PAIRED  # its own kind is real images
     seconds = SECONDS["start"] + count * SECONDS["iteration"] + EVALUATIONS * SECONDS["evaluation"]
-    job = Arm(f"{mine}/train", train, (f"{mine}/shards", images, LANGUAGE), seconds, arm=arm, seed=seed,
-              shards=shards_of(args, seed, arm), own=None if is_paired else own)  # fmt: skip
+    job = Arm(
+        f"{mine}/train",
+        train,
+        (f"{mine}/shards", images, LANGUAGE),
+        seconds,
+        arm=arm,
+        seed=seed,
+        shards=shards_of(args, seed, arm),
+        own=None if is_paired else own,
+    )
     return [job] if is_paired else [job, Job(own, on_own, (job.name,), SECONDS["start"] + SECONDS["evaluation"])]
 
 
 def untrained(args, seed: int, images: str) -> Job:
     """No stage at all: the projector as it is drawn."""
-    measure = stage(args, seed, mixture(args, seed, PAIRED), "--skip-train", "--train-iters", 1,
-                    "--pretrained-checkpoint", args.out / "runs" / LANGUAGE)  # fmt: skip
+    measure = stage(
+        args,
+        seed,
+        mixture(args, seed, PAIRED),
+        "--skip-train",
+        "--train-iters",
+        1,
+        "--pretrained-checkpoint",
+        args.out / "runs" / LANGUAGE,
+    )
     name = f"seed-{seed}/{folder_name(UNTRAINED)}"
     return Arm(name, measure, (images, LANGUAGE), SECONDS["start"] + SECONDS["evaluation"], arm=UNTRAINED, seed=seed)
 
 
 def stage(args, seed: int, data: Path, *flags) -> tuple[str, ...]:
-    return torchrun(EXAMPLES / "pretrain_llava_rsa.py", "--model", "demo", "--stage", "revision", "--tokenizer-model", args.demo / "tokenizer",
-                    "--image-embedding-width", WIDTH, "--seed", seed, "--num-workers", 1, "--micro-batch-size", BATCH,
-                    "--global-batch-size", BATCH, "--eval-iters", args.held_out // BATCH, "--mutual-knn-samples", 0,
-                    "--data-path", data, *flags)  # fmt: skip
+    return torchrun(
+        EXAMPLES / "pretrain_llava_rsa.py",
+        "--model",
+        "demo",
+        "--stage",
+        "revision",
+        "--tokenizer-model",
+        args.demo / "tokenizer",
+        "--image-embedding-width",
+        WIDTH,
+        "--seed",
+        seed,
+        "--num-workers",
+        1,
+        "--micro-batch-size",
+        BATCH,
+        "--global-batch-size",
+        BATCH,
+        "--eval-iters",
+        args.held_out // BATCH,
+        "--mutual-knn-samples",
+        0,
+        "--data-path",
+        data,
+        *flags,
+    )
 
 
 def captions(args) -> Path:

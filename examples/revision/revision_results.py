@@ -33,7 +33,12 @@ from rsa_megatron.plots.tables import cell, spread, table
 from rsa_megatron.plots.training_log import read_figures
 from rsa_megatron.realign.decomposition import centroid_gap
 
-IMAGES = {"color": style.color(0), "marker": "s", "markerfacecolor": style.color(0), "label": "on held-out real images, each seed"}
+IMAGES = {
+    "color": style.color(0),
+    "marker": "s",
+    "markerfacecolor": style.color(0),
+    "label": "on held-out real images, each seed",
+}
 OWN = {"color": style.color(1), "marker": "o", "label": "on held-out embeddings of its own kind, each seed"}
 
 
@@ -69,8 +74,11 @@ def held_out_rows(shards: Path) -> Tensor:
     rows = []
     for path in sorted(shards.glob("val-*.tar")):
         with tarfile.open(path) as tar:
-            rows += [numpy.load(io.BytesIO(tar.extractfile(part).read()), allow_pickle=False)
-                     for part in tar if part.name.endswith(".npy")]  # fmt: skip
+            rows += [
+                numpy.load(io.BytesIO(tar.extractfile(part).read()), allow_pickle=False)
+                for part in tar
+                if part.name.endswith(".npy")
+            ]
     return torch.from_numpy(numpy.stack(rows)).double()
 
 
@@ -91,18 +99,29 @@ def table_of(lines: list[dict], reference: str = "raw text") -> str:
         images, own = (of_arm(lines, arm, name) for name in ("images", "own"))
         gained = less(images, of_arm(lines, reference, "images")) if arm != reference else {}
         training, gap = (list(of_arm(lines, arm, name).values()) for name in ("training", "centroid gap"))
-        rows.append([arm, cell(images), cell(gained), cell(own), cell(less(images, own)), spread(training), spread(gap)])
-    head = ["trained on", "loss on held-out real images", f"difference to {reference}", "on held-out embeddings of its own kind",
-            "lost on the way to real images", "training loss", "centroid gap to images, held-out"]  # fmt: skip
+        rows.append(
+            [arm, cell(images), cell(gained), cell(own), cell(less(images, own)), spread(training), spread(gap)]
+        )
+    head = [
+        "trained on",
+        "loss on held-out real images",
+        f"difference to {reference}",
+        "on held-out embeddings of its own kind",
+        "lost on the way to real images",
+        "training loss",
+        "centroid gap to images, held-out",
+    ]
     return f"{setting(lines)}\n\n{table(head, rows)}"
 
 
 def setting(lines: list[dict]) -> str:
     first, encoders = lines[0], {line["seed"]: line["encoder"] for line in lines}
     said = {name: spread([encoder[name] for encoder in encoders.values()]) for name in ("R@1", "centroid gap", "s")}
-    return (f"Losses in nats a token on {first['held out']} held-out captions; {first['iterations']} iterations of 32. Dual encoders, "
-            f"seeds {', '.join(map(str, encoders))}: R@1 of {first['encoder']['pairs']} held-out images {said['R@1']}, "
-            f"centroid gap {said['centroid gap']}, s {said['s']}.")  # fmt: skip
+    return (
+        f"Losses in nats a token on {first['held out']} held-out captions; {first['iterations']} iterations of 32. Dual encoders, "
+        f"seeds {', '.join(map(str, encoders))}: R@1 of {first['encoder']['pairs']} held-out images {said['R@1']}, "
+        f"centroid gap {said['centroid gap']}, s {said['s']}."
+    )
 
 
 def draw(lines: list[dict]) -> Figure:

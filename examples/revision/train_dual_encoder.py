@@ -62,8 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     processor = image_processor()
-    train_examples, held_out = (read(pairs, count, tokenizer, processor, title) for pairs, count, title in (
-        (train_pairs, args.num_samples, "training pairs"), (held_out_pairs, args.num_held_out, "held-out pairs")))  # fmt: skip
+    train_examples, held_out = (
+        read(pairs, count, tokenizer, processor, title)
+        for pairs, count, title in (
+            (train_pairs, args.num_samples, "training pairs"),
+            (held_out_pairs, args.num_held_out, "held-out pairs"),
+        )
+    )
     torch.manual_seed(args.seed)
     model = CLIPModel(configuration(args, tokenizer))
     train(model, train_examples, processor, args)
@@ -94,7 +99,9 @@ def parse(arguments: list[str] | None):
 
 def settings(args) -> dict:
     """What makes a model what it is."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "out"}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "out"
+    }
 
 
 def is_there(args) -> bool:
@@ -112,7 +119,9 @@ def tokenizer_of(folder: Path, max_tokens: int) -> PreTrainedTokenizerFast:
     rust = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     ends = [(token, rust.token_to_id(token)) for token in (FIRST, LAST)]
     if None in dict(ends).values():
-        raise ValueError(f"{folder}: its tokenizer lacks {FIRST} or {LAST}; name a tokenizer that prepare_data.py has written")
+        raise ValueError(
+            f"{folder}: its tokenizer lacks {FIRST} or {LAST}; name a tokenizer that prepare_data.py has written"
+        )
     rust.post_processor = processors.TemplateProcessing(single=f"{FIRST} $A {LAST}", special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=rust, bos_token=FIRST, eos_token=LAST, pad_token=LAST, model_max_length=max_tokens
@@ -125,18 +134,30 @@ def image_processor() -> CLIPImageProcessorPil:
 
 def configuration(args, tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
     sizes = dict(hidden_size=args.width, intermediate_size=4 * args.width, num_attention_heads=4)
-    text = dict(num_hidden_layers=args.text_layers, vocab_size=len(tokenizer), max_position_embeddings=args.max_tokens,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    text = dict(
+        num_hidden_layers=args.text_layers,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=args.max_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     vision = dict(num_hidden_layers=args.vision_layers, image_size=SIDE, patch_size=PATCH)
-    return CLIPConfig(text_config=sizes | text, vision_config=sizes | vision, projection_dim=args.projection_dim,
-                      logit_scale_init_value=-math.log(args.temperature))  # fmt: skip
+    return CLIPConfig(
+        text_config=sizes | text,
+        vision_config=sizes | vision,
+        projection_dim=args.projection_dim,
+        logit_scale_init_value=-math.log(args.temperature),
+    )
 
 
 def read(pairs: Pairs, count: int | None, tokenizer, processor, title: str) -> Examples:
     """The first `count` pairs, decoded and tokenized."""
     images, captions = [], []
     for index in tqdm(range(min(count or len(pairs), len(pairs))), desc=title, unit="pair", mininterval=1):
-        pixels = processor(pairs[index].image(), do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values[0]
+        pixels = processor(
+            pairs[index].image(), do_rescale=False, do_normalize=False, return_tensors="pt"
+        ).pixel_values[0]
         images.append(pixels.round().clamp(0, 255).to(torch.uint8))
         captions.append(pairs[index].caption)
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
@@ -160,7 +181,9 @@ def train(model: CLIPModel, examples: Examples, processor, args) -> list[float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.1)
     losses, progress = [], tqdm(total=args.steps, desc="dual encoder", unit="step", mininterval=1)
     while len(losses) < args.steps:
-        for rows in torch.randperm(len(examples.images_N3SS), generator=order).split(args.batch_size)[: args.steps - len(losses)]:
+        for rows in torch.randperm(len(examples.images_N3SS), generator=order).split(args.batch_size)[
+            : args.steps - len(losses)
+        ]:
             loss = model(**batch(examples, rows, processor), return_loss=True).loss
             optimizer.zero_grad()
             loss.backward()
@@ -179,7 +202,9 @@ def train(model: CLIPModel, examples: Examples, processor, args) -> list[float]:
 def evaluate(model: CLIPModel, examples: Examples, processor) -> dict[str, float]:
     """Retrieval among these pairs and the gap between their two clouds."""
     pieces = [model(**batch(examples, rows, processor)) for rows in torch.arange(len(examples.images_N3SS)).split(128)]
-    image_ND, text_ND = (torch.cat([getattr(piece, name) for piece in pieces]).double() for name in ("image_embeds", "text_embeds"))
+    image_ND, text_ND = (
+        torch.cat([getattr(piece, name) for piece in pieces]).double() for name in ("image_embeds", "text_embeds")
+    )
     nearest_N = (image_ND @ text_ND.T).argmax(1)
     image_mean_D, text_mean_D = image_ND.mean(0), text_ND.mean(0)
     return {
@@ -192,8 +217,10 @@ def evaluate(model: CLIPModel, examples: Examples, processor) -> dict[str, float
 
 
 def in_words(figures: dict[str, float]) -> str:
-    return (f"of {figures['pairs']} held-out images {figures['R@1']:.3f} find their caption first (chance {1 / figures['pairs']:.4f}); "
-            f"centroid gap {figures['centroid gap']:.4f}, s {figures['s']:.4f}, logit scale {figures['logit scale']:.1f}")  # fmt: skip
+    return (
+        f"of {figures['pairs']} held-out images {figures['R@1']:.3f} find their caption first (chance {1 / figures['pairs']:.4f}); "
+        f"centroid gap {figures['centroid gap']:.4f}, s {figures['s']:.4f}, logit scale {figures['logit scale']:.1f}"
+    )
 
 
 def save(folder: Path, model: CLIPModel, tokenizer, processor, figures: dict) -> None:

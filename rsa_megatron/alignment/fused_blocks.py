@@ -146,7 +146,12 @@ class FusedBlocks:
     """
 
     def __init__(
-        self, kernel_v: PairwiseKernel, kernel_t: PairwiseKernel, rows: slice, block_shape: tuple[int, int], precision: str
+        self,
+        kernel_v: PairwiseKernel,
+        kernel_t: PairwiseKernel,
+        rows: slice,
+        block_shape: tuple[int, int],
+        precision: str,
     ):
         self.kernels, self.rows, self.precision = (kernel_v, kernel_t), rows, precision
         for kernel in self.kernels:
@@ -175,11 +180,30 @@ class FusedBlocks:
         v, t = self.kernels
         with torch.cuda.device_of(v.x_ND):
             block_kernel[self._num_tiles(b), self._num_tiles(c)](
-                v.x_ND, t.x_ND, *self.squares, v.offset_N, t.offset_N, normal_4, *self.w, *self._row_sums, self._sums,
-                i.start, i.stop, j.start, j.stop, self.rows.start, self.rows.stop - self.rows.start,
-                v.x_ND.shape[1], t.x_ND.shape[1], self.pitch, NOISE_ROUNDING_ERRORS * torch.finfo(torch.float32).eps,
-                SAME=i == j, MIRRORED=mirrored, DISTANCE=v.distance, **self._settings(),
-            )  # fmt: skip
+                v.x_ND,
+                t.x_ND,
+                *self.squares,
+                v.offset_N,
+                t.offset_N,
+                normal_4,
+                *self.w,
+                *self._row_sums,
+                self._sums,
+                i.start,
+                i.stop,
+                j.start,
+                j.stop,
+                self.rows.start,
+                self.rows.stop - self.rows.start,
+                v.x_ND.shape[1],
+                t.x_ND.shape[1],
+                self.pitch,
+                NOISE_ROUNDING_ERRORS * torch.finfo(torch.float32).eps,
+                SAME=i == j,
+                MIRRORED=mirrored,
+                DISTANCE=v.distance,
+                **self._settings(),
+            )
         return tuple(w[:b, :c] for w in self.w)
 
     def row_sums(self) -> Tensor:

@@ -19,8 +19,18 @@ _GROUP = tl.constexpr(8)
 
 
 @triton.jit
-def products(x, rows, columns, stop_i, stop_j, width, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-             INTERPRETED: tl.constexpr):  # fmt: skip
+def products(
+    x,
+    rows,
+    columns,
+    stop_i,
+    stop_j,
+    width,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """x_i.x_j of a tile, summed in float32; 0 beyond the last row of the block."""
     k = tl.arange(0, STEP)
     # int64: 600,000 rows of 3584 are 2^31 numbers
@@ -38,8 +48,16 @@ def products(x, rows, columns, stop_i, stop_j, width, TILE: tl.constexpr, STEP: 
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def squares_kernel(x, square, num_rows, width, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-                   INTERPRETED: tl.constexpr):  # fmt: skip
+def squares_kernel(
+    x,
+    square,
+    num_rows,
+    width,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """|x_i|^2 of all rows as the diagonal of their products, so that it errs as those do (fused_blocks.py says why)."""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     x_x = products(x, rows, rows, num_rows, num_rows, width, TILE, STEP, PRECISION, INTERPRETED)
@@ -87,8 +105,22 @@ def add_to(pointer, value, mask=None):
 
 
 @triton.jit
-def store_weights(to, w, row_sums_i, row_sums_j, in_i, in_j, b, c, num_own, pitch, tile_i, tile_j,
-                  SAME: tl.constexpr, MIRRORED: tl.constexpr):  # fmt: skip
+def store_weights(
+    to,
+    w,
+    row_sums_i,
+    row_sums_j,
+    in_i,
+    in_j,
+    b,
+    c,
+    num_own,
+    pitch,
+    tile_i,
+    tile_j,
+    SAME: tl.constexpr,
+    MIRRORED: tl.constexpr,
+):
     """w of a tile and its row sums; and those of the mirror image, if that is left out."""
     tl.store(to + in_i[:, None] * pitch + in_j[None, :], w)
     add_to(row_sums_i + tile_j * num_own + in_i, tl.sum(w.to(tl.float32), 1), in_i < b)
@@ -103,18 +135,36 @@ def store_weights(to, w, row_sums_i, row_sums_j, in_i, in_j, b, c, num_own, pitc
 # Numbers that change from block to block and from batch to batch must not each compile a kernel.
 @triton.jit(do_not_specialize=["start_i", "stop_i", "start_j", "stop_j", "first_own", "num_own"])
 def block_kernel(
-    v, t,  # the rows, [N, D], [N, E]
-    square_v, square_t,  # |x|^2 of them, [N]
-    offset_v, offset_t,  # of cosine, [N]; None otherwise
+    v,
+    t,  # the rows, [N, D], [N, E]
+    square_v,
+    square_t,  # |x|^2 of them, [N]
+    offset_v,
+    offset_t,  # of cosine, [N]; None otherwise
     normal,  # scale_v, scale_t, shift_v, shift_t; None without normalisation
-    w_v, w_t,  # where w goes, [b, c]
-    row_sums_v, row_sums_t,  # where row sums are added, [tiles, n]
+    w_v,
+    w_t,  # where w goes, [b, c]
+    row_sums_v,
+    row_sums_t,  # where row sums are added, [tiles, n]
     sums,  # where a tile's sums of r^2, K^V and K^T are added, [tiles, 3] of float64
-    start_i, stop_i, start_j, stop_j, first_own, num_own,
-    width_v, width_t, pitch, noise,
-    SAME: tl.constexpr, MIRRORED: tl.constexpr, DISTANCE: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    start_i,
+    stop_i,
+    start_j,
+    stop_j,
+    first_own,
+    num_own,
+    width_v,
+    width_t,
+    pitch,
+    noise,
+    SAME: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """One tile of one block of pairs.
 
     SAME: i = j. Tiles below the diagonal are left out, the others store their mirror images.
@@ -154,8 +204,36 @@ def block_kernel(
         g_v, g_t = g_v - tl.load(normal + 2), g_t - tl.load(normal + 3)
     own_i, own_j = start_i - first_own, start_j - first_own
     tile_w_v = weights(g_v, k_v, is_pair, w_v.dtype.element_ty, DISTANCE, PRECISION)
-    store_weights(w_v, tile_w_v, row_sums_v + own_i, row_sums_v + own_j, in_i, in_j, b, c, num_own, pitch, tile_i, tile_j,
-                  SAME, MIRRORED)  # fmt: skip
+    store_weights(
+        w_v,
+        tile_w_v,
+        row_sums_v + own_i,
+        row_sums_v + own_j,
+        in_i,
+        in_j,
+        b,
+        c,
+        num_own,
+        pitch,
+        tile_i,
+        tile_j,
+        SAME,
+        MIRRORED,
+    )
     tile_w_t = weights(g_t, k_t, is_pair, w_t.dtype.element_ty, DISTANCE, PRECISION)
-    store_weights(w_t, tile_w_t, row_sums_t + own_i, row_sums_t + own_j, in_i, in_j, b, c, num_own, pitch, tile_i, tile_j,
-                  SAME, MIRRORED)  # fmt: skip
+    store_weights(
+        w_t,
+        tile_w_t,
+        row_sums_t + own_i,
+        row_sums_t + own_j,
+        in_i,
+        in_j,
+        b,
+        c,
+        num_own,
+        pitch,
+        tile_i,
+        tile_j,
+        SAME,
+        MIRRORED,
+    )

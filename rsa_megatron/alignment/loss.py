@@ -122,7 +122,9 @@ def rsa_loss_of_rows(
         v_nD, t_nE, v_ND, t_NE = (unit_rows(x) for x in (v_nD, t_nE, v_ND, t_NE))
     # Inside the function autograd's switch is off: whether a gradient is wanted is asked here.
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (v_nD, t_nE)]
-    return RSALossOfRows(*_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted))
+    return RSALossOfRows(
+        *_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted)
+    )
 
 
 class _RowsOfRSA(torch.autograd.Function):

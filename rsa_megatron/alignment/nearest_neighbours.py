@@ -85,7 +85,9 @@ def shared_neighbours(a_Nk: Tensor, b_Nk: Tensor) -> float:
 def check_features(x_ND: Tensor, name: str = "features") -> None:
     """Raise ValueError unless x_ND is a matrix of finite floats with at least one column."""
     if x_ND.dim() != 2 or not x_ND.is_floating_point() or x_ND.shape[1] == 0:
-        raise ValueError(f"{name} must be a matrix of floats, a row for each sample: got {x_ND.dtype} {tuple(x_ND.shape)}")
+        raise ValueError(
+            f"{name} must be a matrix of floats, a row for each sample: got {x_ND.dtype} {tuple(x_ND.shape)}"
+        )
     if len(x_ND) == 0 or x_ND.sum().isfinite():
         return
     finite_N = torch.cat([x_bD.isfinite().all(dim=1) for x_bD in x_ND.split(1024)])

@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("rsa_megatron", "checkpoint_conversion"):
             raise
-        print(f"error: rsa-megatron {name} needs the package {error.name}: pip install 'rsa-megatron[train,plots]'", file=sys.stderr)
+        print(
+            f"error: rsa-megatron {name} needs the package {error.name}: pip install 'rsa-megatron[train,plots]'",
+            file=sys.stderr,
+        )
         return 2
     return command.main(rest) or 0

@@ -52,16 +52,25 @@ def parse(arguments: list[str] | None):
         prog="rsa-megatron data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, help in (("pack", "write Energon shards"), ("link", "write JSONL files that point to images where they are")):
+    for name, help in (
+        ("pack", "write Energon shards"),
+        ("link", "write JSONL files that point to images where they are"),
+    ):
         command = commands.add_parser(name, help=help)
         command.add_argument("source", type=Path, metavar="SOURCE", help="the data: see above")
         command.add_argument("--out", type=Path, required=True, help="folder to write")
-        command.add_argument("--images", type=Path, help="folder that the paths of images are relative to; SOURCE's own folder")
+        command.add_argument(
+            "--images", type=Path, help="folder that the paths of images are relative to; SOURCE's own folder"
+        )
         command.add_argument("--rsa", action="store_true", help="its samples of one image take part in the RSA loss")
-        command.add_argument("--val", default="0.01", help="held out for validation: a part below 1, or a number of samples")
+        command.add_argument(
+            "--val", default="0.01", help="held out for validation: a part below 1, or a number of samples"
+        )
         command.add_argument("--num-workers", type=int, default=2, help="images that are decoded at the same time")
         command.add_argument("--seed", type=int, default=0, help="of what is held out, and of sampling_strategy random")
-        command.add_argument("--tokenizer", type=Path, help="Hugging Face folder; counts tokens, not words, in the summary")
+        command.add_argument(
+            "--tokenizer", type=Path, help="Hugging Face folder; counts tokens, not words, in the summary"
+        )
         if name == "pack":
             command.add_argument("--shard-size", type=int, default=1000, help="samples of a tar")
     add_show_arguments(commands.add_parser("show", help="show one sample as training sees it"))
@@ -80,10 +89,16 @@ def make(args) -> None:
     if not image_root.is_dir():
         raise ValueError(f"--images {image_root} is no folder")
     settings = {
-        "command": args.command, "source": str(args.source.resolve()), "records": len(source), "images": str(image_root),
-        "rsa": args.rsa, "val": args.val, "seed": args.seed, "tokenizer": args.tokenizer and str(args.tokenizer.resolve()),
+        "command": args.command,
+        "source": str(args.source.resolve()),
+        "records": len(source),
+        "images": str(image_root),
+        "rsa": args.rsa,
+        "val": args.val,
+        "seed": args.seed,
+        "tokenizer": args.tokenizer and str(args.tokenizer.resolve()),
         "shard-size": getattr(args, "shard_size", None),
-    }  # fmt: skip
+    }
     held_out = choose_held_out(len(source), args.val, args.seed)
     if is_finished(args.out, settings):
         print(f"{args.out}: there already")
@@ -96,8 +111,10 @@ def make(args) -> None:
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.parts["train"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in figures.skipped.most_common())
-        raise ValueError(f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
-                         f"then remove {unfinished}")  # fmt: skip
+        raise ValueError(
+            f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
+            f"then remove {unfinished}"
+        )
     if args.command == "pack":
         index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)
     else:
@@ -144,8 +161,10 @@ def read_state(folder: Path, settings: dict) -> dict:
 def check_settings(folder: Path, then: dict, now: dict) -> None:
     for name, value in now.items():
         if then.get(name) != value:
-            raise ValueError(f"{folder} was begun with {name} {then.get(name)}, this run has {value}: "
-                             "name another --out, or remove it")  # fmt: skip
+            raise ValueError(
+                f"{folder} was begun with {name} {then.get(name)}, this run has {value}: "
+                "name another --out, or remove it"
+            )
 
 
 def write(
@@ -177,7 +196,9 @@ def write(
         else:
             part = "val" if record.number in held_out else "train"
             if not packs and any(image.path is None for image in found.images):
-                raise ValueError(f"{record.place}: its images lie in the file itself, link has nothing to point to: use pack")
+                raise ValueError(
+                    f"{record.place}: its images lie in the file itself, link has nothing to point to: use pack"
+                )
             figures.add(part, found)
             is_time = outputs[part].write(found if packs else found.as_line())
         if is_time:

@@ -1,6 +1,6 @@
 """Copy what there is to read and to change: the training script, run_stages.sh, mixtures, Slurm scripts, existing jobs, the demo.
 
-    rsa-megatron examples --out DIR
+rsa-megatron examples --out DIR
 """
 
 import argparse

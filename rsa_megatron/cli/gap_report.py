@@ -64,19 +64,35 @@ def add_arguments(parser) -> None:
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="OUT.jsonl, OUT.png and OUT.svg are written")
     parser.add_argument("--label", help="what the page calls the pair of encoders; default: their sources")
-    parser.add_argument("--fit-fraction", type=float, default=0.5,
-                        help="share of the rows to fit operators on; figures are of the others; default: %(default)s")  # fmt: skip
-    parser.add_argument("--num-pairs", type=int, default=2000,
-                        help="rows a side for figures of pairs of rows: neighbours, cosines; default: %(default)s")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
-                        default=["none", "mean-shift", "c3", "realign"],
-                        help=f"of {', '.join(METHODS)}; none and realign are always there; "
-                        "default: none mean-shift c3 realign")  # fmt: skip
-    parser.add_argument("--unpaired", action="store_true",
-                        help="images and texts are no pairs, even where keys or numbers of rows are equal")  # fmt: skip
+    parser.add_argument(
+        "--fit-fraction",
+        type=float,
+        default=0.5,
+        help="share of the rows to fit operators on; figures are of the others; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num-pairs",
+        type=int,
+        default=2000,
+        help="rows a side for figures of pairs of rows: neighbours, cosines; default: %(default)s",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        default=["none", "mean-shift", "c3", "realign"],
+        help=f"of {', '.join(METHODS)}; none and realign are always there; default: none mean-shift c3 realign",
+    )
+    parser.add_argument(
+        "--unpaired",
+        action="store_true",
+        help="images and texts are no pairs, even where keys or numbers of rows are equal",
+    )
     frame = parser.add_mutually_exclusive_group()
-    frame.add_argument("--energy", type=float, default=0.99,
-                       help="share of the variance in the fixed frame; default: %(default)s")  # fmt: skip
+    frame.add_argument(
+        "--energy", type=float, default=0.99, help="share of the variance in the fixed frame; default: %(default)s"
+    )
     frame.add_argument("--rank", type=int, help="of the fixed frame, in the place of --energy")
 
 
@@ -106,8 +122,10 @@ def measure(images: Embeddings, texts: Embeddings, args) -> dict:
     parts = split(images, texts, args.fit_fraction, unpaired=args.unpaired)
     num_sampled = min(args.num_pairs, parts.held_images.num_rows, parts.held_texts.num_rows)
     if num_sampled <= K_OVERLAP:
-        raise ValueError(f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows a side, and there are {num_sampled}: "
-                         "give more rows, a smaller --fit-fraction or a larger --num-pairs")  # fmt: skip
+        raise ValueError(
+            f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows a side, and there are {num_sampled}: "
+            "give more rows, a smaller --fit-fraction or a larger --num-pairs"
+        )
     fit = [parts.fit_images, parts.fit_texts]
     names = dict.fromkeys(["none", *args.methods, "realign"])
     operators = {name: METHODS[name].fit(*fit, progress=progress) for name in names}
@@ -115,21 +133,35 @@ def measure(images: Embeddings, texts: Embeddings, args) -> dict:
     first_steps = [ReAlign.fit(*fit, steps=steps, progress=progress) for steps in (STEPS[1:2], STEPS[1:3])]
     steps = dict(zip(STEPS, (operators["none"], *first_steps, realign)))
     held = Held(parts, num_sampled)
-    distances = {operator: held.distance(operator) for operator in dict.fromkeys([*steps.values(), *operators.values()])}
+    distances = {
+        operator: held.distance(operator) for operator in dict.fromkeys([*steps.values(), *operators.values()])
+    }
     return {
-        "kind": "gap", "label": args.label or f"{images.description} and {texts.description}",
-        "images": images.description, "texts": texts.description, "width": images.width,
-        "num_images": images.num_rows, "num_texts": texts.num_rows, "fit_images": realign.num_images,
-        "fit_texts": realign.num_texts, "num_sampled": num_sampled, "k_mixing": K_MIXING, "k_overlap": K_OVERLAP,
-        "scale": realign.scale, "image_trace": realign.image_trace, "text_trace": realign.text_trace,
+        "kind": "gap",
+        "label": args.label or f"{images.description} and {texts.description}",
+        "images": images.description,
+        "texts": texts.description,
+        "width": images.width,
+        "num_images": images.num_rows,
+        "num_texts": texts.num_rows,
+        "fit_images": realign.num_images,
+        "fit_texts": realign.num_texts,
+        "num_sampled": num_sampled,
+        "k_mixing": K_MIXING,
+        "k_overlap": K_OVERLAP,
+        "scale": realign.scale,
+        "image_trace": realign.image_trace,
+        "text_trace": realign.text_trace,
         "steps": [{"step": name} | distances[operator] for name, operator in steps.items()],
-        "methods": [{"method": name, "sigma": getattr(operator, "sigma", None)} | distances[operator]
-                    | held.of_texts(operator) for name, operator in operators.items()],
+        "methods": [
+            {"method": name, "sigma": getattr(operator, "sigma", None)} | distances[operator] | held.of_texts(operator)
+            for name, operator in operators.items()
+        ],
         "chance_of_mixing": chance_of_mixing(num_sampled, num_sampled),
         "image": held.of_images(),
         **frame_figures(parts, realign, energy=args.energy, rank=args.rank),
         "clouds": held.clouds(realign),
-    }  # fmt: skip
+    }
 
 
 def check(args) -> None:
@@ -156,8 +188,11 @@ class Held:
         fitted = moments(self.parts.fit_texts.moved(operator), "moved texts")
         texts = moments(self.parts.held_texts.moved(operator), "moved texts")
         noise = self.images.trace() / self.images.num_rows + texts.trace() / texts.num_rows
-        return {"in_sample": (self.fit_mean_D - fitted.mean_D).norm().item(),
-                "held_out": (self.images.mean_D - texts.mean_D).norm().item(), "floor": noise**0.5}  # fmt: skip
+        return {
+            "in_sample": (self.fit_mean_D - fitted.mean_D).norm().item(),
+            "held_out": (self.images.mean_D - texts.mean_D).norm().item(),
+            "floor": noise**0.5,
+        }
 
     def of_images(self) -> dict:
         return {"spectrum": asdict(spectrum(self.images)), "cosines": self.image_cosines.tolist()}
@@ -169,20 +204,27 @@ class Held:
         cosines = cosine_histogram(moved_nD)
         kept = fidelity(self.texts_nD, moved_nD, K_OVERLAP)
         return {
-            "spectrum": asdict(spectrum(texts)), "cosines": cosines.tolist(),
-            "mixing": mixing_rate(self.images_nD, moved_nD, K_MIXING), "js": js_divergence(self.image_cosines, cosines),
-            "phi": kept.mean_cosine, "psi": None if math.isnan(kept.cosine_correlation) else kept.cosine_correlation,
+            "spectrum": asdict(spectrum(texts)),
+            "cosines": cosines.tolist(),
+            "mixing": mixing_rate(self.images_nD, moved_nD, K_MIXING),
+            "js": js_divergence(self.image_cosines, cosines),
+            "phi": kept.mean_cosine,
+            "psi": None if math.isnan(kept.cosine_correlation) else kept.cosine_correlation,
             "overlap": kept.neighbour_overlap,
-        }  # fmt: skip
+        }
 
     def clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:
         """Points along three directions, from the images' mean."""
         texts = moments(self.parts.held_texts, "texts", with_scatter=True)
-        directions_D3 = three_directions(self.images.mean_D - texts.mean_D, self.images.covariance_DD + texts.covariance_DD)
+        directions_D3 = three_directions(
+            self.images.mean_D - texts.mean_D, self.images.covariance_DD + texts.covariance_DD
+        )
         images_pD, texts_pD = (x_nD[:: -(-len(x_nD) // MOST_POINTS)] for x_nD in (self.images_nD, self.texts_nD))
         clouds = {"image": images_pD, "text": texts_pD, "realigned": operator.transform(texts_pD, dtype=torch.float64)}
-        return {name: ((unit_rows(x_pD) - self.images.mean_D) @ directions_D3).mul(1e4).round().div(1e4).tolist()
-                for name, x_pD in clouds.items()}  # fmt: skip
+        return {
+            name: ((unit_rows(x_pD) - self.images.mean_D) @ directions_D3).mul(1e4).round().div(1e4).tolist()
+            for name, x_pD in clouds.items()
+        }
 
 
 def three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor:

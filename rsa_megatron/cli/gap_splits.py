@@ -85,8 +85,10 @@ def split(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: b
     for fit_N, partner_N in zip(fit, with_partner):
         for group_N in (partner_N, ~partner_N):
             fit_N[group_N] = to_fit(int(group_N.sum()), fraction)
-    rows = [[Rows(source, chosen_N) for source, chosen_N in zip((images, texts), both)]
-            for both in (fit, [~fit_N for fit_N in fit])]  # fmt: skip
+    rows = [
+        [Rows(source, chosen_N) for source, chosen_N in zip((images, texts), both)]
+        for both in (fit, [~fit_N for fit_N in fit])
+    ]
     for what, part in zip(("fitted on", "held out"), rows):
         for name, chosen in zip(("images", "texts"), part):
             if chosen.num_rows < 2:

@@ -90,29 +90,50 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="rsa-megatron measure", description=__doc__, formatter_class=style, allow_abbrev=False)
     what = parser.add_argument_group("what is measured")
     what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
-    what.add_argument("--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder")
-    what.add_argument("--projected", action="store_true",
-                      help="of a checkpoint the images after the projector, one layer in the decoder's space, not the tower's layers")  # fmt: skip
-    what.add_argument("--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model")
-    what.add_argument("--language", metavar="HF", action="append", default=[],
-                      help="a language model, or that of a vision-language model; captions are cut where its positions end")  # fmt: skip
-    what.add_argument("--features", metavar="FOLDER", type=Path, nargs=2, help="two folders below --store: rows and columns")
+    what.add_argument(
+        "--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder"
+    )
+    what.add_argument(
+        "--projected",
+        action="store_true",
+        help="of a checkpoint the images after the projector, one layer in the decoder's space, not the tower's layers",
+    )
+    what.add_argument(
+        "--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model"
+    )
+    what.add_argument(
+        "--language",
+        metavar="HF",
+        action="append",
+        default=[],
+        help="a language model, or that of a vision-language model; captions are cut where its positions end",
+    )
+    what.add_argument(
+        "--features", metavar="FOLDER", type=Path, nargs=2, help="two folders below --store: rows and columns"
+    )
     what.add_argument("--random", action="store_true", help="two sets of standard normal vectors")
     what.add_argument("--random-dims", type=int, nargs=2, metavar=("D", "E"), default=[1152, 3584], help="their widths")
-    what.add_argument("--text-reading", choices=TEXT_READINGS, default=TEXT_READINGS[0],
-                      help="multimodal: the caption after its image in one pass. It has seen the image through attention, and "
-                      "shares neighbours with it for free: 0.7 was seen where the caption alone gives 0.05")  # fmt: skip
+    what.add_argument(
+        "--text-reading",
+        choices=TEXT_READINGS,
+        default=TEXT_READINGS[0],
+        help="multimodal: the caption after its image in one pass. It has seen the image through attention, and "
+        "shares neighbours with it for free: 0.7 was seen where the caption alone gives 0.05",
+    )
     data = parser.add_argument_group("on what")
     data.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs: see above")
-    data.add_argument("--images", type=Path, metavar="DIR", help="folder that the paths of images are relative to; DATA's own")
+    data.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder that the paths of images are relative to; DATA's own"
+    )
     data.add_argument("--split", default="val", help="part of shards, and of tables with a column `split`")
     data.add_argument("--language-code", default="en", help="of tables with a column `language`")
     data.add_argument("--num-samples", type=int, default=1000, help="pairs of each seed")
     data.add_argument("--seeds", type=int, default=3, help="how many draws of pairs; seeds 0, 1, ...")
     how = parser.add_argument_group("how")
     how.add_argument("--k", type=int, default=10, help="neighbours")
-    how.add_argument("--metrics", nargs="+", choices=METRICS, default=[MUTUAL_KNN], metavar="NAME",
-                     help=f"of {', '.join(METRICS)}")  # fmt: skip
+    how.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=[MUTUAL_KNN], metavar="NAME", help=f"of {', '.join(METRICS)}"
+    )
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; means are float32")
     how.add_argument("--batch-size", type=int, default=32, help="images or captions that go through a model together")
@@ -133,17 +154,23 @@ def check(args: argparse.Namespace) -> None:
     sides = len(args.vision) + len(args.language)
     if args.megatron_flags and not args.checkpoint:
         fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
-    given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + ["vision and --language"] * bool(sides)
+    given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + [
+        "vision and --language"
+    ] * bool(sides)
     if args.projected and not args.checkpoint:
         fail_once("--projected is of a --checkpoint, whose projector it reads")
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
-        fail_once(f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}")
+        fail_once(
+            f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}"
+        )
     if sides not in (0, 2):
         fail_once(f"--vision and --language name two backbones between them, not {sides}")
     needs_data = bool(args.model or args.checkpoint or sides)
     if needs_data != bool(args.data):
-        fail_once("--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}")
+        fail_once(
+            "--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}"
+        )
     if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
         fail_once(f"--text-reading {args.text_reading} needs a language model that is read")
     for name in ("num_samples", "seeds", "k", "batch_size", "num_workers"):
@@ -178,10 +205,14 @@ def measure(args: argparse.Namespace) -> None:
     samples = samples_in_both(rows, columns, k=args.k)
     lines = []
     for metric in dict.fromkeys(args.metrics):
-        scores = score_layers(rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric))
+        scores = score_layers(
+            rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric)
+        )
         gap = cone_figures(rows, columns, scores, samples=samples, device=args.device)
         lines.append(make_line(rows, columns, scores, gap, k=args.k, label=args.label, data=args.data_name))
-        write_lines(args.out, lines[-1:])  # a metric that has no value for a layer ends the run, and takes no other with it
+        write_lines(
+            args.out, lines[-1:]
+        )  # a metric that has no value for a layer ends the run, and takes no other with it
     print(table(lines))
 
 
@@ -216,8 +247,15 @@ def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", .
         with opened:
             raise AssertionError("the other ranks serve in there, and end")
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
-    drawn = draw(pairs, args.num_samples, list(range(args.seeds)), data=args.data.resolve().name, split=args.split,
-                 language=args.language_code, images=str(args.images and args.images.resolve()))  # fmt: skip
+    drawn = draw(
+        pairs,
+        args.num_samples,
+        list(range(args.seeds)),
+        data=args.data.resolve().name,
+        split=args.split,
+        language=args.language_code,
+        images=str(args.images and args.images.resolve()),
+    )
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     with opened as waiting:
         # Popped, the first model leaves its memory to the second.
@@ -245,8 +283,10 @@ def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
     if args.model:
         both = model(args.model)
         if not both.is_vision_language:
-            raise ValueError(f"--model {args.model}: model_type {both.model_type} is not supported: {', '.join(VISION_LANGUAGE)} "
-                             "are; separate models are named with --vision and --language")  # fmt: skip
+            raise ValueError(
+                f"--model {args.model}: model_type {both.model_type} is not supported: {', '.join(VISION_LANGUAGE)} "
+                "are; separate models are named with --vision and --language"
+            )
         return [VisionBackbone(both), text_backbone(both, args.text_reading)]
     towers = [VisionBackbone(model(name)) for name in args.vision]
     return towers + [text_backbone(model(name), args.text_reading) for name in args.language]
@@ -261,11 +301,16 @@ class StandardNormal:
         total = args.num_samples * args.seeds
         self.keys = [str(key) for key in range(total)]
         self.manifest = {
-            "model": "Random", "revision": None, "side": ("vision", "text")[number],
-            "pooling": f"none, {self._width} wide", "data": STANDARD_NORMAL, "num_samples": args.num_samples,
-            "seeds": list(range(args.seeds)), "keys": self.keys,
+            "model": "Random",
+            "revision": None,
+            "side": ("vision", "text")[number],
+            "pooling": f"none, {self._width} wide",
+            "data": STANDARD_NORMAL,
+            "num_samples": args.num_samples,
+            "seeds": list(range(args.seeds)),
+            "keys": self.keys,
             "samples": [list(range(start, start + args.num_samples)) for start in range(0, total, args.num_samples)],
-        }  # fmt: skip
+        }
 
     def layer(self, name: str) -> Tensor:
         seeds = [torch.Generator().manual_seed(2 * seed + self._number) for seed in self.manifest["seeds"]]

@@ -12,8 +12,20 @@ from rsa_megatron.evaluation.layer_scores import LayerScores
 from rsa_megatron.json_lines import json_object
 
 # What tells measurements apart. A line takes the place of one with the same of all.
-_IDENTITY = ("kind", "label", "data", "rows", "columns", "row_model", "column_model", "metric", "k", "num_samples", "seeds",
-             "text_reading")  # fmt: skip
+_IDENTITY = (
+    "kind",
+    "label",
+    "data",
+    "rows",
+    "columns",
+    "row_model",
+    "column_model",
+    "metric",
+    "k",
+    "num_samples",
+    "seeds",
+    "text_reading",
+)
 
 
 def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: str | None, data: str | None) -> dict:
@@ -29,23 +41,42 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
     revisions = dict.fromkeys(manifest["revision"] for manifest in manifests)
     readings = [manifest["text_reading"] for manifest in manifests if "text_reading" in manifest]
     return {
-        "kind": "alignment", "label": label or " and ".join(dict.fromkeys(models)), "data": data or manifests[0]["data"],
-        "rows": manifests[0]["side"], "columns": manifests[1]["side"], "row_model": models[0], "column_model": models[1],
-        "metric": scores.metric, "k": k, "num_samples": manifests[0]["num_samples"], "seeds": manifests[0]["seeds"],
+        "kind": "alignment",
+        "label": label or " and ".join(dict.fromkeys(models)),
+        "data": data or manifests[0]["data"],
+        "rows": manifests[0]["side"],
+        "columns": manifests[1]["side"],
+        "row_model": models[0],
+        "column_model": models[1],
+        "metric": scores.metric,
+        "k": k,
+        "num_samples": manifests[0]["num_samples"],
+        "seeds": manifests[0]["seeds"],
         "left_out": len({key for store in (rows, columns) for key in store.left_out}),
         "pooling": ", ".join(dict.fromkeys(manifest["pooling"] for manifest in manifests)),
         "text_reading": "multimodal" if "multimodal" in readings else readings[0] if readings else None,
-        "row_layers": scores.row_layers, "column_layers": scores.column_layers, "scores": scores.scores_SRC.tolist(),
-        "mean": scores.mean_RC.tolist(), "std": None if scores.std_RC is None else scores.std_RC.tolist(),
-        "best": _pair(scores, *scores.best), "last": _pair(scores, *scores.last), "chance": scores.chance, "gap": gap,
-        "revision": None if None in revisions else ", ".join(revisions), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+        "row_layers": scores.row_layers,
+        "column_layers": scores.column_layers,
+        "scores": scores.scores_SRC.tolist(),
+        "mean": scores.mean_RC.tolist(),
+        "std": None if scores.std_RC is None else scores.std_RC.tolist(),
+        "best": _pair(scores, *scores.best),
+        "last": _pair(scores, *scores.last),
+        "chance": scores.chance,
+        "gap": gap,
+        "revision": None if None in revisions else ", ".join(revisions),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _pair(scores: LayerScores, row: int, column: int) -> dict:
     std = None if scores.std_RC is None else scores.std_RC[row, column].item()
-    return {"row": scores.row_layers[row], "column": scores.column_layers[column],
-            "mean": scores.mean_RC[row, column].item(), "std": std}  # fmt: skip
+    return {
+        "row": scores.row_layers[row],
+        "column": scores.column_layers[column],
+        "mean": scores.mean_RC[row, column].item(),
+        "std": std,
+    }
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -73,11 +104,18 @@ def table(lines: list[dict]) -> str:
     first = lines[0]
     seeds = ", ".join(map(str, first["seeds"]))
     what = f"{first['label']}, {first['rows']} x {first['columns']} layers, on {first['data']}: {first['num_samples']} pairs"
-    what += f", seeds {seeds}, k = {first['k']}" + (f", {first['left_out']} pairs left out" if first["left_out"] else "")
+    what += f", seeds {seeds}, k = {first['k']}" + (
+        f", {first['left_out']} pairs left out" if first["left_out"] else ""
+    )
     what += ", each caption read AFTER ITS IMAGE" if first["text_reading"] == "multimodal" else ""
     header = ["metric", "best pair", "score", "last pair", "score", "chance"]
     body = [
-        [line["metric"], *_cells(line["best"]), *_cells(line["last"]), "" if line["chance"] is None else f"{line['chance']:.4f}"]
+        [
+            line["metric"],
+            *_cells(line["best"]),
+            *_cells(line["last"]),
+            "" if line["chance"] is None else f"{line['chance']:.4f}",
+        ]
         for line in lines
     ]
     widths = [max(map(len, column)) for column in zip(header, *body)]

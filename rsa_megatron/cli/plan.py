@@ -49,18 +49,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", required=True, help=f"training stage: {', '.join(STAGES)}")
     parser.add_argument("--gpus", type=int, required=True, help="how many, in all")
     parser.add_argument("--gpu-memory", type=float, default=80, help="of one, GiB (default: 80)")
-    parser.add_argument("--reserved", type=float, default=6,
-                        help="of it, GiB for the CUDA context, NCCL and the allocator's losses (default: 6)")  # fmt: skip
+    parser.add_argument(
+        "--reserved",
+        type=float,
+        default=6,
+        help="of it, GiB for the CUDA context, NCCL and the allocator's losses (default: 6)",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, help="the most for tensor parallelism (default: 8)")
     parser.add_argument("--global-batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--seq-length", type=int, help="default: the recipe's")
     parser.add_argument("--most-tiles", type=int, help="of one sample; default: of the recipe's largest grid")
-    parser.add_argument("--transformer-impl", choices=("transformer_engine", "local"), default="transformer_engine",
-                        help="local: plain layers, which keep more of each MLP")  # fmt: skip
-    parser.add_argument("--gpu-tflops", type=float, default=989, help="of bf16 products at best (default: 989, an H100's)")
+    parser.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine",
+        help="local: plain layers, which keep more of each MLP",
+    )
+    parser.add_argument(
+        "--gpu-tflops", type=float, default=989, help="of bf16 products at best (default: 989, an H100's)"
+    )
     parser.add_argument("--utilisation", type=float, default=0.4, help="which part of it is reached (default: 0.4)")
-    parser.add_argument("--node-bandwidth", type=float, default=300, help="of a GPU within its node, GB/s (default: 300)")
-    parser.add_argument("--network-bandwidth", type=float, default=40, help="of a GPU to other nodes, GB/s (default: 40)")
+    parser.add_argument(
+        "--node-bandwidth", type=float, default=300, help="of a GPU within its node, GB/s (default: 300)"
+    )
+    parser.add_argument(
+        "--network-bandwidth", type=float, default=40, help="of a GPU to other nodes, GB/s (default: 40)"
+    )
     parser.add_argument("--mean-length", type=float, help="positions of an average sample; default: the stage's")
     parser.add_argument("--mean-tiles", type=float, help="tiles of an average sample; default: the stage's")
     parser.add_argument("--show", type=int, default=10, help="how many layouts to print (default: 10)")
@@ -83,7 +97,12 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
     args.mean_tiles = min(tiles, args.most_tiles) if args.mean_tiles is None else args.mean_tiles
     may_be_0 = ["reserved"] + ["most_tiles", "mean_tiles"] * ("image_positions" in settings)
     for name, value in vars(args).items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value > 0 or (value == 0 and name in may_be_0):
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or value > 0
+            or (value == 0 and name in may_be_0)
+        ):
             continue
         raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     run = Run(
@@ -114,7 +133,9 @@ def largest_grid(settings: dict, architecture: Architecture) -> int:
     if settings["image_aspect_ratio"] == "square":
         return 1
     side = architecture.vision.image_size
-    grids = settings["image_grids"] or [(height // side, width // side) for height, width in architecture.grid_pinpoints]
+    grids = settings["image_grids"] or [
+        (height // side, width // side) for height, width in architecture.grid_pinpoints
+    ]
     return 1 + max(rows * columns for rows, columns in grids)
 
 
@@ -159,18 +180,24 @@ def print_assumptions(run: Run, assumed: Assumptions, args) -> None:
     print(f"{args.gpus} GPUs of {args.gpu_memory:g} GiB, {args.reserved:g} of them reserved")
     print(f"memory: every row {run.row_length} positions, every sample {run.num_tiles} tile(s)")
     print(f"time: {said}; under PP every row is filled up to {run.row_length}")
-    print("Nothing of this has been measured at this size: memory is arithmetic that small runs with plain layers bear out")
+    print(
+        "Nothing of this has been measured at this size: memory is arithmetic that small runs with plain layers bear out"
+    )
     print("to 10 %, time is those assumptions' and no more. N: pairs that one RSA kernel compares, micro-batch x DP.\n")
 
 
 def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: Run, args) -> None:
-    print(f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s a step':>10}")
+    print(
+        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s a step':>10}"
+    )
     for plan in fitting[: args.show]:
         one = plan.layout
         optimizer = "distributed" if one.distributed_optimizer else "-"
         num_pairs = one.micro_batch_size * one.data if run.rsa else "-"
-        print(f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
-              f"{plan.total / GIB:>5.0f}{num_pairs:>7}{two_digits(plan.seconds):>10}")  # fmt: skip
+        print(
+            f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
+            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{two_digits(plan.seconds):>10}"
+        )
     print(f"\n{len(fitting)} layouts fit, {len(refused)} are refused")
     for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in refused).most_common():
         print(f"{count:>6}  {reason}")

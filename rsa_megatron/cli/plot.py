@@ -51,12 +51,23 @@ def parse(arguments: list[str] | None):
         if name in ("heatmap", "bars"):
             command.add_argument("--metric", help="the metric to draw, where there are several")
         elif name != "gap":
-            command.add_argument("--figure", default="mutual-knn",
-                                 help='what to draw: "lm loss", "accuracy on questions", ...; %(default)s')  # fmt: skip
-            command.add_argument("--arms", nargs="+", metavar="ARM", help="which arms, in this order; all of them, or in "
-                                 "stages and steps those with and without RSA")  # fmt: skip
-    commands["heatmap"].add_argument("--scale", choices=("shared", "panel"), default="shared",
-                                     help="one colour scale for all panels, or each its own; %(default)s")  # fmt: skip
+            command.add_argument(
+                "--figure",
+                default="mutual-knn",
+                help='what to draw: "lm loss", "accuracy on questions", ...; %(default)s',
+            )
+            command.add_argument(
+                "--arms",
+                nargs="+",
+                metavar="ARM",
+                help="which arms, in this order; all of them, or in stages and steps those with and without RSA",
+            )
+    commands["heatmap"].add_argument(
+        "--scale",
+        choices=("shared", "panel"),
+        default="shared",
+        help="one colour scale for all panels, or each its own; %(default)s",
+    )
     commands["ablation"].add_argument("--stage", choices=STAGES, default="1", help="after which stage; %(default)s")
     return parser.parse_args(arguments)
 

@@ -81,7 +81,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         from rsa_megatron.cli import gap_report  # loads matplotlib, which the others need not have
 
         modules["report"] = gap_report
-    for name, help in (("fit", "fit an operator"), ("transform", "move texts, or write shards"), ("report", "draw a page of figures")):
+    for name, help in (
+        ("fit", "fit an operator"),
+        ("transform", "move texts, or write shards"),
+        ("report", "draw a page of figures"),
+    ):
         command = commands.add_parser(name, help=help, allow_abbrev=False)
         if name in modules:
             modules[name].add_arguments(command)

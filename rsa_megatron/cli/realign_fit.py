@@ -30,12 +30,18 @@ _OF_METHOD = {"sigma": "c3", "steps": "realign"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the operator is written")
-    parser.add_argument("--method", choices=METHODS, default="realign",
-                        help="the paper's operator, realign (the default), or what it is compared with")  # fmt: skip
-    parser.add_argument("--sigma", type=float,
-                        help="of c3: standard deviation of the noise in each coordinate; default: 0.04")  # fmt: skip
-    parser.add_argument("--steps", nargs="+", choices=STEPS,
-                        help="of realign: the steps to take, in this order; default: all")  # fmt: skip
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="realign",
+        help="the paper's operator, realign (the default), or what it is compared with",
+    )
+    parser.add_argument(
+        "--sigma", type=float, help="of c3: standard deviation of the noise in each coordinate; default: 0.04"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, help="of realign: the steps to take, in this order; default: all"
+    )
     add_source_arguments(parser)
 
 
@@ -45,7 +51,9 @@ def run(args: argparse.Namespace) -> None:
     on_first_rank(lambda: check_free(args.out))
     images, texts = sources(args)
     shares = [embeddings.share(rank(), num_ranks()) for embeddings in (images, texts)]
-    operator = METHODS[args.method].fit(*shares, group=group(), progress=progress, about=about(images, texts), **options)
+    operator = METHODS[args.method].fit(
+        *shares, group=group(), progress=progress, about=about(images, texts), **options
+    )
     gaps = gaps_by_step(operator, shares[1])
     on_first_rank(lambda: operator.save(args.out))
     if rank() == 0:

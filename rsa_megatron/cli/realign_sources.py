@@ -30,25 +30,38 @@ Found = TypeVar("Found")
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags by which `sources` finds the images' and the texts' embeddings."""
     given = parser.add_argument_group("embeddings that are there")
-    given.add_argument("--images", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]")
+    given.add_argument(
+        "--images", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]"
+    )
     given.add_argument("--texts", metavar="SOURCE", help="the same, of texts; the two sets need not pair up")
     data = parser.add_argument_group("or those of an encoder")
     add_encoder_arguments(data)
-    data.add_argument("--text-data", type=Path, metavar="DATA",
-                      help="texts of other data than the images; default: those of --data")  # fmt: skip
-    data.add_argument("--split", default="train",
-                      help="part of shards, and of tables with a column `split`; default: %(default)s")  # fmt: skip
+    data.add_argument(
+        "--text-data", type=Path, metavar="DATA", help="texts of other data than the images; default: those of --data"
+    )
+    data.add_argument(
+        "--split", default="train", help="part of shards, and of tables with a column `split`; default: %(default)s"
+    )
     add_embedding_arguments(parser)
 
 
 def add_encoder_arguments(group) -> None:
     """Flags that name an encoder and data."""
     group.add_argument("--encoder", metavar="HF", help="CLIP, SigLIP or SigLIP2: a folder, or a name on the hub")
-    group.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs: Energon shards, .json, .jsonl, .yaml, "
-                       ".parquet, or a folder of images with texts; for texts also LLaVA's records without images, "
-                       "or a .txt of a caption a line")  # fmt: skip
-    group.add_argument("--image-folder", type=Path, metavar="DIR",
-                       help="folder that the paths of images are relative to; default: DATA's own")  # fmt: skip
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DATA",
+        help="image-caption pairs: Energon shards, .json, .jsonl, .yaml, "
+        ".parquet, or a folder of images with texts; for texts also LLaVA's records without images, "
+        "or a .txt of a caption a line",
+    )
+    group.add_argument(
+        "--image-folder",
+        type=Path,
+        metavar="DIR",
+        help="folder that the paths of images are relative to; default: DATA's own",
+    )
     group.add_argument("--language-code", default="en", help="of tables with a column `language`; default: %(default)s")
     group.add_argument("--num-samples", type=int, help="so many of each part of the data; default: all of it")
 
@@ -56,16 +69,32 @@ def add_encoder_arguments(group) -> None:
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say how an encoder runs."""
     how = parser.add_argument_group("how it embeds")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                     help="default: cuda where there is one")  # fmt: skip
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; default: %(default)s")
-    how.add_argument("--batch-size", type=int, default=32,
-                     help="images or captions that go through the encoder together; default: %(default)s")  # fmt: skip
+    how.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
+    )
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; default: %(default)s"
+    )
+    how.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="images or captions that go through the encoder together; default: %(default)s",
+    )
     how.add_argument("--num-workers", type=int, default=2, help="threads that open images; default: %(default)s")
-    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR",
-                     help="embeddings are kept below it; default: %(default)s")  # fmt: skip
-    how.add_argument("--store-dtype", choices=STORE_DTYPES, default="float32",
-                     help="of the embeddings that are kept; float16 takes half the room; default: %(default)s")  # fmt: skip
+    how.add_argument(
+        "--store",
+        type=Path,
+        default=Path("features"),
+        metavar="DIR",
+        help="embeddings are kept below it; default: %(default)s",
+    )
+    how.add_argument(
+        "--store-dtype",
+        choices=STORE_DTYPES,
+        default="float32",
+        help="of the embeddings that are kept; float16 takes half the room; default: %(default)s",
+    )
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -107,15 +136,19 @@ def check_sides(embeddings: Embeddings, side: str, flag: str) -> None:
     """Raises ValueError for features that say they are of the other side; a file's rows say nothing."""
     found = embeddings.about.get("side", side)
     if found != side:
-        raise ValueError(f"{flag} {embeddings.description}: these are of the side {found}; images and texts are the other way round")
+        raise ValueError(
+            f"{flag} {embeddings.description}: these are of the side {found}; images and texts are the other way round"
+        )
 
 
 def check_widths(images: Embeddings, texts: Embeddings) -> None:
     """Raises ValueError unless both can lie in one space."""
     if images.width != texts.width:
-        raise ValueError(f"{images.description} has {images.width} numbers a row and {texts.description} has {texts.width}: texts can be "
-                         "moved onto images within one space alone; embed both with a dual encoder (--encoder: CLIP, SigLIP), or take "
-                         "both after a layer that projects them to one width")  # fmt: skip
+        raise ValueError(
+            f"{images.description} has {images.width} numbers a row and {texts.description} has {texts.width}: texts can be "
+            "moved onto images within one space alone; embed both with a dual encoder (--encoder: CLIP, SigLIP), or take "
+            "both after a layer that projects them to one width"
+        )
 
 
 def embed_images(args: argparse.Namespace) -> FeatureStore:
@@ -146,15 +179,20 @@ def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
     store = stored_features(embedder, chosen, args.store, **options)
     say_left_out(store.left_out)
     if embedder.num_cut:
-        print(f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads; what it does not read is not in "
-              "their embeddings, and texts that begin alike may have equal ones", file=sys.stderr)  # fmt: skip
+        print(
+            f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads; what it does not read is not in "
+            "their embeddings, and texts that begin alike may have equal ones",
+            file=sys.stderr,
+        )
     return store
 
 
 def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
     """The pieces, with a bar of rows on the first rank's terminal."""
     disable = rank() > 0 or None  # None: where there is no terminal
-    with tqdm(total=getattr(pieces, "num_rows", None), desc=what, unit="row", unit_scale=True, leave=False, disable=disable) as bar:
+    with tqdm(
+        total=getattr(pieces, "num_rows", None), desc=what, unit="row", unit_scale=True, leave=False, disable=disable
+    ) as bar:
         for piece_ND in pieces:
             yield piece_ND
             bar.update(len(piece_ND))

@@ -60,21 +60,36 @@ class KeyedRows:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="x.npy, or with --data a folder of shards")
-    parser.add_argument("--operator", type=Path, metavar="FOLDER",
-                        help="that `fit` has written; moves texts, needed for them; images stay as they are")  # fmt: skip
-    parser.add_argument("--out-dtype", choices=_DTYPES, default="float32", help="of what is written; default: %(default)s")
+    parser.add_argument(
+        "--operator",
+        type=Path,
+        metavar="FOLDER",
+        help="that `fit` has written; moves texts, needed for them; images stay as they are",
+    )
+    parser.add_argument(
+        "--out-dtype", choices=_DTYPES, default="float32", help="of what is written; default: %(default)s"
+    )
     there = parser.add_argument_group("embeddings that are there")
-    there.add_argument("--texts", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]")
+    there.add_argument(
+        "--texts", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]"
+    )
     there.add_argument("--images", metavar="SOURCE", help="the same, of images, for shards of --data")
-    there.add_argument("--keys", type=Path, metavar="FILE", help="an id a line for each row: a sample of --data takes that of its id")
+    there.add_argument(
+        "--keys", type=Path, metavar="FILE", help="an id a line for each row: a sample of --data takes that of its id"
+    )
     data = parser.add_argument_group("or those of an encoder, and the data to write")
     add_encoder_arguments(data)
-    data.add_argument("--side", choices=("text", "image"),
-                      help="of the encoder: its embedding stands for the image of a sample")  # fmt: skip
-    data.add_argument("--rsa", action="store_true",
-                      help="samples written take part in the RSA loss; not for shards, which say it themselves")  # fmt: skip
-    data.add_argument("--val",
-                      help="held out of data that has no parts: a part below 1, or a number of samples; default: 0.01")  # fmt: skip
+    data.add_argument(
+        "--side", choices=("text", "image"), help="of the encoder: its embedding stands for the image of a sample"
+    )
+    data.add_argument(
+        "--rsa",
+        action="store_true",
+        help="samples written take part in the RSA loss; not for shards, which say it themselves",
+    )
+    data.add_argument(
+        "--val", help="held out of data that has no parts: a part below 1, or a number of samples; default: 0.01"
+    )
     data.add_argument("--shard-size", type=int, default=1000, help="samples of a tar; default: %(default)s")
     add_embedding_arguments(parser)
 
@@ -100,9 +115,13 @@ def check(args: argparse.Namespace) -> None:
     if side == "text" and not args.operator:
         raise ValueError("--operator is needed for texts; for texts as they are fit one with --method none")
     if side == "image" and not args.data:
-        raise ValueError("--images without --data: images stay as they are, there is nothing to write; name the --data of shards")
+        raise ValueError(
+            "--images without --data: images stay as they are, there is nothing to write; name the --data of shards"
+        )
     if args.keys and (args.encoder or not args.data):
-        raise ValueError("--keys goes with --texts or --images and --data: it says which sample of the data a row is of")
+        raise ValueError(
+            "--keys goes with --texts or --images and --data: it says which sample of the data a row is of"
+        )
     if not args.data and args.out.suffix != ".npy":
         raise ValueError(f"--out {args.out}: name an .npy for rows, or --data for shards")
     if args.shard_size < 1:
@@ -144,7 +163,10 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     try:
         table = EmbeddingTable(rows.keys, _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype]))
         not_embedded = {key for store in stores for key in store.left_out}
-        told = {part: _told(pairs, not_embedded, bool(args.keys), left_out) for part, pairs in in_parts(args, chosen).items()}
+        told = {
+            part: _told(pairs, not_embedded, bool(args.keys), left_out)
+            for part, pairs in in_parts(args, chosen).items()
+        }
         rsa = is_rsa(args.data) if is_prepared(args.data) else args.rsa
         counts = write_embedding_shards(args.out, told, table, rsa=rsa, shard_size=args.shard_size)
     finally:
@@ -162,15 +184,22 @@ def draws(args: argparse.Namespace) -> dict[str, Drawn]:
     """The samples of each part of shards; of other data all of them."""
     if is_prepared(args.data):
         if args.data.is_file():
-            raise ValueError(f"--data {args.data} is a mixture: name each of its data sets in turn, and mix what is written")
+            raise ValueError(
+                f"--data {args.data} is a mixture: name each of its data sets in turn, and mix what is written"
+            )
         if args.rsa or args.val:
-            raise ValueError(f"--rsa and --val: {args.data} says itself which samples take part and are held out; leave them out")
+            raise ValueError(
+                f"--rsa and --val: {args.data} says itself which samples take part and are held out; leave them out"
+            )
     parts = parts_of(args.data) if is_prepared(args.data) else ["train"]
     options = {"language": args.language_code}
     if side_of(args) == "text":
         return {part: drawn(args, args.data, open_captions(args.data, split=part, **options), part) for part in parts}
     options["images"] = folder = args.image_folder
-    return {part: drawn(args, args.data, open_pairs(args.data, split=part, **options), part, images=folder) for part in parts}
+    return {
+        part: drawn(args, args.data, open_pairs(args.data, split=part, **options), part, images=folder)
+        for part in parts
+    }
 
 
 def in_parts(args: argparse.Namespace, chosen: dict[str, Drawn]) -> dict[str, list[CaptionedImage]]:
@@ -189,7 +218,9 @@ def given(args: argparse.Namespace) -> KeyedRows:
     if args.keys:
         keys = args.keys.read_text(encoding="utf-8").splitlines()
     elif source.keys is None:
-        raise ValueError(f"{source.description} does not say which sample a row is of: name a file of an id a line, --keys FILE")
+        raise ValueError(
+            f"{source.description} does not say which sample a row is of: name a file of an id a line, --keys FILE"
+        )
     else:
         keys = source.keys
     return KeyedRows(keys, [source])
@@ -200,10 +231,14 @@ def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
     check_sides(texts, "text", "--texts")
     fitted, found = operator.about.get("text_encoder"), encoder_of(texts)
     if fitted and found and fitted != found:
-        raise ValueError(f"the operator was fitted on embeddings of {fitted}, and {texts.description} is of {found}: fit one on these")
+        raise ValueError(
+            f"the operator was fitted on embeddings of {fitted}, and {texts.description} is of {found}: fit one on these"
+        )
     if texts.width != len(operator.text_mean_D):
-        raise ValueError(f"the operator moves rows of {len(operator.text_mean_D)} numbers, and {texts.description} has {texts.width}: "
-                         "name embeddings of the encoder that it was fitted on")  # fmt: skip
+        raise ValueError(
+            f"the operator moves rows of {len(operator.text_mean_D)} numbers, and {texts.description} has {texts.width}: "
+            "name embeddings of the encoder that it was fitted on"
+        )
 
 
 def _told(pairs: list[CaptionedImage], not_embedded: set[str], by_id: bool, left_out: Counter) -> Iterator[Told]:

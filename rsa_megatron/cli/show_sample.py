@@ -62,17 +62,25 @@ def show(args) -> None:
     reader = image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
     parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
-        raise ValueError(f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform")
+        raise ValueError(
+            f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform"
+        )
     images = reader.decode(parts)
     layouts = reader.layouts(images)
-    num_image_tokens = sum(layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts)
+    num_image_tokens = sum(
+        layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts
+    )
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
     print(marked(tokenizer, text, colour=sys.stdout.isatty()))
     num_positions = len(text.tokens) - len(images) + num_image_tokens
-    print(f"\n«learnt» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are learnt and "
-          f"{sum(text.is_caption)} the caption's; {num_positions} with the images' own")  # fmt: skip
+    print(
+        f"\n«learnt» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are learnt and "
+        f"{sum(text.is_caption)} the caption's; {num_positions} with the images' own"
+    )
     if num_positions > settings["seq_length"]:
-        print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit")
+        print(
+            f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit"
+        )
     takes_part = "yes, it takes part" if prepared else "yes, if it is packed or linked with --rsa"
     if settings.get("rsa_weight") == 0:
         takes_part = f"no, stage {args.stage} trains without it"
@@ -185,7 +193,9 @@ def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.Encode
 def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
     if layout.positions:
         return f"image as an embedding: {len(image)} numbers, of length {image.norm():.4g}, in {layout.positions} position(s)"
-    grid = f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " alone"
+    grid = (
+        f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " alone"
+    )
     return f"image of {image.width} x {image.height} pixels: a base tile{grid}"
 
 

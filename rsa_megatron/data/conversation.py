@@ -55,10 +55,14 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None
             "special_tokens=True) and save the tokenizer again"
         )
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no padding token: set its pad_token and save it again")
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no padding token: set its pad_token and save it again"
+        )
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path} is a slow one, which cannot tell where in the text a token is: "
-                         "save its fast version (tokenizer.json)")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} is a slow one, which cannot tell where in the text a token is: "
+            "save its fast version (tokenizer.json)"
+        )
 
 
 def check_conversation(conversation: list) -> list[tuple[str, str]]:
@@ -104,7 +108,9 @@ def encode(
 @functools.lru_cache(maxsize=8)
 def _always_learnt(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """Of the style llava, wherever they stand; asked for once, not for each sample."""
-    return frozenset([*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]])
+    return frozenset(
+        [*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]]
+    )
 
 
 def _role(turn: dict) -> str:

@@ -33,7 +33,13 @@ def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch
         for shard in shards:
             if not shard.path.is_local():
                 continue
-            fault = "is missing" if not shard.path.is_file() else "has 0 bytes" if shard.count and not shard.path.size() else None
+            fault = (
+                "is missing"
+                if not shard.path.is_file()
+                else "has 0 bytes"
+                if shard.count and not shard.path.size()
+                else None
+            )
             if fault:
                 raise ValueError(
                     f"--data-path {path}: shard {shard.path} {fault}, which its index lists; restore the file, or "
@@ -80,7 +86,11 @@ def _remedy(path: str, error: str) -> str:
     if Path(path, "mixture.yaml").is_file():
         return f"name {Path(path, 'mixture.yaml')}"
     if "split part" in error.lower():
-        return ("hold samples out for validation (rsa-megatron data pack --val), or leave out the evaluation (--eval-iters 0 "
-                "--mutual-knn-samples 0)")  # fmt: skip
-    return ("name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
-            ".yaml of such folders, all of which must be there")  # fmt: skip
+        return (
+            "hold samples out for validation (rsa-megatron data pack --val), or leave out the evaluation (--eval-iters 0 "
+            "--mutual-knn-samples 0)"
+        )
+    return (
+        "name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
+        ".yaml of such folders, all of which must be there"
+    )

@@ -54,7 +54,9 @@ class ImageEmbeddings:
             raise ValueError(f"{name}: it is no array in numpy's format: {error}") from error
         if row_D.ndim != 1 or row_D.dtype.kind != "f" or self.width not in (None, len(row_D)):
             asks = "it must be" if self.width is None else f"and by --image-embedding-width it has to be {self.width}"
-            raise ValueError(f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, {asks} floating-point numbers in a row")
+            raise ValueError(
+                f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, {asks} floating-point numbers in a row"
+            )
         embedding_D = torch.from_numpy(row_D).float()
         if not embedding_D.isfinite().all():
             raise ValueError(f"{name}: it holds NaN, infinity or a number beyond float32")

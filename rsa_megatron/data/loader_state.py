@@ -23,7 +23,14 @@ from megatron.energon.savable_loader import (
 # What an Energon state is made of beside plain values.
 _STATE_CLASSES = {
     cls.__name__: cls
-    for cls in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState, FlexState)
+    for cls in (
+        SavableDataLoaderState,
+        SavableDatasetCheckpoint,
+        SavableDatasetState,
+        SystemRngState,
+        SliceState,
+        FlexState,
+    )
 }
 
 

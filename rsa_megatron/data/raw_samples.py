@@ -26,7 +26,9 @@ def stored_samples(path: str | Path, part: str) -> Iterator[StoredSample]:
     """In the order in which they lie; those of a mixture one data set after the other."""
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
-        dataset = get_val_dataset(path, split_part=part, batch_size=None, worker_config=config, task_encoder=_AsStored())
+        dataset = get_val_dataset(
+            path, split_part=part, batch_size=None, worker_config=config, task_encoder=_AsStored()
+        )
     yield from get_loader(dataset)
 
 
@@ -36,7 +38,9 @@ def check_embeddings(path: str, part: str, embeddings: ImageEmbeddings) -> None:
         if not sample.images:
             continue
         found = {name: image for name, image in sample.images.items() if EMBEDDING_PART.fullmatch(name)}
-        fault = "it has no embedding (.npy); name data that rsa-megatron realign transform has written, or train on pixels"
+        fault = (
+            "it has no embedding (.npy); name data that rsa-megatron realign transform has written, or train on pixels"
+        )
         if found:
             fault = _fault(found, embeddings)
         if fault:

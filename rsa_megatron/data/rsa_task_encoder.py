@@ -66,7 +66,9 @@ class RSATaskEncoder:
         flag = subflavors.get("rsa", True)
         flag = {"true": True, "false": False}.get(flag.lower(), flag) if isinstance(flag, str) else flag
         if not isinstance(flag, bool):
-            raise FatalSampleError(f"sample {_key(sample)}: its data set's subflavor rsa is {flag!r}; it must be true or false")
+            raise FatalSampleError(
+                f"sample {_key(sample)}: its data set's subflavor rsa is {flag!r}; it must be true or false"
+            )
         return flag
 
     def rsa_caption_mask(self, encoded_sample: Any) -> Tensor | None:
@@ -84,7 +86,9 @@ class RSATaskEncoder:
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
         if TaskEncoder in order and order.index(TaskEncoder) < order.index(RSATaskEncoder):
-            raise ValueError(f"class {cls.__name__}: RSATaskEncoder must be the first of its bases, before the TaskEncoder")
+            raise ValueError(
+                f"class {cls.__name__}: RSATaskEncoder must be the first of its bases, before the TaskEncoder"
+            )
 
     def build_encode_sample(self, dataset, **settings):
         # The answer is kept from the first stage on, whether the job does anything there or not.
@@ -94,7 +98,9 @@ class RSATaskEncoder:
 
     def build_batch(self, dataset, *, batch_size: int | None, **settings):
         if batch_size is None and not _overridden(self, "batch_group_criterion"):
-            raise ValueError(f"batch_size is None: {ELIGIBLE} is a part of a batch; give a batch_size, 1 for rows as they are")
+            raise ValueError(
+                f"batch_size is None: {ELIGIBLE} is a part of a batch; give a batch_size, 1 for rows as they are"
+            )
         optional = ["postencode_sample", "select_samples_to_pack", "pack_selected_samples", "batch_group_criterion"]
         stages = [name for name in optional if _overridden(self, name)] + ["batch", "encode_batch"]
         with _shown_to_energon(self, stages):
@@ -205,7 +211,9 @@ def _stage(encoder: RSATaskEncoder, name: str) -> Callable:
 def _overridden(encoder: RSATaskEncoder, name: str) -> bool:
     method = getattr(encoder, name, None)  # Energon 6 has no preencode_sample
     function = getattr(method, "__func__", method)
-    return method is not None and not any(getattr(base, name, None) is function for base in (TaskEncoder, DefaultTaskEncoder))
+    return method is not None and not any(
+        getattr(base, name, None) is function for base in (TaskEncoder, DefaultTaskEncoder)
+    )
 
 
 @contextlib.contextmanager
@@ -229,7 +237,9 @@ def _keep(encoder: RSATaskEncoder, sample) -> _Kept:
     answer = encoder.rsa_eligible(sample)
     answers = answer if isinstance(answer, (list, tuple)) else [answer]
     if not all(one in (True, False) for one in answers):
-        raise FatalSampleError(f"rsa_eligible returned {answer!r} for sample {_key(sample)}; it must return True or False")
+        raise FatalSampleError(
+            f"rsa_eligible returned {answer!r} for sample {_key(sample)}; it must return True or False"
+        )
     return _Kept(sample, tuple(bool(one) for one in answers))
 
 

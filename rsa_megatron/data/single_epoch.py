@@ -42,4 +42,8 @@ class _OnePass(BaseWrapperDataset):
         self._ended = True
 
     def config(self) -> dict:
-        return {"type": type(self).__qualname__, "dataset": self.dataset.config(), "worker_config": self.worker_config.config()}
+        return {
+            "type": type(self).__qualname__,
+            "dataset": self.dataset.config(),
+            "worker_config": self.worker_config.config(),
+        }

@@ -75,7 +75,9 @@ def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
     """Pick the images and the record out of a crude sample: of a tar, or of a JSONL file with `images` beside it."""
     record = stored.get("json")
     if not isinstance(record, dict):
-        found = {name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)}
+        found = {
+            name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)
+        }
         return StoredSample(**basic_sample_keys(stored), images=found, record=record)
     # Energon calls each line by its number.
     keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
@@ -100,7 +102,9 @@ def _read_image(path: str, images: FileStore | None) -> bytes:
     if images is None:
         raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
     root = EPath(images.get_path())
-    if root.is_local() and not inside(Path(images.get_path()).resolve(), path).is_file():  # reading a pipe would never end
+    if (
+        root.is_local() and not inside(Path(images.get_path()).resolve(), path).is_file()
+    ):  # reading a pipe would never end
         raise ValueError(f"its image {path} is no file in {root}")
     return images[path][0]
 
@@ -182,7 +186,9 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         return encoded
 
     def batch(self, samples: list[EncodedSample]) -> LlavaBatch:
-        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * ((self._fill_to or 0) - len(samples))
+        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * (
+            (self._fill_to or 0) - len(samples)
+        )
         texts = [sample.text for sample in samples]
         # Inputs are all tokens but the last, labels all but the first.
         length = max(len(text.tokens) for text in texts) - 1
@@ -215,15 +221,15 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
         record = _read_record(sample.record)
-        text = conversation.encode(
-            self.tokenizer, record["conversations"], self.template, label_style=self.label_style
-        )
+        text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
         num_told = text.tokens.count(self._image_token_id)
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
         if num_told != len(parts):
             what = "embedding(s) of images (.npy)"
             if isinstance(self._images, ImageTiler):
-                what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (len(sample.images) > len(parts))
+                what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (
+                    len(sample.images) > len(parts)
+                )
             raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}")
         images = self._images.decode(_readable(parts))
         layouts = self._images.layouts(images)
@@ -261,12 +267,16 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         """What an empty sample holds: a row of padding, nothing to learn, no image."""
         pad = self.tokenizer.pad_token_id
         text = conversation.EncodedText([pad] * 2, [False] * 2, [False] * 2)
-        return dict(text=text, layouts=[], tiles=self._images.tiles([]), eligible=False, record={}, row_length=0, is_cut=False)
+        return dict(
+            text=text, layouts=[], tiles=self._images.tiles([]), eligible=False, record={}, row_length=0, is_cut=False
+        )
 
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1
         self._num_skipped_in_a_row += 1
-        reason = str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
+        )
         line = f"skipped sample {sample.__key__}{_where(sample)}: {reason}"
         if isinstance(sample.record, dict) and sample.record.get("image"):
             line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names

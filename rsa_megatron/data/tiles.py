@@ -67,7 +67,9 @@ class ImageTiler:
             return [ImageLayout(height, width, *choose_grid(height, width, self.grid_pinpoints, self.image_size))]
         for image in images:
             if max(image.size) > _LONGEST_SIDE_MADE_SQUARE:
-                raise ValueError(f"an image of {image.width} x {image.height} pixels is too long to be padded to a square")
+                raise ValueError(
+                    f"an image of {image.width} x {image.height} pixels is too long to be padded to a square"
+                )
         return [ImageLayout(image.height, image.width) for image in images]
 
     def tiles(self, images: list[Image.Image]) -> Tensor:
@@ -124,13 +126,17 @@ def _decode(name: str, part: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(part), formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"an image of {image.width} x {image.height} pixels is larger than {_MOST_PIXELS} pixels")
+                raise ValueError(
+                    f"an image of {image.width} x {image.height} pixels is larger than {_MOST_PIXELS} pixels"
+                )
             image.load()
             with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
                 ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: cannot identify image file, {len(part)} bytes that begin with {part[:12]!r}") from error
+        raise ValueError(
+            f"{name}: cannot identify image file, {len(part)} bytes that begin with {part[:12]!r}"
+        ) from error
     except Exception as error:  # of damaged files Pillow raises SyntaxError, struct.error, ...
         raise ValueError(f"{name}: {error}") from error
 

@@ -93,7 +93,8 @@ class TextEmbedder:
         length = max(item["input_ids"].shape[1] for item in batch)
         fillers = {"input_ids": self._tokenizer.pad_token_id or 0, "attention_mask": 0}
         inputs = {
-            name: torch.cat([_padded(item[name], length, fillers[name]) for item in batch]).to(self._model.device) for name in batch[0]
+            name: torch.cat([_padded(item[name], length, fillers[name]) for item in batch]).to(self._model.device)
+            for name in batch[0]
         }
         with all_digits():
             found = self._model.dual_encoder.get_text_features(**inputs)
@@ -102,19 +103,29 @@ class TextEmbedder:
     def _tokens(self, caption: str) -> dict[str, Tensor]:
         padding = {} if self._is_clip else {"padding": "max_length", "padding_side": "right"}
         with TOKENIZER_IN_USE:
-            found = self._tokenizer([caption], truncation=True, max_length=self._longest, split_special_tokens=True,
-                                    return_tensors="pt", **padding)  # fmt: skip
+            found = self._tokenizer(
+                [caption],
+                truncation=True,
+                max_length=self._longest,
+                split_special_tokens=True,
+                return_tensors="pt",
+                **padding,
+            )
             # Before the last token, which ends every text: where the row is not full, padding, or another text's length.
             if (ids_S := found["input_ids"][0]).numel() == self._longest and ids_S[-2] != self._tokenizer.pad_token_id:
-                self.num_cut += len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
+                self.num_cut += (
+                    len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
+                )
         names = ("input_ids", "attention_mask") if self._is_clip else ("input_ids",)
         return {name: found[name] for name in names}
 
     def _check_end(self) -> None:
         end = self._model.config.text_config.eos_token_id
         if end != _END_TOKEN_UNTOLD and end not in self._tokens("a")["input_ids"]:
-            raise ValueError(f"{self._model.name}: its embedding of a text is the state of token {end}, with which its tokenizer ends "
-                             "no text; save it with a tokenizer that adds that token")  # fmt: skip
+            raise ValueError(
+                f"{self._model.name}: its embedding of a text is the state of token {end}, with which its tokenizer ends "
+                "no text; save it with a tokenizer that adds that token"
+            )
 
 
 def _padded(x_1S: Tensor, length: int, filler: int) -> Tensor:

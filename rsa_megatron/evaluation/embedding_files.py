@@ -69,8 +69,14 @@ class Embeddings:
     def share(self, rank: int, size: int) -> "Embeddings":
         """The rank's part of the rows, one after the other: all ranks' together are all rows, each once."""
         first, last = (self._rows.start + self.num_rows * number // size for number in (rank, rank + 1))
-        return Embeddings(self.description, rows=range(first, last), width=self.width, keys=self._all_keys,
-                          about=self.about, read=self._read)  # fmt: skip
+        return Embeddings(
+            self.description,
+            rows=range(first, last),
+            width=self.width,
+            keys=self._all_keys,
+            about=self.about,
+            read=self._read,
+        )
 
     def _raise_for_rows(self) -> None:
         bad, first = {kind: [] for kind in _FAULTS}, self._rows.start
@@ -80,8 +86,10 @@ class Embeddings:
                 bad[kind] += (first + is_bad(largest_n).nonzero()[:, 0]).tolist()
             first += len(piece_nD)
         kinds = ", ".join(f"{len(rows)} {kind} ({self._named(rows)})" for kind, rows in bad.items() if rows)
-        raise ValueError(f"{self.description}: {sum(map(len, bad.values()))} of {self.num_rows} embeddings have no direction: {kinds}; "
-                         "leave them out, or embed them again")  # fmt: skip
+        raise ValueError(
+            f"{self.description}: {sum(map(len, bad.values()))} of {self.num_rows} embeddings have no direction: {kinds}; "
+            "leave them out, or embed them again"
+        )
 
     def _named(self, rows: list[int]) -> str:
         names = ", ".join(self._all_keys[number] if self._all_keys else f"row {number}" for number in rows[:_NAMED])
@@ -138,18 +146,28 @@ def of_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
     if layer is not None and layer not in store.layers:
         raise ValueError(f"{store.folder} has no layer {layer}; its layers are {layers}")
     layer = layer or store.layers[0]
-    about = {name: str(store.manifest[name]) for name in ("model", "revision", "side", "pooling", "data") if name in store.manifest}
+    about = {
+        name: str(store.manifest[name])
+        for name in ("model", "revision", "side", "pooling", "data")
+        if name in store.manifest
+    }
     return Embeddings(
-        f"{store.folder}, layer {layer}", rows=range(len(store.keys)), width=store.width(layer), keys=store.keys,
-        about=about | {"layer": layer}, read=lambda start, stop: store.pieces(layer, start, stop),
-    )  # fmt: skip
+        f"{store.folder}, layer {layer}",
+        rows=range(len(store.keys)),
+        width=store.width(layer),
+        keys=store.keys,
+        about=about | {"layer": layer},
+        read=lambda start, stop: store.pieces(layer, start, stop),
+    )
 
 
 def _npy(path: Path) -> Embeddings:
     try:
         x_ND = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as numpy's array of numbers: {error}; write it with numpy.save") from error
+        raise ValueError(
+            f"{path} cannot be read as numpy's array of numbers: {error}; write it with numpy.save"
+        ) from error
     if x_ND.dtype.kind != "f" or x_ND.dtype.itemsize > 8:
         raise ValueError(f"{path} holds {x_ND.dtype}: save it as float32, float16 or float64")
 
@@ -169,7 +187,9 @@ def _safetensors(path: Path, name: str | None) -> Embeddings:
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
             if name is None and len(names) != 1:
-                raise ValueError(f"{path} has the tensors {', '.join(names)}: name one, as {path}:{names[0] if names else 'TENSOR'}")
+                raise ValueError(
+                    f"{path} has the tensors {', '.join(names)}: name one, as {path}:{names[0] if names else 'TENSOR'}"
+                )
             if name is not None and name not in names:
                 raise ValueError(f"{path} has no tensor {name}; its tensors are {', '.join(names)}")
             name = name or names[0]
@@ -192,8 +212,12 @@ def _safetensors(path: Path, name: str | None) -> Embeddings:
 def _of_file(path: Path, name: str | None, shape: tuple[int, ...], read: Callable) -> Embeddings:
     description = f"{path}, tensor {name}" if name else str(path)
     if len(shape) != 2 or not all(shape):
-        raise ValueError(f"{description} has the shape {list(shape)}: it must be rows of embeddings, [N, D], at least one")
-    return Embeddings(description, rows=range(shape[0]), width=shape[1], keys=None, about={"file": path.name}, read=read)
+        raise ValueError(
+            f"{description} has the shape {list(shape)}: it must be rows of embeddings, [N, D], at least one"
+        )
+    return Embeddings(
+        description, rows=range(shape[0]), width=shape[1], keys=None, about={"file": path.name}, read=read
+    )
 
 
 def _piece_rows(width: int, itemsize: int) -> int:

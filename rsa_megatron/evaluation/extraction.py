@@ -78,7 +78,9 @@ def extract(
             if not (keys or store.num_done):  # more likely to be wrong with all than with each
                 key, reason = next(iter(left_out.items()))
                 raise ValueError(f"none of the first {len(part)} pairs can be used; {key}: {reason}")
-            features = {name: torch.cat([batch.pop(name) for batch in batches]) for name in backbone.layers} if keys else {}
+            features = (
+                {name: torch.cat([batch.pop(name) for batch in batches]) for name in backbone.layers} if keys else {}
+            )
             store.append(keys, features, left_out)
     store.finish()
 

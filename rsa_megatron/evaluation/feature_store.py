@@ -88,7 +88,9 @@ class FeatureStore:
         if not folder.exists() and _unfinished(folder).exists():
             raise ValueError(f"{_unfinished(folder)} is not finished: run the command that makes it once more")
         if not (folder / _MANIFEST).is_file():
-            raise ValueError(f"{folder} holds no features ({_MANIFEST} is missing); name a folder that they were stored in")
+            raise ValueError(
+                f"{folder} holds no features ({_MANIFEST} is missing); name a folder that they were stored in"
+            )
         store = cls(folder, _read_manifest(folder), final=None)
         if store.num_done != len(store.manifest["keys"]):
             total = len(store.manifest["keys"])
@@ -201,7 +203,9 @@ def _stored(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"layer {name} gives a feature that is no finite number; with --dtype bfloat16, try float32")
     if not stored_nD.isfinite().all():
         largest = rows_nD.abs().max().item()
-        raise ValueError(f"layer {name} has a feature of {largest:.3g}, too large for {dtype}: pass --store-dtype float32")
+        raise ValueError(
+            f"layer {name} has a feature of {largest:.3g}, too large for {dtype}: pass --store-dtype float32"
+        )
     return stored_nD
 
 
@@ -216,7 +220,9 @@ def _lock(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise ValueError(f"{folder} is being written by another process; wait for it, or name another --store") from error
+        raise ValueError(
+            f"{folder} is being written by another process; wait for it, or name another --store"
+        ) from error
     except OSError:
         pass  # a file system without locks
     return handle

@@ -56,7 +56,9 @@ class VisionBackbone:
         self._model, self._config = model, model.tower_config
         self._processor = model.image_processor  # read here: a fault of the model is none of a pair's image
         self._kind = model.model_type if model.model_type == "llava_onevision" else self._config.model_type
-        image = {"llava_onevision": "base image", "internvl_vision": "one tile"}.get(self._kind, "as its processor prepares it")
+        image = {"llava_onevision": "base image", "internvl_vision": "one tile"}.get(
+            self._kind, "as its processor prepares it"
+        )
         self.layers = _tower_layers(model)
         self.identity = identity_of(model) | {"pooling": "mean of image tokens", "image": image}
 
@@ -135,7 +137,9 @@ class TextBackbone:
     def prepare(self, pair: CaptionedImage) -> Caption:
         """The tokens of a pair's caption, cut where the model's positions end."""
         of_model = getattr(self._model.text_config, "max_position_embeddings", None) or _UNLIMITED
-        return caption_tokens(self._tokenizer, pair.caption, min(self._tokenizer.model_max_length, of_model, _UNLIMITED))
+        return caption_tokens(
+            self._tokenizer, pair.caption, min(self._tokenizer.model_max_length, of_model, _UNLIMITED)
+        )
 
     def features(self, batch: list[Caption]) -> dict[str, Tensor]:
         """[n, D] of every layer, float32."""
@@ -183,7 +187,9 @@ class CaptionAfterImage(TextBackbone):
         """An input of the model for a batch, of those for one sample each, [1, ...] or [patches or tiles, ...]."""
         if name == "mm_token_type_ids":  # one a token: 0 for text
             parts = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
-        elif name == "pixel_values":  # LLaVA-OneVision's [1, tiles, 3, height, width]: images have different numbers of tiles
+        elif (
+            name == "pixel_values"
+        ):  # LLaVA-OneVision's [1, tiles, 3, height, width]: images have different numbers of tiles
             parts = [part.flatten(0, 1) if part.ndim == 5 else part for part in parts]
             parts = [part.to(self._model.dtype) for part in parts]
         return torch.cat(parts).to(self._model.device)
@@ -243,7 +249,9 @@ def all_digits() -> Iterator[None]:
     """Within it, float32 arithmetic keeps its digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
     convolution, were seen to cost 3e-4 of the features."""
     cudnn = torch.backends.cudnn
-    holder, name, exact = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    holder, name, exact = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
     before = getattr(holder, name)
     setattr(holder, name, exact)
     try:

@@ -14,14 +14,23 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch.nn import Module, ModuleList
 
-if TYPE_CHECKING:  # for annotations alone: transformers takes seconds to import, which a run on stored features is spared
+if (
+    TYPE_CHECKING
+):  # for annotations alone: transformers takes seconds to import, which a run on stored features is spared
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 #: The vision-language models whose two sides can be measured, and the name of the module of each that is the tower.
 VISION_LANGUAGE = {"llava_onevision": "vision_tower", "internvl": "vision_tower", "qwen2_5_vl": "visual"}
 #: Towers, and how many of their first tokens are no part of the image: class, distillation and register tokens.
-TOWERS = {"siglip_vision_model": 0, "internvl_vision": 1, "clip_vision_model": 1, "vit": 1, "deit": 2, "dinov2": 1,
-          "dinov2_with_registers": 1}  # fmt: skip
+TOWERS = {
+    "siglip_vision_model": 0,
+    "internvl_vision": 1,
+    "clip_vision_model": 1,
+    "vit": 1,
+    "deit": 2,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+}
 # Two towers in one model, of which that for images is taken.
 _WITH_TEXT_TOWER = ("siglip", "clip")
 #: Dual encoders: both towers end in one space, in which images and texts have an embedding each.
@@ -87,7 +96,11 @@ class HFModel:
         )
 
         known = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MASKED_LM_MAPPING_NAMES}
-        if self.model_type in known and not self.config.is_encoder_decoder and hasattr(self.config, "num_hidden_layers"):
+        if (
+            self.model_type in known
+            and not self.config.is_encoder_decoder
+            and hasattr(self.config, "num_hidden_layers")
+        ):
             return self.config
         others = "causal language models and encoders such as gpt2, llama, qwen2, bert, roberta"
         raise self._unsupported("language model", [*VISION_LANGUAGE, others])
@@ -129,13 +142,20 @@ class HFModel:
         if self.model_type not in DUAL_ENCODERS:
             raise self._unsupported("embedding of images and texts", [*DUAL_ENCODERS])
         if not getattr(self.config.vision_config, "vision_use_head", True):
-            raise ValueError(f"{self.name}: its vision_use_head is false, so its images have no embedding; name a model with the head")
+            raise ValueError(
+                f"{self.name}: its vision_use_head is false, so its images have no embedding; name a model with the head"
+            )
 
     def _loaded(self, unused: tuple[str, ...]) -> "PreTrainedModel":
         """Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
         auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
-        model, loaded = self._read("its weights (model.safetensors)", auto_class, dtype=self.dtype, use_safetensors=True,
-                                   output_loading_info=True)  # fmt: skip
+        model, loaded = self._read(
+            "its weights (model.safetensors)",
+            auto_class,
+            dtype=self.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         missing = sorted(name for name in loaded["missing_keys"] if not any(part in name for part in unused))
         if missing:
             raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, {missing[0]} for one")
@@ -148,14 +168,18 @@ class HFModel:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """One of the library tokenizers. Raises ValueError where it is none."""
         if not self.any_tokenizer.is_fast:
-            raise ValueError(f"{self.name}: its tokenizer is none of the library tokenizers (tokenizer.json); save it as one")
+            raise ValueError(
+                f"{self.name}: its tokenizer is none of the library tokenizers (tokenizer.json); save it as one"
+            )
         return self.any_tokenizer
 
     @cached_property
     def any_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, also one in Python as SigLIP's, which lower-cases and takes punctuation away."""
         tokenizer = self._read("its tokenizer", "AutoTokenizer")
-        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
+        if not tokenizer.get_vocab().keys() - set(
+            tokenizer.all_special_tokens
+        ):  # what transformers makes of no file at all
             raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of the model it comes from")
         return tokenizer
 
@@ -192,8 +216,10 @@ class HFModel:
         raise ValueError(f"{self.name}: its model_type {self.model_type} has no list of {count} layers to read")
 
     def _unsupported(self, what: str, supported: list[str]) -> ValueError:
-        return ValueError(f"{self.name}: model_type {self.model_type} has no {what} that can be measured; "
-                          f"supported: {', '.join(supported)}")  # fmt: skip
+        return ValueError(
+            f"{self.name}: model_type {self.model_type} has no {what} that can be measured; "
+            f"supported: {', '.join(supported)}"
+        )
 
 
 def num_layers(config: "PreTrainedConfig") -> int:

@@ -75,7 +75,9 @@ def samples_in_both(rows: FeatureStore, columns: FeatureStore, *, k: int) -> Sam
     for seed, chosen in zip(rows.manifest["seeds"], rows.manifest["samples"], strict=True):
         found = [keys[i] for i in chosen if keys[i] in place_rows and keys[i] in place_columns]
         if len(found) <= k:
-            raise ValueError(f"--k {k} needs more than {k} samples: of the {len(chosen)} of seed {seed}, {len(found)} can be used")
+            raise ValueError(
+                f"--k {k} needs more than {k} samples: of the {len(chosen)} of seed {seed}, {len(found)} can be used"
+            )
         samples.append(tuple(torch.tensor([place[key] for key in found]) for place in (place_rows, place_columns)))
     return samples
 
@@ -110,12 +112,20 @@ def score_layers(
 
 
 def cone_figures(
-    rows: FeatureStore, columns: FeatureStore, scores: LayerScores, *, samples: Samples, device: torch.device | str = "cpu"
+    rows: FeatureStore,
+    columns: FeatureStore,
+    scores: LayerScores,
+    *,
+    samples: Samples,
+    device: torch.device | str = "cpu",
 ) -> dict[str, dict]:
     """The figures of alignment.cones.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
     found = {}
     for name, (row, column) in {"best": scores.best, "last": scores.last}.items():
-        a_ND, b_NE = rows.layer(scores.row_layers[row]).to(device), columns.layer(scores.column_layers[column]).to(device)
+        a_ND, b_NE = (
+            rows.layer(scores.row_layers[row]).to(device),
+            columns.layer(scores.column_layers[column]).to(device),
+        )
         found[name] = _mean([asdict(modality_gap(a_ND[of_rows], b_NE[of_columns])) for of_rows, of_columns in samples])
     return found
 

@@ -102,7 +102,12 @@ def projected_vectors(first: LLaVAModel, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def caption_vectors_of_layers(
-    model: Sequence[torch.nn.Module], pairs: Sequence[Pairs], layers: Sequence[int], *, micro_batch_size: int, seq_length: int
+    model: Sequence[torch.nn.Module],
+    pairs: Sequence[Pairs],
+    layers: Sequence[int],
+    *,
+    micro_batch_size: int,
+    seq_length: int,
 ) -> dict[int, Tensor]:
     """t of each caption after each of `layers`, [n, E] in float32, on every rank: the mean of its tokens (paper, eq. 2).
 
@@ -137,7 +142,9 @@ def caption_vectors_of_layers(
     hooks = [hook for chunk in chunks for hook in on_decoder_layers(chunk, layers, keep)]
     has_output = [chunk.language_model.post_process for chunk in chunks]
     try:
-        for chunk in chunks:  # GPTModel then ends at the hidden states: logits of a large vocabulary would be most of the memory
+        for chunk in (
+            chunks
+        ):  # GPTModel then ends at the hidden states: logits of a large vocabulary would be most of the memory
             chunk.language_model.post_process = False
         get_forward_backward_func()(
             forward_step_func=forward_step,

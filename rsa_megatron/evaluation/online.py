@@ -160,7 +160,9 @@ def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> 
     width = _from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
     for number in layers:
         vectors.setdefault(number, torch.empty(num_rows, width, device=device))
-        torch.distributed.broadcast(vectors[number], torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
+        torch.distributed.broadcast(
+            vectors[number], torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group
+        )
     return vectors
 
 

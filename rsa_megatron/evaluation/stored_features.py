@@ -38,9 +38,15 @@ def draw(pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, 
     union = {pair.key: pair for chosen in samples for pair in chosen}
     place = {key: number for number, key in enumerate(union)}
     digest = hashlib.sha256(json.dumps([[pair.key, pair.caption] for pair in union.values()]).encode())
-    manifest = {"data": data, **source, "num_samples": num_samples, "seeds": seeds,
-                "fingerprint": f"keys and captions, sha256:{digest.hexdigest()}",
-                "samples": [[place[pair.key] for pair in chosen] for chosen in samples], "keys": list(union)}  # fmt: skip
+    manifest = {
+        "data": data,
+        **source,
+        "num_samples": num_samples,
+        "seeds": seeds,
+        "fingerprint": f"keys and captions, sha256:{digest.hexdigest()}",
+        "samples": [[place[pair.key] for pair in chosen] for chosen in samples],
+        "keys": list(union),
+    }
     return Drawn(list(union.values()), manifest)
 
 

@@ -34,7 +34,11 @@ def caption_vectors(
 
 
 def caption_sums(
-    hidden_LBE: Tensor, mask_BL: Tensor, num_samples: int, model_config: TransformerConfig, tp: torch.distributed.ProcessGroup
+    hidden_LBE: Tensor,
+    mask_BL: Tensor,
+    num_samples: int,
+    model_config: TransformerConfig,
+    tp: torch.distributed.ProcessGroup,
 ) -> Tensor:
     """Sums over the rows of this context-parallel rank, [n, E] float32, the same on each of its tensor-parallel ranks.
 

@@ -123,9 +123,13 @@ class Taps:
         # A tower that ends in a merger says how wide that is.
         self._image_width = getattr(tower, "out_hidden_size", None) or tower.config.hidden_size
         inner = [layer for layer in self._vision_layers if layer != -1]
-        numbers = {layer: layer_number(layer, tower.config.num_layers, named="--rsa-layers, vision layer") for layer in inner}
+        numbers = {
+            layer: layer_number(layer, tower.config.num_layers, named="--rsa-layers, vision layer") for layer in inner
+        }
         for layer, number in numbers.items():
-            on_tower_layers(tower, [number], lambda _, states_PTD, layer=layer: self._keep_tiles(layer, states_PTD.transpose(0, 1)))
+            on_tower_layers(
+                tower, [number], lambda _, states_PTD, layer=layer: self._keep_tiles(layer, states_PTD.transpose(0, 1))
+            )
         tower.register_forward_hook(lambda module, args, tokens_TPD: self._keep_tiles(-1, tokens_TPD))
 
     def begin(self, read: Callable[[], RSASamples | Selection | None]) -> None:
@@ -139,8 +143,13 @@ class Taps:
             return None
         return Representations(
             {layer: found.v[layer] for layer in self._vision_layers},
-            found.hidden, found.sums, found.caption_mask_BL, found.samples, found.is_packed, found.num_copied,
-        )  # fmt: skip
+            found.hidden,
+            found.sums,
+            found.caption_mask_BL,
+            found.samples,
+            found.is_packed,
+            found.num_copied,
+        )
 
     # The hooks, in the order in which they fire.
 
@@ -168,8 +177,10 @@ class Taps:
         if not self.is_first and self._received is not None:
             self._take_off_carrier()
         if self._read is None and model.training:
-            raise RuntimeError("RSA has its taps on the model and is told of no batch: wrap the forward step too "
-                               "(RSAPlugin.wrap_forward_step)")  # fmt: skip
+            raise RuntimeError(
+                "RSA has its taps on the model and is told of no batch: wrap the forward step too "
+                "(RSAPlugin.wrap_forward_step)"
+            )
         if self._read is None:
             return None
         if self._segments and not self.is_first:  # the first stage learns it from the splice
@@ -187,7 +198,9 @@ class Taps:
             reads_captions_alone=self._segments is not None,
         )
         if self._segments:
-            self._in_hand.samples, self._in_hand.num_copied = isolated_captions.append(bound.arguments, self._in_hand.samples)
+            self._in_hand.samples, self._in_hand.num_copied = isolated_captions.append(
+                bound.arguments, self._in_hand.samples
+            )
         if self.is_last:
             mask_BS = bound.arguments["loss_mask"]
             self._in_hand.loss_mask_dtype = mask_BS.dtype
@@ -235,7 +248,9 @@ class Taps:
         if not self.is_last:
             return torch.cat([output, self._rows_to_send(output)]), mask_BL
         if found.samples is not None:
-            mask_BL, found.caption_mask_BL = caption_marks.take_off(mask_BL, found.loss_mask_dtype, packed=found.is_packed)
+            mask_BL, found.caption_mask_BL = caption_marks.take_off(
+                mask_BL, found.loss_mask_dtype, packed=found.is_packed
+            )
             if not self.is_first:
                 self._unpack(self._unpacked(mask_length=0))
             for layer in self._vision_layers:  # a batch of text
@@ -256,7 +271,11 @@ class Taps:
         samples = self._said_samples(arguments)
         is_image_BS = images_in(arguments, self._model)
         # (What is copied to the end of its row has no image after it.)
-        keep = samples.caption_mask * ~is_image_BS if self._segments else token_positions.readable(samples.caption_mask, is_image_BS)
+        keep = (
+            samples.caption_mask * ~is_image_BS
+            if self._segments
+            else token_positions.readable(samples.caption_mask, is_image_BS)
+        )
         return replace(samples, caption_mask=keep)
 
     def _said_samples(self, arguments: dict) -> RSASamples:
@@ -297,7 +316,9 @@ class Taps:
                 sum_BE = caption_sums(hidden_LBE, mask_BL, len(mask_BL), self._model_config, self._pg_collection.tp)
                 parts[place] = sum_BE / caption_counts(mask_BL, len(mask_BL)).clamp(min=1)[:, None]
         self._in_hand = _InHand()
-        return pipeline_payload.pack(carried._replace(vector_BF=torch.cat(parts, dim=1)), hidden_width, output_LBH.dtype)
+        return pipeline_payload.pack(
+            carried._replace(vector_BF=torch.cat(parts, dim=1)), hidden_width, output_LBH.dtype
+        )
 
     def _first_carried(self, output_LBH: Tensor, length: int) -> Carried:
         found, (batch_size, hidden_width) = self._in_hand, output_LBH.shape[1:]

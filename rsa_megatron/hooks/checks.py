@@ -14,51 +14,92 @@ def check_model(model: LLaVAModel, config: RSAConfig) -> None:
     settings, tower = model.config, _of(model.vision_model, "config")
     has_stages = settings.pipeline_model_parallel_size > 1
     refused = [
-        (not model.add_decoder or bool(model.add_encoder) != bool(model.pre_process),
-         "the tower belongs to the first pipeline stage and to no other: build LLaVAModel with add_encoder=pre_process, "
-         "add_decoder=True"),
-        (_of(settings, "mtp_num_layers"), "the last decoder layer's states are to be on the last stage: leave --mtp-num-layers out"),
-        (_of(settings, "overlap_moe_expert_parallel_comm"),
-         "the loss is to follow its own forward pass: leave --overlap-moe-expert-parallel-comm out"),
-        (_has_full_iteration_graph(settings), "each micro-batch has other pairs: leave the full-iteration CUDA graph out"),
-        (_of(settings, "hybrid_context_parallel"), "the ranks of a sequence are to stay: leave --hybrid-context-parallel out"),
-        (tower and tower.tensor_model_parallel_size != settings.tensor_model_parallel_size,
-         "tower and decoder are to share their ranks: give the tower's config the decoder's tensor_model_parallel_size"),
-        (_of(model, "dynamic_resolution") or _of(model, "_dynamic_resolution") or (_of(model, "temporal_patch_dim") or 1) > 1,
-         "it reads the tower's output tile by tile: leave dynamic resolution and video patches out"),
-        (has_stages and not _of(model, "_drop_vision_class_token") and (_of(model.vision_model, "class_token_len") or 0) > 1,
-         "LLaVAModel counts one class token on stages without a tower, and this one keeps several: drop them "
-         "(drop_vision_class_token=True), or set --pipeline-model-parallel-size 1"),
-        (config.scope == "global-batch" and config.normalize != "none",
-         f"--rsa-normalize {config.normalize} needs the mean distance of a whole batch before its last micro-batch: leave it, or "
-         "--rsa-scope global-batch, out"),
-    ]  # fmt: skip
+        (
+            not model.add_decoder or bool(model.add_encoder) != bool(model.pre_process),
+            "the tower belongs to the first pipeline stage and to no other: build LLaVAModel with add_encoder=pre_process, "
+            "add_decoder=True",
+        ),
+        (
+            _of(settings, "mtp_num_layers"),
+            "the last decoder layer's states are to be on the last stage: leave --mtp-num-layers out",
+        ),
+        (
+            _of(settings, "overlap_moe_expert_parallel_comm"),
+            "the loss is to follow its own forward pass: leave --overlap-moe-expert-parallel-comm out",
+        ),
+        (
+            _has_full_iteration_graph(settings),
+            "each micro-batch has other pairs: leave the full-iteration CUDA graph out",
+        ),
+        (
+            _of(settings, "hybrid_context_parallel"),
+            "the ranks of a sequence are to stay: leave --hybrid-context-parallel out",
+        ),
+        (
+            tower and tower.tensor_model_parallel_size != settings.tensor_model_parallel_size,
+            "tower and decoder are to share their ranks: give the tower's config the decoder's tensor_model_parallel_size",
+        ),
+        (
+            _of(model, "dynamic_resolution")
+            or _of(model, "_dynamic_resolution")
+            or (_of(model, "temporal_patch_dim") or 1) > 1,
+            "it reads the tower's output tile by tile: leave dynamic resolution and video patches out",
+        ),
+        (
+            has_stages
+            and not _of(model, "_drop_vision_class_token")
+            and (_of(model.vision_model, "class_token_len") or 0) > 1,
+            "LLaVAModel counts one class token on stages without a tower, and this one keeps several: drop them "
+            "(drop_vision_class_token=True), or set --pipeline-model-parallel-size 1",
+        ),
+        (
+            config.scope == "global-batch" and config.normalize != "none",
+            f"--rsa-normalize {config.normalize} needs the mean distance of a whole batch before its last micro-batch: leave it, or "
+            "--rsa-scope global-batch, out",
+        ),
+    ]
     if any(pair.vision != -1 or pair.text not in (-1, settings.num_layers) for pair in config.layer_pairs):
         recomputes = [_of(of, "recompute_granularity") == "full" for of in (settings, tower)]
         graphs = _of(settings, "cuda_graph_impl")
         refused += [
-            (any(recomputes), "--rsa-layers reads each layer once: with layers before the last set --recompute-granularity selective"),
-            (graphs not in (None, "none"), "--rsa-layers reads layers before the last by hooks, which CUDA graphs leave out: "
-             "set --cuda-graph-impl none"),
-        ]  # fmt: skip
+            (
+                any(recomputes),
+                "--rsa-layers reads each layer once: with layers before the last set --recompute-granularity selective",
+            ),
+            (
+                graphs not in (None, "none"),
+                "--rsa-layers reads layers before the last by hooks, which CUDA graphs leave out: "
+                "set --cuda-graph-impl none",
+            ),
+        ]
     for is_on, reason in refused:
         if is_on:
             raise ValueError(f"RSA cannot train this model as it is set: {reason}")
 
 
 def check_batch(
-    arguments: dict, *, is_last: bool, needs_captions: bool, is_packed: bool, has_stages: bool, reads_captions_alone: bool
+    arguments: dict,
+    *,
+    is_last: bool,
+    needs_captions: bool,
+    is_packed: bool,
+    has_stages: bool,
+    reads_captions_alone: bool,
 ) -> None:
     """Raise ValueError for what a script passes to LLaVAModel.forward (`arguments`, by name) and RSA cannot read."""
     if needs_captions and arguments.get("loss_mask") is None:
         raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
     if is_last and arguments.get("labels") is None:
-        raise ValueError("RSA needs the loss mask back, which LLaVAModel returns with labels alone: pass labels to its forward")
+        raise ValueError(
+            "RSA needs the loss mask back, which LLaVAModel returns with labels alone: pass labels to its forward"
+        )
     if arguments.get("imgs_sizes") is not None:
         raise ValueError("RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)")
     if is_packed and has_stages:
-        raise ValueError("RSA with packed sequences needs both ends of the model on one rank: set "
-                         "--pipeline-model-parallel-size 1, or leave packing out")  # fmt: skip
+        raise ValueError(
+            "RSA with packed sequences needs both ends of the model on one rank: set "
+            "--pipeline-model-parallel-size 1, or leave packing out"
+        )
     if is_packed and reads_captions_alone:
         raise ValueError("--rsa-text-source caption does not go with packed sequences; leave one out")
 
@@ -67,8 +108,10 @@ def check_tiles(count_n: Tensor, num_tiles: int) -> bool:
     """Whether there were any; ValueError where the samples' tiles are not those that the tower has been given."""
     told = int(count_n.sum())
     if told not in (0, num_tiles):  # 0: text alone, and a dummy image
-        raise ValueError(f"the tower has been given {num_tiles} tiles, and the batch's samples have {told}: num_image_tiles, "
-                         "or what RSAPlugin(select=...) gives, does not go with the images")  # fmt: skip
+        raise ValueError(
+            f"the tower has been given {num_tiles} tiles, and the batch's samples have {told}: num_image_tiles, "
+            "or what RSAPlugin(select=...) gives, does not go with the images"
+        )
     return told > 0
 
 

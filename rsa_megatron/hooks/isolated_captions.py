@@ -37,9 +37,11 @@ def check_settings(settings, *, packed: bool) -> None:
         "--context-parallel-size above 1": settings.context_parallel_size > 1,
         "--tp-comm-overlap": settings.tp_comm_overlap,
         "a window_size": getattr(settings, "window_size", None) is not None,  # no flag of Megatron's
-        "--sequence-parallel with Transformer Engine unless --micro-batch-size is 1": packed and settings.sequence_parallel
+        "--sequence-parallel with Transformer Engine unless --micro-batch-size is 1": packed
+        and settings.sequence_parallel
         and getattr(settings, "micro_batch_size", 1) > 1,  # a config does not know it
-        "the fused softmax of local layers: pass --no-masked-softmax-fusion": not packed and settings.masked_softmax_fusion,
+        "the fused softmax of local layers: pass --no-masked-softmax-fusion": not packed
+        and settings.masked_softmax_fusion,
     }
     for setting, is_on in refused.items():
         if is_on:
@@ -95,11 +97,15 @@ class SeparateSegments:
     def __init__(self, model: LLaVAModel, *, reads_inner_layers: bool):
         self.start_B: Tensor | None = None
         layers = model.language_model.decoder.layers
-        self._takes_a_mask = all(isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in layers)
+        self._takes_a_mask = all(
+            isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in layers
+        )
         check_settings(model.config, packed=not self._takes_a_mask)
         if reads_inner_layers and not self._takes_a_mask:
-            raise ValueError("--rsa-text-source caption with text layers before the last (--rsa-layers) needs local attention, as "
-                             "Transformer Engine's layers take the rows one after another: leave one out")  # fmt: skip
+            raise ValueError(
+                "--rsa-text-source caption with text layers before the last (--rsa-layers) needs local attention, as "
+                "Transformer Engine's layers take the rows one after another: leave one out"
+            )
         self._shards = sequence_shards(model.config, model.pg_collection.tp)
         decoder = model.language_model.decoder
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -114,8 +120,10 @@ class SeparateSegments:
         if self._takes_a_mask:
             return args, kwargs | {"attention_mask": segment_mask(self.start_B, length)}
         if self._shards > 1 and batch_size > 1:
-            raise ValueError("--rsa-text-source caption with Transformer Engine and --sequence-parallel: each rank has a part of "
-                             "every row, which do not follow one another; set --micro-batch-size 1")  # fmt: skip
+            raise ValueError(
+                "--rsa-text-source caption with Transformer Engine and --sequence-parallel: each rank has a part of "
+                "every row, which do not follow one another; set --micro-batch-size 1"
+            )
         packed = _one_after_another(hidden_LBH)
         if decoder.pre_process:
             kwargs = kwargs | {"hidden_states": packed}
@@ -143,4 +151,3 @@ def packed_segments(start_B: Tensor, length: int) -> PackedSeqParams:
 
 def _one_after_another(hidden_LBH: Tensor) -> Tensor:
     return hidden_LBH.transpose(0, 1).flatten(0, 1)[:, None]
-

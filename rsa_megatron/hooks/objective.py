@@ -119,7 +119,9 @@ def rsa_term(
     return RSATerm(parts, len(gathered_NW), num_own, len(earlier_MW), whole_batch, num_copied, length - num_copied)
 
 
-def _as_many_on_every_rank(rows_nW: Tensor, valid_n: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _as_many_on_every_rank(
+    rows_nW: Tensor, valid_n: Tensor, group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """With rows that are not valid behind them: rows are packed with more samples on one rank than on another."""
     most = torch.tensor(len(rows_nW), device=rows_nW.device)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -179,7 +181,10 @@ def _report(term: RSATerm, config: RSAConfig, data_size: int) -> dict[str, Tenso
     num_distances = num_own * (term.num_pairs - 1 + 2 * num_earlier) + _NO_PAIRS
     if term.whole_batch:
         # Ordered pairs of the step, N^2 = sum_m N_m (N_m + 2 N_before): so that the quotient is L of the whole batch.
-        of_loss, of_pairs = num_own * (term.num_pairs + 2 * num_earlier) + _NO_PAIRS, share / term.whole_batch.num_micro_batches
+        of_loss, of_pairs = (
+            num_own * (term.num_pairs + 2 * num_earlier) + _NO_PAIRS,
+            share / term.whole_batch.num_micro_batches,
+        )
     else:
         of_loss = of_pairs = share
     values = {"rsa loss": (term.loss.detach(), of_loss), "rsa pairs": (num_own, of_pairs)}

@@ -61,8 +61,10 @@ def num_rows_received(received_SBH: Tensor, vector_width: int, mask_positions_pe
         if k == num_rows(vector_width, hidden_width, received_SBH.dtype, mask_length):
             return k
         if k == num_received:
-            raise RuntimeError(f"{num_received} rows hold no carrier of a vector of width {vector_width}: do all stages have "
-                               "their taps, and the same --rsa-* flags?")  # fmt: skip
+            raise RuntimeError(
+                f"{num_received} rows hold no carrier of a vector of width {vector_width}: do all stages have "
+                "their taps, and the same --rsa-* flags?"
+            )
 
 
 def pack(carried: Carried, hidden_width: int, dtype: torch.dtype) -> Tensor:

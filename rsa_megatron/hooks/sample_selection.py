@@ -117,4 +117,6 @@ def _ids(input_ids: Tensor, num_samples: int) -> Tensor:
 
 def _check(name: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"RSAPlugin(select=...) gave {name} of shape {tuple(tensor.shape)}, the model's batch has {tuple(shape)}")
+        raise ValueError(
+            f"RSAPlugin(select=...) gave {name} of shape {tuple(tensor.shape)}, the model's batch has {tuple(shape)}"
+        )

@@ -53,7 +53,9 @@ def pack_images(
     used nowhere, is zero and not missing. Megatron's overlapped gradient reduction waits for every parameter.
     """
     num_tiles = sum(layout.num_tiles for layout in layouts)
-    assert num_tiles == len(tokens_TPH) or not layouts, f"{len(tokens_TPH)} tiles where the images' layouts have {num_tiles}"
+    assert num_tiles == len(tokens_TPH) or not layouts, (
+        f"{len(tokens_TPH)} tiles where the images' layouts have {num_tiles}"
+    )
     packed, first = [], 0
     for layout in layouts:
         base_PH, grid_TPH = tokens_TPH[first], tokens_TPH[first + 1 : first + layout.num_tiles]

@@ -85,8 +85,10 @@ class Architecture:
 
     def with_arguments(self, arguments: Mapping[str, object]) -> "Architecture":
         """The architecture that is built once flags have overridden the decoder's sizes."""
-        names = ("num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
-                 "max_position_embeddings rotary_base").split()  # fmt: skip
+        names = (
+            "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
+            "max_position_embeddings rotary_base"
+        ).split()
         sizes = {name: arguments[name] for name in names}
         sizes["rmsnorm_epsilon"] = arguments["layernorm_epsilon"]
         sizes["tie_word_embeddings"] = not arguments["untie_embeddings_and_output_weights"]

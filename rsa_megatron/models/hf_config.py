@@ -24,8 +24,19 @@ if TYPE_CHECKING:  # for annotations alone: the known architectures need no tran
     from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 # How images are prepared.
-_PIXEL_KEYS = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
-               "image_std", "do_pad", "image_grid_pinpoints")  # fmt: skip
+_PIXEL_KEYS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad",
+    "image_grid_pinpoints",
+)
 
 
 def is_model_folder(model: str) -> bool:
@@ -47,7 +58,9 @@ def read_architecture(folder: Path) -> Architecture:
     raw = read_json(folder / "config.json")
     where = f"{folder}/config.json"
     if "mm_vision_tower" in raw:
-        raise ValueError(f"{where} is lmms-lab's own; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf")
+        raise ValueError(
+            f"{where} is lmms-lab's own; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
+        )
     if raw.get("model_type") != "llava_onevision":
         raise ValueError(
             f"{where}: model_type is {raw.get('model_type')!r}; llava_onevision is what can be read (for a SigLIP and a "

@@ -17,8 +17,21 @@ if TYPE_CHECKING:  # for annotations alone: importing it takes a second
 
 VIDEO_TOKEN = "<video>"
 #: What a folder may hold that is weights, or about them.
-WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.index.*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5",
-                   "*.msgpack", "*.onnx", "*.onnx_data", "*.distcp")  # fmt: skip
+WEIGHT_PATTERNS = (
+    "*.safetensors",
+    "*.index.json",
+    "*.index.*.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.distcp",
+)
 # Parts of processor_config.json that have files of their own before transformers 5.
 _PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 # As data/conversation.py's qwen_1_5.
@@ -185,9 +198,17 @@ def _generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
 def _pixels(architecture: Architecture) -> dict:
     # SigLIP's mean and deviation: the class defaults are CLIP's.
     side = architecture.vision.image_size
-    return {"do_convert_rgb": True, "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3}  # fmt: skip
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
 
 
 def image_processor_config(architecture: Architecture) -> dict:

@@ -83,7 +83,11 @@ class LlavaOneVision(LLaVAModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self._image_size, self._side, self._max_tiles = vision.image_size, vision.tokens_per_side, architecture.max_tiles
+        self._image_size, self._side, self._max_tiles = (
+            vision.image_size,
+            vision.tokens_per_side,
+            architecture.max_tiles,
+        )
         self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
         # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
         self.add_encoder = pre_process
@@ -162,17 +166,36 @@ class LlavaOneVision(LLaVAModel):
         )
 
     def _preprocess_data(
-        self, image_embeddings, language_embeddings, input_ids, loss_mask, labels, inference_kv_cache, inference_context,
-        image_token_index, num_image_tiles, *args, **kwargs,
-    ):  # fmt: skip
+        self,
+        image_embeddings,
+        language_embeddings,
+        input_ids,
+        loss_mask,
+        labels,
+        inference_kv_cache,
+        inference_context,
+        image_token_index,
+        num_image_tiles,
+        *args,
+        **kwargs,
+    ):
         """LLaVAModel's splice; and the token after an image is learnt where the loss mask says so, as LLaVA learns it.
 
         LLaVAModel masks all positions of an image, also its last, whose label is the next token of the text.
         """
         combined, new_labels, new_mask = super()._preprocess_data(
-            image_embeddings, language_embeddings, input_ids, loss_mask, labels, inference_kv_cache, inference_context,
-            image_token_index, num_image_tiles, *args, **kwargs,
-        )  # fmt: skip
+            image_embeddings,
+            language_embeddings,
+            input_ids,
+            loss_mask,
+            labels,
+            inference_kv_cache,
+            inference_context,
+            image_token_index,
+            num_image_tiles,
+            *args,
+            **kwargs,
+        )
         if new_mask is not None:
             is_image_BS = input_ids == image_token_index
             lengths_BS = torch.ones_like(input_ids)

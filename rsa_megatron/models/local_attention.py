@@ -18,9 +18,14 @@ class LocalAttention(DotProductAttention):
     """Core attention of a Megatron layer, with DotProductAttention's arguments."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: AttnMaskType | None = None,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
         **rest,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """[S, B, N * W] of query [S, B, N, W], key and value [S, B, G, W]."""
         if not self._is_plain(query, key, attention_mask, **rest):
             return super().forward(query, key, value, attention_mask, attn_mask_type=attn_mask_type, **rest)

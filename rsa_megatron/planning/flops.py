@@ -70,7 +70,9 @@ def _projector(architecture: Architecture, num_image_tokens: float, learns: dict
     return num_image_tokens * (first + second)
 
 
-def _language(architecture: Architecture, num_positions: float, squared_lengths: float, learns: dict[str, bool]) -> float:
+def _language(
+    architecture: Architecture, num_positions: float, squared_lengths: float, learns: dict[str, bool]
+) -> float:
     decoder = architecture.decoder
     hidden = decoder.hidden_size
     keys = hidden // decoder.num_attention_heads * decoder.num_query_groups

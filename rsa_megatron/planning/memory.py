@@ -62,7 +62,9 @@ def parameter_counts(architecture: Architecture, layout: Layout, stage: int) -> 
     keys = hidden // decoder.num_attention_heads * decoder.num_query_groups
     vision_layer = (4 * width**2 + 3 * width + 2 * width * ffn + ffn) // t + 6 * width
     patches = (3 * vision.patch_size**2 + 1) * width + vision.tokens_per_side**2 * width
-    decoder_layer = ((hidden + 2 * keys) * (hidden + 1) + hidden**2 + 3 * hidden * decoder.ffn_hidden_size) // t + 2 * hidden
+    decoder_layer = (
+        (hidden + 2 * keys) * (hidden + 1) + hidden**2 + 3 * hidden * decoder.ffn_hidden_size
+    ) // t + 2 * hidden
     embeddings = -(-architecture.vocab_size // t) * hidden
     first, last = stage == 0, stage == layout.pipeline - 1
     # Tied, the output layer is the word embeddings; on another stage than they, a copy of them.

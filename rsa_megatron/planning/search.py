@@ -39,7 +39,9 @@ class Plan:
         return sum(self.memory.values())
 
 
-def find_plans(run: Run, cluster: Cluster, assumed: Assumptions) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
+def find_plans(
+    run: Run, cluster: Cluster, assumed: Assumptions
+) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
     """The layouts that fit, the fastest first; those that do not, the smallest first; and those refused, with the reason."""
     fitting, too_large, refused = [], [], []
     for layout in candidates(run, cluster):

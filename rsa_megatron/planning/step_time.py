@@ -58,7 +58,9 @@ def _operations(run: Run, layout: Layout, length: float, num_tiles: float, stage
         first, last = stage == 0, stage == layout.pipeline - 1
         parts, after = (training_flops(one, trainable, **sizes) for one in (architecture, without_layers))
         layers = (parts["language"] - after["language"]) / layout.pipeline
-        return first * (tower * parts["vision"] + output * parts["projector"]) + layers + last * output * after["language"]
+        return (
+            first * (tower * parts["vision"] + output * parts["projector"]) + layers + last * output * after["language"]
+        )
 
     again = passes((), output=False, tower=run.learns("vision")) if layout.recompute == "full" else 0
     return passes(run.trainable, output=True) + again
@@ -73,7 +75,9 @@ def _tensor_parallel_bytes(run: Run, layout: Layout, length: float, num_tiles: f
     t, vision, decoder = layout.tensor, run.architecture.vision, run.architecture.decoder
     again = 2 * (layout.recompute == "full")
     tokens = num_tiles * vision.tokens_per_side**2
-    reduced = decoder.num_layers / layout.pipeline * length * decoder.hidden_size * (2 + 2 * bool(run.trainable) + again)
+    reduced = (
+        decoder.num_layers / layout.pipeline * length * decoder.hidden_size * (2 + 2 * bool(run.trainable) + again)
+    )
     if stage == 0:
         reduced += vision.num_layers * tokens * vision.hidden_size * (2 + (2 + again) * run.learns("vision"))
     return reduced * run.number_size * 2 * (t - 1) / t

@@ -15,11 +15,22 @@ from rsa_megatron.plots.alignment_records import Alignment, Pair
 SIDES = {"vision": "vision backbone", "text": "language backbone"}
 NEIGHBOUR_METRICS = ("mutual-knn", "cknna", "cycle-knn")
 MARKS = {
-    "best": {"marker": "*", "markersize": 11, "markerfacecolor": "white", "markeredgecolor": "black",
-             "markeredgewidth": 0.8},
-    "last": {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "white", "markeredgewidth": 1.4,
-             "path_effects": [withStroke(linewidth=2.8, foreground="black")]},
-}  # fmt: skip
+    "best": {
+        "marker": "*",
+        "markersize": 11,
+        "markerfacecolor": "white",
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.8,
+    },
+    "last": {
+        "marker": "o",
+        "markersize": 9,
+        "markerfacecolor": "none",
+        "markeredgecolor": "white",
+        "markeredgewidth": 1.4,
+        "path_effects": [withStroke(linewidth=2.8, foreground="black")],
+    },
+}
 
 
 def draw_heatmaps(records: list[Alignment], *, scale: str = "shared") -> Figure:
@@ -65,8 +76,15 @@ def draw_heatmap(axis: Axes, record: Alignment, limits: tuple):
     """One record: rows upwards, columns to the right. Returns the image, for a colour bar."""
     axis.set_visible(True)
     # "none": an SVG holds a pixel a cell, and no renderer may smooth it.
-    image = axis.imshow(record.mean_RC, origin="lower", aspect="auto", interpolation="none", cmap=style.COLOR_MAP,
-                        vmin=limits[0], vmax=limits[1])  # fmt: skip
+    image = axis.imshow(
+        record.mean_RC,
+        origin="lower",
+        aspect="auto",
+        interpolation="none",
+        cmap=style.COLOR_MAP,
+        vmin=limits[0],
+        vmax=limits[1],
+    )
     axis.spines[:].set_visible(False)
     for name, mark in MARKS.items():
         pair = getattr(record, name)
@@ -142,15 +160,32 @@ def draw_bars_of(axis: Axes, placed: list[tuple[int, Alignment]], index: int) ->
     places, best = [x for x, _ in placed], [record.best for _, record in placed]
     spread = [float("nan") if pair.std is None else pair.std for pair in best]
     fill = style.BASELINE if is_baseline(first) else style.fill(index)
-    axis.bar(places, [pair.mean for pair in best], yerr=spread, width=0.86, capsize=3, label=first.label, color=fill,
-             hatch=style.hatch(index), edgecolor="black")  # fmt: skip
+    axis.bar(
+        places,
+        [pair.mean for pair in best],
+        yerr=spread,
+        width=0.86,
+        capsize=3,
+        label=first.label,
+        color=fill,
+        hatch=style.hatch(index),
+        edgecolor="black",
+    )
 
 
 def write_values(axis: Axes, placed: list[tuple[int, Alignment]], upright: bool) -> None:
     for x, record in placed:
         top = record.best.mean + (record.best.std or 0)
-        axis.annotate(f"{record.best.mean:.3f}", (x, top), xytext=(0, 3), textcoords="offset points", fontsize=8.5,
-                      ha="center", va="bottom", rotation=90 if upright else 0)  # fmt: skip
+        axis.annotate(
+            f"{record.best.mean:.3f}",
+            (x, top),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=8.5,
+            ha="center",
+            va="bottom",
+            rotation=90 if upright else 0,
+        )
     axis.margins(y=0.2 if upright else 0.1)
 
 

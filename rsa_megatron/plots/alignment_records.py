@@ -137,7 +137,9 @@ def alignment(line: Line) -> Alignment:
         raise line.fault("mean", "is not the mean of 'scores' over the seeds")
     pairs = {key: pair(line, key, layers, mean_RC, len(seeds)) for key in ("best", "last")}
     chance = line.take("chance", is_number_or_null, "a number or null")
-    return Alignment(line.where, **names, **sides, **counts, seeds=seeds, **layers, mean_RC=mean_RC, **pairs, chance=chance)
+    return Alignment(
+        line.where, **names, **sides, **counts, seeds=seeds, **layers, mean_RC=mean_RC, **pairs, chance=chance
+    )
 
 
 def pair(line: Line, key: str, layers: dict[str, list[str]], mean_RC: np.ndarray, num_seeds: int) -> Pair:
@@ -174,18 +176,24 @@ def run(line: Line) -> Run:
     figures = {name: points(curves, name) for name in curves.values}
     figures |= accuracies(line, max((curve[-1][0] for curve in figures.values() if curve), default=0))
     values = inner(line, "before")
-    before = {name: values.take(name, is_number, "a number") for name in values.values if values.values[name] is not None}
+    before = {
+        name: values.take(name, is_number, "a number") for name in values.values if values.values[name] is not None
+    }
     chance = line.take("chance", is_number_or_null, "a number or null")
     # A line may say by chance alone how mutual-kNN was taken, k / (num_samples - 1); the title tells what it says.
-    counts = {key: line.take(key, is_count, "a whole number above 0") if key in line.values else None
-              for key in ("k", "num_samples")}  # fmt: skip
+    counts = {
+        key: line.take(key, is_count, "a whole number above 0") if key in line.values else None
+        for key in ("k", "num_samples")
+    }
     return Run(line.where, **names, seed=seed, stage=stage, figures=figures, before=before, chance=chance, **counts)
 
 
 def accuracies(line: Line, iteration: int) -> dict[str, list]:
     """What is known at the end alone, as figures of one point: "accuracy on questions", for example."""
     accuracy = inner(line, "accuracy")
-    return {f"accuracy on {name}": [[iteration, accuracy.take(name, is_number, "a number")]] for name in accuracy.values}
+    return {
+        f"accuracy on {name}": [[iteration, accuracy.take(name, is_number, "a number")]] for name in accuracy.values
+    }
 
 
 def inner(line: Line, key: str) -> Line:
@@ -200,7 +208,9 @@ def points(curves: Line, name: str) -> list[list]:
     for point in curve:
         fits = is_list(point, is_number) and len(point) == 2 and is_whole(point[0]) and point[0] > last
         if not fits:
-            raise curves.fault(name, f"has the point {point}; a point is [iteration, finite value], and iterations rise")
+            raise curves.fault(
+                name, f"has the point {point}; a point is [iteration, finite value], and iterations rise"
+            )
         last = point[0]
     return curve
 
@@ -220,7 +230,9 @@ def once(records: list, identity: Callable) -> None:
     for record in records:
         first = seen.setdefault(identity(record), record)
         if first is not record:
-            raise ValueError(f"{first.where} and {record.where}: both are {', '.join(identity(record))}; draw them apart")
+            raise ValueError(
+                f"{first.where} and {record.where}: both are {', '.join(identity(record))}; draw them apart"
+            )
 
 
 def is_layers(value) -> bool:

@@ -22,8 +22,13 @@ from rsa_megatron.plots.gap_table import (
 
 # Each cloud's place in figure_style's colours, markers, line styles and hatches.
 LOOKS = {name: index for index, name in enumerate(("image", "none", "realign", "c3", "mean-shift", "blockwise"))}
-CLOUD_NAMES = METHOD_NAMES | {"image": "images", "none": "texts", "c3": "texts, C3", "blockwise": "texts, block-wise",
-                              "realign": "texts, ReAlign"}  # fmt: skip
+CLOUD_NAMES = METHOD_NAMES | {
+    "image": "images",
+    "none": "texts",
+    "c3": "texts, C3",
+    "blockwise": "texts, block-wise",
+    "realign": "texts, ReAlign",
+}
 # A shift leaves cosines of pairs and eigenvalues nearly where ReAlign does: one line would hide the other.
 NOT_DRAWN = ("mean-shift",)
 SMALL = 8.5
@@ -34,8 +39,9 @@ def draw_gap(gap: Gap) -> Figure:
     # Places by hand: those that constrained layout solves for differ in their last digit from run to run, and the names of
     # an SVG's clip paths with them.
     figure = Figure(figsize=(10, 11.6))
-    grid = figure.add_gridspec(4, 4, height_ratios=(2.3, 3, 3, 2), left=0.075, right=0.985, top=0.935, bottom=0.015,
-                               hspace=0.37, wspace=0.33)  # fmt: skip
+    grid = figure.add_gridspec(
+        4, 4, height_ratios=(2.3, 3, 3, 2), left=0.075, right=0.985, top=0.935, bottom=0.015, hspace=0.37, wspace=0.33
+    )
     draw_clouds(figure, grid, gap)
     draw_steps(figure.add_subplot(grid[1, :2]), gap)
     draw_budget(figure.add_subplot(grid[1, 2:]), gap)
@@ -43,8 +49,11 @@ def draw_gap(gap: Gap) -> Figure:
     draw_cosines(figure.add_subplot(grid[2, 2:]), gap)
     write_numbers(figure.add_subplot(grid[3, :]), gap)
     counts = gap.counts
-    style.title(figure, f"{gap.label}: images and texts in one space",
-                f"{counts['num_images']} images, {counts['num_texts']} texts, D = {counts['width']}")  # fmt: skip
+    style.title(
+        figure,
+        f"{gap.label}: images and texts in one space",
+        f"{counts['num_images']} images, {counts['num_texts']} texts, D = {counts['width']}",
+    )
     return figure
 
 
@@ -71,16 +80,28 @@ def draw_clouds(figure: Figure, grid: GridSpec, gap: Gap) -> None:
 def mark(name: str) -> dict:
     color = style.color(LOOKS[name])
     face = color if name == "image" else "none"
-    return {"label": CLOUD_NAMES[name], "color": color, "marker": style.marker(LOOKS[name]), "markerfacecolor": face,
-            "markersize": 3, "linestyle": "", "alpha": 0.6}  # fmt: skip
+    return {
+        "label": CLOUD_NAMES[name],
+        "color": color,
+        "marker": style.marker(LOOKS[name]),
+        "markerfacecolor": face,
+        "markersize": 3,
+        "linestyle": "",
+        "alpha": 0.6,
+    }
 
 
 def draw_steps(axis: Axes, gap: Gap) -> None:
     """The distance of the means after each step."""
     # 4 and 6: the looks of no cloud that is drawn
     for label, key, look, dashes in (("in-sample", "in_sample", 4, "-"), ("held-out", "held_out", 6, "--")):
-        axis.plot([getattr(gap.steps[step], key) for step in STEPS], label=label, color=style.color(look),
-                  marker=style.marker(look), linestyle=dashes)  # fmt: skip
+        axis.plot(
+            [getattr(gap.steps[step], key) for step in STEPS],
+            label=label,
+            color=style.color(look),
+            marker=style.marker(look),
+            linestyle=dashes,
+        )
     axis.plot([gap.steps[step].floor for step in STEPS], color="black", linestyle=":", label="sampling floor, held-out")
     axis.set_yscale("log")
     axis.set_xticks(range(len(STEPS)), [STEP_NAMES[step] for step in STEPS])
@@ -100,8 +121,16 @@ def draw_budget(axis: Axes, gap: Gap) -> None:
     parts = ("mean, in the frame", "mean, outside", "residual, in the frame", "residual, outside")
     for index, (term, part) in enumerate(zip(TERMS, parts)):
         energies = [budget[term] for budget in budgets.values()]
-        axis.barh(list(budgets), energies, left=left, height=0.55, label=f"{TERM_NAMES[term]}  {part}",
-                  color=style.fill(index), hatch=style.hatch(index), edgecolor="black")  # fmt: skip
+        axis.barh(
+            list(budgets),
+            energies,
+            left=left,
+            height=0.55,
+            label=f"{TERM_NAMES[term]}  {part}",
+            color=style.fill(index),
+            hatch=style.hatch(index),
+            edgecolor="black",
+        )
         left += energies
     axis.invert_yaxis()
     axis.set(xlabel="$E\\,|e_x - e_y|^2$", ylim=(1.5, -0.5))
@@ -114,8 +143,13 @@ def draw_spectra(axis: Axes, gap: Gap) -> None:
         shares = [value / spectrum.trace for value in spectrum.values if value > 0]
         slope = "" if spectrum.exponent is None else f", exponent {spectrum.exponent:.2f}"
         axis.plot(range(1, len(shares) + 1), shares, label=CLOUD_NAMES[name] + slope, **line(name))
-    axis.set(xscale="log", yscale="log", title="(d) spectra, over the trace", xlabel="number of the eigenvalue",
-             ylabel="share of variance")  # fmt: skip
+    axis.set(
+        xscale="log",
+        yscale="log",
+        title="(d) spectra, over the trace",
+        xlabel="number of the eigenvalue",
+        ylabel="share of variance",
+    )
     axis.legend(fontsize=SMALL)
 
 
@@ -137,8 +171,12 @@ def draw_cosines(axis: Axes, gap: Gap) -> None:
         density = np.array(count) / sum(count) / np.diff(edges)
         filled = {"fill": True, "alpha": 0.35} if name == "image" else {}
         axis.stairs(density, edges, label=CLOUD_NAMES[name], **filled, **line(name))
-    axis.set(title="(e) cosines of pairs within a cloud", xlabel="cosine", ylabel="density",
-             xlim=(edges[there[0]], edges[there[-1] + 1]))  # fmt: skip
+    axis.set(
+        title="(e) cosines of pairs within a cloud",
+        xlabel="cosine",
+        ylabel="density",
+        xlim=(edges[there[0]], edges[there[-1] + 1]),
+    )
     axis.legend(fontsize=SMALL)
 
 
@@ -148,7 +186,9 @@ def line(name: str) -> dict:
 
 def write_numbers(axis: Axes, gap: Gap) -> None:
     counts = gap.counts
-    fitted = f"(f) fitted on {counts['fit_images']} images and {counts['fit_texts']} texts, all but in-sample of the others"
+    fitted = (
+        f"(f) fitted on {counts['fit_images']} images and {counts['fit_texts']} texts, all but in-sample of the others"
+    )
     of_pairs = f"mixing (k = {counts['k_mixing']}), JS, Φ, Ψ, overlap (k = {counts['k_overlap']})"
     sampled = f"{of_pairs} of {counts['num_sampled']} a side"
     frame = "\n".join(style.wrapped(text, 140) for text in frame_in_words(gap).split("\n"))

@@ -143,12 +143,26 @@ def checked(line: Line) -> Gap:
     bins = image.take("cosines", is_counts, "a list of whole numbers")
     for one in methods:
         if len(one.cosines) != len(bins):
-            raise line.fault("methods", f"has {len(one.cosines)} bins of cosines for {one.name!r}, images have {len(bins)}")
+            raise line.fault(
+                "methods", f"has {len(one.cosines)} bins of cosines for {one.name!r}, images have {len(bins)}"
+            )
     points = inner(line, "clouds")
     clouds = {key: points.take(key, is_points, "a list of points of three numbers") for key in CLOUDS}
     scale, chance = (line.take(key, is_number, "a number") for key in ("scale", "chance_of_mixing"))
-    return Gap(line.where, **names, counts=counts, scale=scale, steps=steps, image_spectrum=spectrum(image, "spectrum"),
-               image_cosines=bins, methods=methods, chance=chance, frame=frame, left_out=left_out, clouds=clouds)  # fmt: skip
+    return Gap(
+        line.where,
+        **names,
+        counts=counts,
+        scale=scale,
+        steps=steps,
+        image_spectrum=spectrum(image, "spectrum"),
+        image_cosines=bins,
+        methods=methods,
+        chance=chance,
+        frame=frame,
+        left_out=left_out,
+        clouds=clouds,
+    )
 
 
 def method(line: Line) -> Method:
@@ -160,7 +174,9 @@ def method(line: Line) -> Method:
 
 
 def distance(line: Line) -> Distance:
-    return Distance(*(line.take(key, is_length, "a number of at least 0") for key in ("in_sample", "held_out", "floor")))
+    return Distance(
+        *(line.take(key, is_length, "a number of at least 0") for key in ("in_sample", "held_out", "floor"))
+    )
 
 
 def spectrum(line: Line, key: str) -> Spectrum:

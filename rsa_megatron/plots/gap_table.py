@@ -24,9 +24,13 @@ def steps_table(gap: Gap) -> str:
 def methods_table(gap: Gap) -> str:
     header = ["method", "in-sample", "held-out", "mixing", "JS, bits", "Φ", "Ψ", "overlap"]
     rows = [
-        [method_name(one), *lengths(one.distance)[:2],
-         *map(decimals, (one.mixing, one.js, one.phi, one.psi, one.overlap))] for one in gap.methods
-    ]  # fmt: skip
+        [
+            method_name(one),
+            *lengths(one.distance)[:2],
+            *map(decimals, (one.mixing, one.js, one.phi, one.psi, one.overlap)),
+        ]
+        for one in gap.methods
+    ]
     rows.append(["one cloud", "0", "", decimals(gap.chance), "0", "", "", ""])
     return table(header, rows)
 
@@ -44,8 +48,10 @@ def frame_in_words(gap: Gap) -> str:
     frame = gap.frame
     if frame is None:
         return f"left out: {gap.left_out}"
-    before, after = (", ".join(f"{TERM_NAMES[term]} {energy:.3g}" for term, energy in budget.items())
-                     for budget in (frame.budget, frame.budget_after))  # fmt: skip
+    before, after = (
+        ", ".join(f"{TERM_NAMES[term]} {energy:.3g}" for term, energy in budget.items())
+        for budget in (frame.budget, frame.budget_after)
+    )
     angle = "none" if frame.gamma_angle is None else f"{frame.gamma_angle:.1f}°"
     norm, share = (decimals(value) or "none" for value in (frame.coupling_norm, frame.coupling_r_squared))
     return (
@@ -79,5 +85,7 @@ def decimals(value: float | None) -> str:
 def table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     first, *others = widths
-    cells = [[row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others))] for row in [header, *rows]]
+    cells = [
+        [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others))] for row in [header, *rows]
+    ]
     return "\n".join("  ".join(row).rstrip() for row in cells)

@@ -18,8 +18,15 @@ from rsa_megatron.plots.alignment_records import STAGES, Run
 DOT = {"linestyle": "", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.1}
 BEFORE = {"color": style.color(1), "marker": "o", "label": "before, each seed"}
 AFTER = {"color": style.color(0), "marker": "s", "markerfacecolor": style.color(0), "label": "after, each seed"}
-MEAN = {"color": "black", "linewidth": 0.8, "zorder": 1.5, "marker": "|", "markersize": 16, "markeredgewidth": 1.8,
-        "label": "mean"}  # fmt: skip
+MEAN = {
+    "color": "black",
+    "linewidth": 0.8,
+    "zorder": 1.5,
+    "marker": "|",
+    "markersize": 16,
+    "markeredgewidth": 1.8,
+    "label": "mean",
+}
 
 
 def draw_stages(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
@@ -52,7 +59,9 @@ def draw_stages_of(axis: Axes, runs: list[Run], figure: str, arms: list[str], st
     before = [run.before[figure] for run in runs if figure in run.before]
     if before:
         axis.plot([-1] * len(before), before, color="black", marker="o", **DOT)
-        axis.axhline(statistics.mean(before), color="black", linestyle="--", linewidth=1.2, label="before training, mean")
+        axis.axhline(
+            statistics.mean(before), color="black", linestyle="--", linewidth=1.2, label="before training, mean"
+        )
     draw_chance(axis, runs, figure)
     axis.set_xticks(range(-1 if before else 0, len(stages)), (["before"] if before else []) + stages)
     axis.set(xlabel="after stage", xlim=(-1.5 if before else -0.5, len(stages) - 0.5))
@@ -168,8 +177,16 @@ def draw_arm_in_row(axis: Axes, row: int, before: list[float], after: list[float
 
 
 def write_beside(axis: Axes, row: float, text: str) -> None:
-    axis.annotate(text, (1, row), xycoords=axis.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points", va="center",
-                  fontsize=9, annotation_clip=False)  # fmt: skip
+    axis.annotate(
+        text,
+        (1, row),
+        xycoords=axis.get_yaxis_transform(),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        annotation_clip=False,
+    )
 
 
 def dress_rows(axis: Axes, label: str) -> None:

@@ -89,7 +89,7 @@ def axis_label(figure: str) -> str:
 
 
 def seeds_in_words(seeds_of_each: Iterable[list[int]]) -> str:
-    """"seeds 0, 1, 2", "5 seeds" or, where they differ, "1 to 3 seeds"."""
+    """ "seeds 0, 1, 2", "5 seeds" or, where they differ, "1 to 3 seeds"."""
     different = {tuple(seeds) for seeds in seeds_of_each}
     counts = sorted({len(seeds) for seeds in different})
     if len(counts) > 1:

@@ -18,7 +18,9 @@ def read_figures(log: Path) -> dict[str, dict[int, float]]:
                     run[name][int(match[1])] = float(value[1])
         elif match := re.search(rf"validation loss at iteration (\d+) .*\| lm loss value: {NUMBER}", line):
             run["validation lm loss"][int(match[1])] = float(match[2])
-        elif match := re.search(rf"mutual-knn@\d+ at iteration (\d+) \| mutual-knn value: {NUMBER}.*chance {NUMBER}", line):
+        elif match := re.search(
+            rf"mutual-knn@\d+ at iteration (\d+) \| mutual-knn value: {NUMBER}.*chance {NUMBER}", line
+        ):
             run["mutual-knn"][int(match[1])] = float(match[2])
             run["chance"][int(match[1])] = float(match[3])
     return run

@@ -36,7 +36,15 @@ class NoAlignment(EmbeddingOperator):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, image_embeddings: Embeddings, text_embeddings: Embeddings, *, group=None, progress: Progress | None = None, about=None):
+    def fit(
+        cls,
+        image_embeddings: Embeddings,
+        text_embeddings: Embeddings,
+        *,
+        group=None,
+        progress: Progress | None = None,
+        about=None,
+    ):
         """One pass over each set; arguments and errors as for ReAlign.fit."""
         _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields)
@@ -69,8 +77,17 @@ class C3(EmbeddingOperator):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, image_embeddings: Embeddings, text_embeddings: Embeddings, *, sigma: float = 0.04, seed: int = 0, group=None,
-            progress: Progress | None = None, about=None) -> "C3":  # fmt: skip
+    def fit(
+        cls,
+        image_embeddings: Embeddings,
+        text_embeddings: Embeddings,
+        *,
+        sigma: float = 0.04,
+        seed: int = 0,
+        group=None,
+        progress: Progress | None = None,
+        about=None,
+    ) -> "C3":
         """One pass over each set; arguments and errors as for ReAlign.fit.
 
         Args:
@@ -83,7 +100,9 @@ class C3(EmbeddingOperator):
         return cls(**fields, sigma=sigma, seed=seed)
 
     @torch.no_grad()
-    def transform(self, text_ND: Tensor, *, dtype: torch.dtype | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def transform(
+        self, text_ND: Tensor, *, dtype: torch.dtype | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """As for the others; with a generator, of the CPU, the noise is drawn from it, and is another one each time."""
         return self._transform(text_ND, dtype, lambda operator, unit_bD: operator.move(unit_bD, generator))
 
@@ -96,7 +115,9 @@ class C3(EmbeddingOperator):
         noise_bD, generator = torch.empty(unit_bD.shape), torch.Generator()
         # Rounded to float16: the last bit of a row's length, which may depend on the batch, must not change its noise.
         for row, half_D in enumerate(unit_bD.half().cpu().numpy()):
-            digest = hashlib.blake2b(half_D.tobytes(), digest_size=8, salt=self.seed.to_bytes(8, "little", signed=True)).digest()
+            digest = hashlib.blake2b(
+                half_D.tobytes(), digest_size=8, salt=self.seed.to_bytes(8, "little", signed=True)
+            ).digest()
             generator.manual_seed(int.from_bytes(digest, "little", signed=True))
             torch.randn(noise_bD.shape[1], generator=generator, out=noise_bD[row])
         return noise_bD
@@ -126,8 +147,17 @@ class BlockwiseCovariance(EmbeddingOperator):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, image_embeddings: Embeddings, text_embeddings: Embeddings, *, energy: float = 0.99, shrinkage: float = 0.01,
-            group=None, progress: Progress | None = None, about=None) -> "BlockwiseCovariance":  # fmt: skip
+    def fit(
+        cls,
+        image_embeddings: Embeddings,
+        text_embeddings: Embeddings,
+        *,
+        energy: float = 0.99,
+        shrinkage: float = 0.01,
+        group=None,
+        progress: Progress | None = None,
+        about=None,
+    ) -> "BlockwiseCovariance":
         """One pass over the images, two over the texts; memory for some matrices [D, D], over ranks for one of each rank.
 
         Args:
@@ -163,13 +193,19 @@ def _matching(basis_DR: Tensor, image_DD: Tensor, text_DD: Tensor, shrinkage: fl
     """T_W P_W of the block that the columns span, [D, D]."""
     if not basis_DR.shape[1]:
         return torch.zeros_like(image_DD)
-    image_RR, text_RR = (_shrunk(basis_DR.T @ covariance_DD @ basis_DR, shrinkage) for covariance_DD in (image_DD, text_DD))
-    return (basis_DR @ _power(image_RR, 0.5) @ _power(text_RR, -0.5) @ basis_DR.T).contiguous()  # as it will be when loaded
+    image_RR, text_RR = (
+        _shrunk(basis_DR.T @ covariance_DD @ basis_DR, shrinkage) for covariance_DD in (image_DD, text_DD)
+    )
+    return (
+        basis_DR @ _power(image_RR, 0.5) @ _power(text_RR, -0.5) @ basis_DR.T
+    ).contiguous()  # as it will be when loaded
 
 
 def _shrunk(covariance_RR: Tensor, shrinkage: float) -> Tensor:
     mean_variance = covariance_RR.diagonal().mean()
-    return (1 - shrinkage) * covariance_RR + shrinkage * mean_variance * torch.eye(len(covariance_RR), dtype=covariance_RR.dtype)
+    return (1 - shrinkage) * covariance_RR + shrinkage * mean_variance * torch.eye(
+        len(covariance_RR), dtype=covariance_RR.dtype
+    )
 
 
 def _power(covariance_RR: Tensor, exponent: float) -> Tensor:

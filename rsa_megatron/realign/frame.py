@@ -74,4 +74,6 @@ class Frame:
     def check_width(self, x_D: Tensor) -> None:
         """Raise ValueError unless the frame is one of this space."""
         if len(x_D) != len(self.axes_DD):
-            raise ValueError(f"the frame has width {len(self.axes_DD)} and the embeddings {len(x_D)}: take a frame of the same encoder")
+            raise ValueError(
+                f"the frame has width {len(self.axes_DD)} and the embeddings {len(x_D)}: take a frame of the same encoder"
+            )

@@ -76,11 +76,15 @@ class Moments:
         trace = self.square_sum.item() / self.num_rows
         expected = 1 - self.mean_D.square().sum().item()
         if not abs(trace - expected) <= INTEGRITY:
-            raise RuntimeError(f"variance {trace!r} of unit rows is not 1 - |mean|^2 = {expected!r}: the sums are corrupt; fit again")
+            raise RuntimeError(
+                f"variance {trace!r} of unit rows is not 1 - |mean|^2 = {expected!r}: the sums are corrupt; fit again"
+            )
         return trace
 
 
-def moments(embeddings: Embeddings, name: str, *, group=None, progress: Progress | None = None, with_scatter=False) -> Moments:
+def moments(
+    embeddings: Embeddings, name: str, *, group=None, progress: Progress | None = None, with_scatter=False
+) -> Moments:
     """Mean and variance of the unit rows of a set, in one pass; over the ranks of `group`, each with its own rows.
 
     Args:

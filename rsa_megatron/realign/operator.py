@@ -66,9 +66,13 @@ class EmbeddingOperator(ABC):
         """
         return self._transform(text_ND, dtype, lambda operator, unit_bD: operator.move(unit_bD))
 
-    def _transform(self, text_ND: Tensor, dtype: torch.dtype | None, move: Callable[["EmbeddingOperator", Tensor], Tensor]) -> Tensor:
+    def _transform(
+        self, text_ND: Tensor, dtype: torch.dtype | None, move: Callable[["EmbeddingOperator", Tensor], Tensor]
+    ) -> Tensor:
         if text_ND.ndim != 2 or text_ND.shape[1] != len(self.text_mean_D):
-            raise ValueError(f"the operator moves rows of width {len(self.text_mean_D)}, and the text embeddings are {list(text_ND.shape)}")
+            raise ValueError(
+                f"the operator moves rows of width {len(self.text_mean_D)}, and the text embeddings are {list(text_ND.shape)}"
+            )
         moved_ND = torch.empty_like(text_ND, dtype=dtype or text_ND.dtype, requires_grad=False)
         operator, faults, row = self.on(text_ND.device), RowFaults(), 0
         for unit_bD in unit_blocks([text_ND], faults):
@@ -112,20 +116,31 @@ class EmbeddingOperator(ABC):
         """
         manifest = read_manifest(folder)
         if manifest["method"] != cls.method:
-            raise ValueError(f"{folder} holds an operator of method {manifest['method']!r}, not {cls.method!r}: use load_operator")
+            raise ValueError(
+                f"{folder} holds an operator of method {manifest['method']!r}, not {cls.method!r}: use load_operator"
+            )
         path = Path(folder) / f"{cls.method}.safetensors"
         try:
             tensors = load_file(path)
             numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in manifest.items() if name != "method"}
             operator = cls(**tensors, **numbers)
         except (OSError, SafetensorError, TypeError) as error:
-            raise ValueError(f"{path} and {MANIFEST} beside it are no operator of this version ({error}): fit it again") from error
+            raise ValueError(
+                f"{path} and {MANIFEST} beside it are no operator of this version ({error}): fit it again"
+            ) from error
         operator._check(path)
         return operator
 
     @classmethod
     def _moments(
-        cls, image_embeddings: Embeddings, text_embeddings: Embeddings, *, group, progress: Progress | None, about, with_scatter=False
+        cls,
+        image_embeddings: Embeddings,
+        text_embeddings: Embeddings,
+        *,
+        group,
+        progress: Progress | None,
+        about,
+        with_scatter=False,
     ) -> tuple[Moments, Moments, dict]:
         """Of images and texts, and the fields that all operators have."""
         about = dict(about or {})
@@ -139,8 +154,15 @@ class EmbeddingOperator(ABC):
                 f"image embeddings have width {len(image.mean_D)} and text embeddings {len(text.mean_D)}: "
                 "they must come from one space, so from the two halves of one encoder"
             )
-        fields = dict(image_mean_D=image.mean_D, text_mean_D=text.mean_D, image_trace=image.trace(), text_trace=text.trace(),
-                      num_images=image.num_rows, num_texts=text.num_rows, about=about)  # fmt: skip
+        fields = dict(
+            image_mean_D=image.mean_D,
+            text_mean_D=text.mean_D,
+            image_trace=image.trace(),
+            text_trace=text.trace(),
+            num_images=image.num_rows,
+            num_texts=text.num_rows,
+            about=about,
+        )
         return image, text, fields
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -152,8 +174,14 @@ class EmbeddingOperator(ABC):
 
     def _check(self, path: Path) -> None:
         for name, tensor in self._tensors().items():
-            if tensor.dtype != torch.float64 or not tensor.isfinite().all() or tensor.shape[:1] != self.text_mean_D.shape:
-                raise ValueError(f"{path}: {name} is not float64 of width {len(self.text_mean_D)} and finite: fit it again")
+            if (
+                tensor.dtype != torch.float64
+                or not tensor.isfinite().all()
+                or tensor.shape[:1] != self.text_mean_D.shape
+            ):
+                raise ValueError(
+                    f"{path}: {name} is not float64 of width {len(self.text_mean_D)} and finite: fit it again"
+                )
 
 
 def project(x_bD: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ class ReAlign(EmbeddingOperator):
         """
         steps = tuple(steps)
         if steps != tuple(step for step in STEPS if step in steps):
-            raise ValueError(f"steps are some of {', '.join(STEPS)}, in this order, and not {', '.join(map(str, steps))}")
+            raise ValueError(
+                f"steps are some of {', '.join(STEPS)}, in this order, and not {', '.join(map(str, steps))}"
+            )
         if not (epsilon >= 0 and math.isfinite(epsilon)):
             raise ValueError(f"epsilon must be 0 or a small positive number, and is {epsilon}")
         _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
@@ -92,7 +94,9 @@ class ReAlign(EmbeddingOperator):
             return before.on(unit_bD.device).projected_sum(unit_bD)
 
         passes = dict(group=group, progress=progress)
-        projected_mean_D = mean_of(projected_sum, text_embeddings, "text embeddings, projected", fields["num_texts"], **passes)
+        projected_mean_D = mean_of(
+            projected_sum, text_embeddings, "text embeddings, projected", fields["num_texts"], **passes
+        )
         return cls(**fields, projected_mean_D=projected_mean_D)
 
     def projected(self, unit_bD: Tensor) -> Tensor:
@@ -131,7 +135,11 @@ def trace_scale(image_trace: float, text_trace: float, epsilon: float) -> float:
         ValueError: all texts are equal and epsilon is 0, or all images are equal.
     """
     if image_trace <= NO_SPREAD:
-        raise ValueError("all image embeddings are equal: texts scaled to their spread would all be equal, too; fit on other images")
+        raise ValueError(
+            "all image embeddings are equal: texts scaled to their spread would all be equal, too; fit on other images"
+        )
     if not text_trace + epsilon > 0:
-        raise ValueError("all text embeddings are equal, and epsilon is 0: there is no spread to scale; pass an epsilon above 0")
+        raise ValueError(
+            "all text embeddings are equal, and epsilon is 0: there is no spread to scale; pass an epsilon above 0"
+        )
     return math.sqrt(image_trace / (text_trace + epsilon))

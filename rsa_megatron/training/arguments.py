@@ -56,12 +56,16 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     for message in filter(None, (weights, projector)):
         say(message)
     if args.virtual_pipeline_model_parallel_size:
-        say("WARNING: megatron-core cannot save the data position of interleaved pipelines; "
-            "a resumed run will need --restart-data")  # fmt: skip
+        say(
+            "WARNING: megatron-core cannot save the data position of interleaved pipelines; "
+            "a resumed run will need --restart-data"
+        )
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
     if args.save and Path(args.save, TRACKER).is_file() and not args.load and not args.skip_train:
-        say(f"WARNING: --save {args.save} holds checkpoints already, and without --load this run begins anew; to go on, add --load {args.save}")
+        say(
+            f"WARNING: --save {args.save} holds checkpoints already, and without --load this run begins anew; to go on, add --load {args.save}"
+        )
     if "language" not in args.trainable and not has_checkpoint(args):
         say("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
     return args
@@ -94,30 +98,58 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     megatron_patches.repair_help(parser)
     group = parser.add_argument_group("LLaVA with RSA")
-    group.add_argument("--model", default="demo",
-                       help="architecture, or a Hugging Face folder; sets the model's Megatron arguments")  # fmt: skip
-    group.add_argument("--stage", default="1", help="training stage: revision, 1, 1.5 or 2; sets the run's Megatron arguments")
+    group.add_argument(
+        "--model", default="demo", help="architecture, or a Hugging Face folder; sets the model's Megatron arguments"
+    )
+    group.add_argument(
+        "--stage", default="1", help="training stage: revision, 1, 1.5 or 2; sets the run's Megatron arguments"
+    )
     group.add_argument("--trainable", nargs="+", choices=list(PARTS), help="parts that learn; the others are frozen")
     learning_rates.add_arguments(group)
     group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
-    group.add_argument("--label-style", choices=LABEL_STYLES, default="llava",
-                       help="what the template qwen_1_5 learns: as LLaVA did, or the answers alone")  # fmt: skip
-    group.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS,
-                       help="square: an image is squashed into one tile; anyres: a base tile and a grid of tiles")  # fmt: skip
-    group.add_argument("--image-grids", nargs="+", type=grid, metavar="ROWSxCOLUMNS",
-                       help="the grids of tiles that anyres may choose from; default: the model's own")  # fmt: skip
+    group.add_argument(
+        "--label-style",
+        choices=LABEL_STYLES,
+        default="llava",
+        help="what the template qwen_1_5 learns: as LLaVA did, or the answers alone",
+    )
+    group.add_argument(
+        "--image-aspect-ratio",
+        choices=ASPECT_RATIOS,
+        help="square: an image is squashed into one tile; anyres: a base tile and a grid of tiles",
+    )
+    group.add_argument(
+        "--image-grids",
+        nargs="+",
+        type=grid,
+        metavar="ROWSxCOLUMNS",
+        help="the grids of tiles that anyres may choose from; default: the model's own",
+    )
     embedding_arguments.add_arguments(group)
-    group.add_argument("--drop-last", action="store_true",
-                       help="of a single pass over the data, leave out each reader's last samples that do not fill a micro-batch, "
-                            "and the last iterations for which not every rank has data")  # fmt: skip
+    group.add_argument(
+        "--drop-last",
+        action="store_true",
+        help="of a single pass over the data, leave out each reader's last samples that do not fill a micro-batch, "
+        "and the last iterations for which not every rank has data",
+    )
     group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
-    group.add_argument("--mutual-knn-samples", type=int, default=1000,
-                       help="validation pairs for mutual-knn at each evaluation; 0: none")  # fmt: skip
+    group.add_argument(
+        "--mutual-knn-samples",
+        type=int,
+        default=1000,
+        help="validation pairs for mutual-knn at each evaluation; 0: none",
+    )
     group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours")
-    group.add_argument("--mutual-knn-layers", type=layer_pairs, default=[(-1, -1)], metavar="VISION:TEXT,...",
-                       help="layers to compare, as --mutual-knn-layers=-1:-1,12:14; -1 is the last, 0 what goes into the first")  # fmt: skip
-    group.add_argument("--restart-data", action="store_true",
-                       help="resume from a checkpoint with the data from its beginning")  # fmt: skip
+    group.add_argument(
+        "--mutual-knn-layers",
+        type=layer_pairs,
+        default=[(-1, -1)],
+        metavar="VISION:TEXT,...",
+        help="layers to compare, as --mutual-knn-layers=-1:-1,12:14; -1 is the last, 0 what goes into the first",
+    )
+    group.add_argument(
+        "--restart-data", action="store_true", help="resume from a checkpoint with the data from its beginning"
+    )
     mfu.add_arguments(group)
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     rsa.add_arguments(parser)
@@ -138,13 +170,17 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     multiple = known.make_vocab_size_divisible_by * known.tensor_model_parallel_size
     parser.set_defaults(padded_vocab_size=-(-architecture.vocab_size // multiple) * multiple)
     # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
-    rsa.config = dataclasses.replace(rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")})
+    rsa.config = dataclasses.replace(
+        rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")}
+    )
     return parser
 
 
 def set_default_tokenizer(parser, known) -> None:
     """That of the model: in its folder, or beside the checkpoint that the run begins from."""
-    folders = [Path(folder, "hf") for folder in (known.load, known.pretrained_checkpoint) if folder] + [Path(known.model)]
+    folders = [Path(folder, "hf") for folder in (known.load, known.pretrained_checkpoint) if folder] + [
+        Path(known.model)
+    ]
     found = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
     if not (found or known.tokenizer_model):
         raise ValueError("--tokenizer-model is missing: name a folder with a tokenizer in Hugging Face format")
@@ -242,7 +278,9 @@ def check_model(args) -> None:
     if not is_model_folder(args.model):
         return
     if dataclasses.replace(architecture, image_embedding_width=None) != find_architecture(args.model):
-        raise ValueError(f"--model {args.model}: its sizes are those of its config.json; leave out the flags that change them")
+        raise ValueError(
+            f"--model {args.model}: its sizes are those of its config.json; leave out the flags that change them"
+        )
     if AutoTokenizer.from_pretrained(args.model).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"--tokenizer-model {args.tokenizer_model} has other ids than the tokenizer in --model {args.model}: name that one"
@@ -253,7 +291,9 @@ def set_one_epoch(args) -> None:
     """Without a number of iterations or samples a run is one pass over the training part."""
     args.one_epoch = not (args.train_iters or args.train_samples or args.skip_train)
     if args.drop_last and not args.one_epoch:
-        raise ValueError("--drop-last is about a single pass over the data; leave it out, or leave out the number of iterations")
+        raise ValueError(
+            "--drop-last is about a single pass over the data; leave it out, or leave out the number of iterations"
+        )
     if not args.one_epoch:
         return
     if args.rampup_batch_size:

@@ -72,7 +72,14 @@ def one_process_without_torchrun() -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
 
 
 class CheckpointModel:
@@ -97,17 +104,33 @@ class CheckpointModel:
         architecture = find_architecture(str(files))
         settings = stage_1() | dict(
             seq_length=min(architecture.decoder.max_position_embeddings, stage_1()["seq_length"]),
-            trainable=list(PARTS), rsa_weight=0.0, train_iters=1, eval_iters=0, mutual_knn_samples=0, micro_batch_size=batch_size,
+            trainable=list(PARTS),
+            rsa_weight=0.0,
+            train_iters=1,
+            eval_iters=0,
+            mutual_knn_samples=0,
+            micro_batch_size=batch_size,
             global_batch_size=batch_size * int(os.environ.get("WORLD_SIZE", "1")),  # a multiple, whatever the layout
-        )  # fmt: skip
+        )
         width = run_of(str(checkpoint)).get("image_embedding_width")
         if width:  # the projector is for embeddings; tower and decoder are as of any other run
             settings |= dict(trainable=["projector"], image_positions=1, image_embedding_width=width)
         if projected and width not in (None, architecture.vision.hidden_size):
-            raise ValueError(f"--projected: the projector of {checkpoint} takes embeddings of {width} numbers, not the tower's "
-                             f"tokens of {architecture.vision.hidden_size}; leave it out")  # fmt: skip
-        sys.argv = [sys.argv[0], "--model", str(files), "--tokenizer-model", str(files), "--pretrained-checkpoint", str(checkpoint),
-                    *megatron_flags, *(["--bf16"] if dtype == "bfloat16" else [])]  # fmt: skip
+            raise ValueError(
+                f"--projected: the projector of {checkpoint} takes embeddings of {width} numbers, not the tower's "
+                f"tokens of {architecture.vision.hidden_size}; leave it out"
+            )
+        sys.argv = [
+            sys.argv[0],
+            "--model",
+            str(files),
+            "--tokenizer-model",
+            str(files),
+            "--pretrained-checkpoint",
+            str(checkpoint),
+            *megatron_flags,
+            *(["--bf16"] if dtype == "bfloat16" else []),
+        ]
         self.args = parse(RSAPlugin(), settings, reads_data=False)
         if self.args.virtual_pipeline_model_parallel_size:
             raise ValueError("--checkpoint takes pipelines that are not interleaved: leave out the virtual stages")
@@ -126,7 +149,9 @@ class CheckpointModel:
         iteration = str(self.args.ckpt_step or (checkpoint / TRACKER).read_text().strip())
         step = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
         self.revision = fingerprint(checkpoint / step)
-        self.title = f"{os.path.relpath(checkpoint)}, {f'iteration {iteration}' if iteration.isdecimal() else iteration}"
+        self.title = (
+            f"{os.path.relpath(checkpoint)}, {f'iteration {iteration}' if iteration.isdecimal() else iteration}"
+        )
 
     def image_vectors(self, images: Tensor, layers: list[int]) -> dict[int, Tensor] | None:
         """v of each layer, where the tower is."""
@@ -224,4 +249,3 @@ def _named(vectors: dict[int, Tensor]) -> dict[str, Tensor]:
 def _identity(model: CheckpointModel) -> dict:
     dtype = "bfloat16" if model.args.bf16 else "float32"
     return {"model": model.title, "revision": model.revision, "dtype": dtype}
-

@@ -8,8 +8,13 @@ from rsa_megatron.training.run_folder import TRACKER, run_of
 
 
 def add_arguments(group) -> None:
-    group.add_argument("--image-positions", type=int, default=0, metavar="N",
-                       help="images come as embeddings (.npy in the shards), each repeated in N positions; 0: as pixels")  # fmt: skip
+    group.add_argument(
+        "--image-positions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="images come as embeddings (.npy in the shards), each repeated in N positions; 0: as pixels",
+    )
     group.add_argument("--image-embedding-width", type=int, metavar="D", help="theirs; default: the tower's width")
 
 
@@ -25,15 +30,19 @@ def set_image_embeddings(args, rsa: RSAConfig, tower_width: int) -> str | None:
             raise ValueError("--image-embedding-width is of images that come as embeddings: name --image-positions too")
         return check_projector(args, tower_width)
     if not 1 <= args.image_positions < args.seq_length:
-        raise ValueError(f"--image-positions {args.image_positions} must be from 1 to below --seq-length {args.seq_length}, which "
-                         "holds the caption, too: name fewer positions or a longer row")  # fmt: skip
+        raise ValueError(
+            f"--image-positions {args.image_positions} must be from 1 to below --seq-length {args.seq_length}, which "
+            "holds the caption, too: name fewer positions or a longer row"
+        )
     if args.image_embedding_width is None:
         args.image_embedding_width = tower_width
     if args.image_embedding_width < 1:
         raise ValueError(f"--image-embedding-width {args.image_embedding_width} must be at least 1")
     if "vision" in args.trainable:
-        raise ValueError("--trainable vision: images that come as embeddings pass the tower by; leave it frozen "
-                         "(--trainable projector embeddings language)")  # fmt: skip
+        raise ValueError(
+            "--trainable vision: images that come as embeddings pass the tower by; leave it frozen "
+            "(--trainable projector embeddings language)"
+        )
     for flag, layers in (
         ("--mutual-knn-layers", [vision for vision, _ in args.mutual_knn_layers]),
         ("--rsa-layers", [pair.vision for pair in rsa.layer_pairs]),
@@ -64,7 +73,9 @@ def check_projector(args, tower_width: int) -> str | None:
             f"--image-positions N --image-embedding-width {of_checkpoint}, with data that has such embeddings"
         )
     if own:
-        raise ValueError(f"--load {folder}: it is a run on pixels, whose optimizer has no projector for embeddings of {width} numbers; "
-                         "name it as --pretrained-checkpoint, whose projector then begins anew")  # fmt: skip
+        raise ValueError(
+            f"--load {folder}: it is a run on pixels, whose optimizer has no projector for embeddings of {width} numbers; "
+            "name it as --pretrained-checkpoint, whose projector then begins anew"
+        )
     args.projector_begins_anew = True
     return f"the projector begins anew: that of {folder} is for the tower's {tower_width} numbers, the embeddings have {width}"

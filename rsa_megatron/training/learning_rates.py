@@ -18,7 +18,9 @@ from rsa_megatron.models.llava_onevision import PARTS
 
 def add_arguments(group) -> None:
     group.add_argument("--vision-lr", type=float, help="peak learning rate of the vision tower; default: --lr")
-    group.add_argument("--projector-lr", type=float, help="peak learning rate of projector and image_newline; default: --lr")
+    group.add_argument(
+        "--projector-lr", type=float, help="peak learning rate of projector and image_newline; default: --lr"
+    )
 
 
 def check_arguments(args) -> None:
@@ -29,7 +31,9 @@ def check_arguments(args) -> None:
         if not rate >= 0:
             raise ValueError(f"{flag} {rate}: a learning rate is 0 or more")
         if args.lr_warmup_init and rate != args.lr:
-            raise ValueError(f"{flag} goes with a warm-up from 0 alone: all rates begin at --lr-warmup-init; leave that out")
+            raise ValueError(
+                f"{flag} goes with a warm-up from 0 alone: all rates begin at --lr-warmup-init; leave that out"
+            )
         if args.lr == 0 and args.min_lr > 0:
             raise ValueError(f"{flag} with --lr 0 needs --min-lr 0: the other rates decay in proportion to --lr")
 
@@ -48,7 +52,9 @@ def table(args, architecture: Architecture) -> str:
     for part, pieces in architecture.parameter_counts().items():
         totals[part] = sum(pieces.values())
         rate = "frozen" if part not in rates else f"{rates[part]:g}"
-        lines.append(f"{part:<12}{totals[part]:>16,}  {rate:<18}  " + ", ".join(f"{k} {v:,}" for k, v in pieces.items()))
+        lines.append(
+            f"{part:<12}{totals[part]:>16,}  {rate:<18}  " + ", ".join(f"{k} {v:,}" for k, v in pieces.items())
+        )
     learn = sum(totals[part] for part in rates)
     return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {learn:,} learn"])
 
@@ -102,6 +108,8 @@ class LearningRates:
     def _with_rates(self, outputs: tuple) -> tuple:
         *loss, report = outputs
         current = {group["max_lr"]: float(group["lr"]) for group in self._optimizer.param_groups}
-        rates = {part: current[rate] for part, rate in peak_rates(self._args).items() if part in ("vision", "projector")}
+        rates = {
+            part: current[rate] for part, rate in peak_rates(self._args).items() if part in ("vision", "projector")
+        }
         # Pairs like the losses', whose numerators and denominators are added up over ranks and micro-batches.
         return (*loss, report | {f"{part} lr": loss[0].new_tensor([rate, 1.0]).float() for part, rate in rates.items()})

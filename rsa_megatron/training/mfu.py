@@ -28,19 +28,36 @@ from rsa_megatron.training.train_step import StepBatch
 
 #: Dense bf16 and fp16 TFLOP/s of NVIDIA's data sheets, by words of the device's name; the entry of most words counts.
 PEAK_TFLOPS = {
-    "A10": 125, "A30": 165, "A40": 150, "A100": 312, "A800": 312, "L4": 121, "L40": 181, "L40S": 362,
-    "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "H200 NVL": 835, "GH200": 989,
-    "B200": 2250, "GB200": 2500,
-}  # fmt: skip
+    "A10": 125,
+    "A30": 165,
+    "A40": 150,
+    "A100": 312,
+    "A800": 312,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H800": 989,
+    "H200": 989,
+    "H200 NVL": 835,
+    "GH200": 989,
+    "B200": 2250,
+    "GB200": 2500,
+}
 
 #: Megatron's timers of what is no training.
 _NOT_TRAINING = ("eval-time", "save-checkpoint", "save-checkpoint-non-persistent")
 
 
 def add_arguments(group) -> None:
-    group.add_argument("--peak-tflops", type=float,
-                       help="what mfu in the log is a part of: TFLOP/s of one device; default: its data sheet's for dense bf16, "
-                            "and where that is not known, or in fp32, those of a matrix product at the start")  # fmt: skip
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="what mfu in the log is a part of: TFLOP/s of one device; default: its data sheet's for dense bf16, "
+        "and where that is not known, or in fp32, those of a matrix product at the start",
+    )
 
 
 def check_arguments(args) -> None:
@@ -74,7 +91,9 @@ def measured_flops(dtype: torch.dtype) -> float:
     device = torch.cuda.current_device()
     on_gpu = torch.device(device).type == "cuda"
     size = 8192 if on_gpu else 1024
-    a, b, product = torch.randn(3, size, size, device=device).to(dtype)  # memory that is there: new memory costs a CPU a third
+    a, b, product = torch.randn(3, size, size, device=device).to(
+        dtype
+    )  # memory that is there: new memory costs a CPU a third
     seconds = []
     for _ in range(6):
         torch.cuda.synchronize()
@@ -97,7 +116,9 @@ class Utilisation:
         self._architecture, self._trainable, self._world_size = architecture, args.trainable, args.world_size
         self._peak_flops, source = peak_flops(args)
         #: for the log, once
-        self.description = f"mfu: model FLOPs utilisation, a part of {self._peak_flops / 1e12:.4g} TFLOP/s a device, {source}"
+        self.description = (
+            f"mfu: model FLOPs utilisation, a part of {self._peak_flops / 1e12:.4g} TFLOP/s a device, {source}"
+        )
         self._last_report: float | None = None
         self._flops_so_far, self._samples_so_far = 0.0, 0
 
@@ -152,7 +173,10 @@ class Utilisation:
         # Every data-parallel rank speaks for as many devices, and each of context-parallel ones has its share of the rows.
         num_devices = self._world_size / mpu.get_data_parallel_world_size(with_context_parallel=True)
         flops = (flops / mpu.get_context_parallel_world_size()).float()
-        return (*loss, report | {"mfu": torch.stack([flops, torch.full_like(flops, seconds * num_devices * self._peak_flops)])})
+        return (
+            *loss,
+            report | {"mfu": torch.stack([flops, torch.full_like(flops, seconds * num_devices * self._peak_flops)])},
+        )
 
     def _flops_of_batch(self, args, batch_size: int, **lengths) -> float:
         """For Megatron's num_floating_point_operations: the mean of this rank's samples so far, times those of the batch.

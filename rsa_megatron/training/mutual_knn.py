@@ -54,7 +54,9 @@ def said(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: fl
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
     chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
-    named = {"mutual-knn" + ("" if pair == (-1, -1) else " {}:{}".format(*pair)): score for pair, score in scores.items()}
+    named = {
+        "mutual-knn" + ("" if pair == (-1, -1) else " {}:{}".format(*pair)): score for pair, score in scores.items()
+    }
     for name, score in named.items():
         print_rank_last(
             f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | {name} value: {score:.4f} | "

@@ -33,7 +33,9 @@ def take_weights_of_another_stage(args) -> str | None:
         if stage in (None, args.stage):
             continue
         if folder == args.save:
-            raise ValueError(f"--save {folder} holds a run of stage {stage}, this is stage {args.stage}: name another --save")
+            raise ValueError(
+                f"--save {folder} holds a run of stage {stage}, this is stage {args.stage}: name another --save"
+            )
         if args.pretrained_checkpoint:
             raise ValueError(
                 f"--load {folder} is of stage {stage}, whose weights this stage {args.stage} would begin from, and "
@@ -62,7 +64,9 @@ def write_stage(args, **more) -> None:
     if args.save and not args.skip_train and int(os.environ.get("RANK", "0")) == 0:
         if args.image_positions:
             more["image_embedding_width"] = args.image_embedding_width
-        atomic.write_text(Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n")
+        atomic.write_text(
+            Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n"
+        )
 
 
 def write_hugging_face_files(args, architecture: Architecture) -> None:

@@ -71,7 +71,10 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
 
 
 def forward_step(
-    data_iterator: Iterator[LlavaBatch] | None, model: torch.nn.Module, *, seen: Callable[[StepBatch], object] | None = None
+    data_iterator: Iterator[LlavaBatch] | None,
+    model: torch.nn.Module,
+    *,
+    seen: Callable[[StepBatch], object] | None = None,
 ):
     """Megatron's forward step: the chunk's output, and the function from it to the loss.
 

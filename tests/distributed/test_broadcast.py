@@ -13,9 +13,7 @@ BATCHES = [
 
 def received():
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
-    return [
-        broadcast_tensors(list(batch), batch if rank == 0 else None, torch.float32, group) for batch in BATCHES
-    ]
+    return [broadcast_tensors(list(batch), batch if rank == 0 else None, torch.float32, group) for batch in BATCHES]
 
 
 def test_every_rank_has_what_rank_0_read():

@@ -19,9 +19,15 @@ def built_counts(argv):
     return counts
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("tiny", []), ("tiny", ["--untie-embeddings-and-output-weights"]), ("tiny", ["--num-layers", "2"]), ("demo", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("tiny", []),
+        ("tiny", ["--untie-embeddings-and-output-weights"]),
+        ("tiny", ["--num-layers", "2"]),
+        ("demo", []),
+    ],
+)
 def test_counts_are_those_of_the_model(demo, name, flags):
     argv = ["--tokenizer-model", str(demo / "tokenizer"), "--data-path", str(demo / "data" / "captions")]
     (counts,) = processes.run(built_counts, 1, [*argv, "--model", name, "--seq-length", "64", *flags])
@@ -38,10 +44,20 @@ def num_layers(argv):
 
     trainer = layouts.Trainer(argv)
     (model,) = unwrap_model(trainer.model)
-    return len(model.vision_model.decoder.layers) if model.pre_process else None, len(model.language_model.decoder.layers)
+    return len(model.vision_model.decoder.layers) if model.pre_process else None, len(
+        model.language_model.decoder.layers
+    )
 
 
 def test_an_uneven_pipeline_leaves_the_tower_whole(demo):
-    argv = ["--tokenizer-model", str(demo / "tokenizer"), "--data-path", str(demo / "data" / "captions"),
-            "--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "1"]  # fmt: skip
+    argv = [
+        "--tokenizer-model",
+        str(demo / "tokenizer"),
+        "--data-path",
+        str(demo / "data" / "captions"),
+        "--pipeline-model-parallel-size",
+        "2",
+        "--decoder-first-pipeline-num-layers",
+        "1",
+    ]
     assert processes.run(num_layers, 2, argv) == [(2, 1), (None, 3)]

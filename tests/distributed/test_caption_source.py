@@ -28,16 +28,25 @@ def test_captions_read_alone_without_recomputation(parity, name):
     assert max(differences.values()) < TOLERANCE, differences
 
 
-@pytest.mark.parametrize("name, options", [
-    ("DP=2", CAPTION), ("DP=2", RECOMPUTED), ("TP=2 PP=2", RECOMPUTED), ("PP=2 VPP=2", CAPTION),
-], ids=["DP=2", "DP=2, recomputed", "TP=2 PP=2, recomputed", "PP=2 VPP=2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("DP=2", CAPTION),
+        ("DP=2", RECOMPUTED),
+        ("TP=2 PP=2", RECOMPUTED),
+        ("PP=2 VPP=2", CAPTION),
+    ],
+    ids=["DP=2", "DP=2, recomputed", "TP=2 PP=2, recomputed", "PP=2 VPP=2"],
+)
 def test_packed_sequences_in_the_place_of_a_mask_are_the_same(parity, name, options):
     differences = parity.differences((layout_of(name), 2, True, False), packed_attention.use, options, of_every_kind)
     assert max(differences.values()) < TOLERANCE, differences
 
 
 def test_packed_sequences_need_whole_rows(parity):
-    with pytest.raises(processes.Failed, match="--sequence-parallel: each rank has a part of every row.*--micro-batch-size 1"):
+    with pytest.raises(
+        processes.Failed, match="--sequence-parallel: each rank has a part of every row.*--micro-batch-size 1"
+    ):
         parity.run((layout_of("TP=2 SP"), 1, False, False), packed_attention.use, CAPTION)
 
 

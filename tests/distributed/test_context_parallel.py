@@ -67,7 +67,9 @@ def on_one_rank(num_micro_batches):
 
 def ranks_that_hold(text_positions, size: int, length: int) -> set[int]:
     rows = torch.tensor(text_positions) + 3
-    return {rank for rank in range(size) if torch.isin(rows, context_parallel_attention.positions(rank, size, length)).any()}
+    return {
+        rank for rank in range(size) if torch.isin(rows, context_parallel_attention.positions(rank, size, length)).any()
+    }
 
 
 def test_captions_lie_on_one_rank_and_on_several():
@@ -104,22 +106,30 @@ def test_a_context_parallel_layout_equals_one_process(parity, case):
     assert max(differences.values()) < TOLERANCE, differences
 
 
-@pytest.mark.parametrize("layout, kind, options", [
-    (CP_TP_SP, of_grids, OVERLAP),
-    (CP, of_texts, OVERLAP),
-    (CP, of_every_kind, RECOMPUTE),
-], ids=lambda value: getattr(value, "name", getattr(value, "__name__", "")))  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, kind, options",
+    [
+        (CP_TP_SP, of_grids, OVERLAP),
+        (CP, of_texts, OVERLAP),
+        (CP, of_every_kind, RECOMPUTE),
+    ],
+    ids=lambda value: getattr(value, "name", getattr(value, "__name__", "")),
+)
 def test_images_of_several_tiles_and_texts_too(parity, layout, kind, options):
     differences = parity.differences((layout, 2, True, False), context_parallel_attention.use, options, kind)
     assert max(differences.values()) < TOLERANCE, differences
 
 
-@pytest.mark.parametrize("layout, options, per_token", [
-    (CP_PP, LAYERS, True),
-    (CP_TP_SP, LAYERS, True),
-    (CP, WHOLE, False),
-    (CP_DP, WHOLE, True),
-], ids=lambda value: " ".join(value) if isinstance(value, tuple) else getattr(value, "name", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, options, per_token",
+    [
+        (CP_PP, LAYERS, True),
+        (CP_TP_SP, LAYERS, True),
+        (CP, WHOLE, False),
+        (CP_DP, WHOLE, True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else getattr(value, "name", ""),
+)
 def test_pairs_of_layers_and_whole_batches_too(parity, layout, options, per_token):
     case = (layout, 4, per_token, False)
     differences = parity.differences(case, context_parallel_attention.use, options, uneven if per_token else even)
@@ -143,7 +153,9 @@ def vectors_of_layers(argv, sabotage):
 def test_what_is_measured_is_the_same_too(parity, layout):
     argv = [*flags(parity.demo, 1, False, False, 1, None), "--pretrained-checkpoint", str(parity.initial)]
     (expected,) = processes.run(vectors_of_layers, 1, argv, None)
-    for of_rank in processes.run(vectors_of_layers, layout.world_size, [*layout.flags, *argv], context_parallel_attention.use):
+    for of_rank in processes.run(
+        vectors_of_layers, layout.world_size, [*layout.flags, *argv], context_parallel_attention.use
+    ):
         for layer, t_BE in expected.items():
             assert (of_rank[layer] - t_BE).abs().max() < TOLERANCE * t_BE.abs().max()
 
@@ -156,7 +168,10 @@ def test_the_rsa_gradient_does_not_depend_on_how_the_learnt_tokens_lie(parity, k
         def gradients(weight):
             return parity.run((layout, 1, False, False), sabotage, ("--rsa-weight", weight), kind).gradients
 
-        both, of_lm = gradients("100"), gradients("0")  # a large weight, so that next to nothing is lost in the difference
+        both, of_lm = (
+            gradients("100"),
+            gradients("0"),
+        )  # a large weight, so that next to nothing is lost in the difference
         return {name: gradient - of_lm[name] for name, gradient in both.items()}, of_lm
 
     (actual, actual_lm), (expected, expected_lm) = added(CP, context_parallel_attention.use), added(SINGLE, None)
@@ -218,30 +233,16 @@ def first_stage_in_order():
     token_positions.context_parallel_part = lambda mask_BL, size, rank: mask_BL.chunk(size, dim=1)[rank]
 
 
-@pytest.mark.parametrize("layout, options, sabotage", [
-    (CP, (), tower_counted_once_a_rank),
-    (CP, (), scale_without_context_parallel_size),
-    (CP, (), in_order),
-    (CP_PP, LAYERS, first_stage_in_order),
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, options, sabotage",
+    [
+        (CP, (), tower_counted_once_a_rank),
+        (CP, (), scale_without_context_parallel_size),
+        (CP, (), in_order),
+        (CP_PP, LAYERS, first_stage_in_order),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_a_mistake_would_be_seen(parity, layout, options, sabotage):
     differences = parity.differences((layout, 1, False, False), sabotage, options, even)
     assert differences["gradients"] > 1000 * TOLERANCE
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

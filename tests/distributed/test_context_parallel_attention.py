@@ -38,7 +38,9 @@ def attention_on_a_rank(sabotage):
     seen = context_parallel_attention.attention(*parts, group)
     gradients = torch.autograd.grad((seen * own(weight_of_each_output())).sum(), parts)
     places = own(torch.arange(LENGTH)[:, None])[:, 0]
-    assert torch.equal(places, token_positions.context_parallel_part(torch.arange(LENGTH)[None], group.size(), group.rank())[0])
+    assert torch.equal(
+        places, token_positions.context_parallel_part(torch.arange(LENGTH)[None], group.size(), group.rank())[0]
+    )
     return places, seen.detach(), gradients
 
 

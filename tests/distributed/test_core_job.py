@@ -130,7 +130,9 @@ def succeeded(results: dict, name: str) -> list:
 def figures(ranks: list) -> list[dict[str, float]]:
     """Each iteration's figures, the mean over the ranks that have any: those of the last pipeline stage."""
     ranks = [rank for rank in ranks if rank[0]]
-    return [{name: sum(rank[i][name] for rank in ranks) / len(ranks) for name in ranks[0][i]} for i in range(len(ranks[0]))]
+    return [
+        {name: sum(rank[i][name] for rank in ranks) / len(ranks) for name in ranks[0][i]} for i in range(len(ranks[0]))
+    ]
 
 
 @pytest.mark.parametrize("version, case", CHECKED, ids=lambda name: name)

@@ -11,14 +11,18 @@ from tests.support.parity import (
 )
 
 
-@pytest.mark.parametrize("options, tiles_of, detached", [
-    pytest.param((), FIRST_TILES, "", marks=pytest.mark.check),
-    (("--rsa-base-tile", "last"), LAST_TILES, ""),
-    (("--rsa-image-pooling", "full"), ALL_TILES, ""),
-    (("--rsa-stop-gradient", "text"), FIRST_TILES, "t"),
-    (("--rsa-stop-gradient", "vision"), FIRST_TILES, "v"),
-    (CAPTION, FIRST_TILES, ""),
-], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "options, tiles_of, detached",
+    [
+        pytest.param((), FIRST_TILES, "", marks=pytest.mark.check),
+        (("--rsa-base-tile", "last"), LAST_TILES, ""),
+        (("--rsa-image-pooling", "full"), ALL_TILES, ""),
+        (("--rsa-stop-gradient", "text"), FIRST_TILES, "t"),
+        (("--rsa-stop-gradient", "vision"), FIRST_TILES, "v"),
+        (CAPTION, FIRST_TILES, ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
 def test_one_process_is_equation_6(parity, demo, options, tiles_of, detached):
     """The reference of all others against LM loss + weight * eq. 5, written down anew and left to autograd."""
     actual, expected = with_and_by_plain_autograd(parity, demo, options, tiles_of, detached)

@@ -43,7 +43,10 @@ def vector(number: int, layer: str) -> torch.Tensor:
 
 def pairs(count: int, broken: tuple = ()) -> list[CaptionedImage]:
     captions = ["broken" if number in broken else f"{number}" for number in range(count)]
-    return [CaptionedImage(f"key {number}", caption, lambda: Image.new("RGB", (1, 1))) for number, caption in enumerate(captions)]
+    return [
+        CaptionedImage(f"key {number}", caption, lambda: Image.new("RGB", (1, 1)))
+        for number, caption in enumerate(captions)
+    ]
 
 
 def manifest(chosen, **changes) -> dict:
@@ -92,8 +95,10 @@ def test_float16_is_rounded_and_refuses_what_it_cannot_hold(tmp_path):
     expected = torch.stack([vector(number, "2") for number in range(3)])
     assert torch.equal(store.layer("2"), expected.half().float()) and store.layer("2").dtype == torch.float32
     assert not torch.equal(store.layer("2"), expected)
-    for value, message in ((7e4, "a feature of 7e[+]04, too large for torch.float16: pass --store-dtype float32"),
-                           (float("nan"), "no finite number")):  # fmt: skip
+    for value, message in (
+        (7e4, "a feature of 7e[+]04, too large for torch.float16: pass --store-dtype float32"),
+        (float("nan"), "no finite number"),
+    ):
         large = FeatureStore.create(tmp_path / f"{value}", manifest(chosen, store_dtype="float16"))
         features = {name: torch.full((3, WIDTHS[name]), 1.0) for name in LAYERS}
         features["1"][2, 3] = value
@@ -134,7 +139,9 @@ def _write_slowly(folder, chosen):
     fill(folder, chosen, Numbers(seconds=0.02))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # tqdm's thread, of other tests; not used here
+@pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded:DeprecationWarning"
+)  # tqdm's thread, of other tests; not used here
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path):
     chosen = [CaptionedImage(f"key {n}", "broken" if n % 9 == 4 else f"{n}", None) for n in range(95)]
     fill(tmp_path / "whole", chosen)
@@ -144,7 +151,9 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path):
         parts = len(list((tmp_path / "killed.unfinished").glob("part-?????.safetensors")))
         child = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(tmp_path / "killed", chosen))
         child.start()
-        while child.is_alive() and len(list((tmp_path / "killed.unfinished").glob("part-?????.safetensors"))) < parts + 3:
+        while (
+            child.is_alive() and len(list((tmp_path / "killed.unfinished").glob("part-?????.safetensors"))) < parts + 3
+        ):
             time.sleep(0.005)
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
@@ -182,7 +191,9 @@ def test_another_manifest_is_refused_by_what_differs(finished, tmp_path):
         ({"seeds": [0]}, r"seeds null, this run has \[0\]"),
         ({"keys": ["other"]}, "keys .*, this run has"),
     ):
-        with pytest.raises(ValueError, match=f"{name} has features with {message}.*name another --store, or remove") as error:
+        with pytest.raises(
+            ValueError, match=f"{name} has features with {message}.*name another --store, or remove"
+        ) as error:
             FeatureStore.create(tmp_path / "store", manifest(chosen, **changes))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500 + len(str(tmp_path))
 

@@ -44,8 +44,21 @@ def counted(argv, batch):
 
 
 def step_flops(demo, trainable, *flags):
-    argv = ["--tokenizer-model", str(demo / "tokenizer"), "--data-path", str(demo / "data" / "captions"), "--rsa-weight", "0",
-            "--micro-batch-size", "5", "--global-batch-size", "5", "--trainable", *trainable, *flags]  # fmt: skip
+    argv = [
+        "--tokenizer-model",
+        str(demo / "tokenizer"),
+        "--data-path",
+        str(demo / "data" / "captions"),
+        "--rsa-weight",
+        "0",
+        "--micro-batch-size",
+        "5",
+        "--global-batch-size",
+        "5",
+        "--trainable",
+        *trainable,
+        *flags,
+    ]
     batch = tiny.batch(1, eligible=(0,) * 5, num_targets=(9,) * 5, tiles=TILES)
     ((flops, length),) = processes.run(counted, 1, argv, batch)
     return flops, length
@@ -98,4 +111,6 @@ def test_six_times_the_parameters_a_token():
     amounts = dict(num_tiles=0, num_positions=1, squared_lengths=1, num_image_tokens=0)
     flops = training_flops(architecture, ALL, **amounts)["language"]
     parameters = sum(architecture.parameter_counts()["language"].values())
-    assert flops == pytest.approx(6 * parameters, rel=1e-3)  # norms and biases, which are no products, are parameters too
+    assert flops == pytest.approx(
+        6 * parameters, rel=1e-3
+    )  # norms and biases, which are no products, are parameters too

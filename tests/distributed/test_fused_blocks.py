@@ -20,14 +20,18 @@ from rsa_megatron.alignment.distances import PairwiseKernel, float32_products, p
 from rsa_megatron.alignment.fused_blocks import DISTANCES, PRECISIONS, FusedBlocks, rounded_rows
 from rsa_megatron.alignment.loss import NORMALIZATIONS, rsa_loss, rsa_loss_of_rows, rsa_loss_reference
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch on Linux only")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton comes with torch on Linux only"
+)
 
 # Of N = 41 rows 7 .. 36 are this rank's own. No size is a multiple of the tile, 16, nor a width of the step.
 N, D, E = 41, 21, 37
 OWN = slice(7, 36)
-BLOCKS = [(slice(7, 25), slice(7, 25), False), (slice(7, 25), slice(25, 36), True), (slice(25, 36), slice(25, 36), False)] + [
-    (i, j, False) for i in (slice(7, 25), slice(25, 36)) for j in (slice(0, 7), slice(36, 41))
-]
+BLOCKS = [
+    (slice(7, 25), slice(7, 25), False),
+    (slice(7, 25), slice(25, 36), True),
+    (slice(25, 36), slice(25, 36), False),
+] + [(i, j, False) for i in (slice(7, 25), slice(25, 36)) for j in (slice(0, 7), slice(36, 41))]
 # Scales and shifts as normalize="mean-distance" may have them.
 NORMAL = (0.15, 0.06, 0.1, -0.05)
 
@@ -57,7 +61,9 @@ def pairs(case="random"):
     elif case == "all equal":
         v_ND[:], t_NE[:] = v_ND[0].clone(), t_NE[0].clone()
     elif case == "not a number":
-        v_ND.view(torch.int32)[12, 3] = 0x7FFFFFFF  # the one that GPUs write: rounded by adding to its bits, it would be -0
+        v_ND.view(torch.int32)[12, 3] = (
+            0x7FFFFFFF  # the one that GPUs write: rounded by adding to its bits, it would be -0
+        )
     return v_ND, t_NE
 
 
@@ -130,7 +136,9 @@ def test_loss_and_gradients_are_those_of_equation_5(interpreter, distance, norma
 @pytest.mark.parametrize("own", [OWN, slice(36, N), slice(20, 20)])
 def test_a_rank_with_other_rows_around_its_own_has_its_share(interpreter, own, precision):
     actual = interpreter(value_and_gradients, *pairs(), own, fused=precision)
-    expected = value_and_gradients(*(x.double() for x in pairs()), own)  # which is right (tests/unit/alignment/test_loss.py)
+    expected = value_and_gradients(
+        *(x.double() for x in pairs()), own
+    )  # which is right (tests/unit/alignment/test_loss.py)
     of_value, of_gradients = TOLERANCES[precision]
     assert torch.allclose(actual[0].double(), expected[0], rtol=of_value, atol=0)
     for x, y in zip(actual[1:], expected[1:]):
@@ -192,7 +200,9 @@ def test_duplicates_of_wide_rows_are_at_distance_0(interpreter, precision):
     # 3584 products round many times: what is left of |x - x|^2 must count as nothing.
     rows = torch.randn(41, 3584, generator=torch.Generator().manual_seed(0)) * 3
     rows[25:36] = rows[7:18]
-    actual = interpreter(share, rows, torch.zeros(41, 2), precision=precision, blocks=[(slice(7, 25), slice(25, 36), True)])
+    actual = interpreter(
+        share, rows, torch.zeros(41, 2), precision=precision, blocks=[(slice(7, 25), slice(25, 36), True)]
+    )
     w_bc = actual["w"][0, :18, 25:36]
     assert torch.equal(w_bc == 0, torch.eye(18, 11, dtype=torch.bool))  # and no other pair is
 
@@ -229,7 +239,9 @@ def test_rounded_rows_are_taken_exactly(interpreter, precision, distance):
 def test_rounding_rows_moves_distances_by_no_more_than_the_bound(precision):
     rows = pairs()[1] + 30 * torch.eye(N, E)
     rounded = rounded_rows(rows, precision)
-    assert torch.equal(rounded.float(), rounded_rows(rounded.float(), precision).float())  # a second time changes nothing
+    assert torch.equal(
+        rounded.float(), rounded_rows(rounded.float(), precision).float()
+    )  # a second time changes nothing
     moved = (torch.cdist(rounded.double(), rounded.double()) - torch.cdist(rows.double(), rows.double())).abs()
     bound = ROUNDING[precision] * (rows.double().norm(dim=1)[:, None] + rows.double().norm(dim=1))
     assert (moved <= bound).all()

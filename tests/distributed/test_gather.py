@@ -39,10 +39,13 @@ def collectives_on_a_rank(normalize):
     return [{str(name): count for name, count in mode.get_comm_counts().items()} for mode in (forward, backward)]
 
 
-@pytest.mark.parametrize("normalize, expected", [
-    ("none", {"c10d._allgather_base_": 1}),
-    ("mean-distance", {"c10d._allgather_base_": 1, "c10d.allreduce_": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "normalize, expected",
+    [
+        ("none", {"c10d._allgather_base_": 1}),
+        ("mean-distance", {"c10d._allgather_base_": 1, "c10d.allreduce_": 1}),
+    ],
+)
 def test_forward_gathers_once_and_backward_starts_no_collective(normalize, expected):
     for forward, backward in processes.run(collectives_on_a_rank, 3, normalize):
         assert forward == expected

@@ -47,4 +47,3 @@ def test_the_token_after_an_image_left_out_of_the_loss_would_be_seen(models):
 def test_queries_keys_and_values_not_interleaved_would_be_seen(models, monkeypatch, tmp_path):
     monkeypatch.setattr(torch_dist_save, "join", parts_one_after_the_other)
     assert models.differences(checkpoint=models.convert(tmp_path / "wrong"))["logits"] > 10 * TOLERANCE
-

@@ -19,17 +19,32 @@ def data(demo, tmp_path_factory):
 
 
 def flags(data, data_parallel_size=1):
-    return [*data,
-            "--trainable", "projector", "--image-positions", "3", "--image-embedding-width", str(WIDTH),
-            "--rsa-weight", "0.3", "--micro-batch-size", str(4 // data_parallel_size), "--global-batch-size", "8",
-            "--calculate-per-token-loss", "--overlap-grad-reduce"]  # fmt: skip
+    return [
+        *data,
+        "--trainable",
+        "projector",
+        "--image-positions",
+        "3",
+        "--image-embedding-width",
+        str(WIDTH),
+        "--rsa-weight",
+        "0.3",
+        "--micro-batch-size",
+        str(4 // data_parallel_size),
+        "--global-batch-size",
+        "8",
+        "--calculate-per-token-loss",
+        "--overlap-grad-reduce",
+    ]
 
 
 def batches(positions, texts=False):
     """Of two micro-batches, the second of texts without an image where `texts` says so."""
     second = dict(eligible=(0,) * 4, tiles=(0,) * 4) if texts else {}
+
     def made(seed, **options):
         return embedding_data.batch(seed, width=WIDTH, positions=positions, **options)
+
     return [[made(10 * i, eligible=(1, 0, 1, 1)), made(10 * i + 1, **second)] for i in range(3)]
 
 
@@ -59,7 +74,9 @@ def reference(data, initial):
     return run
 
 
-CASES = [(layout, 3, False) for layout in LAYOUTS] + [(layout, 1, True) for layout in LAYOUTS if layout.name in ("DP=2 PP=2", "TP=2 SP")]
+CASES = [(layout, 3, False) for layout in LAYOUTS] + [
+    (layout, 1, True) for layout in LAYOUTS if layout.name in ("DP=2 PP=2", "TP=2 SP")
+]
 
 
 @pytest.mark.parametrize("layout, positions, texts", CASES, ids=lambda value: getattr(value, "name", str(value)))
@@ -86,7 +103,9 @@ def test_an_embedding_stands_in_its_positions(data, initial, reference):
     """The LM loss of the first batch, by the decoder alone on rows put together by hand."""
     (expected,) = processes.run(_by_hand, 1, flags(data), str(initial), batches(3)[0])
     assert reference(3).losses[0]["lm loss"] == pytest.approx(expected, rel=1e-5)
-    (other,) = processes.run(_by_hand, 1, flags(data), str(initial), batches(3)[0], 2)  # of two positions in the place of three
+    (other,) = processes.run(
+        _by_hand, 1, flags(data), str(initial), batches(3)[0], 2
+    )  # of two positions in the place of three
     assert abs(other / expected - 1) > 1e-4
 
 
@@ -103,10 +122,10 @@ def _by_hand(argv, initial, micro_batches, positions=3):
             text_SH = model.language_model.embedding(tokens[None], torch.arange(len(tokens))[None])[:, 0]
             states = torch.cat([projected_B1H[row].expand(positions, -1), text_SH[1:]])  # the image token is the first
             rsa_off = model.language_model(None, None, None, decoder_input=states[:, None])
-            log_p = rsa_off[0, positions - 1 :, : tiny.VOCAB_SIZE].float().log_softmax(-1)  # its last position speaks for it
+            log_p = (
+                rsa_off[0, positions - 1 :, : tiny.VOCAB_SIZE].float().log_softmax(-1)
+            )  # its last position speaks for it
             token_loss = -log_p.gather(1, batch.labels[row][:, None])[:, 0]
             loss += (token_loss * batch.loss_mask[row]).sum().item()
             num_tokens += batch.loss_mask[row].sum().item()
     return loss / num_tokens
-
-

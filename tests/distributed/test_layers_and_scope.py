@@ -28,7 +28,9 @@ SCOPES = [(layout, number % 2 == 0) for number, layout in enumerate(LAYOUTS)]
 SCOPES += [(layout_of("DP=2"), False), (layout_of("TP=2 PP=2"), True)]
 
 
-@pytest.mark.parametrize("layout, per_token", SCOPES, ids=lambda value: getattr(value, "name", "per-token" if value else ""))
+@pytest.mark.parametrize(
+    "layout, per_token", SCOPES, ids=lambda value: getattr(value, "name", "per-token" if value else "")
+)
 def test_a_whole_batch_in_every_layout(parity, layout, per_token):
     """Numbers of pairs that differ from micro-batch to micro-batch, the first of some rank's none at all."""
     differences = parity.differences((layout, 4, per_token, False), options=WHOLE)
@@ -48,7 +50,9 @@ def image_after_its_caption(num_micro_batches):
 
 @pytest.mark.check
 def test_the_token_before_an_image_is_in_no_layer(parity):
-    differences = parity.differences((layout_of("PP=2"), 2, True, False), options=LAYERS, batches_of=image_after_its_caption)
+    differences = parity.differences(
+        (layout_of("PP=2"), 2, True, False), options=LAYERS, batches_of=image_after_its_caption
+    )
     assert max(differences.values()) < TOLERANCE, differences
 
 
@@ -76,10 +80,13 @@ def test_layers_before_the_last_are_not_recomputed(parity):
         parity.run((SINGLE, 1, False, False), options=(*LAYERS, *RECOMPUTE))
 
 
-@pytest.mark.parametrize("layers, message", [
-    ("-1:5", "--rsa-layers, text layer 5: it has 4 layers"),
-    ("3:-1", "--rsa-layers, vision layer 3: it has 2 layers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ("-1:5", "--rsa-layers, text layer 5: it has 4 layers"),
+        ("3:-1", "--rsa-layers, vision layer 3: it has 2 layers"),
+    ],
+)
 def test_layers_that_there_are_not_are_named(parity, layers, message):
     with pytest.raises(processes.Failed, match=message):
         parity.run((SINGLE, 1, False, False), options=("--rsa-layers", layers))
@@ -117,9 +124,15 @@ def _pairs_by_plain_autograd(argv, initial, batch):
             layer.register_forward_hook(lambda m, a, out, states=states, number=number: states.update({number: out[0]}))
     decoder.register_forward_hook(lambda m, a, out: text.update({4: out}))
     token_loss, _ = model(
-        batch.images, batch.tokens, None, None, labels=batch.labels, loss_mask=batch.loss_mask,
-        image_layouts=batch.image_layouts, sound_clips=torch.zeros(0),
-    )  # fmt: skip
+        batch.images,
+        batch.tokens,
+        None,
+        None,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        image_layouts=batch.image_layouts,
+        sound_clips=torch.zeros(0),
+    )
     shift = tiny.layout(1).num_tokens(side=2, max_tiles=9) - 1
     chosen = batch.rsa.eligible.nonzero().flatten().tolist()
     rows = [shift + batch.rsa.caption_mask[b].nonzero().flatten() for b in chosen]
@@ -127,7 +140,9 @@ def _pairs_by_plain_autograd(argv, initial, batch):
     lm_loss = torch.cat([token_loss[b, positions] for b, positions in enumerate(learnt)]).mean()
     figures, rsa_loss = {"lm loss": lm_loss.item()}, 0
     for v_layer, t_layer, weight in PAIRS:
-        v_ND = torch.stack([vision[v_layer % 3][:, b].mean(0) for b in chosen])  # -1 is 2 and -2 is 1 of the layers 0 to 2
+        v_ND = torch.stack(
+            [vision[v_layer % 3][:, b].mean(0) for b in chosen]
+        )  # -1 is 2 and -2 is 1 of the layers 0 to 2
         t_NE = torch.stack([text[t_layer % 5][r, b].mean(0) for r, b in zip(rows, chosen)])
         loss = rsa_loss_reference(v_ND, t_NE)
         figures[f"rsa loss {v_layer}:{t_layer}"] = loss.item()
@@ -146,7 +161,13 @@ def test_a_step_in_parts_is_the_step_in_one_on_average_over_orders(parity):
     parts = [tiny.batch(0), tiny.batch(1)]
 
     def run(micro_batches, size, scope):
-        argv = [*flags(parity.demo, 1, False, False, 1, None), "--micro-batch-size", str(size), "--global-batch-size", "8"]
+        argv = [
+            *flags(parity.demo, 1, False, False, 1, None),
+            "--micro-batch-size",
+            str(size),
+            "--global-batch-size",
+            "8",
+        ]
         return layouts.run(SINGLE, [micro_batches], [*argv, *scope], load=parity.initial)
 
     whole = run([tiny.joined(*parts)], 8, ())

@@ -72,13 +72,26 @@ CASES = [
     Case("all learn", Layout(micro_batch_size=4)),
     Case("stage 1 in fp32", Layout(micro_batch_size=2, num_micro_batches=2), trainable=STAGE_1, bf16=False),
     Case("full recompute", Layout(micro_batch_size=4, recompute="full")),
-    Case("selective recompute, three tiles", Layout(micro_batch_size=2, recompute="selective"), num_tiles=3, num_tokens=40),
+    Case(
+        "selective recompute, three tiles",
+        Layout(micro_batch_size=2, recompute="selective"),
+        num_tiles=3,
+        num_tokens=40,
+    ),
     Case("captions read alone", Layout(micro_batch_size=4), captions_alone=True),
-    Case("captions read alone, selective recompute", Layout(micro_batch_size=4, recompute="selective"), captions_alone=True),
+    Case(
+        "captions read alone, selective recompute",
+        Layout(micro_batch_size=4, recompute="selective"),
+        captions_alone=True,
+    ),
     Case("TP=2", Layout(tensor=2, micro_batch_size=4), trainable=STAGE_1),
     Case("TP=2 with SP", Layout(tensor=2, micro_batch_size=4, sequence_parallel=True)),
     Case("PP=2", Layout(pipeline=2, micro_batch_size=2, num_micro_batches=4)),
-    Case("PP=2 with full recompute", Layout(pipeline=2, micro_batch_size=2, num_micro_batches=4, recompute="full"), UNTIED),
+    Case(
+        "PP=2 with full recompute",
+        Layout(pipeline=2, micro_batch_size=2, num_micro_batches=4, recompute="full"),
+        UNTIED,
+    ),
     Case("distributed optimizer", Layout(data=2, micro_batch_size=2, distributed_optimizer=True)),
 ]
 
@@ -135,7 +148,9 @@ def test_the_run_that_was_measured_on_an_h100():
     stage, memory = peak_memory(run, Layout(micro_batch_size=8, num_micro_batches=4))
     assert sum(memory.values()) / 2**20 == pytest.approx(46_736, rel=TOLERANCE)
     for part in BOTH:  # of one part alone: far outside the tolerance
-        without = stage_memory(replace(run, keeps_scores=(part,)), Layout(micro_batch_size=8, num_micro_batches=4), stage)
+        without = stage_memory(
+            replace(run, keeps_scores=(part,)), Layout(micro_batch_size=8, num_micro_batches=4), stage
+        )
         assert sum(without.values()) / 2**20 < 0.8 * 46_736, part
     # Transformer Engine has none, whatever is asked for.
     engine = replace(run, transformer_engine=True)
@@ -205,7 +220,12 @@ def flags(case: Case, demo) -> list[str]:
     flags = ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer")]
     flags += ["--seq-length", str(SEQ_LENGTH), "--micro-batch-size", str(layout.micro_batch_size)]
     flags += ["--global-batch-size", str(layout.micro_batch_size * layout.data * layout.num_micro_batches)]
-    flags += ["--tensor-model-parallel-size", str(layout.tensor), "--pipeline-model-parallel-size", str(layout.pipeline)]
+    flags += [
+        "--tensor-model-parallel-size",
+        str(layout.tensor),
+        "--pipeline-model-parallel-size",
+        str(layout.pipeline),
+    ]
     flags += ["--trainable", *case.trainable]
     flags += ["--bf16"] * case.bf16 + ["--sequence-parallel"] * layout.sequence_parallel
     flags += ["--use-distributed-optimizer"] * layout.distributed_optimizer
@@ -224,7 +244,9 @@ def _measure(case: Case, argv: list[str]) -> dict[str, int]:
     parameters = [parameter.data for chunk in trainer.model for parameter in chunk.parameters()]
     gradients = [buffer.grad_data for chunk in trainer.model for buffer in chunk.buffers]
     optimizers = [one.optimizer for one in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])]
-    state = [tensor for one in optimizers for tensor in tree_leaves(list(one.state.values())) if torch.is_tensor(tensor)]
+    state = [
+        tensor for one in optimizers for tensor in tree_leaves(list(one.state.values())) if torch.is_tensor(tensor)
+    ]
     state += [parameter.data for one in optimizers for group in one.param_groups for parameter in group["params"]]
     live = LiveBytes(parameters + gradients + state)
     with live:

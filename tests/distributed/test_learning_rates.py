@@ -7,9 +7,25 @@ import pytest
 from tests.support import layouts, processes, script
 
 FLAGS = (
-    "--optimizer", "adam", "--trainable", "vision", "projector", "language", "--seq-length", "32",
-    "--lr", "1e-3", "--min-lr", "0", "--vision-lr", "4e-3", "--projector-lr", "2.5e-4", "--lr-decay-style", "constant",
-)  # fmt: skip
+    "--optimizer",
+    "adam",
+    "--trainable",
+    "vision",
+    "projector",
+    "language",
+    "--seq-length",
+    "32",
+    "--lr",
+    "1e-3",
+    "--min-lr",
+    "0",
+    "--vision-lr",
+    "4e-3",
+    "--projector-lr",
+    "2.5e-4",
+    "--lr-decay-style",
+    "constant",
+)
 RATES = {"vision": 4e-3, "projector": 2.5e-4, "language": 1e-3, "embeddings": 0.0}
 LAYOUTS = {
     "one process": (1, ()),
@@ -30,7 +46,9 @@ def movements(argv, sabotage=None) -> dict[str, set]:
     parameters = [
         (part_of(name, parameter), parameter)
         for chunk in trainer.model
-        for name, parameter in get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True).named_parameters()
+        for name, parameter in get_attr_wrapped_model(
+            chunk, "image_token_index", return_model_obj=True
+        ).named_parameters()
     ]
     before = [parameter.detach().clone() for _, parameter in parameters]
     for chunk in trainer.model:
@@ -79,11 +97,25 @@ def rates_not_applied():
 
 def test_without_its_groups_all_would_move_alike(demo):
     found = run(demo, "one process", sabotage=rates_not_applied)
-    assert {round(largest, 5) for distances in found.values() for _, largest in distances} == {0.0, round(1e-3 / 1.01, 5)}
+    assert {round(largest, 5) for distances in found.values() for _, largest in distances} == {
+        0.0,
+        round(1e-3 / 1.01, 5),
+    }
 
 
 def test_rates_stand_in_the_table_and_in_the_log_as_they_decay(demo):
-    flags = ("--lr", "1e-3", "--min-lr", "1e-4", "--vision-lr", "4e-3", "--lr-decay-style", "cosine", "--lr-warmup-fraction", 0.25)
+    flags = (
+        "--lr",
+        "1e-3",
+        "--min-lr",
+        "1e-4",
+        "--vision-lr",
+        "4e-3",
+        "--lr-decay-style",
+        "cosine",
+        "--lr-warmup-fraction",
+        0.25,
+    )
     outputs = script.run(2, demo, "--train-iters", 8, *flags, "--trainable", "vision", "projector", "language")
     (table,) = [output for output in outputs if "peak learning rate" in output]  # once, not on each rank
     rows = dict(re.findall(r"^(vision|projector|embeddings|language) +[\d,]+  (\S+) ", table, re.M))
@@ -98,7 +130,18 @@ def test_rates_stand_in_the_table_and_in_the_log_as_they_decay(demo):
 
 
 def test_rates_are_resumed(demo, tmp_path):
-    flags = ("--train-iters", 6, "--vision-lr", "4e-3", "--projector-lr", "2e-3", "--save-interval", 3, "--save", tmp_path / "a")
+    flags = (
+        "--train-iters",
+        6,
+        "--vision-lr",
+        "4e-3",
+        "--projector-lr",
+        "2e-3",
+        "--save-interval",
+        3,
+        "--save",
+        tmp_path / "a",
+    )
     expected = script.losses(script.run(2, demo, *flags, "--use-distributed-optimizer"))
     flags = (*flags, "--load", tmp_path / "a", "--ckpt-step", 3)
     actual = script.losses(script.run(2, demo, *flags, "--use-distributed-optimizer"))

@@ -20,7 +20,10 @@ def compared(argv):
         attention = decoder.layers[0].self_attention.core_attention
         assert type(attention) is LocalAttention
         shapes = [attention.num_attention_heads_per_partition] + 2 * [attention.num_query_groups_per_partition]
-        rows = [torch.randn(POSITIONS, SAMPLES, heads, attention.hidden_size_per_attention_head, requires_grad=True) for heads in shapes]
+        rows = [
+            torch.randn(POSITIONS, SAMPLES, heads, attention.hidden_size_per_attention_head, requires_grad=True)
+            for heads in shapes
+        ]
         mask = torch.rand(SAMPLES, 1, POSITIONS, POSITIONS) < 0.3
         mask.diagonal(dim1=2, dim2=3).fill_(False)
         found[name] = {

@@ -35,8 +35,10 @@ def shares_on_a_rank(distance, normalize, oracle):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("distance, normalize", [("euclidean", "none"), ("cosine", "none"), ("manhattan", "none"),
-                                                 ("euclidean", "mean-distance")])  # fmt: skip
+@pytest.mark.parametrize(
+    "distance, normalize",
+    [("euclidean", "none"), ("cosine", "none"), ("manhattan", "none"), ("euclidean", "mean-distance")],
+)
 def test_shares_of_ranks_add_up_to_the_whole(world_size, distance, normalize):
     results = processes.run(shares_on_a_rank, world_size, distance, normalize, False)
     v_ND, t_NE = (torch.cat([result[1][side] for result in results]).requires_grad_() for side in range(2))

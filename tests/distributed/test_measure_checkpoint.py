@@ -46,7 +46,9 @@ def test_a_checkpoint_gives_what_its_export_gives(models, demo, of_export, tmp_p
         assert of_checkpoint[side].keys() == layers.keys() and len(layers) > 2
         for layer, expected in layers.items():
             # States of size 1: some tens of roundings of 6e-8, in another order.
-            torch.testing.assert_close(of_checkpoint[side][layer], expected, atol=1e-6, rtol=1e-6, msg=f"{side} {layer}")
+            torch.testing.assert_close(
+                of_checkpoint[side][layer], expected, atol=1e-6, rtol=1e-6, msg=f"{side} {layer}"
+            )
         # The comparison can fail: a layer is not its neighbour.
         assert (layers["1"] - layers["2"]).abs().max() > 1e-2
 
@@ -59,7 +61,9 @@ def of_projector(models, demo):
     tiler = ImageTiler(image_size=size, image_aspect_ratio="square", grid_pinpoints=[])
     pairs = sample(open_pairs(demo / "data" / "captions", split="val"), PAIRS, 0)
     with torch.no_grad():
-        states = model.vision_tower(torch.cat([tiler.tiles([pair.image()]) for pair in pairs]), output_hidden_states=True).hidden_states
+        states = model.vision_tower(
+            torch.cat([tiler.tiles([pair.image()]) for pair in pairs]), output_hidden_states=True
+        ).hidden_states
         return model.multi_modal_projector(states[model.config.vision_feature_layer]).mean(1)
 
 
@@ -73,11 +77,14 @@ def test_images_after_the_projector_lie_in_the_decoders_space(models, demo, of_e
     assert found["projector"]["projector"].shape == found["text"]["0"].shape  # one space: realign.py takes both
 
 
-@pytest.mark.parametrize("world_size, more, message", [
-    (1, ("--checkpoint", "/nowhere"), "error: --checkpoint /nowhere: hf/config.json is missing; name a folder"),
-    (2, (), "error: 2 processes and 1 of TP x PP: start torchrun with as many processes as the layout has"),
-    (1, ("--no-such-flag",), "error: unrecognized arguments: --no-such-flag"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "world_size, more, message",
+    [
+        (1, ("--checkpoint", "/nowhere"), "error: --checkpoint /nowhere: hf/config.json is missing; name a folder"),
+        (2, (), "error: 2 processes and 1 of TP x PP: start torchrun with as many processes as the layout has"),
+        (1, ("--no-such-flag",), "error: unrecognized arguments: --no-such-flag"),
+    ],
+)
 def test_what_is_wrong_is_one_line(models, demo, tmp_path, world_size, more, message):
     checkpoint = () if "--checkpoint" in more else ("--checkpoint", models.megatron)
     with pytest.raises(processes.Failed) as failed:

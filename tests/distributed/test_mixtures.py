@@ -49,9 +49,13 @@ def test_shares_are_those_of_the_weights(demo, tmp_path):
     """20,000 samples of the demo's stage 1.5, whose weights are 6, 2 and 2 of 10."""
     mixture = demo / "data" / "stage1_5.yaml"
     dataset = get_train_dataset(
-        str(mixture), worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=3), batch_size=200,
-        shuffle_buffer_size=100, max_samples_per_sequence=None, task_encoder=Keys(),
-    )  # fmt: skip
+        str(mixture),
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=3),
+        batch_size=200,
+        shuffle_buffer_size=100,
+        max_samples_per_sequence=None,
+        task_encoder=Keys(),
+    )
     batches = iter(get_loader(dataset))
     counts = collections.Counter(key.split("-")[0] for _ in range(100) for key, _ in next(batches))
     assert sum(counts.values()) == 20_000
@@ -79,7 +83,10 @@ def linked(demo, tmp_path_factory):
             images = [] if index % 9 == 4 else [f"{index}.png"] * (2 if index % 15 == 7 else 1)
             for name in images:
                 Image.new("RGB", (30 + index, 40), (index, 9, 9)).save(folder / name)
-            turns = [{"from": "human", "value": "<image>\n" * len(images) + "what?"}, {"from": "gpt", "value": f"number {index}"}]
+            turns = [
+                {"from": "human", "value": "<image>\n" * len(images) + "what?"},
+                {"from": "gpt", "value": f"number {index}"},
+            ]
             file.write(json.dumps({"id": str(index), "image": images, "conversations": turns}) + "\n")
     data.main(["link", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--rsa", "--val", "0"])
     return str(folder / "out" / "mixture.yaml")
@@ -110,7 +117,9 @@ def one_epoch(demo, path, *, micro_batch_size, world_size, num_workers, drop_las
     for rank in range(world_size):
         encoder = make_encoder(demo)
         config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
-        loader = processes.kept(TrainLoader(path, encoder, config, micro_batch_size, 20, one_epoch=True, drop_last=drop_last))
+        loader = processes.kept(
+            TrainLoader(path, encoder, config, micro_batch_size, 20, one_epoch=True, drop_last=drop_last)
+        )
         count = iterations * global_batch_size // (micro_batch_size * world_size)
         ranks.append([(batch.keys, batch.loss_mask.sum(1).tolist()) for batch in (next(loader) for _ in range(count))])
         # Beyond the end there is nothing, for ever.
@@ -123,9 +132,14 @@ LAYOUTS = [(4, 1, 0, 8), (4, 2, 0, 8), (4, 3, 0, 24), (4, 2, 1, 16), (4, 2, 2, 8
 
 
 @pytest.mark.parametrize("micro_batch_size, world_size, num_workers, global_batch_size", LAYOUTS)
-def test_each_sample_of_an_epoch_is_seen_once(demo, epochized, micro_batch_size, world_size, num_workers, global_batch_size):
+def test_each_sample_of_an_epoch_is_seen_once(
+    demo, epochized, micro_batch_size, world_size, num_workers, global_batch_size
+):
     layout = dict(
-        micro_batch_size=micro_batch_size, world_size=world_size, num_workers=num_workers, global_batch_size=global_batch_size
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        num_workers=num_workers,
+        global_batch_size=global_batch_size,
     )
     if num_workers:  # data workers are forked from a process without threads
         ((iterations, ranks),) = processes.run(one_epoch_of, 1, demo, epochized, layout)
@@ -150,7 +164,9 @@ def one_epoch_of(demo, path, layout):
 
 @pytest.mark.parametrize("micro_batch_size, world_size, global_batch_size", [(4, 1, 8), (4, 3, 24), (64, 2, 128)])
 def test_the_last_partial_batch_can_be_dropped(demo, epochized, micro_batch_size, world_size, global_batch_size):
-    layout = dict(micro_batch_size=micro_batch_size, world_size=world_size, num_workers=0, global_batch_size=global_batch_size)
+    layout = dict(
+        micro_batch_size=micro_batch_size, world_size=world_size, num_workers=0, global_batch_size=global_batch_size
+    )
     iterations, ranks = one_epoch(demo, epochized, drop_last=True, **layout)
     keys = [key for rank in ranks for keys, _ in rank for key in keys]
     assert "" not in keys and len(keys) == iterations * global_batch_size
@@ -190,7 +206,9 @@ def test_the_papers_mixtures_are_read(demo, tmp_path, name, num_sets, flagged):
 
 def test_a_blend_by_weight_has_no_epoch(demo):
     layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=4, global_batch_size=8, drop_last=False)
-    with pytest.raises(ValueError, match="stage1_5.yaml: a blend by weight has no end: name --train-iters, or .*blend_epochized"):
+    with pytest.raises(
+        ValueError, match="stage1_5.yaml: a blend by weight has no end: name --train-iters, or .*blend_epochized"
+    ):
         epoch_iterations(str(demo / "data" / "stage1_5.yaml"), **layout)
 
 
@@ -242,7 +260,9 @@ def interrupted(demo, path, state, one_epoch, num_workers, sabotage=None):
 def test_a_position_of_other_weights_is_refused(demo, tmp_path):
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     paths = [
-        write_mixture(tmp_path / f"{weight}.yaml", [source(demo, "captions", weight=weight), source(demo, "texts", weight=1)])
+        write_mixture(
+            tmp_path / f"{weight}.yaml", [source(demo, "captions", weight=weight), source(demo, "texts", weight=1)]
+        )
         for weight in (1, 2)
     ]
     first, other = (TrainLoader(path, make_encoder(demo), config, 4, 1) for path in paths)
@@ -273,15 +293,34 @@ def test_a_linked_image_outside_its_folder_or_gone_is_named(demo, linked, tmp_pa
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
     os.mkfifo(folder / "pipe.png")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
-    names = ["0.png", "gone.png", str(tmp_path / "outside.png"), "../0.png", "1.png", 5, "pipe.png", "link.png", [7], "0.png"]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"image": name, "conversations": turns}) + "\n" for name in names))
+    names = [
+        "0.png",
+        "gone.png",
+        str(tmp_path / "outside.png"),
+        "../0.png",
+        "1.png",
+        5,
+        "pipe.png",
+        "link.png",
+        [7],
+        "0.png",
+    ]
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"image": name, "conversations": turns}) + "\n" for name in names)
+    )
     JsonlPreparator.prepare_dataset(tmp_path / "train.jsonl")
     aux = {"images": f"filesystem://{folder}"}
     path = write_mixture(tmp_path / "m.yaml", [{"path": "train.jsonl", "repetitions": 1, "aux": aux}], epochized=True)
     _, (batches,) = one_epoch(demo, path, micro_batch_size=5, world_size=1, num_workers=0, global_batch_size=5)
     learnt = {key for keys, row in batches for key, targets in zip(keys, row) if targets}
     assert learnt == {"train.jsonl/0", "train.jsonl/4", "train.jsonl/9"} and len(batches) == 2
-    for line in ("train.jsonl/1 .*gone.png is no file", "train.jsonl/2 .*outside.png leads out", "train.jsonl/3 .*0.png leads out",
-                 "train.jsonl/5 .*its image is 5; it must", "train.jsonl/6 .*pipe.png is no file", "train.jsonl/7 .*link.png leads out",
-                 "train.jsonl/8 .*its image is 7; it must"):  # fmt: skip
+    for line in (
+        "train.jsonl/1 .*gone.png is no file",
+        "train.jsonl/2 .*outside.png leads out",
+        "train.jsonl/3 .*0.png leads out",
+        "train.jsonl/5 .*its image is 5; it must",
+        "train.jsonl/6 .*pipe.png is no file",
+        "train.jsonl/7 .*link.png leads out",
+        "train.jsonl/8 .*its image is 7; it must",
+    ):
         assert re.search(f"skipped sample {line}", caplog.text)

@@ -39,8 +39,15 @@ def everything(dtype=torch.float32):
 def gradients_on_a_rank(mode, sabotage):
     rank = torch.distributed.get_rank()
     data_rank, context_rank = divmod(rank, 2)
-    groups = {name: [torch.distributed.new_group(ranks) for ranks in members] for name, members in {
-        "cp": [[0, 1], [2, 3]], "dp": [[0, 2], [1, 3]], "tp": [[0], [1], [2], [3]], "dp_cp": [[0, 1, 2, 3]]}.items()}  # fmt: skip
+    groups = {
+        name: [torch.distributed.new_group(ranks) for ranks in members]
+        for name, members in {
+            "cp": [[0, 1], [2, 3]],
+            "dp": [[0, 2], [1, 3]],
+            "tp": [[0], [1], [2], [3]],
+            "dp_cp": [[0, 1, 2, 3]],
+        }.items()
+    }
     own = SimpleNamespace(
         cp=groups["cp"][data_rank], dp=groups["dp"][context_rank], tp=groups["tp"][rank], dp_cp=groups["dp_cp"][0]
     )
@@ -126,9 +133,14 @@ def packed_term_on_a_rank():
     sample_L = torch.arange(1, count + 1).repeat_interleave(3)  # three rows each
     eligible = torch.tensor(TAKE_PART[rank])
     representations = Representations(
-        v={-1: v}, hidden={-1: t.repeat_interleave(3, dim=0)[:, None]}, sums={}, caption_mask_BL=sample_L[None].double(),
-        samples=RSASamples(eligible, sample_L[None], torch.ones(count), torch.arange(count)), is_packed=True, num_copied=0,
-    )  # fmt: skip
+        v={-1: v},
+        hidden={-1: t.repeat_interleave(3, dim=0)[:, None]},
+        sums={},
+        caption_mask_BL=sample_L[None].double(),
+        samples=RSASamples(eligible, sample_L[None], torch.ones(count), torch.arange(count)),
+        is_packed=True,
+        num_copied=0,
+    )
     term = objective.rsa_term(representations, RSAConfig(), SimpleNamespace(sequence_parallel=False), groups)
     return term.loss.detach(), torch.autograd.grad(term.loss, own)[0], term.num_pairs
 

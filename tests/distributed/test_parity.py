@@ -26,29 +26,33 @@ from tests.support.parity import (
 FIRST = [case for number, case in enumerate(CASES) if case[0] not in [earlier[0] for earlier in CASES[:number]]]
 
 
-@pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[pytest.mark.check] * (case in FIRST)) for case in CASES
-], ids=case_name)  # fmt: skip
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.check] * (case in FIRST)) for case in CASES], ids=case_name
+)
 def test_a_layout_equals_one_process(parity, case):
     differences = parity.differences(case)
     assert differences["rsa pairs"] == 0
     assert max(differences.values()) < TOLERANCE, differences
 
 
-@pytest.mark.parametrize("name, options", [
-    ("DP=2 PP=2", ("--rsa-normalize", "mean-distance")),
-    ("DP=2 PP=2", ("--rsa-stop-gradient", "text")),
-    ("DP=2 PP=2", ("--rsa-stop-gradient", "vision")),
-    ("DP=2", ("--rsa-distance", "cosine")),
-    ("DP=2", ("--rsa-distance", "manhattan")),
-    ("TP=2 PP=2", ("--trainable", "vision", "projector")),
-    ("PP=2", RECOMPUTE),
-    ("PP=2 VPP=2", RECOMPUTE),
-    ("TP=2 SP", RECOMPUTE),
-    ("DP=2", ("--ddp-average-in-collective",)),
-    ("DP=2", ("--overlap-grad-reduce",)),
-    ("DP=2 PP=2", ("--overlap-grad-reduce",)),
-], ids=lambda value: " ".join(value) if isinstance(value, tuple) else value)  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("DP=2 PP=2", ("--rsa-normalize", "mean-distance")),
+        ("DP=2 PP=2", ("--rsa-stop-gradient", "text")),
+        ("DP=2 PP=2", ("--rsa-stop-gradient", "vision")),
+        ("DP=2", ("--rsa-distance", "cosine")),
+        ("DP=2", ("--rsa-distance", "manhattan")),
+        ("TP=2 PP=2", ("--trainable", "vision", "projector")),
+        ("PP=2", RECOMPUTE),
+        ("PP=2 VPP=2", RECOMPUTE),
+        ("TP=2 SP", RECOMPUTE),
+        ("DP=2", ("--ddp-average-in-collective",)),
+        ("DP=2", ("--overlap-grad-reduce",)),
+        ("DP=2 PP=2", ("--overlap-grad-reduce",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
 def test_options_change_nothing_of_that(parity, name, options):
     differences = parity.differences((layout_of(name), 4, False, False), options=options)
     assert max(differences.values()) < TOLERANCE, differences
@@ -66,10 +70,14 @@ def test_cases_have_every_two_settings_together():
 # In every layout: each kind of sample in one micro-batch, and texts alone, for which the vision parts still take part in
 # each reduction. The others are parts of the first: in a layout with DP and PP, and in one with TP and SP.
 KINDS = [(layout, kind) for layout in LAYOUTS for kind in (of_every_kind, of_texts)]
-KINDS += [(layout_of(name), kind) for name in ("DP=2 PP=2", "TP=2 SP") for kind in (of_grids, some_of_texts, of_questions)]
+KINDS += [
+    (layout_of(name), kind) for name in ("DP=2 PP=2", "TP=2 SP") for kind in (of_grids, some_of_texts, of_questions)
+]
 
 
-@pytest.mark.parametrize("layout, kind", KINDS, ids=lambda value: getattr(value, "name", getattr(value, "__name__", "")))
+@pytest.mark.parametrize(
+    "layout, kind", KINDS, ids=lambda value: getattr(value, "name", getattr(value, "__name__", ""))
+)
 def test_images_of_several_tiles_and_texts_in_every_layout(parity, layout, kind):
     case = (layout, 2, True, False)  # per token: the losses of ranks with fewer tokens weigh less
     actual = parity.run(case, options=OVERLAP, batches_of=kind)
@@ -173,27 +181,14 @@ def unsummed_sequence_parallel_text():
     caption_pooling.reduce_from_tensor_model_parallel_region = lambda x, group: x
 
 
-@pytest.mark.parametrize("name, sabotage", [
-    ("DP=2", scale_without_data_parallel_size),
-    ("PP=2", carrier_without_gradient),
-    ("TP=2", caption_mask_of_the_next_token),
-    ("TP=2 SP", unsummed_sequence_parallel_text),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sabotage",
+    [
+        ("DP=2", scale_without_data_parallel_size),
+        ("PP=2", carrier_without_gradient),
+        ("TP=2", caption_mask_of_the_next_token),
+        ("TP=2 SP", unsummed_sequence_parallel_text),
+    ],
+)
 def test_a_mistake_would_be_seen(parity, name, sabotage):
     assert parity.differences((layout_of(name), 1, False, False), sabotage)["gradients"] > 1000 * TOLERANCE
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -33,15 +33,20 @@ def weighted(loss_mask):
     return batch
 
 
-@pytest.mark.parametrize("loss_mask", [
-    lambda mask: mask * torch.linspace(0.3, 2.5, mask.shape[1]),
-    lambda mask: mask.double() * 3,
-    lambda mask: mask * (torch.arange(mask.shape[1]) < 3),
-], ids=["weights", "float64", "most of the caption not learnt"])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss_mask",
+    [
+        lambda mask: mask * torch.linspace(0.3, 2.5, mask.shape[1]),
+        lambda mask: mask.double() * 3,
+        lambda mask: mask * (torch.arange(mask.shape[1]) < 3),
+    ],
+    ids=["weights", "float64", "most of the caption not learnt"],
+)
 def test_the_loss_mask_comes_back_as_it_was(demo, loss_mask):
     batch = weighted(loss_mask)
     with_rsa, without = (
-        layouts.run(layouts.SINGLE, [[batch]], [*flags(demo), "--rsa-weight", weight]).losses[0] for weight in ("1", "0")
+        layouts.run(layouts.SINGLE, [[batch]], [*flags(demo), "--rsa-weight", weight]).losses[0]
+        for weight in ("1", "0")
     )
     assert with_rsa["lm loss"] == without["lm loss"]
     # The caption's rows are found by its sign alone: the same whatever the weights.
@@ -61,10 +66,13 @@ def without_forward_step():
     RSAPlugin.wrap_forward_step = lambda self, step: step
 
 
-@pytest.mark.parametrize("sabotage, message", [
-    (without_taps, "wrap the model provider too"),
-    (without_forward_step, "wrap the forward step too"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sabotage, message",
+    [
+        (without_taps, "wrap the model provider too"),
+        (without_forward_step, "wrap the forward step too"),
+    ],
+)
 def test_a_plugin_half_attached_is_named(demo, sabotage, message):
     with pytest.raises(processes.Failed, match=message):
         layouts.run(layouts.SINGLE, [[tiny.batch(0)]], flags(demo), sabotage=sabotage)

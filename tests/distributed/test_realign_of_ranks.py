@@ -38,7 +38,9 @@ def share(x_ND, sizes, rank):
 
 def fit_of_share(image_sizes, text_sizes):
     group = torch.distributed.group.WORLD
-    operator = ReAlign.fit(share(images(), image_sizes, group.rank()), share(texts(), text_sizes, group.rank()), group=group)
+    operator = ReAlign.fit(
+        share(images(), image_sizes, group.rank()), share(texts(), text_sizes, group.rank()), group=group
+    )
     return {name: getattr(operator, name) for name in NUMBERS} | {"count": (operator.num_images, operator.num_texts)}
 
 
@@ -81,14 +83,23 @@ def message_on_rank(kind):
         return str(error)
 
 
-@pytest.mark.parametrize("kind, expected", [
-    ("rows", "image embeddings: rank 1: of 150 rows 2 hold NaN (rows 3, 4), 1 are zero (row 9): they have no direction; leave them out"),
-    ("file", "text embeddings: rank 1: shard-00003.npy ends after 50 rows"),
-    ("width", "image embeddings: embeddings of a set have one width, but it is 24 on rank 0, 20 on rank 1"),
-    ("all", "image embeddings have width 24 and text embeddings 20: they must come from one space, so from the two halves of one encoder"),
-    ("one row", "text embeddings: a mean and a variance need at least 2 rows, and there are 1"),
-    ("nothing", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        (
+            "rows",
+            "image embeddings: rank 1: of 150 rows 2 hold NaN (rows 3, 4), 1 are zero (row 9): they have no direction; leave them out",
+        ),
+        ("file", "text embeddings: rank 1: shard-00003.npy ends after 50 rows"),
+        ("width", "image embeddings: embeddings of a set have one width, but it is 24 on rank 0, 20 on rank 1"),
+        (
+            "all",
+            "image embeddings have width 24 and text embeddings 20: they must come from one space, so from the two halves of one encoder",
+        ),
+        ("one row", "text embeddings: a mean and a variance need at least 2 rows, and there are 1"),
+        ("nothing", None),
+    ],
+)
 def test_what_one_rank_finds_all_ranks_say(kind, expected):
     """A rank that raised alone would leave the other in the gather: the test would not end."""
     assert processes.run(message_on_rank, 2, kind, timeout=60) == [expected] * 2

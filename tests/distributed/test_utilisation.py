@@ -25,10 +25,16 @@ def expected_flops(micro_batches: list) -> float:
     """By hand, sample for sample: a tile is 4 tokens, and a row as long as LlavaBatch says."""
     num_tiles = sum(int(batch.rsa.num_tiles.sum()) for batch in micro_batches)
     lengths = [int(length) for batch in micro_batches for length in batch.row_lengths]
-    return sum(training_flops(
-        tiny.TINY, ("vision", "projector"), num_tiles=num_tiles, num_positions=sum(lengths),
-        squared_lengths=sum(length**2 for length in lengths), num_image_tokens=4 * num_tiles,
-    ).values())  # fmt: skip
+    return sum(
+        training_flops(
+            tiny.TINY,
+            ("vision", "projector"),
+            num_tiles=num_tiles,
+            num_positions=sum(lengths),
+            squared_lengths=sum(length**2 for length in lengths),
+            num_image_tokens=4 * num_tiles,
+        ).values()
+    )
 
 
 def reports(argv, layout, all_batches, architecture=tiny.TINY) -> dict:
@@ -61,15 +67,34 @@ def reports(argv, layout, all_batches, architecture=tiny.TINY) -> dict:
         "reports": found,
         "logged": logged,
         "seconds": time.perf_counter() - begin,
-        "told": megatron.training.training.num_floating_point_operations(trainer.args, 16, seqlen_squared_sum_in_batch=None),
+        "told": megatron.training.training.num_floating_point_operations(
+            trainer.args, 16, seqlen_squared_sum_in_batch=None
+        ),
     }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_flops_and_time_add_up_to_the_runs(demo, layout):
-    argv = ["--data-path", str(demo / "data" / "captions"), "--tokenizer-model", str(demo / "tokenizer"), *layout.flags,
-            "--micro-batch-size", str(4 // layout.data_parallel_size), "--global-batch-size", "8", "--rsa-weight", "0",
-            "--trainable", "vision", "projector", "--seq-length", "64", "--peak-tflops", str(PEAK / 1e12)]  # fmt: skip
+    argv = [
+        "--data-path",
+        str(demo / "data" / "captions"),
+        "--tokenizer-model",
+        str(demo / "tokenizer"),
+        *layout.flags,
+        "--micro-batch-size",
+        str(4 // layout.data_parallel_size),
+        "--global-batch-size",
+        "8",
+        "--rsa-weight",
+        "0",
+        "--trainable",
+        "vision",
+        "projector",
+        "--seq-length",
+        "64",
+        "--peak-tflops",
+        str(PEAK / 1e12),
+    ]
     ranks = processes.run(reports, layout.world_size, argv, layout, batches())
     expected = [expected_flops(micro_batches) for micro_batches in batches()]
     # Ranks of the last stage report; of a tensor-parallel group all the same, of which Megatron takes one.
@@ -95,9 +120,26 @@ def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo, tmp_path):
     architecture = dataclasses.replace(tiny.TINY, image_embedding_width=20)
     made = [embedding_data.batch(seed, width=20, positions=5, eligible=(0,) * 4) for seed in (0, 1)]
     shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", 20)
-    argv = ["--data-path", str(shards), "--tokenizer-model", str(demo / "tokenizer"), "--rsa-weight", "0",
-            "--trainable", "projector", "--image-positions", "5", "--image-embedding-width", "20",
-            "--micro-batch-size", "4", "--global-batch-size", "8", "--peak-tflops", str(PEAK / 1e12)]  # fmt: skip
+    argv = [
+        "--data-path",
+        str(shards),
+        "--tokenizer-model",
+        str(demo / "tokenizer"),
+        "--rsa-weight",
+        "0",
+        "--trainable",
+        "projector",
+        "--image-positions",
+        "5",
+        "--image-embedding-width",
+        "20",
+        "--micro-batch-size",
+        "4",
+        "--global-batch-size",
+        "8",
+        "--peak-tflops",
+        str(PEAK / 1e12),
+    ]
     (rank,) = processes.run(reports, 1, argv, layouts.SINGLE, [made], architecture)
     lengths = [int(length) for batch in made for length in batch.row_lengths]
     sizes = dict(num_positions=sum(lengths), squared_lengths=sum(length**2 for length in lengths))
@@ -116,9 +158,26 @@ def with_evaluations_in_the_time():
 def seconds_counted(demo, folder, sabotage=None) -> tuple[float, float]:
     """Of a run that evaluates much longer than it trains: seconds behind its mfu, and those that Megatron's log has."""
     outputs = script.run(
-        1, demo, "--rsa-weight", 0, "--peak-tflops", 1, "--eval-interval", 2, "--eval-iters", 20, "--mutual-knn-samples", 0,
-        "--tensorboard-dir", folder, "--log-throughput", "--log-timers-to-tensorboard", "--train-iters", 8, sabotage=sabotage,
-    )  # fmt: skip
+        1,
+        demo,
+        "--rsa-weight",
+        0,
+        "--peak-tflops",
+        1,
+        "--eval-interval",
+        2,
+        "--eval-iters",
+        20,
+        "--mutual-knn-samples",
+        0,
+        "--tensorboard-dir",
+        folder,
+        "--log-throughput",
+        "--log-timers-to-tensorboard",
+        "--train-iters",
+        8,
+        sabotage=sabotage,
+    )
     events = EventAccumulator(str(folder)).Reload()
     mfu, throughput, seconds = (
         {event.step: event.value for event in events.Scalars(name)} for name in ("mfu", "throughput", "iteration-time")
@@ -139,17 +198,27 @@ def test_evaluations_do_not_count(demo, tmp_path):
 
 def test_the_log_says_what_the_peak_is(demo):
     outputs = script.run(2, demo, "--train-iters", 2)
-    (said,) = re.findall(r"^mfu: .* a part of ([\d.e+-]+) TFLOP/s a device, measured here, .* float32", "".join(outputs), re.M)
+    (said,) = re.findall(
+        r"^mfu: .* a part of ([\d.e+-]+) TFLOP/s a device, measured here, .* float32", "".join(outputs), re.M
+    )
     assert float(said) > 0
     for figures in script.iterations(outputs).values():
         assert 0 < float(figures["mfu"]) < 1
 
 
 DEVICES = {
-    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA B200": 2250, "NVIDIA L40S": 362, "NVIDIA L4": 121,
-    "NVIDIA A10G": None, "cpu": None,
-}  # fmt: skip
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA A10G": None,
+    "cpu": None,
+}
 
 
 def peaks(names):

@@ -25,11 +25,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     chosen = [one for one in MUTATIONS if not args.words or any(word in one.name for word in args.words)]
     if not chosen:
-        sys.exit(f"error: no mutation's name has any of {args.words}; there is: {'; '.join(one.name for one in MUTATIONS)}")
+        sys.exit(
+            f"error: no mutation's name has any of {args.words}; there is: {'; '.join(one.name for one in MUTATIONS)}"
+        )
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        files = (
+            subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .split("\0")
+        )
         for name in filter(None, files):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)

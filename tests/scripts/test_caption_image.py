@@ -17,7 +17,14 @@ pytestmark = pytest.mark.usefixtures("preloaded_commands")
 
 def test_the_script_prints_a_caption_beside_the_true_one(demo, tmp_path):
     hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
-    command = [sys.executable, ROOT / "examples" / "demo" / "caption_image.py", "--hf", hf, "--data", demo / "data" / "captions"]
+    command = [
+        sys.executable,
+        ROOT / "examples" / "demo" / "caption_image.py",
+        "--hf",
+        hf,
+        "--data",
+        demo / "data" / "captions",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     true, ours = result.stdout.splitlines()[:2]
@@ -40,7 +47,9 @@ def test_the_base_tile_is_the_first_of_the_processors(model):
     base = caption_image.base_tile(llava, processor, picture)["inputs_embeds"]
     inputs = caption_image.tiles(processor, picture)
     with torch.no_grad():
-        (packed,) = llava.get_image_features(**{name: inputs[name] for name in ("pixel_values", "image_sizes")}).pooler_output
+        (packed,) = llava.get_image_features(
+            **{name: inputs[name] for name in ("pixel_values", "image_sizes")}
+        ).pooler_output
     assert base.shape == (1, 16, 60) and len(packed) > 16
     assert torch.allclose(base[0], packed[:16], atol=1e-6)  # another batch of tiles: the last bit may differ
     assert not torch.allclose(base[0], packed[1:17], atol=1e-2)
@@ -48,6 +57,9 @@ def test_the_base_tile_is_the_first_of_the_processors(model):
 
 def test_a_caption_ends_with_its_line(model):
     llava, processor = model
-    for inputs in (caption_image.base_tile(llava, processor, forward_comparison.picture(80, 60)), caption_image.tiles(processor, forward_comparison.picture(80, 60))):
+    for inputs in (
+        caption_image.base_tile(llava, processor, forward_comparison.picture(80, 60)),
+        caption_image.tiles(processor, forward_comparison.picture(80, 60)),
+    ):
         text = caption_image.describe(llava, processor, inputs)
         assert "\n" not in text and "<image>" not in text

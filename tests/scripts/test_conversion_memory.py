@@ -19,11 +19,26 @@ from tests.support.environment import ROOT
 def hf(tmp_path_factory) -> tuple[Path, int]:
     """A model of 24 layers of 12 MB, and its bytes."""
     folder = tmp_path_factory.mktemp("memory") / "hf"
-    tower = SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, image_size=28,
-                               patch_size=14, vision_use_head=False)  # fmt: skip
-    decoder = Qwen2Config(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=2,
-                          num_hidden_layers=24, vocab_size=2048)  # fmt: skip
-    LlavaOnevisionConfig(vision_config=tower, text_config=decoder, image_grid_pinpoints=[[28, 28]]).save_pretrained(folder)
+    tower = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        image_size=28,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    decoder = Qwen2Config(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_hidden_layers=24,
+        vocab_size=2048,
+    )
+    LlavaOnevisionConfig(vision_config=tower, text_config=decoder, image_grid_pinpoints=[[28, 28]]).save_pretrained(
+        folder
+    )
     shapes = expected_shapes(table(read_architecture(folder)))
     tensors = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(shapes.items())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -47,5 +62,7 @@ def test_conversion_holds_a_part_of_the_model(hf, tmp_path):
     to_hf = peak_bytes(f"main(['megatron-to-hf', '--checkpoint', '{megatron}', '--out', '{back}'])") - idle
     # Measured: a fifth of it, most of that the code that is loaded on the way.
     assert max(to_megatron, to_hf) < 0.4 * num_bytes, (to_megatron / num_bytes, to_hf / num_bytes)
-    at_once = peak_bytes(f"from safetensors.torch import load_file; x = load_file('{source}/model.safetensors'); [t.sum() for t in x.values()]")
+    at_once = peak_bytes(
+        f"from safetensors.torch import load_file; x = load_file('{source}/model.safetensors'); [t.sum() for t in x.values()]"
+    )
     assert at_once - idle > 0.9 * num_bytes

@@ -106,7 +106,11 @@ def test_pack_and_link_give_back_every_byte_and_the_same_samples(tmp_path):
         assert all(sample.__subflavors__ == {"rsa": True} for sample in stored_samples(path, "train"))
         check_data(str(path), ["train", "val"], num_readers=2, micro_batch_size=2)
     names = tarfile.open(packed / "train-00000.tar").getnames()
-    assert len({name.partition(".")[0] for name in names}) == 8 and {"000001.png", "000002.0.png", "000002.1.jpg"} & set(names)
+    assert len({name.partition(".")[0] for name in names}) == 8 and {
+        "000001.png",
+        "000002.0.png",
+        "000002.1.jpg",
+    } & set(names)
     first = json.loads((tmp_path / "linked" / "train.jsonl").read_text().splitlines()[0])
     assert list(first) == ["id", "image", "conversations"]
     summary = json.loads((packed / "summary.json").read_text())
@@ -149,11 +153,19 @@ def test_training_reads_the_same_samples_from_both(command, tmp_path, tokenizer_
     source, expected = write_source(tmp_path, 12)
     run(command, source, tmp_path / "out", "--images", tmp_path / "images", "--val", 0, "--rsa")
     encoder = LlavaTaskEncoder(
-        AutoTokenizer.from_pretrained(tokenizer_folder), image_size=28, patch_size=14, max_sequence_length=256,
-        template="plain", image_aspect_ratio="square", grid_pinpoints=[], max_tiles=1,
-    )  # fmt: skip
+        AutoTokenizer.from_pretrained(tokenizer_folder),
+        image_size=28,
+        patch_size=14,
+        max_sequence_length=256,
+        template="plain",
+        image_aspect_ratio="square",
+        grid_pinpoints=[],
+        max_tiles=1,
+    )
     path = tmp_path / "out" if command == "pack" else tmp_path / "out" / "mixture.yaml"
-    loader = TrainLoader(str(path), encoder, WorkerConfig(rank=0, world_size=1, num_workers=0), 4, shuffle_buffer_size=1)
+    loader = TrainLoader(
+        str(path), encoder, WorkerConfig(rank=0, world_size=1, num_workers=0), 4, shuffle_buffer_size=1
+    )
     batches = [next(loader) for _ in range(3)]
     assert {record["id"] for batch in batches for record in batch.records} == expected.keys()
     assert sum(batch.num_skipped for batch in batches) == 0
@@ -207,7 +219,9 @@ def test_a_killed_run_ends_as_one_that_was_not(command, tmp_path, monkeypatch):
     unfinished = tmp_path / "out.unfinished"
     noted = 0
     for _ in range(3):
-        child = multiprocessing.get_context("fork").Process(target=run, args=(command, source, tmp_path / "out", *flags))
+        child = multiprocessing.get_context("fork").Process(
+            target=run, args=(command, source, tmp_path / "out", *flags)
+        )
         child.start()
         deadline = time.monotonic() + 30
         while position(unfinished) <= noted and time.monotonic() < deadline:
@@ -271,14 +285,17 @@ def test_what_is_finished_stays_and_other_settings_are_refused(tmp_path, capsys)
         run("link", source, tmp_path / "mine", *flags)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--val", "1.5"], "--val 1.5 is neither"),
-    (["--val", "-1"], "--val -1 is neither"),
-    (["--val", "6"], "--val 6 leaves nothing of 6 samples"),
-    (["--images", "nowhere"], "--images .*nowhere is no folder"),
-    (["--tokenizer", "nowhere"], "--tokenizer nowhere is no folder"),
-    ([], r"no sample for training can be used \(\d missing image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--val", "1.5"], "--val 1.5 is neither"),
+        (["--val", "-1"], "--val -1 is neither"),
+        (["--val", "6"], "--val 6 leaves nothing of 6 samples"),
+        (["--images", "nowhere"], "--images .*nowhere is no folder"),
+        (["--tokenizer", "nowhere"], "--tokenizer nowhere is no folder"),
+        ([], r"no sample for training can be used \(\d missing image"),
+    ],
+)
 def test_mistakes_are_named(tmp_path, flags, message):
     source, _ = write_source(tmp_path, 6)
     records = [r for r in json.loads(source.read_text()) if r.get("image")] * 2
@@ -327,7 +344,10 @@ def test_show_says_what_an_embedding_is(demo, tmp_path, capsys):
     show = ["--tokenizer", demo / "tokenizer", "--image-size", 28, "--out", tmp_path / "sample.png"]
     data_command.main([*map(str, ["show", shards, *show, "--stage", "revision"])])
     said = capsys.readouterr().out
-    assert "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in said and "RSA: no, stage revision trains without it" in said
+    assert (
+        "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in said
+        and "RSA: no, stage revision trains without it" in said
+    )
     assert not (tmp_path / "sample.png").exists()
     data_command.main([*map(str, ["show", shards, *show, "--stage", "1"])])  # of the same sample the pixels
     assert "image of 112 x 112 pixels: a base tile alone" in capsys.readouterr().out
@@ -363,6 +383,8 @@ def test_a_link_is_a_mixture_that_names_the_folder_of_images(tmp_path):
     run("link", source, tmp_path / "out", "--images", tmp_path / "images", "--val", 0.34, "--rsa")
     mixture = yaml.safe_load((tmp_path / "out" / "mixture.yaml").read_text())
     assert mixture["splits"]["train"] == {
-        "path": "train.jsonl", "subflavors": {"rsa": True}, "aux": {"images": f"filesystem://{(tmp_path / 'images').resolve()}"},
-    }  # fmt: skip
+        "path": "train.jsonl",
+        "subflavors": {"rsa": True},
+        "aux": {"images": f"filesystem://{(tmp_path / 'images').resolve()}"},
+    }
     assert len((tmp_path / "out" / "val.jsonl").read_text().splitlines()) == 2

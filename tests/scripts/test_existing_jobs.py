@@ -81,7 +81,9 @@ def test_the_figures_are_the_same_in_every_layout(tmp_path):
     for actual in others:
         for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "grad norm"):
             # fp32 sums in another order: the printed digits (six after the point, three for the norm) may differ in the last.
-            assert float(actual[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1.1e-3 if "norm" in name else 0)
+            assert float(actual[name]) == pytest.approx(
+                float(expected[name]), rel=1e-5, abs=1.1e-3 if "norm" in name else 0
+            )
     # Negative control: the norm is that of both losses.
     weight_0 = figures(run(JOBS / "megatron_lm.py", *flags, "--rsa-weight", 0))[1]
     assert float(weight_0["grad norm"]) != pytest.approx(float(expected["grad norm"]), rel=1e-2)

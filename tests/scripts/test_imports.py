@@ -17,13 +17,25 @@ NOT_IMPORTED = {
     "rsa_megatron.alignment.loss": ["megatron", "transformers", "PIL", "triton"],
     "rsa_megatron.models.architectures": ["torch", "numpy", "transformers", "megatron"],
     "rsa_megatron.data.prepare.sample_checks": ["transformers", "megatron"],
-    "checkpoint_conversion.__main__": ["transformers", "megatron", "transformer_engine", "apex", "PIL", *_DRAWING_AND_TABLES],
+    "checkpoint_conversion.__main__": [
+        "transformers",
+        "megatron",
+        "transformer_engine",
+        "apex",
+        "PIL",
+        *_DRAWING_AND_TABLES,
+    ],
     "rsa_megatron.cli.measure": ["transformers", "torchvision", *_MEGATRON, *_DRAWING_AND_TABLES],
     "rsa_megatron.cli.data": ["transformers", "torchvision", *_MEGATRON, *_DRAWING_AND_TABLES],
     # Megatron loads torch's compiler, TensorBoard and wandb as it likes. Its tokenizer is transformers', without its models.
-    "pretrain_llava_rsa": ["transformers.modeling_utils", "torchvision", "rsa_megatron.data.synthetic", "checkpoint_conversion",
-                           *_DRAWING_AND_TABLES],
-}  # fmt: skip
+    "pretrain_llava_rsa": [
+        "transformers.modeling_utils",
+        "torchvision",
+        "rsa_megatron.data.synthetic",
+        "checkpoint_conversion",
+        *_DRAWING_AND_TABLES,
+    ],
+}
 
 
 def loaded(module: str, names: list[str]) -> list[str]:

@@ -25,8 +25,10 @@ def run(jobs, folder, num_at_once=2, seconds=None):
 
 def note(file: Path, word: str, seconds: float = 0.0) -> str:
     """Code that writes when it begins and ends."""
-    return (f"import time; out = open({str(file)!r}, 'a', 1); print('begin {word}', file=out); time.sleep({seconds}); "
-            f"print('end {word}', file=out); print('said {word}')")  # fmt: skip
+    return (
+        f"import time; out = open({str(file)!r}, 'a', 1); print('begin {word}', file=out); time.sleep({seconds}); "
+        f"print('end {word}', file=out); print('said {word}')"
+    )
 
 
 def test_a_job_waits_for_what_it_needs_and_no_more_run_than_may(tmp_path):
@@ -36,7 +38,9 @@ def test_a_job_waits_for_what_it_needs_and_no_more_run_than_may(tmp_path):
     lines = diary.read_text().split("\n")[:-1]
     assert all_done and sorted(done) == list("abcdef") and queue.log("c").read_text() == "said c\n"
     assert lines.index("begin c") > max(lines.index("end a"), lines.index("end b"))
-    at_once = [sum(line.startswith("begin") - line.startswith("end") for line in lines[: i + 1]) for i in range(len(lines))]
+    at_once = [
+        sum(line.startswith("begin") - line.startswith("end") for line in lines[: i + 1]) for i in range(len(lines))
+    ]
     assert max(at_once) == 2
 
 
@@ -51,8 +55,13 @@ def test_what_is_done_is_not_done_again_and_another_command_in_its_place_is_refu
 
 
 def test_a_failing_job_is_named_and_stops_only_those_that_wait_for_it(tmp_path):
-    jobs = [job("bad", "raise SystemExit('broken')"), job("waits", "", ("bad",)), job("waits too", "", ("waits",)),
-            job("good"), job("better", "", ("good",))]  # fmt: skip
+    jobs = [
+        job("bad", "raise SystemExit('broken')"),
+        job("waits", "", ("bad",)),
+        job("waits too", "", ("waits",)),
+        job("good"),
+        job("better", "", ("good",)),
+    ]
     queue, all_done, said, done = run(jobs, tmp_path)
     assert not all_done and queue.failed == {"bad"} and sorted(done) == ["better", "good"]
     assert [line for line in said if "FAILED" in line] == [f"FAILED bad, exit status 1; see {tmp_path}/bad/run.log"]
@@ -66,9 +75,11 @@ def test_a_failing_job_is_named_and_stops_only_those_that_wait_for_it(tmp_path):
 def test_at_the_time_limit_what_runs_is_ended_with_all_that_it_started_and_can_go_on(tmp_path):
     """A job that starts a process of its own; at the second start it finds what the first has left."""
     child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
-    code = (f"import os, subprocess, sys; os.chdir({str(tmp_path)!r}); second = os.path.exists('pid')\n"
-            f"if not second: subprocess.run([sys.executable, '-c', {child!r}])\n"
-            "print('second start' if second else 'ended by itself')")  # fmt: skip
+    code = (
+        f"import os, subprocess, sys; os.chdir({str(tmp_path)!r}); second = os.path.exists('pid')\n"
+        f"if not second: subprocess.run([sys.executable, '-c', {child!r}])\n"
+        "print('second start' if second else 'ended by itself')"
+    )
     jobs = [job("quick"), job("long", code)]
     begin = time.monotonic()
     queue, all_done, said, done = run(jobs, tmp_path, seconds=2)

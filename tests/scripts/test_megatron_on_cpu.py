@@ -11,7 +11,9 @@ from tests.support import processes, tiny_dual_encoders, tiny_hf
 
 
 def in_a_fresh_process(code: str) -> str:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_nothing_is_replaced_where_there_is_cuda():
@@ -64,7 +66,10 @@ def what_megatron_would_do_with_cuda():
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.synchronize()
     return (
-        [str(x.device) for x in (tensor, torch.ones(2).cuda(), torch.arange(3).to("cuda"), module.weight, tensor.new_zeros(1))],
+        [
+            str(x.device)
+            for x in (tensor, torch.ones(2).cuda(), torch.arange(3).to("cuda"), module.weight, tensor.new_zeros(1))
+        ],
         tensor.type() == "torch.cuda.FloatTensor" and isinstance(torch.ones(1).type(torch.int64), torch.Tensor),
         torch.equal(first, torch.rand(2, device="cuda")),
         torch.ones(2).to(torch.float16).dtype == torch.float16,

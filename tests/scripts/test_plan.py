@@ -59,9 +59,15 @@ def test_every_split_is_taken_or_refused_as_the_training_script_does(demo):
     assert len(set(reasons)) == 5 and 5 < sum(actual) < len(actual) - 5  # four reasons, and none
 
 
-@pytest.mark.parametrize("model, stage, gpus", [
-    ("llava-ov-7b", "1.5", 224), ("llava-ov-7b", "revision", 224), ("llava-ov-0.5b", "2", 64), ("demo", "1", 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, stage, gpus",
+    [
+        ("llava-ov-7b", "1.5", 224),
+        ("llava-ov-7b", "revision", 224),
+        ("llava-ov-0.5b", "2", 64),
+        ("demo", "1", 8),
+    ],
+)
 def test_the_layouts_it_prints_are_taken(demo, model, stage, gpus):
     args, run, cluster, assumed = arguments(model, stage, gpus)
     layouts = [plan.layout for plan in find_plans(run, cluster, assumed)[0]]
@@ -102,15 +108,18 @@ def test_refused_layouts_are_counted_and_printed(capsys):
     assert counted == sum(count for count, _ in by_reason) == printed.count(", recompute none: ")
 
 
-@pytest.mark.parametrize("flags, said", [
-    ("--model llava-ov-8b --stage 1 --gpus 8", "llava-ov-8b"),
-    ("--model demo --stage 3 --gpus 8", "--stage 3"),
-    ("--model demo --stage 1 --gpus 0", "--gpus 0"),
-    ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
-    ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
-    ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or name another --global-batch-size"),
-    ("--model llava-ov-7b --stage 2 --gpus 1", "the nearest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--model llava-ov-8b --stage 1 --gpus 8", "llava-ov-8b"),
+        ("--model demo --stage 3 --gpus 8", "--stage 3"),
+        ("--model demo --stage 1 --gpus 0", "--gpus 0"),
+        ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
+        ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
+        ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or name another --global-batch-size"),
+        ("--model llava-ov-7b --stage 2 --gpus 1", "the nearest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
+    ],
+)
 def test_what_is_wrong_is_one_line(capsys, flags, said):
     assert plan_command.main(flags.split()) == 2
     printed, error = capsys.readouterr()

@@ -27,14 +27,19 @@ def test_the_last_figures_of_each_stage_are_told_and_drawn(tmp_path):
             (folder / "run.log").write_text(LOG.format(loss=f"{number + 1}.5E-01", score=f"0.2{number}{shift}0"))
     (tmp_path / "before.log").write_text(LOG.format(loss="9.0E-01", score="0.1300"))
     runs = ("--run", "with RSA", tmp_path / "a", "--run", "without", tmp_path / "b")
-    result = run("--before", tmp_path / "before.log", *runs, "--out", tmp_path / "s.png", "--jsonl", tmp_path / "s.jsonl")
+    result = run(
+        "--before", tmp_path / "before.log", *runs, "--out", tmp_path / "s.png", "--jsonl", tmp_path / "s.jsonl"
+    )
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("  ")]
     assert rows[0] == ["with", "RSA", "0.1300", "0.2000", "0.2100", "0.2200"]
     assert rows[1] == ["without", "0.1300", "0.2010", "0.2110", "0.2210"]
     assert rows[2] == ["with", "RSA", "0.9000", "0.1500", "0.2500", "0.3500"]
     first, second = map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())
-    assert first["stage 2"] == {"mutual-knn": 0.22, "validation lm loss": 0.35, "chance": 0.01} and second["run"] == "without"
+    assert (
+        first["stage 2"] == {"mutual-knn": 0.22, "validation lm loss": 0.35, "chance": 0.01}
+        and second["run"] == "without"
+    )
     assert Image.open(tmp_path / "s.png").width > 500
 
 

@@ -32,7 +32,9 @@ def run(python, folder, *words):
 def test_output_and_exit_code_are_pythons(preloaded_python, tmp_path, word):
     actual, expected = (run(python, tmp_path, word) for python in (preloaded_python, sys.executable))
     assert (actual.returncode, actual.stdout) == (expected.returncode, expected.stdout)
-    assert actual.stderr.splitlines()[0] == "said" and actual.stderr.splitlines()[-1] == expected.stderr.splitlines()[-1]
+    assert (
+        actual.stderr.splitlines()[0] == "said" and actual.stderr.splitlines()[-1] == expected.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 5), (signal.SIGKILL, -signal.SIGKILL)])

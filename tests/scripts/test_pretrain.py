@@ -19,10 +19,28 @@ from tests.support.processes import Failed
 @pytest.mark.check
 def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     outputs = script.run(
-        2, demo, "--eval-interval", 3, "--eval-iters", 2, "--mutual-knn-samples", 64, "--mutual-knn-k", 5,
-        "--tensorboard-dir", tmp_path, "--global-batch-size", 16,
-        "--wandb-project", "tests", "--wandb-exp-name", "a run", "--wandb-save-dir", tmp_path, sabotage=wandb_offline,
-    )  # fmt: skip
+        2,
+        demo,
+        "--eval-interval",
+        3,
+        "--eval-iters",
+        2,
+        "--mutual-knn-samples",
+        64,
+        "--mutual-knn-k",
+        5,
+        "--tensorboard-dir",
+        tmp_path,
+        "--global-batch-size",
+        16,
+        "--wandb-project",
+        "tests",
+        "--wandb-exp-name",
+        "a run",
+        "--wandb-save-dir",
+        tmp_path,
+        sabotage=wandb_offline,
+    )
     figures = script.iterations(outputs)
     assert list(figures) == [1, 2, 3, 4, 5, 6]
     for line in figures.values():
@@ -30,7 +48,9 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
         assert float(line["unusable samples"]) == 0
         for name in ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text"):
             assert float(line[name]) > 0
-    found = re.findall(r"mutual-knn@5 at iteration (\d+) \| mutual-knn value: ([\d.]+) \| (\d+) pairs.*chance ([\d.]+)", outputs[1])
+    found = re.findall(
+        r"mutual-knn@5 at iteration (\d+) \| mutual-knn value: ([\d.]+) \| (\d+) pairs.*chance ([\d.]+)", outputs[1]
+    )
     assert [(i, pairs, chance) for i, _, pairs, chance in found] == [(i, "64", "0.0794") for i in ("3", "6", "6")]
     assert all(0 < float(score) < 1 for _, score, *_ in found)
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -61,22 +81,35 @@ def no_taps_allowed():
 
 
 def test_dry_run_prints_what_would_run_and_stops(demo):
-    flags = ["--trainable", "projector", "vision", "--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "768"]
+    flags = [
+        "--trainable",
+        "projector",
+        "vision",
+        "--tensor-model-parallel-size",
+        "2",
+        "--make-vocab-size-divisible-by",
+        "768",
+    ]
     output, _ = script.run(2, demo, "--dry-run", *flags)
     counts = {part: sum(pieces.values()) for part, pieces in tiny.TINY.parameter_counts().items()}
     for part, learns in (("vision", "0.001"), ("projector", "0.001"), ("embeddings", "frozen"), ("language", "frozen")):
         assert re.search(rf"^{part} +{counts[part]:,}  {learns} ", output, flags=re.MULTILINE)
     assert re.search(r"^projector .* two linear layers 2,624, image_newline 32$", output, flags=re.MULTILINE)
-    assert re.search(rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} learn$", output, re.M)
+    assert re.search(
+        rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} learn$", output, re.M
+    )
     assert "word embeddings: 1,024 rows, and 512 of padding, which are not counted" in output
     assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
     assert "iteration        1" not in output
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("lm loss", ["--rsa-weight", 0]),
-    ("rsa loss", ["--rsa-weight", 1, "--trainable", "vision"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("lm loss", ["--rsa-weight", 0]),
+        ("rsa loss", ["--rsa-weight", 1, "--trainable", "vision"]),
+    ],
+)
 def test_each_loss_is_learnt(demo, name, flags):
     flags = ["--train-iters", 60, "--lr", "2e-3", "--adam-eps", "1e-8", *flags]
     figures = [float(line[name]) for line in script.iterations(script.run(1, demo, *flags)).values()]
@@ -99,9 +132,22 @@ def test_only_what_is_to_learn_moves(demo, tmp_path, optimizer):
 
 def test_mutual_knn_is_of_base_tiles_however_images_are_cut(demo):
     def scores(*flags):
-        flags = ("--skip-train", "--eval-iters", 1, "--seq-length", 160, "--mutual-knn-samples", 48, "--mutual-knn-k", 5, *flags)
+        flags = (
+            "--skip-train",
+            "--eval-iters",
+            1,
+            "--seq-length",
+            160,
+            "--mutual-knn-samples",
+            48,
+            "--mutual-knn-k",
+            5,
+            *flags,
+        )
         outputs = "".join(script.run(2, demo, *PP, *flags))
-        return [re.search(pattern, outputs)[1] for pattern in (r"mutual-knn value: ([\d.]+)", r"lm loss value: ([\d.E+-]+)")]
+        return [
+            re.search(pattern, outputs)[1] for pattern in (r"mutual-knn value: ([\d.]+)", r"lm loss value: ([\d.E+-]+)")
+        ]
 
     (square, square_loss), (anyres, anyres_loss) = scores(), scores("--image-aspect-ratio", "anyres")
     assert square == anyres and square_loss != anyres_loss
@@ -146,7 +192,9 @@ def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, 
 
     run("--template", "qwen_1_5", "--rotary-base", 5000)
     hf = tmp_path / "save" / "hf"
-    expected = dataclasses.replace(tiny.TINY, name="hf", decoder=dataclasses.replace(tiny.TINY.decoder, rotary_base=5000))
+    expected = dataclasses.replace(
+        tiny.TINY, name="hf", decoder=dataclasses.replace(tiny.TINY.decoder, rotary_base=5000)
+    )
     assert read_architecture(hf) == expected
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(hf).chat_template
     run("--template", "qwen_1_5", "--rotary-base", 5000)  # again: it is the same model
@@ -158,7 +206,7 @@ def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, 
     backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", unk_token="[UNK]")
     tokenizer.save_pretrained(tmp_path / "full")
-    line = script.error_line(1, demo, "--tokenizer-model", tmp_path / "full", "--save", tmp_path / "never", "--save-interval", 1)
+    line = script.error_line(
+        1, demo, "--tokenizer-model", tmp_path / "full", "--save", tmp_path / "never", "--save-interval", 1
+    )
     assert "has 1025 ids (<video> added), the model 1024 word embeddings" in line
-
-

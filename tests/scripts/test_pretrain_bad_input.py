@@ -81,17 +81,32 @@ def skip_a_batch_on_the_last_stage():
 
 
 BAD_FLAGS = [
-    (["--model", "llava-9000"], "error: --model llava-9000: neither a folder with a config.json nor one of demo, llava-ov-0.5b"),
-    (["--pretrained-checkpoint", "/nowhere"], "error: --pretrained-checkpoint /nowhere: no latest_checkpointed_iteration.txt there"),
-    (["--drop-last"], "error: --drop-last is about a single pass over the data; leave it out, or leave out the number of iter"),
+    (
+        ["--model", "llava-9000"],
+        "error: --model llava-9000: neither a folder with a config.json nor one of demo, llava-ov-0.5b",
+    ),
+    (
+        ["--pretrained-checkpoint", "/nowhere"],
+        "error: --pretrained-checkpoint /nowhere: no latest_checkpointed_iteration.txt there",
+    ),
+    (
+        ["--drop-last"],
+        "error: --drop-last is about a single pass over the data; leave it out, or leave out the number of iter",
+    ),
     (["--vision-lr", 0, "--lr-warmup-init", 1e-7], "error: --vision-lr goes with a warm-up from 0 alone"),
     (["--vision-lr", -1], "error: --vision-lr -1.0: a learning rate is 0 or more"),
     (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
     (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),
     (["--stage", "7"], "error: --stage 7: no such recipe; there is revision, 1, 1.5, 2"),
     (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*it is not there"),
-    (["--load", "/nowhere"], "error: --load /nowhere: no latest_checkpointed_iteration.txt there; name the folder that --save"),
-    (["--num-query-groups", 1, *TP], "error: --tensor-model-parallel-size 2 does not divide the decoder's query groups, 1"),
+    (
+        ["--load", "/nowhere"],
+        "error: --load /nowhere: no latest_checkpointed_iteration.txt there; name the folder that --save",
+    ),
+    (
+        ["--num-query-groups", 1, *TP],
+        "error: --tensor-model-parallel-size 2 does not divide the decoder's query groups, 1",
+    ),
     ([*PP, "--num-virtual-stages-per-pipeline-rank", 4], "error: --pipeline-model-parallel-size 2 with 4 chunk"),
     (["--tensor-model-parallel-size", 3], "error: world size .* is not divisible by total_model_size"),
     ([*TP, "--sequence-parallel", "--seq-length", 127], "error: --seq-length 127 must be a multiple of .* 2"),
@@ -103,9 +118,11 @@ BAD_FLAGS = [
     (["--data-path", "one", "two"], "error: --data-path takes one data set, not 2: name a mixture"),
     (["--full-validation"], "error: --full-validation does not go with this script's data"),
     (["--context-parallel-size", 2], "error: --context-parallel-size above 1 needs Transformer Engine"),
-    (["--eval-iters", 1, "--micro-batch-size", 40, "--global-batch-size", 80],
-     "error: --data-path .*the 64 samples of its validation part, divided between 2 data workers"),
-]  # fmt: skip
+    (
+        ["--eval-iters", 1, "--micro-batch-size", 40, "--global-batch-size", 80],
+        "error: --data-path .*the 64 samples of its validation part, divided between 2 data workers",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +148,18 @@ def test_several_ranks_say_it_once(demo, flags, message):
 
 def test_a_hugging_face_folder_of_another_kind_is_one_line(demo, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
-    assert "config.json: model_type is 'llava'; llava_onevision is what can be read" in script.error_line(2, demo, "--model", tmp_path)
+    assert "config.json: model_type is 'llava'; llava_onevision is what can be read" in script.error_line(
+        2, demo, "--model", tmp_path
+    )
 
 
 def test_what_does_not_go_with_a_hugging_face_folder_is_one_line(demo, tmp_path):
     hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
     flags = ("--model", hf, "--tokenizer-model", hf)
     for change in (("--rotary-base", 10000), ("--num-layers", 2), ("--norm-epsilon", "1e-5")):
-        assert "its sizes are those of its config.json; leave out the flags" in script.error_line(1, demo, *flags, *change)
+        assert "its sizes are those of its config.json; leave out the flags" in script.error_line(
+            1, demo, *flags, *change
+        )
     other = AutoTokenizer.from_pretrained(hf)
     other.add_tokens(["another"])
     other.save_pretrained(tmp_path / "other")

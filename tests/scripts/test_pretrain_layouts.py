@@ -12,7 +12,8 @@ def validation_figures(outputs):
     text = "\n".join(outputs)
     scores = re.findall(r"(mutual-knn(?: -?\d+:-?\d+)?) value: ([\d.]+)", text)
     return {name: float(score) for name, score in scores} | {
-        name: float(value) for name, value in re.findall(r"\| ([a-z ]+) value: ([\d.E+-]+)", text.split("validation loss")[1])
+        name: float(value)
+        for name, value in re.findall(r"\| ([a-z ]+) value: ([\d.E+-]+)", text.split("validation loss")[1])
     }
 
 
@@ -27,12 +28,28 @@ LAYOUTS = ((2, TP), (2, (*TP, "--sequence-parallel")), (2, PP), (2, VPP), (4, TP
 
 
 # Without RSA the measure alone reads states of inner layers: in a pipeline with one and with several chunks a stage.
-@pytest.mark.parametrize("rsa, layouts", [
-    ((), LAYOUTS), (("--rsa-weight", 0), ((2, VPP), (4, TP + PP))),
-], ids=["with RSA", "without"])  # fmt: skip
+@pytest.mark.parametrize(
+    "rsa, layouts",
+    [
+        ((), LAYOUTS),
+        (("--rsa-weight", 0), ((2, VPP), (4, TP + PP))),
+    ],
+    ids=["with RSA", "without"],
+)
 def test_evaluation_gives_the_same_under_every_layout(demo, initial_weights, rsa, layouts):
-    flags = ("--skip-train", "--pretrained-checkpoint", initial_weights, "--eval-iters", 2, "--mutual-knn-samples", 64,
-             "--mutual-knn-layers=-1:-1,0:0,1:3,2:4,-2:1", "--micro-batch-size", 2, *rsa)  # fmt: skip
+    flags = (
+        "--skip-train",
+        "--pretrained-checkpoint",
+        initial_weights,
+        "--eval-iters",
+        2,
+        "--mutual-knn-samples",
+        64,
+        "--mutual-knn-layers=-1:-1,0:0,1:3,2:4,-2:1",
+        "--micro-batch-size",
+        2,
+        *rsa,
+    )
     expected = validation_figures(script.run(1, demo, *flags))
     layers = [name for name in expected if name.startswith("mutual-knn")]
     assert layers == ["mutual-knn", "mutual-knn 0:0", "mutual-knn 1:3", "mutual-knn 2:4", "mutual-knn -2:1"]
@@ -50,8 +67,17 @@ def test_evaluation_gives_the_same_under_every_layout(demo, initial_weights, rsa
 
 
 def test_interleaved_pipelines_measure_an_odd_number_of_micro_batches(demo, initial_weights):
-    flags = ("--skip-train", "--pretrained-checkpoint", initial_weights, "--eval-iters", 2, "--mutual-knn-samples", 30,
-             "--micro-batch-size", 2)  # fmt: skip
+    flags = (
+        "--skip-train",
+        "--pretrained-checkpoint",
+        initial_weights,
+        "--eval-iters",
+        2,
+        "--mutual-knn-samples",
+        30,
+        "--micro-batch-size",
+        2,
+    )
     expected, actual = (script.run(size, demo, *flags, *layout) for size, layout in ((1, ()), (2, VPP)))
     assert validation_figures(actual)["mutual-knn"] == validation_figures(expected)["mutual-knn"]
     assert "| 30 pairs" in "".join(actual)
@@ -59,9 +85,7 @@ def test_interleaved_pipelines_measure_an_odd_number_of_micro_batches(demo, init
 
 def test_a_micro_batch_of_text_alone_trains_on_every_layout(demo):
     for world_size, layout in ((1, ()), (2, ()), (2, PP), (2, VPP), (2, (*TP, "--sequence-parallel"))):
-        outputs = script.run(
-            world_size, demo, *layout, "--train-iters", 2, data=demo / "data" / "texts"
-        )
+        outputs = script.run(world_size, demo, *layout, "--train-iters", 2, data=demo / "data" / "texts")
         for line in script.iterations(outputs).values():
             assert float(line["rsa pairs"]) == float(line["rsa loss"]) == float(line["rsa dist vision"]) == 0
             assert float(line["lm loss"]) > 0 and int(line["number of nan iterations"]) == 0

@@ -41,8 +41,20 @@ def scalars(folder, first):
 
 
 def test_a_finished_run_evaluates_as_what_it_is(demo, tmp_path):
-    flags = ("--train-iters", 3, "--save", tmp_path, "--load", tmp_path, "--save-interval", 3, "--eval-iters", 1,
-             "--mutual-knn-samples", 32)  # fmt: skip
+    flags = (
+        "--train-iters",
+        3,
+        "--save",
+        tmp_path,
+        "--load",
+        tmp_path,
+        "--save-interval",
+        3,
+        "--eval-iters",
+        1,
+        "--mutual-knn-samples",
+        32,
+    )
     first, again = (script.run(1, demo, *flags)[0] for _ in range(2))
     assert script.iterations([first]) and not re.search(r"iteration +\d+/", again)
     assert re.findall(r"mutual-knn@10 at iteration (\d+) .*value: ([\d.]+)", again) == re.findall(
@@ -54,9 +66,13 @@ def test_a_finished_run_evaluates_as_what_it_is(demo, tmp_path):
 def test_a_signal_ends_the_run_with_a_checkpoint(demo, tmp_path):
     flags = ("--train-iters", 1000, "--num-workers", 1, "--save", tmp_path, "--save-interval", 1000)
     outputs = script.run(
-        2, demo, *flags, "--exit-signal-handler",
-        kill_when=lambda output: re.search(r"iteration +5/", output), kill_with=signal.SIGTERM,
-    )  # fmt: skip
+        2,
+        demo,
+        *flags,
+        "--exit-signal-handler",
+        kill_when=lambda output: re.search(r"iteration +5/", output),
+        kill_with=signal.SIGTERM,
+    )
     reached = max(script.iterations(outputs))
     assert 5 <= reached < 1000
     resumed = script.run(2, demo, *flags, "--load", tmp_path, "--exit-interval", reached + 3)
@@ -71,11 +87,14 @@ def stopped_at_2(demo, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world_size, change, message", [
-    (1, [], "data-parallel size of 2, this run has 1; an exact resume is impossible"),
-    (2, ["--num-workers", 1], "--num-workers = 0, this run has 1; an exact resume is impossible"),
-    (2, ["--micro-batch-size", 2], "--micro-batch-size = 4, this run has 2; an exact resume is impossible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "world_size, change, message",
+    [
+        (1, [], "data-parallel size of 2, this run has 1; an exact resume is impossible"),
+        (2, ["--num-workers", 1], "--num-workers = 0, this run has 1; an exact resume is impossible"),
+        (2, ["--micro-batch-size", 2], "--micro-batch-size = 4, this run has 2; an exact resume is impossible"),
+    ],
+)
 def test_a_resume_that_cannot_be_exact_is_refused(demo, stopped_at_2, world_size, change, message):
     with pytest.raises(Failed) as failed:
         script.run(world_size, demo, "--load", stopped_at_2, *change)
@@ -87,15 +106,20 @@ def test_a_resume_that_cannot_be_exact_is_refused(demo, stopped_at_2, world_size
 def test_interleaved_pipelines_say_that_the_data_position_is_not_saved(demo, tmp_path):
     flags = (*VPP, "--save", tmp_path, "--save-interval", 2)
     outputs = script.run(2, demo, "--exit-interval", 2, *flags)
-    assert "cannot save the data position of interleaved pipelines; a resumed run will need --restart-data" in outputs[0]
+    assert (
+        "cannot save the data position of interleaved pipelines; a resumed run will need --restart-data" in outputs[0]
+    )
     with pytest.raises(Failed, match="no data position is saved for iteration 2"):
         script.run(2, demo, *flags, "--load", tmp_path)
     resumed = script.run(2, demo, *flags, "--load", tmp_path, "--restart-data")
     assert list(script.iterations(resumed)) == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")],
-                         ids=["", "distributed optimizer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer",
+    [(), ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")],
+    ids=["", "distributed optimizer"],
+)
 def test_a_checkpoint_of_tp_2_goes_on_under_pp_2_and_alone(demo, tmp_path, optimizer):
     flags = (*optimizer, "--save-interval", 3, "--lr", "5e-3")
     script.run(2, demo, *flags, *TP, "--exit-interval", 3, "--save", tmp_path)

@@ -43,7 +43,9 @@ def test_what_is_wrong_on_one_rank_ends_all_and_is_said_once(tmp_path):
     numpy.save("images.npy", numpy.concatenate([numpy.ones((40, 7)), numpy.zeros((3, 7))]))  # the last rank's share
     with pytest.raises(processes.Failed) as end:
         processes.run(run_on_a_rank, 3, tmp_path, ["fit", *GIVEN, "--out", "bad"])
-    assert end.value.output.count("error: image embeddings: rank 2: images.npy: 3 of 15 embeddings have no direction") == 1
+    assert (
+        end.value.output.count("error: image embeddings: rank 2: images.npy: 3 of 15 embeddings have no direction") == 1
+    )
     assert "SystemExit: 2" in str(end.value) and not Path("bad").exists()
     with pytest.raises(processes.Failed) as end:
         processes.run(run_on_a_rank, 2, tmp_path, ["fit", "--encoder", "none", "--data", "none", "--out", "bad"])
@@ -51,6 +53,10 @@ def test_what_is_wrong_on_one_rank_ends_all_and_is_said_once(tmp_path):
 
 
 def test_help_names_every_command():
-    result = subprocess.run([sys.executable, "-m", "rsa_megatron", "realign", "--help"], capture_output=True, text=True,
-                            env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "rsa_megatron", "realign", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
     assert result.returncode == 0 and all(name in result.stdout for name in ("fit", "transform", "report"))

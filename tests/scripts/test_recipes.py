@@ -19,13 +19,25 @@ def parsed(demo, tmp_path_factory) -> list:
         if "image_positions" in (settings or recipe(model, stage)):
             width = get_architecture(model).vision.hidden_size
             shards = embedding_data.write_shards(shards, tmp_path_factory.mktemp("shards") / "embeddings", width)
-        argv = ["--model", model, "--stage", stage, "--data-path", shards, "--tokenizer-model", demo / "tokenizer", "--dry-run"]
+        argv = [
+            "--model",
+            model,
+            "--stage",
+            stage,
+            "--data-path",
+            shards,
+            "--tokenizer-model",
+            demo / "tokenizer",
+            "--dry-run",
+        ]
         runs += [([str(word) for word in argv], settings), ([*map(str, argv), *FLAGS], settings)]
     (found,) = processes.run(script.parse_each, 1, runs)
     return found
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{model} {stage}{' parts' * bool(own)}" for model, stage, own in CASES])
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=[f"{model} {stage}{' parts' * bool(own)}" for model, stage, own in CASES]
+)
 def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(parsed, number):
     model, stage, settings = CASES[number]
     expected = settings or recipe(model, stage)

@@ -26,7 +26,9 @@ def test_the_training_script_takes_the_flags_of_every_arm(demo, arm):
     for name in ("--save", "--load", "--pretrained-checkpoint"):  # there are none
         del command[command.index(name) : command.index(name) + 2]
     ((settings, weight),) = processes.run(parsed, 1, command)
-    assert settings == (int(flag(run, "--train-iters")), "1", reproduction_plan.BATCH) and (weight == 0) == ("without" in arm)
+    assert settings == (int(flag(run, "--train-iters")), "1", reproduction_plan.BATCH) and (weight == 0) == (
+        "without" in arm
+    )
 
 
 def parsed(command):
@@ -42,8 +44,22 @@ def parsed(command):
 def test_all_of_it_interrupted_and_taken_up(tmp_path, monkeypatch, capsys):
     """The arm with RSA alone, two iterations a stage. First for some seconds, then to the end."""
     monkeypatch.setattr(reproduction_plan, "MAIN", {"with RSA": ()})
-    command = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--only", "main", "--seeds", "1", "--samples", "32",
-               "--scenes", "120", "--iterations", "parts=2,1=2,1.5=2,2=2"]  # fmt: skip
+    command = [
+        "--out",
+        str(tmp_path / "out"),
+        "--results",
+        str(tmp_path),
+        "--only",
+        "main",
+        "--seeds",
+        "1",
+        "--samples",
+        "32",
+        "--scenes",
+        "120",
+        "--iterations",
+        "parts=2,1=2,1.5=2,2=2",
+    ]
     with pytest.raises(SystemExit) as end:
         reproduce.main([*command, "--time-limit", "6"])
     assert end.value.code == 1 and "ended " in capsys.readouterr().out
@@ -57,8 +73,14 @@ def test_all_of_it_interrupted_and_taken_up(tmp_path, monkeypatch, capsys):
     runs = {(run.arm, run.stage): run for run in read_runs([tmp_path / "reproduce.jsonl"])}
     assert set(runs) == {("with RSA", "1"), ("with RSA", "1.5"), ("with RSA", "2"), ("with RSA, no stage 1.5", "2")}
     for (_, stage), run in runs.items():
-        assert run.figures["mutual-knn"][-1][0] == 2 and run.num_samples == 32 and run.chance == pytest.approx(10 / 31, abs=1e-4)
-        assert bool(run.figures.get("rsa loss")) == (stage != "2") and ("accuracy on questions" in run.figures) == (stage == "2")
+        assert (
+            run.figures["mutual-knn"][-1][0] == 2
+            and run.num_samples == 32
+            and run.chance == pytest.approx(10 / 31, abs=1e-4)
+        )
+        assert bool(run.figures.get("rsa loss")) == (stage != "2") and ("accuracy on questions" in run.figures) == (
+            stage == "2"
+        )
     output = capsys.readouterr().out
     assert "about 0 min left" in output and "| with RSA | " in output
     # Of the checkpoints only those that another run begins from are kept.

@@ -22,8 +22,10 @@ def test_a_sample_is_the_same_everywhere(tmp_path):
     assert {pair.key for pair in other} == set(expected)
     assert [pair.key for pair in sample(pairs, 5, 1)] != expected
     # Another process has other hashes of its own (PYTHONHASHSEED).
-    code = (f"from rsa_megatron.data.sources.open_pairs import open_pairs, sample; "
-            f"print(*[pair.key for pair in sample(open_pairs({str(tmp_path / 'd.csv')!r}), 5, 0)])")  # fmt: skip
+    code = (
+        f"from rsa_megatron.data.sources.open_pairs import open_pairs, sample; "
+        f"print(*[pair.key for pair in sample(open_pairs({str(tmp_path / 'd.csv')!r}), 5, 0)])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == [pair.key for pair in other]
 

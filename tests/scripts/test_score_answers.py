@@ -40,8 +40,11 @@ def test_right_is_what_transformers_generates_greedily_token_by_token(hf, image_
     samples = []
     for picture in pictures():
         text = "<image>" if image_aspect_ratio == "square" else "<image>\nWhat colour is the boat?\n"
-        inputs = base_tile(reader.model, processor, picture) if image_aspect_ratio == "square" else \
-            processor(text=text, images=picture, return_tensors="pt")  # fmt: skip
+        inputs = (
+            base_tile(reader.model, processor, picture)
+            if image_aspect_ratio == "square"
+            else processor(text=text, images=picture, return_tensors="pt")
+        )
         output = reader.model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=-1)[0].tolist()
         prompt = processor.tokenizer(text)["input_ids"]
         samples.append(Asked(picture, prompt + output[-10:], []))
@@ -54,8 +57,12 @@ def test_right_is_what_transformers_generates_greedily_token_by_token(hf, image_
 
 
 def test_an_answer_is_its_own_tokens_and_the_end_and_right_only_as_a_whole(tokenizer):
-    turns = [("human", "<image>\nWhat kind of scene is this?"), ("gpt", "night sky"),
-             ("human", "What colour is the boat?"), ("gpt", "red")]  # fmt: skip
+    turns = [
+        ("human", "<image>\nWhat kind of scene is this?"),
+        ("gpt", "night sky"),
+        ("human", "What colour is the boat?"),
+        ("gpt", "red"),
+    ]
     record = {"conversations": [{"from": who, "value": value} for who, value in turns]}
     sample = asked(tokenizer, pictures()[0], record)
     texts = [tokenizer.decode([sample.tokens[place] for place in answer.positions]) for answer in sample.answers]
@@ -79,8 +86,13 @@ def test_an_answer_is_its_own_tokens_and_the_end_and_right_only_as_a_whole(token
 def test_content_words_are_themes_things_colours_and_places(tokenizer):
     text = "A night sky is shown. A large red boat is at the top left, above the tree. Three things, PIER; boating in a boat's"
     tokens = tokenizer(text)["input_ids"]
-    words = ["".join(tokenizer.decode([tokens[place]]) for place in word).strip() for word in content_words(tokenizer, tokens)]
-    found = [next(word for word in ("night sky", "red", "boat", "top", "left", "tree") if word in piece) for piece in words]
+    words = [
+        "".join(tokenizer.decode([tokens[place]]) for place in word).strip()
+        for word in content_words(tokenizer, tokens)
+    ]
+    found = [
+        next(word for word in ("night sky", "red", "boat", "top", "left", "tree") if word in piece) for piece in words
+    ]
     assert found == ["night sky", "red", "boat", "top", "left", "tree", "boat"]
 
 
@@ -105,11 +117,28 @@ def turns_of(record: dict) -> list[tuple[str, str]]:
 
 
 def test_the_command_line(demo, hf, tmp_path):
-    command = [sys.executable, "examples/reproduce/score_answers.py", "--hf", hf, "--image-aspect-ratio", "square", "--samples", "4"]
-    result = subprocess.run([*command, "--data", demo / "data" / "captions", "--out", tmp_path / "s.json"], cwd=ROOT,
-                            capture_output=True, text=True)  # fmt: skip
+    command = [
+        sys.executable,
+        "examples/reproduce/score_answers.py",
+        "--hf",
+        hf,
+        "--image-aspect-ratio",
+        "square",
+        "--samples",
+        "4",
+    ]
+    result = subprocess.run(
+        [*command, "--data", demo / "data" / "captions", "--out", tmp_path / "s.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "s.json").read_text())["captions"]["answers"] == 4 and "captions: 4 answers" in result.stdout
-    result = subprocess.run([*command, "--data", demo / "data" / "captions", "--part", "test"], cwd=ROOT,
-                            capture_output=True, text=True)  # fmt: skip
+    assert (
+        json.loads((tmp_path / "s.json").read_text())["captions"]["answers"] == 4
+        and "captions: 4 answers" in result.stdout
+    )
+    result = subprocess.run(
+        [*command, "--data", demo / "data" / "captions", "--part", "test"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 1 and "has no part 'test'" in result.stderr.splitlines()[-1]

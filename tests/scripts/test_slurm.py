@@ -12,8 +12,24 @@ from tests.support.environment import ROOT
 
 pytestmark = pytest.mark.usefixtures("preloaded_commands")
 
-SMALL = ("--train-iters", "3", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "0",
-         "--mutual-knn-samples", "0", "--log-interval", "1", "--num-workers", "0", "--shuffle-buffer-size", "1")  # fmt: skip
+SMALL = (
+    "--train-iters",
+    "3",
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "4",
+    "--eval-iters",
+    "0",
+    "--mutual-knn-samples",
+    "0",
+    "--log-interval",
+    "1",
+    "--num-workers",
+    "0",
+    "--shuffle-buffer-size",
+    "1",
+)
 
 SRUN = r"""#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
@@ -31,12 +47,16 @@ def run(script, demo, out, *flags, **environment):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "DATA": str(demo / "data" / "captions"),
-        "TOKENIZER": str(demo / "tokenizer"),
-        "OUT": str(out / "run"),
-    } | environment  # fmt: skip
+    environment = (
+        os.environ
+        | {
+            "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DATA": str(demo / "data" / "captions"),
+            "TOKENIZER": str(demo / "tokenizer"),
+            "OUT": str(out / "run"),
+        }
+        | environment
+    )
     command = ["bash", f"examples/slurm/{script}", *SMALL, *flags]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 

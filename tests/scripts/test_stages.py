@@ -50,7 +50,9 @@ def test_a_stage_stopped_in_the_middle_goes_on_exactly(demo, stages, tmp_path, s
     previous = PREVIOUS[stage] and stages[PREVIOUS[stage]][0]
     command = flags(stage, tmp_path, previous, *layout)
     stopped = script.run(world_size, demo, *command, "--exit-interval", 3, data=data(demo, stage))
-    assert list(script.iterations(stopped)) == [1, 2, 3] and "finished" not in json.loads((tmp_path / "run.json").read_text())
+    assert list(script.iterations(stopped)) == [1, 2, 3] and "finished" not in json.loads(
+        (tmp_path / "run.json").read_text()
+    )
     if stage == "1":
         command = (*command, "--load", tmp_path)  # where there is no stage before, that is Megatron's way to go on
     resumed = script.losses(script.run(world_size, demo, *command, data=data(demo, stage)))
@@ -74,14 +76,31 @@ def test_each_stage_learns_what_it_is_to_learn_with_rsa_where_it_belongs(stages)
 
 @pytest.mark.parametrize("form", ["--load", "--pretrained-checkpoint"])
 def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(demo, stages, tmp_path, form):
-    still = ("--lr", 0, "--vision-lr", 0, "--projector-lr", 0, "--min-lr", 0, "--train-iters", 1, "--save-interval", 1,
-             "--clip-grad", 0)  # fmt: skip
+    still = (
+        "--lr",
+        0,
+        "--vision-lr",
+        0,
+        "--projector-lr",
+        0,
+        "--min-lr",
+        0,
+        "--train-iters",
+        1,
+        "--save-interval",
+        1,
+        "--clip-grad",
+        0,
+    )
     command = ("--stage", "1.5", "--save", tmp_path, form, stages["1"][0], *still)
     if form == "--pretrained-checkpoint":
         command = (*command, "--load", tmp_path)
     outputs = script.run(2, demo, *command, data=data(demo, "1.5"))
     assert list(script.iterations(outputs)) == [1]
-    expected, actual = script.plain_tensors(stages["1"][0] / "iter_0000006"), script.plain_tensors(tmp_path / "iter_0000001")
+    expected, actual = (
+        script.plain_tensors(stages["1"][0] / "iter_0000006"),
+        script.plain_tensors(tmp_path / "iter_0000001"),
+    )
     assert expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
     # The schedule and the data begin anew, and so do Adam's moments: after one step from nothing they are (1 - 0.9) g and
     # (1 - 0.999) g^2.
@@ -89,14 +108,22 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(demo
     assert moments["exp_avg"].keys() == moments["exp_avg_sq"].keys() and len(moments["exp_avg"]) > 20
     for name, first in moments["exp_avg"].items():
         torch.testing.assert_close(moments["exp_avg_sq"][name] * 1000, (first * 10) ** 2, rtol=1e-4, atol=1e-12)
-    later = {name: moments_of(stages["1"][0] / "iter_0000006", name) for name in moments}  # which those of six steps are not
-    assert not all(torch.allclose(later["exp_avg_sq"][name] * 1000, (m * 10) ** 2, 1e-2) for name, m in later["exp_avg"].items())
+    later = {
+        name: moments_of(stages["1"][0] / "iter_0000006", name) for name in moments
+    }  # which those of six steps are not
+    assert not all(
+        torch.allclose(later["exp_avg_sq"][name] * 1000, (m * 10) ** 2, 1e-2) for name, m in later["exp_avg"].items()
+    )
     assert re.search(r"consumed samples: +8 ", "".join(outputs))
 
 
 def moments_of(folder, moment):
     prefix = f"optimizer.state.{moment}."
-    return {name.removeprefix(prefix): tensor for name, tensor in script.plain_tensors(folder, prefix).items() if tensor.any()}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in script.plain_tensors(folder, prefix).items()
+        if tensor.any()
+    }
 
 
 def test_what_does_not_follow_is_one_line(demo, stages, tmp_path):
@@ -106,9 +133,18 @@ def test_what_does_not_follow_is_one_line(demo, stages, tmp_path):
         assert re.search(f"^error: {message}", failed.value.output, re.M), failed.value.output
 
     first = stages["1"][0]
-    fails(f"--save {first} holds a run of stage 1, this is stage 2: name another --save", "--stage", "2", "--save", first)
-    fails(f"--load {first} is of stage 1, .*--pretrained-checkpoint .* is named too", "--stage", "2", "--load", first,
-          "--pretrained-checkpoint", first)  # fmt: skip
+    fails(
+        f"--save {first} holds a run of stage 1, this is stage 2: name another --save", "--stage", "2", "--save", first
+    )
+    fails(
+        f"--load {first} is of stage 1, .*--pretrained-checkpoint .* is named too",
+        "--stage",
+        "2",
+        "--load",
+        first,
+        "--pretrained-checkpoint",
+        first,
+    )
     (tmp_path / "run.json").write_text('{"stage": "1"}')
     fails(f"--load {tmp_path}: stage 1 has no checkpoint there yet", "--stage", "2", "--load", tmp_path)
     (tmp_path / "run.json").write_text('{"stage"')
@@ -117,14 +153,32 @@ def test_what_does_not_follow_is_one_line(demo, stages, tmp_path):
 
 def test_an_epoch_of_a_blend_ends_cleanly_with_its_last_partial_batch(demo, tmp_path):
     """312 samples of four kinds in batches of 32 on two pipeline stages: 10 iterations, the last three quarters full."""
-    blend = "".join(f"      - {{path: {demo}/data/{kind}, repetitions: {times}}}\n" for kind, times in
-                    (("captions", 0.6), ("texts", 0.25), ("questions", 0.25), ("words", 0.2)))  # fmt: skip
+    blend = "".join(
+        f"      - {{path: {demo}/data/{kind}, repetitions: {times}}}\n"
+        for kind, times in (("captions", 0.6), ("texts", 0.25), ("questions", 0.25), ("words", 0.2))
+    )
     mixture = tmp_path / "m.yaml"
     mixture.write_text(
         f"__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend_epochized:\n{blend}"
     )
-    command = ("--train-iters", 0, "--global-batch-size", 32, "--pipeline-model-parallel-size", 2, "--save", tmp_path / "a",
-               "--seq-length", 160, "--save-interval", 5, "--image-aspect-ratio", "anyres", "--template", "qwen_1_5")  # fmt: skip
+    command = (
+        "--train-iters",
+        0,
+        "--global-batch-size",
+        32,
+        "--pipeline-model-parallel-size",
+        2,
+        "--save",
+        tmp_path / "a",
+        "--seq-length",
+        160,
+        "--save-interval",
+        5,
+        "--image-aspect-ratio",
+        "anyres",
+        "--template",
+        "qwen_1_5",
+    )
     outputs = script.run(2, demo, *command, data=mixture, sabotage=print_keys)
     assert "one pass over the data: 10 iterations of 32 samples" in outputs[0]
     assert list(script.iterations(outputs)) == list(range(1, 11))
@@ -186,14 +240,38 @@ def print_pairs():
 
 def test_run_stages_runs_them_in_order_and_goes_on_where_it_stopped(demo, tmp_path):
     """The shell script on the demo model, two processes: the first launch of a stage ends after two of its iterations."""
-    small = ("--train-iters", "3", "--micro-batch-size", "2", "--global-batch-size", "4", "--eval-iters", "0",
-             "--mutual-knn-samples", "0", "--num-workers", "0", "--shuffle-buffer-size", "1", "--exit-interval", "2",
-             "--save-interval", "2", "--log-interval", "1")  # fmt: skip
+    small = (
+        "--train-iters",
+        "3",
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "4",
+        "--eval-iters",
+        "0",
+        "--mutual-knn-samples",
+        "0",
+        "--num-workers",
+        "0",
+        "--shuffle-buffer-size",
+        "1",
+        "--exit-interval",
+        "2",
+        "--save-interval",
+        "2",
+        "--log-interval",
+        "1",
+    )
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "DATA": str(demo / "data"), "TOKENIZER": str(demo / "tokenizer"), "OUT": str(tmp_path / "out"),
-        "GPUS": "2", "GPU_FLAGS": "", "STAGES": "1 1.5", "STAGE1_5_FLAGS": "--lr 1e-3",
-    }  # fmt: skip
+        "DATA": str(demo / "data"),
+        "TOKENIZER": str(demo / "tokenizer"),
+        "OUT": str(tmp_path / "out"),
+        "GPUS": "2",
+        "GPU_FLAGS": "",
+        "STAGES": "1 1.5",
+        "STAGE1_5_FLAGS": "--lr 1e-3",
+    }
 
     def run(**more):
         command = ["bash", "examples/run_stages.sh", *small]
@@ -232,8 +310,16 @@ echo "$STAGE from ${PRETRAINED:-nothing} with $DATA $* at $reached"
 echo '{"finished": 30}' > "$OUT/run.json"
 """)
     job.chmod(0o755)
-    environment = os.environ | {"RUN_STAGE": str(job), "DATA": "data", "TOKENIZER": "t", "OUT": str(tmp_path / "o"), "STAGE1_FLAGS": "--a b"}
-    result = subprocess.run(["bash", "examples/run_stages.sh", "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "RUN_STAGE": str(job),
+        "DATA": "data",
+        "TOKENIZER": "t",
+        "OUT": str(tmp_path / "o"),
+        "STAGE1_FLAGS": "--a b",
+    }
+    result = subprocess.run(
+        ["bash", "examples/run_stages.sh", "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 1 and "error: stage 2 ended at iteration 0, where it began" in result.stderr
     launches = [line for line in result.stdout.splitlines() if " with " in line]
     assert launches == [f"1 from nothing with data/stage1.yaml --seed 1 --a b at {n}" for n in (10, 20, 30)] + [

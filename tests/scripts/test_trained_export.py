@@ -16,11 +16,38 @@ def trained(models, demo, tmp_path_factory):
     """A few steps of the main job under TP=2, AnyRes and RSA on, all parts learning."""
     save = tmp_path_factory.mktemp("trained") / "run"
     script.run(
-        2, demo, "--model", models.hf, "--tokenizer-model", models.hf, "--pretrained-checkpoint", models.megatron,
-        "--image-aspect-ratio", "anyres", "--template", "qwen_1_5", "--trainable", "vision", "projector", "embeddings", "language",
-        "--tensor-model-parallel-size", "2", "--micro-batch-size", "4", "--seq-length", "320", "--lr", "1e-3",
-        "--eval-iters", "0", "--save", save, "--save-interval", "6",
-    )  # fmt: skip
+        2,
+        demo,
+        "--model",
+        models.hf,
+        "--tokenizer-model",
+        models.hf,
+        "--pretrained-checkpoint",
+        models.megatron,
+        "--image-aspect-ratio",
+        "anyres",
+        "--template",
+        "qwen_1_5",
+        "--trainable",
+        "vision",
+        "projector",
+        "embeddings",
+        "language",
+        "--tensor-model-parallel-size",
+        "2",
+        "--micro-batch-size",
+        "4",
+        "--seq-length",
+        "320",
+        "--lr",
+        "1e-3",
+        "--eval-iters",
+        "0",
+        "--save",
+        save,
+        "--save-interval",
+        "6",
+    )
     return save
 
 
@@ -54,11 +81,23 @@ def test_a_trained_model_says_the_same_in_transformers(models, trained, tmp_path
         inputs = processor(text=text, images=images, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=None)
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
-    argv = models.flags("--load", str(trained), "--micro-batch-size", "1", "--global-batch-size", "1", "--no-load-optim",
-                        "--no-load-rng", "--restart-data")  # fmt: skip
+    argv = models.flags(
+        "--load",
+        str(trained),
+        "--micro-batch-size",
+        "1",
+        "--global-batch-size",
+        "1",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--restart-data",
+    )
     (actual,) = processes.run(greedy, 1, argv, [sample.batch for sample in samples])
     assert actual == expected
     assert len({tuple(row) for row in expected}) == len(expected)
     # It is another model than before training.
-    before, after = (forward_comparison.hugging_face_parts(folder, samples[:1], torch.float32)[0]["logits"] for folder in (models.hf, tmp_path / "hf"))
+    before, after = (
+        forward_comparison.hugging_face_parts(folder, samples[:1], torch.float32)[0]["logits"]
+        for folder in (models.hf, tmp_path / "hf")
+    )
     assert (before - after).abs().max() > 0.1

@@ -15,7 +15,16 @@ from tests.support.environment import ROOT
 
 def run(hf: Path, checkpoint: Path) -> subprocess.CompletedProcess:
     # In a process of its own: it makes Megatron run on the CPU, for good.
-    command = [sys.executable, "-m", "checkpoint_conversion", "verify", "--hf", str(hf), "--checkpoint", str(checkpoint)]
+    command = [
+        sys.executable,
+        "-m",
+        "checkpoint_conversion",
+        "verify",
+        "--hf",
+        str(hf),
+        "--checkpoint",
+        str(checkpoint),
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -24,8 +33,13 @@ def test_a_converted_checkpoint_is_the_same(models):
     assert result.returncode == 0, result.stderr
     columns = [[line[:16].strip(), *line[16:].split()] for line in result.stdout.splitlines() if "image" in line[:16]]
     pixels = {name: figures[0] for name, *figures in columns}
-    assert pixels == {"one image": "0.0e+00", "a wide image": "0.0e+00", "a tall image": "0.0e+00", "two images": "0.0e+00",
-                      "no image": "-"}  # fmt: skip
+    assert pixels == {
+        "one image": "0.0e+00",
+        "a wide image": "0.0e+00",
+        "a tall image": "0.0e+00",
+        "two images": "0.0e+00",
+        "no image": "-",
+    }
     assert all(float(figure) < 1e-5 for _, *figures in columns for figure in figures if figure != "-")
     assert "the same, to 1e-04 of the largest value" in result.stdout
 
@@ -37,10 +51,13 @@ UNTIED = pytest.mark.parametrize("models", ["untied"], indirect=True)
 
 
 @UNTIED
-@pytest.mark.parametrize("tensor, part", [
-    ("vision_tower.vision_model.encoder.layers.2.mlp.fc2.bias", "vision features"),
-    ("multi_modal_projector.linear_2.bias", "projected tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor, part",
+    [
+        ("vision_tower.vision_model.encoder.layers.2.mlp.fc2.bias", "vision features"),
+        ("multi_modal_projector.linear_2.bias", "projected tokens"),
+    ],
+)
 def test_the_first_part_that_differs_is_named(models, tmp_path, tensor, part):
     tensors = load_file(models.hf / "model.safetensors")
     tensors[tensor] += 0.01
@@ -72,7 +89,3 @@ class MakesAFolder:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-
-

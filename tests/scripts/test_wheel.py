@@ -28,7 +28,9 @@ def run(site, tmp_path_factory):
 
     def run(*words):
         environment = os.environ | {"PYTHONPATH": str(site)}
-        return subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True
+        )
 
     run.folder = folder
     return run
@@ -55,8 +57,15 @@ def test_examples_are_copied_whole_or_not_at_all(run):
     result = run("-m", "rsa_megatron", "examples", "--out", "mine")
     assert result.returncode == 0, result.stderr
     there = {str(path.relative_to(run.folder / "mine")) for path in (run.folder / "mine").rglob("*") if path.is_file()}
-    assert there >= {"pretrain_llava_rsa.py", "run_stages.sh", "mixtures/stage1.yaml", "slurm/multi_node.sbatch", "slurm/one_node.sh",
-                     "existing_jobs/megatron_lm.py", "demo/prepare_data.py"}  # fmt: skip
+    assert there >= {
+        "pretrain_llava_rsa.py",
+        "run_stages.sh",
+        "mixtures/stage1.yaml",
+        "slurm/multi_node.sbatch",
+        "slurm/one_node.sh",
+        "existing_jobs/megatron_lm.py",
+        "demo/prepare_data.py",
+    }
     assert os.access(run.folder / "mine" / "run_stages.sh", os.X_OK)
     again = run("-m", "rsa_megatron", "examples", "--out", "mine")
     assert (again.returncode, again.stderr) == (2, "error: --out mine exists: name another folder\n")
@@ -64,7 +73,16 @@ def test_examples_are_copied_whole_or_not_at_all(run):
 
 def test_the_wheel_trains(run, demo):
     """rsa_megatron.training is the example script, from the wheel."""
-    flags = ["--model", "demo", "--stage", "1", "--data-path", demo / "data" / "captions", "--tokenizer-model", demo / "tokenizer"]
+    flags = [
+        "--model",
+        "demo",
+        "--stage",
+        "1",
+        "--data-path",
+        demo / "data" / "captions",
+        "--tokenizer-model",
+        demo / "tokenizer",
+    ]
     result = run("-m", "rsa_megatron.training", *flags, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "model demo, stage 1, RSAConfig(" in result.stdout

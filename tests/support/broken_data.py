@@ -41,8 +41,22 @@ REASONS = {
 }
 
 #: good samples whose picture or text is an odd one: each is to be used
-ODD = ("grey", "bilevel", "cmyk", "alpha", "palette", "sixteen-bit", "animated", "rotated", "strip", "one-pixel", "unicode", "bom",
-       "long-text", "same-key-twice-in-json")  # fmt: skip
+ODD = (
+    "grey",
+    "bilevel",
+    "cmyk",
+    "alpha",
+    "palette",
+    "sixteen-bit",
+    "animated",
+    "rotated",
+    "strip",
+    "one-pixel",
+    "unicode",
+    "bom",
+    "long-text",
+    "same-key-twice-in-json",
+)
 
 
 def write(folder: Path, num_good: int = 40) -> None:

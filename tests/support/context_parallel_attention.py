@@ -68,5 +68,6 @@ def in_order() -> None:
     """A mistake to be seen: attention that takes the ranks' positions for halves of the row."""
     global positions
     use()
+
     def positions(rank, size, length):
         return torch.arange(length).chunk(size)[rank]

@@ -206,7 +206,9 @@ def build(provider):
     wrapped = Float16Module(config, model) if args.bf16 else model
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), wrapped)
     # Adam divides by the gradient's size: with a small eps rounding would decide where a gradient is zero.
-    settings = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=0.0, adam_eps=1e-2, bf16=args.bf16)
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=0.0, adam_eps=1e-2, bf16=args.bf16
+    )
     settings.params_dtype = config.params_dtype
     optimizer = get_megatron_optimizer(settings, [wrapped])
     config.grad_scale_func = optimizer.scale_loss
@@ -247,8 +249,10 @@ def main(argv: list[str], with_rsa: bool = False) -> list[dict[str, float]]:
 
         rsa = RSAPlugin()
         provider, step = rsa.wrap_model_provider(model_provider), rsa.wrap_forward_step(forward_step)
+
         def extra_arguments(parser):
             return rsa.add_arguments(add_job_arguments(parser))
+
     args = extra_arguments(argparse.ArgumentParser()).parse_args(argv)
     initialize()
     model, optimizer = build(provider)

@@ -74,7 +74,9 @@ def plain_loss(model, iteration: int, num_ranks: int, weight: float, mistake: st
     """The loss of a step over all ranks and micro-batches: eq. 6, with the LM loss as --loss-form takes it."""
     args, seen = core_job.args, []
     for index in range(core_job.NUM_MICRO_BATCHES):
-        seen.append([plain_forward(model, core_job.micro_batch(iteration, index, rank), mistake) for rank in range(num_ranks)])
+        seen.append(
+            [plain_forward(model, core_job.micro_batch(iteration, index, rank), mistake) for rank in range(num_ranks)]
+        )
     sums = torch.stack([torch.stack([rank["sum"] for rank in ranks]) for ranks in seen])
     counts = torch.stack([torch.stack([rank["count"] for rank in ranks]) for ranks in seen])
     kernels = [[torch.cat([rank[side] for rank in ranks]) for side in "vt"] for ranks in seen]
@@ -118,7 +120,12 @@ def plain_forward(model, batch: dict[str, Tensor], mistake: str) -> dict[str, Te
             t.append(outputs["decoder"][rows, b].mean(dim=0))
         tile += sum(own)
     count = mask_BL.sum()
-    return {"sum": (loss_BL * mask_BL).sum(), "count": count, "v": torch.stack(v).double(), "t": torch.stack(t).double()}
+    return {
+        "sum": (loss_BL * mask_BL).sum(),
+        "count": count,
+        "v": torch.stack(v).double(),
+        "t": torch.stack(t).double(),
+    }
 
 
 def caption_rows(row: list[int], loss_mask: Tensor, image_length: int, mistake: str) -> list[int]:

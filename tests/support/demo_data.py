@@ -46,8 +46,12 @@ def cached_demo() -> Path:
 def _hash_of_makers() -> str:
     found = hashlib.sha256(repr(SETTINGS).encode())
     data = ROOT / "rsa_megatron" / "data"
-    code = [EXAMPLES / "demo" / "prepare_data.py", *(EXAMPLES / "mixtures" / "demo").glob("*.yaml"),
-            *(data / "synthetic").glob("*.py"), *(data / "prepare").glob("*.py")]  # fmt: skip
+    code = [
+        EXAMPLES / "demo" / "prepare_data.py",
+        *(EXAMPLES / "mixtures" / "demo").glob("*.yaml"),
+        *(data / "synthetic").glob("*.py"),
+        *(data / "prepare").glob("*.py"),
+    ]
     for path in sorted(code):
         found.update(path.read_bytes())
     for package in PACKAGES:

@@ -50,7 +50,10 @@ def write_shards(captions: Path, out: Path, width: int, *, keep_images=False, ch
                 content, (key, _, kind) = old.extractfile(member).read(), member.name.partition(".")
                 if kind != "png" or keep_images:
                     _add(new, member.name, content)
-                if kind == "png" and (part := change(key, as_npy(embedding(key, width).astype(numpy.float16)))) is not None:
+                if (
+                    kind == "png"
+                    and (part := change(key, as_npy(embedding(key, width).astype(numpy.float16)))) is not None
+                ):
                     _add(new, f"{key}.npy", part)
     data_sets.index_data_set(out, "captions")
     return out
@@ -66,5 +69,3 @@ def say_whose(folder: Path, width: int) -> Path:
     """As the training script leaves it beside the checkpoints of such a run."""
     (folder / "run.json").write_text(json.dumps({"model": "tiny", "stage": "1", "image_embedding_width": width}))
     return folder
-
-

@@ -46,8 +46,18 @@ def written_out(image_ND, text_ND, *, epsilon=0.0, mistake=None, batch=None) -> 
     if mistake == "mean of each batch":
         drifted = torch.cat([part.mean(0).expand_as(part) for part in projected.split(batch)])
     shifted = projected - drifted + mean_x
-    return dict(mean_x=mean_x, mean_y=mean_y, t_x=t_x, t_y=t_y, s=s, scaled=scaled, projected=projected,
-                drifted=drifted, shifted=shifted, result=unit(shifted))  # fmt: skip
+    return dict(
+        mean_x=mean_x,
+        mean_y=mean_y,
+        t_x=t_x,
+        t_y=t_y,
+        s=s,
+        scaled=scaled,
+        projected=projected,
+        drifted=drifted,
+        shifted=shifted,
+        result=unit(shifted),
+    )
 
 
 NUMBERS = ("image_mean_D", "text_mean_D", "projected_mean_D", "scale", "image_trace", "text_trace")

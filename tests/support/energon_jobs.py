@@ -165,10 +165,17 @@ def write_data_set(folder, kind, sample_type, field_map):
             Image.new("RGB", (4, 4), (index, 9, 9)).save(picture, "PNG")
             text = "wide and tall"[: 2 + index % 12]
             record = {"caption": text} if kind == "captions" else {"question": text, "answer": "yes"}
-            writer.write({"__key__": f"{kind}-{index:02d}", "png": picture.getvalue(), "json": json.dumps(record).encode()})
-    BaseWebdatasetFactory.prepare_dataset(EPath(folder), ["train-0.tar"], split_parts_patterns=[("train", ".*")], workers=1)
+            writer.write(
+                {"__key__": f"{kind}-{index:02d}", "png": picture.getvalue(), "json": json.dumps(record).encode()}
+            )
+    BaseWebdatasetFactory.prepare_dataset(
+        EPath(folder), ["train-0.tar"], split_parts_patterns=[("train", ".*")], workers=1
+    )
     for name, settings in {
-        "dataset.yaml": {"sample_type": {"__module__": "megatron.energon", "__class__": sample_type}, "field_map": field_map},
+        "dataset.yaml": {
+            "sample_type": {"__module__": "megatron.energon", "__class__": sample_type},
+            "field_map": field_map,
+        },
         "crude.yaml": {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"},
     }.items():
         (folder / ".nv-meta" / name).write_text(yaml.safe_dump(settings))
@@ -193,9 +200,14 @@ def train_dataset(path, encoder, *, num_workers=0, batch_size=4, **more):
         path.write_text(yaml.safe_dump(mixture))
     config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers, seed_offset=3)
     return get_train_dataset(
-        str(path), worker_config=config, batch_size=batch_size, shuffle_buffer_size=10, max_samples_per_sequence=None,
-        task_encoder=encoder, **more,
-    )  # fmt: skip
+        str(path),
+        worker_config=config,
+        batch_size=batch_size,
+        shuffle_buffer_size=10,
+        max_samples_per_sequence=None,
+        task_encoder=encoder,
+        **more,
+    )
 
 
 def train_loader(path, encoder, **more):

@@ -30,9 +30,15 @@ def _by_plain_autograd(argv, initial, batch, tiles_of, detached):
     model.vision_model.register_forward_hook(lambda m, a, out: seen.update(vision=out))
     model.language_model.decoder.register_forward_hook(lambda m, a, out: seen.update(text=out))
     token_loss, _ = model(
-        batch.images, batch.tokens, None, None, labels=batch.labels, loss_mask=batch.loss_mask,
-        image_layouts=batch.image_layouts, sound_clips=torch.zeros(0),
-    )  # fmt: skip
+        batch.images,
+        batch.tokens,
+        None,
+        None,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        image_layouts=batch.image_layouts,
+        sound_clips=torch.zeros(0),
+    )
     lm_loss, num_targets, v, t = 0, 0, [], []
     tokens_of_tiles, in_rows = seen["vision"], seen["text"]
     for b, tiles in enumerate(TILES):
@@ -45,13 +51,22 @@ def _by_plain_autograd(argv, initial, batch, tiles_of, detached):
             caption = torch.nonzero(batch.rsa.caption_mask[b]).flatten()
             if "caption" in argv:  # by itself
                 alone = batch.tokens[b, caption][None]
-                model(batch.images[:0], alone, None, None, sound_clips=torch.zeros(0), image_layouts=torch.zeros(0, 6).long())
+                model(
+                    batch.images[:0],
+                    alone,
+                    None,
+                    None,
+                    sound_clips=torch.zeros(0),
+                    image_layouts=torch.zeros(0, 6).long(),
+                )
                 t.append(seen["text"][:, 0].mean(0))
             else:
                 t.append(in_rows[shift + caption, b].mean(0))
     v_ND, t_NE = torch.stack(v), torch.stack(t)
     lm_loss = lm_loss / num_targets
-    rsa_loss = rsa_loss_reference(v_ND.detach() if detached == "v" else v_ND, t_NE.detach() if detached == "t" else t_NE)
+    rsa_loss = rsa_loss_reference(
+        v_ND.detach() if detached == "v" else v_ND, t_NE.detach() if detached == "t" else t_NE
+    )
     parameters = dict(model.named_parameters())
     gradients = dict(zip(parameters.values(), torch.autograd.grad(lm_loss + 0.3 * rsa_loss, list(parameters.values()))))
     return {

@@ -15,11 +15,13 @@ from rsa_megatron.models.hf_config import read_architecture
 from tests.support import checkpoint_chunks
 
 HIDDEN, VOCAB_SIZE = 48, 70
-TOWER = dict(hidden_size=20, intermediate_size=27, num_hidden_layers=3, num_attention_heads=4, image_size=58,
-             patch_size=14)  # fmt: skip
+TOWER = dict(
+    hidden_size=20, intermediate_size=27, num_hidden_layers=3, num_attention_heads=4, image_size=58, patch_size=14
+)
 # 6 heads of 8 in 2 groups
-DECODER = dict(hidden_size=HIDDEN, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6,
-               num_key_value_heads=2)  # fmt: skip
+DECODER = dict(
+    hidden_size=HIDDEN, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2
+)
 
 # From the module tree of transformers 5.23 to each style: written by hand, apart from what is tested.
 STYLES = {
@@ -136,7 +138,11 @@ def write_training_checkpoint(folder, hf, state, num_ranks, stacked, padding=5, 
         if not row.num_layers:
             stored[row.key] = (layers[0].shape, checkpoint_chunks.cut(layers[0], num_ranks, dim))
         elif stacked:
-            cut = [chunk for layer, tensor in enumerate(layers) for chunk in checkpoint_chunks.cut(tensor, num_ranks, dim, (layer,))]
+            cut = [
+                chunk
+                for layer, tensor in enumerate(layers)
+                for chunk in checkpoint_chunks.cut(tensor, num_ranks, dim, (layer,))
+            ]
             stored[row.key] = (row.stored_shape, cut)
         else:
             for layer, tensor in enumerate(layers):

@@ -12,7 +12,18 @@ from checkpoint_conversion import __main__ as conversion
 from checkpoint_conversion import forward_comparison
 from tests.support import layouts, processes, tiny_hf
 
-MEGATRON_FLAGS = ["--train-iters", "1", "--seq-length", "256", "--eval-iters", "0", "--rsa-weight", "0", "--mutual-knn-samples", "0"]
+MEGATRON_FLAGS = [
+    "--train-iters",
+    "1",
+    "--seq-length",
+    "256",
+    "--eval-iters",
+    "0",
+    "--rsa-weight",
+    "0",
+    "--mutual-knn-samples",
+    "0",
+]
 
 
 class Models:
@@ -22,7 +33,10 @@ class Models:
         self.demo = demo
         self.hf = tiny_hf.write(folder / "hf", demo / "tokenizer", tied=tied)
         self.megatron = self.convert(folder / "megatron")
-        encoder, pictures = forward_comparison.make_encoder(self.hf), [forward_comparison.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)]
+        encoder, pictures = (
+            forward_comparison.make_encoder(self.hf),
+            [forward_comparison.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)],
+        )
         images = {f"{picture.width} x {picture.height}": [picture] for picture in pictures}
         images |= {"two images": pictures[1:3], "three images": pictures[6:9], "no image": []}
         # Captions of different lengths, so that rows of a batch are padded.
@@ -38,15 +52,29 @@ class Models:
         """The main job's arguments for this model."""
         data = str(self.demo / "data" / "captions")
         size = str(len(self.samples))
-        return ["--model", str(self.hf), "--tokenizer-model", str(self.hf), "--data-path", data, "--micro-batch-size", size,
-                "--global-batch-size", size, *MEGATRON_FLAGS, *flags]  # fmt: skip
+        return [
+            "--model",
+            str(self.hf),
+            "--tokenizer-model",
+            str(self.hf),
+            "--data-path",
+            data,
+            "--micro-batch-size",
+            size,
+            "--global-batch-size",
+            size,
+            *MEGATRON_FLAGS,
+            *flags,
+        ]
 
     def convert(self, out: Path) -> Path:
         """Another Megatron checkpoint of the same model."""
         conversion.main(["hf-to-megatron", "--hf", str(self.hf), "--out", str(out)])
         return out
 
-    def differences(self, world_size: int = 1, *flags: str, sabotage=None, checkpoint: Path | None = None) -> dict[str, float]:
+    def differences(
+        self, world_size: int = 1, *flags: str, sabotage=None, checkpoint: Path | None = None
+    ) -> dict[str, float]:
         """Largest differences of logits and losses over all samples, in one padded batch; absolute."""
         argv = self.flags("--load", str(checkpoint or self.megatron), *flags)
         ranks = processes.run(_logits_and_losses, world_size, argv, self.batch, sabotage)
@@ -85,18 +113,29 @@ def forward(trainer: layouts.Trainer, batch, **labels):
     def step(data_iterator, model):
         llava = get_attr_wrapped_model(model, "image_token_index", return_model_obj=True)
         output, mask = model(
-            batch.images if llava.pre_process else None, batch.tokens, None, None,
-            image_layouts=batch.image_layouts, sound_clips=torch.zeros(0), **labels,
-        )  # fmt: skip
+            batch.images if llava.pre_process else None,
+            batch.tokens,
+            None,
+            None,
+            image_layouts=batch.image_layouts,
+            sound_clips=torch.zeros(0),
+            **labels,
+        )
         masks.append(mask)
         return output, lambda output, non_loss_data: output
 
     for chunk in trainer.model:
         chunk.eval()
     outputs = get_forward_backward_func()(
-        forward_step_func=step, data_iterator=None, model=trainer.model, num_microbatches=1, seq_length=trainer.args.seq_length,
-        micro_batch_size=len(batch.tokens), forward_only=True, collect_non_loss_data=True,
-    )  # fmt: skip
+        forward_step_func=step,
+        data_iterator=None,
+        model=trainer.model,
+        num_microbatches=1,
+        seq_length=trainer.args.seq_length,
+        micro_batch_size=len(batch.tokens),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
     if not outputs:
         return None, None
     (output,) = outputs
@@ -140,14 +179,18 @@ def causal_tower():
 def last_norm_applied():
     from rsa_megatron.models import llava_onevision
 
-    llava_onevision._UnusedNorm.forward = lambda self, x: torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
+    llava_onevision._UnusedNorm.forward = lambda self, x: torch.nn.functional.layer_norm(
+        x, x.shape[-1:], self.weight, self.bias, 1e-6
+    )
 
 
 def rope_base_of_other_models():
     from rsa_megatron.models import llava_onevision
 
     right = llava_onevision.LlavaOneVision.__init__
-    llava_onevision.LlavaOneVision.__init__ = lambda self, *args, **sizes: right(self, *args, **sizes | {"rotary_base": 10000})
+    llava_onevision.LlavaOneVision.__init__ = lambda self, *args, **sizes: right(
+        self, *args, **sizes | {"rotary_base": 10000}
+    )
 
 
 def exact_gelu_in_the_tower():

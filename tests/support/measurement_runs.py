@@ -12,8 +12,16 @@ PAIRS = 24
 
 
 def flags(demo, store, *more) -> list[str]:
-    options = {"--data": demo / "data" / "captions", "--split": "val", "--num-samples": PAIRS, "--seeds": 1, "--batch-size": 7,
-               "--store": store, "--out": store / "x.jsonl", "--k": 5}  # fmt: skip
+    options = {
+        "--data": demo / "data" / "captions",
+        "--split": "val",
+        "--num-samples": PAIRS,
+        "--seeds": 1,
+        "--batch-size": 7,
+        "--store": store,
+        "--out": store / "x.jsonl",
+        "--k": 5,
+    }
     return [str(word) for option in options.items() for word in option] + list(map(str, more))
 
 

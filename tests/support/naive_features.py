@@ -23,14 +23,18 @@ def mean_of(rows) -> torch.Tensor:
 def image_features(kind, model, processor, image) -> list[torch.Tensor]:
     if kind == "qwen2_5_vl":
         pixels = processor.image_processor([image], return_tensors="pt")
-        states = model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"], output_hidden_states=True).hidden_states
+        states = model.visual(
+            pixels["pixel_values"], grid_thw=pixels["image_grid_thw"], output_hidden_states=True
+        ).hidden_states
         return [mean_of([*state]) for state in states]
     if kind == "llava_onevision":
         pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"][0, :1]
         skip = 0
     else:
         side = processor.image_processor.size["height"]
-        squashed = image.resize((side, side), transformers.image_utils.PILImageResampling(processor.image_processor.resample))
+        squashed = image.resize(
+            (side, side), transformers.image_utils.PILImageResampling(processor.image_processor.resample)
+        )
         pixels = processor.image_processor([squashed], crop_to_patches=False, return_tensors="pt")["pixel_values"]
         skip = 1
     states = model.vision_tower(pixels, output_hidden_states=True).hidden_states

@@ -30,7 +30,9 @@ def neighbour_sets(x, k):
     """Largest cosines first, rounded to nine digits so that equal rows are equal; then the smaller index."""
     table = cosines(x)
     n = len(table)
-    return [set(sorted((j for j in range(n) if j != i), key=lambda j: (-round(table[i][j], 9), j))[:k]) for i in range(n)]
+    return [
+        set(sorted((j for j in range(n) if j != i), key=lambda j: (-round(table[i][j], 9), j))[:k]) for i in range(n)
+    ]
 
 
 def mutual_knn(a, b, k):

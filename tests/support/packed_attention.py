@@ -18,7 +18,9 @@ class PackedAttention(torch.nn.Module):
             return self.one_sequence(query, key, value, attention_mask, **kwargs)
         assert attention_mask is None and packed_seq_params.qkv_format == "thd"
         outputs = []
-        for start, end in zip(packed_seq_params.cu_seqlens_q[:-1].tolist(), packed_seq_params.cu_seqlens_q[1:].tolist()):
+        for start, end in zip(
+            packed_seq_params.cu_seqlens_q[:-1].tolist(), packed_seq_params.cu_seqlens_q[1:].tolist()
+        ):
             if end > start:
                 one = (part[start:end, None] for part in (query, key, value))
                 outputs.append(self.one_sequence(*one, None, **kwargs)[:, 0])

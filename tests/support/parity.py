@@ -1,6 +1,5 @@
 """A layout against one process: the batches that both train on, and the largest differences of figures, gradients and parameters."""
 
-
 from tests.support import layouts, processes, tiny
 from tests.support.layouts import LAYOUTS, SINGLE, largest_difference
 
@@ -148,7 +147,9 @@ def of_every_kind(num_micro_batches) -> list[list]:
     """Captions, questions about an image, texts, and an empty row, as the last batch of an epoch has them; two pairs in each."""
     kinds = dict(eligible=(1, 0, 1, 0), tiles=(3, 1, 1, 0), num_targets=(9, 7, 8, 5))
     others = dict(eligible=(0, 1, 0, 1), tiles=(0, 2, 0, 1), num_targets=(0, 9, 8, 7))
-    return [[tiny.batch(100 * i + m, **(others if m % 2 else kinds)) for m in range(num_micro_batches)] for i in range(2)]
+    return [
+        [tiny.batch(100 * i + m, **(others if m % 2 else kinds)) for m in range(num_micro_batches)] for i in range(2)
+    ]
 
 
 # A parameter that has no gradient would be waited for, and asserted, when gradients are reduced as they come.

@@ -21,8 +21,10 @@ def measured(label="LLaVA", data="COCO", rows=5, columns=7, seeds=3, **others) -
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed + 100 * len(label + data))
         common_ND = torch.randn(N, 8, generator=generator)
-        sides = [[common_ND + (3 - 2.5 * layer / count) * torch.randn(N, 8, generator=generator) for layer in range(count)]
-                 for count in (rows, columns)]  # fmt: skip
+        sides = [
+            [common_ND + (3 - 2.5 * layer / count) * torch.randn(N, 8, generator=generator) for layer in range(count)]
+            for count in (rows, columns)
+        ]
         scores_SRC[seed] = [[mutual_knn(a_ND, b_ND, K) for b_ND in sides[1]] for a_ND in sides[0]]
     return line_of(scores_SRC, label=label, data=data) | others
 
@@ -32,24 +34,42 @@ def line_of(scores_SRC: np.ndarray, **names) -> dict:
     mean_RC, std_RC = scores_SRC.mean(0), scores_SRC.std(0, ddof=1) if seeds > 1 else None
 
     def pair(row, column):
-        return {"row": str(row), "column": str(column), "mean": mean_RC[row, column],
-                "std": None if std_RC is None else std_RC[row, column]}  # fmt: skip
+        return {
+            "row": str(row),
+            "column": str(column),
+            "mean": mean_RC[row, column],
+            "std": None if std_RC is None else std_RC[row, column],
+        }
 
     best = np.unravel_index(mean_RC.argmax(), mean_RC.shape)
     return {
-        "kind": "alignment", "rows": "vision", "columns": "text", "row_model": "a/tower", "column_model": "a/decoder",
-        "metric": "mutual-knn", "k": K, "num_samples": N, "seeds": list(range(seeds)), "text_reading": "caption-alone",
-        "row_layers": [str(i) for i in range(rows)], "column_layers": [str(i) for i in range(columns)],
-        "scores": scores_SRC.tolist(), "mean": mean_RC.tolist(), "std": None if std_RC is None else std_RC.tolist(),
-        "best": pair(*best), "last": pair(rows - 1, columns - 1), "chance": CHANCE,
-    } | names  # fmt: skip
+        "kind": "alignment",
+        "rows": "vision",
+        "columns": "text",
+        "row_model": "a/tower",
+        "column_model": "a/decoder",
+        "metric": "mutual-knn",
+        "k": K,
+        "num_samples": N,
+        "seeds": list(range(seeds)),
+        "text_reading": "caption-alone",
+        "row_layers": [str(i) for i in range(rows)],
+        "column_layers": [str(i) for i in range(columns)],
+        "scores": scores_SRC.tolist(),
+        "mean": mean_RC.tolist(),
+        "std": None if std_RC is None else std_RC.tolist(),
+        "best": pair(*best),
+        "last": pair(rows - 1, columns - 1),
+        "chance": CHANCE,
+    } | names
 
 
 def random_line() -> dict:
     layer = {"row_layers": ["standard normal"], "column_layers": ["standard normal"]}
     pair = {"row": "standard normal", "column": "standard normal", "mean": 0.08, "std": 0.01}
-    return line_of(np.array([[[0.07]], [[0.09]], [[0.08]]]), label="Random", data="standard normal",
-                   best=pair, last=pair, **layer)  # fmt: skip
+    return line_of(
+        np.array([[[0.07]], [[0.09]], [[0.08]]]), label="Random", data="standard normal", best=pair, last=pair, **layer
+    )
 
 
 def trained(arm="with RSA", seed=1, stage="1", data="scenes", rise=0.05, **others) -> dict:
@@ -58,8 +78,17 @@ def trained(arm="with RSA", seed=1, stage="1", data="scenes", rise=0.05, **other
     curve = [[i, round(start + rise * i / 40, 6)] for i in (10, 20, 30, 40)]
     loss = [[i, 1000.0 / i**2 + seed] for i in range(1, 41)]
     figures = {"mutual-knn": curve, "lm loss": [[i, 2 - 0.01 * i] for i in range(1, 41)], "rsa loss": loss}
-    return {"kind": "run", "data": data, "arm": arm, "seed": seed, "stage": stage, "figures": figures, "chance": 0.01,
-            "before": {"mutual-knn": start}, "accuracy": {"questions": 0.5 + 0.1 * seed}} | others  # fmt: skip
+    return {
+        "kind": "run",
+        "data": data,
+        "arm": arm,
+        "seed": seed,
+        "stage": stage,
+        "figures": figures,
+        "chance": 0.01,
+        "before": {"mutual-knn": start},
+        "accuracy": {"questions": 0.5 + 0.1 * seed},
+    } | others
 
 
 RISES = {"with RSA": 0.05, "without": 0.01}

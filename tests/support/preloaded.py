@@ -39,8 +39,15 @@ sys.exit(int(server.recv(16) or 70))
 
 
 #: what is loaded for commands that do not train, and must see CUDA as it is
-WITHOUT_MEGATRON = ("torch._dynamo", "torch.distributed.run", "numpy", "transformers.models.llava_onevision.modeling_llava_onevision",
-                    "megatron.energon", "webdataset", "safetensors.torch")  # fmt: skip
+WITHOUT_MEGATRON = (
+    "torch._dynamo",
+    "torch.distributed.run",
+    "numpy",
+    "transformers.models.llava_onevision.modeling_llava_onevision",
+    "megatron.energon",
+    "webdataset",
+    "safetensors.torch",
+)
 
 
 def python(*, with_megatron: bool = True) -> str:
@@ -49,7 +56,9 @@ def python(*, with_megatron: bool = True) -> str:
     Args:
         with_megatron: loaded, and made to run on the CPU, as for all ranks (warm.py); else WITHOUT_MEGATRON is.
     """
-    folder = Path(tempfile.mkdtemp(prefix="rsa-"))  # not below pytest's: the address of a socket has 108 characters at most
+    folder = Path(
+        tempfile.mkdtemp(prefix="rsa-")
+    )  # not below pytest's: the address of a socket has 108 characters at most
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program, address = folder / "python", str(folder / "server")
     listener = socket.socket(socket.AF_UNIX)
@@ -60,7 +69,9 @@ def python(*, with_megatron: bool = True) -> str:
     else:
         code = f"from tests.support import preloaded; preloaded.serve_without_megatron({listener.fileno()}, {str(program)!r})"
         environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # tests have no time to compile
-        server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, pass_fds=[listener.fileno()])
+        server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], env=environment, pass_fds=[listener.fileno()]
+        )
         atexit.register(server.kill)
     listener.close()
     program.write_text(_CLIENT.format(python=sys.executable, address=address))

@@ -131,7 +131,9 @@ def _rank(function, rank, world_size, folder):
     os.setpgrp()
     log = open(Path(folder) / f"output-{rank}", "w+")
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size

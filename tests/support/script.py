@@ -67,10 +67,23 @@ def parse_each(runs: list[tuple[list[str], dict | None]], world_size: int = 1) -
 
 def _tiny(demo: Path, data: Path) -> list[str]:
     return [
-        "--model", "tiny", "--seq-length", "128", "--log-interval", "1", "--train-iters", "6", "--global-batch-size", "8",
-        "--shuffle-buffer-size", "8",  # not 1000: what it holds is read before the first iteration
-        "--data-path", str(data), "--tokenizer-model", str(demo / "tokenizer"),
-    ]  # fmt: skip
+        "--model",
+        "tiny",
+        "--seq-length",
+        "128",
+        "--log-interval",
+        "1",
+        "--train-iters",
+        "6",
+        "--global-batch-size",
+        "8",
+        "--shuffle-buffer-size",
+        "8",  # not 1000: what it holds is read before the first iteration
+        "--data-path",
+        str(data),
+        "--tokenizer-model",
+        str(demo / "tokenizer"),
+    ]
 
 
 def _main(argv, sabotage) -> str:

@@ -62,7 +62,9 @@ def register() -> None:
     recipes.RECIPES["tiny", "1"] = settings
     sizes = {name: settings()[name] for name in ("micro_batch_size", "num_workers", "eval_iters", "mutual_knn_samples")}
     for stage in ("1.5", "2"):
-        recipes.RECIPES["tiny", stage] = lambda stage=stage: recipes.STAGES[stage]() | sizes | dict(image_grids=None, lr=1e-3)
+        recipes.RECIPES["tiny", stage] = lambda stage=stage: (
+            recipes.STAGES[stage]() | sizes | dict(image_grids=None, lr=1e-3)
+        )
 
 
 def layout(num_tiles: int) -> ImageLayout:
@@ -109,12 +111,16 @@ def text_batch(seed: int) -> LlavaBatch:
 
 def joined(*parts: LlavaBatch) -> LlavaBatch:
     """The samples of several batches in one."""
-    rsa = RSASamples(*(torch.cat([getattr(one.rsa, name) for one in parts]) for name in RSASamples.__dataclass_fields__))
+    rsa = RSASamples(
+        *(torch.cat([getattr(one.rsa, name) for one in parts]) for name in RSASamples.__dataclass_fields__)
+    )
     tensors = ("tokens", "labels", "loss_mask", "images", "image_layouts", "row_lengths")
     return LlavaBatch(
-        **{name: torch.cat([getattr(one, name) for one in parts]) for name in tensors}, rsa=rsa,
-        keys=sum((one.keys for one in parts), []), records=sum((one.records for one in parts), []),
-    )  # fmt: skip
+        **{name: torch.cat([getattr(one, name) for one in parts]) for name in tensors},
+        rsa=rsa,
+        keys=sum((one.keys for one in parts), []),
+        records=sum((one.records for one in parts), []),
+    )
 
 
 def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
@@ -123,7 +129,9 @@ def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
         return whole
     size = len(whole.keys) // count
     rows = slice(index * size, (index + 1) * size)
-    first_tile, first_image = (int(number[: rows.start].sum()) for number in (whole.rsa.num_tiles, whole.rsa.num_tiles > 0))
+    first_tile, first_image = (
+        int(number[: rows.start].sum()) for number in (whole.rsa.num_tiles, whole.rsa.num_tiles > 0)
+    )
     num_tiles, num_images = (int(number[rows].sum()) for number in (whole.rsa.num_tiles, whole.rsa.num_tiles > 0))
     return LlavaBatch(
         tokens=whole.tokens[rows],

@@ -23,10 +23,23 @@ CAPTIONS = [
     "Green apples in a bowl",
     "A train leaves the station in the rain, its lights on, while nobody waits on the platform.",
 ]
-TEXT = dict(vocab_size=1064, hidden_size=48, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=2)  # fmt: skip
-INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
-                   "video_token": "<video>"}  # fmt: skip
+TEXT = dict(
+    vocab_size=1064,
+    hidden_size=48,
+    intermediate_size=37,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    bos_token_id=None,
+    eos_token_id=2,
+)
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
@@ -57,19 +70,34 @@ def internvl(folder: Path) -> Path:
     tokenizer = train_tokenizer(CAPTIONS, folder)
     tokenizer.add_special_tokens({"additional_special_tokens": list(INTERNVL_TOKENS.values())})
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
         extra_special_tokens=INTERNVL_TOKENS,
-    )  # fmt: skip
+    )
     config = transformers.InternVLConfig(
-        vision_config=dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=28,
-                           image_size=[56, 56], patch_size=[14, 14]),
+        vision_config=dict(
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=28,
+            image_size=[56, 56],
+            patch_size=[14, 14],
+        ),
         text_config=dict(model_type="qwen2", **TEXT),
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=False,
-    )  # fmt: skip
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
     save(transformers.InternVLForConditionalGeneration, config, folder)
-    image_processor = transformers.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
+    image_processor = transformers.GotOcr2ImageProcessor(
+        size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4
+    )
     processor = transformers.InternVLProcessor(
-        image_processor, tokenizer, transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}), image_seq_length=4
+        image_processor,
+        tokenizer,
+        transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}),
+        image_seq_length=4,
     )
     processor.save_pretrained(folder)
     return folder
@@ -81,12 +109,23 @@ def qwen2_5_vl(folder: Path) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": QWEN_TOKENS})
     ids = tokenizer.convert_tokens_to_ids(QWEN_TOKENS)
     config = transformers.Qwen2_5_VLConfig(
-        vision_config=dict(depth=4, hidden_size=32, intermediate_size=28, num_heads=4, out_hidden_size=48, patch_size=14,
-                           window_size=56, fullatt_block_indexes=[2]),
+        vision_config=dict(
+            depth=4,
+            hidden_size=32,
+            intermediate_size=28,
+            num_heads=4,
+            out_hidden_size=48,
+            patch_size=14,
+            window_size=56,
+            fullatt_block_indexes=[2],
+        ),
         text_config=TEXT | dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])),
-        vision_start_token_id=ids[0], vision_end_token_id=ids[1], image_token_id=ids[2], video_token_id=ids[3],
+        vision_start_token_id=ids[0],
+        vision_end_token_id=ids[1],
+        image_token_id=ids[2],
+        video_token_id=ids[3],
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     save(transformers.Qwen2_5_VLForConditionalGeneration, config, folder)
     pixels = dict(patch_size=14, min_pixels=56 * 56, max_pixels=140 * 140)
     processor = transformers.Qwen2_5_VLProcessor(
@@ -121,25 +160,39 @@ def bert(folder: Path) -> Path:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=rust, cls_token="[CLS]", sep_token="[SEP]", pad_token="<|endoftext|>"
     ).save_pretrained(folder)
-    config = transformers.BertConfig(vocab_size=1064, hidden_size=36, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=28, max_position_embeddings=64)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=1064,
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=28,
+        max_position_embeddings=64,
+    )
     save(transformers.BertModel, config, folder)
     return folder
 
 
 def tower(name: str, folder: Path) -> Path:
     """A tower of 3 layers of 36 for itself, or with its text tower; 16 patches of 14 pixels."""
-    sizes = dict(hidden_size=36, num_hidden_layers=3, num_attention_heads=4, intermediate_size=28, image_size=56, patch_size=14)
+    sizes = dict(
+        hidden_size=36, num_hidden_layers=3, num_attention_heads=4, intermediate_size=28, image_size=56, patch_size=14
+    )
     side = {"size": {"height": 56, "width": 56}}
     make, config, image_processor = {
-        "siglip": (transformers.SiglipModel, _two_towers(transformers.SiglipConfig, sizes), transformers.SiglipImageProcessor),
+        "siglip": (
+            transformers.SiglipModel,
+            _two_towers(transformers.SiglipConfig, sizes),
+            transformers.SiglipImageProcessor,
+        ),
         "clip": (transformers.CLIPModel, _two_towers(transformers.CLIPConfig, sizes), transformers.CLIPImageProcessor),
         "vit": (transformers.ViTModel, transformers.ViTConfig(**sizes), transformers.ViTImageProcessor),
         "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config(**sizes), transformers.ViTImageProcessor),
-        "dinov2_with_registers": (transformers.Dinov2WithRegistersModel,
-                                  transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4),
-                                  transformers.ViTImageProcessor),
-    }[name]  # fmt: skip
+        "dinov2_with_registers": (
+            transformers.Dinov2WithRegistersModel,
+            transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4),
+            transformers.ViTImageProcessor,
+        ),
+    }[name]
     save(make, config, folder)
     image_processor(**side, crop_size=side["size"]).save_pretrained(folder)
     return folder

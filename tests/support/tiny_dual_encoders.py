@@ -11,18 +11,30 @@ from tests.support.tiny_backbones import CAPTIONS, save
 WIDTH = 24
 #: Tokens that their texts have at most: less than the longest of CAPTIONS.
 LONGEST = 12
-_VISION = dict(hidden_size=36, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28, image_size=56, patch_size=14)
-_TEXT = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28, vocab_size=1064,
-             max_position_embeddings=LONGEST)  # fmt: skip
+_VISION = dict(
+    hidden_size=36, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28, image_size=56, patch_size=14
+)
+_TEXT = dict(
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=28,
+    vocab_size=1064,
+    max_position_embeddings=LONGEST,
+)
 
 
 def clip(folder: Path) -> Path:
     """Texts begin with [BOS] and end with [EOS], whose state is their embedding, and are padded with [EOS] as OpenAI's are."""
-    bos, eos = _tokenizer(folder, "[BOS] $A [EOS]", ["[BOS]", "[EOS]"], pad_token="[EOS]", bos_token="[BOS]", eos_token="[EOS]")
+    bos, eos = _tokenizer(
+        folder, "[BOS] $A [EOS]", ["[BOS]", "[EOS]"], pad_token="[EOS]", bos_token="[BOS]", eos_token="[EOS]"
+    )
     text = _TEXT | dict(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)
     config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=WIDTH)
     save(transformers.CLIPModel, config, folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -39,7 +51,9 @@ def siglip(folder: Path) -> Path:
 def siglip2(folder: Path) -> Path:
     """For images of any shape: up to 16 patches, and a mask. Its tokens are letters."""
     letters = sorted(set("".join(CAPTIONS).lower().replace(" ", "▁")))
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters])}
+    vocabulary = {
+        token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters])
+    }
     tokenizer = transformers.Siglip2Tokenizer(vocabulary, [], model_max_length=LONGEST, padding_side="right")
     tokenizer.save_pretrained(folder)
     vision = {name: size for name, size in _VISION.items() if name != "image_size"} | dict(num_patches=16)
@@ -57,5 +71,7 @@ def _tokenizer(folder: Path, template: str, added: list[str], **options) -> list
     rust.add_special_tokens(added)
     ids = [rust.token_to_id(token) for token in added]
     rust.post_processor = processors.TemplateProcessing(single=template, special_tokens=[*zip(added, ids)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=rust, model_max_length=LONGEST, **options).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=rust, model_max_length=LONGEST, **options).save_pretrained(
+        folder
+    )
     return ids

@@ -19,8 +19,21 @@ from rsa_megatron.models.hf_files import write_model_files
 
 # (height, width): square, wide and tall, more than the grids hold, less than a tile, and one whose number of tokens
 # hangs on the rounding.
-IMAGE_SIZES = [(58, 58), (60, 80), (80, 60), (42, 63), (113, 128), (135, 240), (240, 135), (20, 200), (200, 20), (150, 150),
-               (234, 104), (348, 348), (17, 23)]  # fmt: skip
+IMAGE_SIZES = [
+    (58, 58),
+    (60, 80),
+    (80, 60),
+    (42, 63),
+    (113, 128),
+    (135, 240),
+    (240, 135),
+    (20, 200),
+    (200, 20),
+    (150, 150),
+    (234, 104),
+    (348, 348),
+    (17, 23),
+]
 
 
 def architecture(*, tied: bool) -> Architecture:
@@ -52,7 +65,9 @@ def write(folder: Path, tokenizer: Path, *, tied: bool, dtype: torch.dtype = tor
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": str(dtype).removeprefix("torch.")}))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, parameter in LlavaOnevisionForConditionalGeneration(AutoConfig.from_pretrained(folder)).named_parameters():
+    for name, parameter in LlavaOnevisionForConditionalGeneration(
+        AutoConfig.from_pretrained(folder)
+    ).named_parameters():
         if not (tied and name == "lm_head.weight"):
             tensors[_hub_name(name)] = _random(name, parameter.shape, generator).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

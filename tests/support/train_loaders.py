@@ -33,7 +33,9 @@ def train_loader(
     demo, encoder, *, num_workers=0, rank=0, world_size=1, micro_batch_size=4, shuffle_buffer_size=20, kind="captions"
 ):
     config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=5)
-    return processes.kept(TrainLoader(str(demo / "data" / kind), encoder, config, micro_batch_size, shuffle_buffer_size))
+    return processes.kept(
+        TrainLoader(str(demo / "data" / kind), encoder, config, micro_batch_size, shuffle_buffer_size)
+    )
 
 
 def keys(loader, count):

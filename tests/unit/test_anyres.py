@@ -60,11 +60,14 @@ def test_known_token_counts(size, expected):
     assert tokens(*size) == expected
 
 
-@pytest.mark.parametrize("name, wrong, size, expected, count", [
-    ("round", lambda number, digits: number, (1872, 832), 7329, 7317),  # as LLaVA's own code
-    ("_LEAST_SHRINKING", 1.0, (768, 1920), 8073, 7308),
-    ("_LEAST_SHRINKING", 1.4, (1080, 1920), 7269, 10929),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, wrong, size, expected, count",
+    [
+        ("round", lambda number, digits: number, (1872, 832), 7329, 7317),  # as LLaVA's own code
+        ("_LEAST_SHRINKING", 1.0, (768, 1920), 8073, 7308),
+        ("_LEAST_SHRINKING", 1.4, (1080, 1920), 7269, 10929),
+    ],
+)
 def test_another_arithmetic_gives_other_counts(monkeypatch, name, wrong, size, expected, count):
     assert tokens(*size) == expected
     monkeypatch.setattr(anyres, name, wrong, raising=False)

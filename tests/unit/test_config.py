@@ -12,19 +12,27 @@ from rsa_megatron.alignment.loss import NORMALIZATIONS
 
 def test_the_defaults_are_the_papers():
     assert RSAConfig() == RSAConfig(
-        weight=0.01, distance="euclidean", image_pooling="base", base_tile="first", stop_gradient="none", normalize="none"
+        weight=0.01,
+        distance="euclidean",
+        image_pooling="base",
+        base_tile="first",
+        stop_gradient="none",
+        normalize="none",
     )
 
 
-@pytest.mark.parametrize("setting, message", [
-    (dict(weight=-0.1), "--rsa-weight must be 0 or more, not -0.1"),
-    (dict(weight=float("nan")), "--rsa-weight must be 0 or more"),
-    (dict(distance="chebyshev"), "--rsa-distance must be one of euclidean, .*, not 'chebyshev'"),
-    (dict(image_pooling="max"), "--rsa-image-pooling must be one of base, full"),
-    (dict(base_tile="middle"), "--rsa-base-tile must be one of first, last"),
-    (dict(stop_gradient="both"), "--rsa-stop-gradient must be one of none, text, vision"),
-    (dict(normalize="std"), "--rsa-normalize must be one of none, mean-distance"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(weight=-0.1), "--rsa-weight must be 0 or more, not -0.1"),
+        (dict(weight=float("nan")), "--rsa-weight must be 0 or more"),
+        (dict(distance="chebyshev"), "--rsa-distance must be one of euclidean, .*, not 'chebyshev'"),
+        (dict(image_pooling="max"), "--rsa-image-pooling must be one of base, full"),
+        (dict(base_tile="middle"), "--rsa-base-tile must be one of first, last"),
+        (dict(stop_gradient="both"), "--rsa-stop-gradient must be one of none, text, vision"),
+        (dict(normalize="std"), "--rsa-normalize must be one of none, mean-distance"),
+    ],
+)
 def test_what_it_cannot_mean_is_named(setting, message):
     with pytest.raises(ValueError, match=message):
         RSAConfig(**setting)

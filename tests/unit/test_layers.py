@@ -29,17 +29,42 @@ ARROWS = {
     "planning": ["hooks", "models"],
     "evaluation": ["alignment", "batch", "data", "hooks"],
     "plots": ["json_lines"],
-    "training": ["batch", "config", "data", "evaluation", "example_files", "hooks", "megatron_on_cpu", "models", "planning", "plugin",
-                 "recipes"],
-    "cli": ["alignment", "anyres", "data", "evaluation", "example_files", "json_lines", "models", "planning", "plots", "realign",
-            "recipes", "training"],
+    "training": [
+        "batch",
+        "config",
+        "data",
+        "evaluation",
+        "example_files",
+        "hooks",
+        "megatron_on_cpu",
+        "models",
+        "planning",
+        "plugin",
+        "recipes",
+    ],
+    "cli": [
+        "alignment",
+        "anyres",
+        "data",
+        "evaluation",
+        "example_files",
+        "json_lines",
+        "models",
+        "planning",
+        "plots",
+        "realign",
+        "recipes",
+        "training",
+    ],
     "checkpoint_conversion": ["anyres", "batch", "data", "megatron_on_cpu", "models"],
-}  # fmt: skip
+}
 
 # Of other packages, what each may not import. Only training/ imports megatron.training.
 FORBIDDEN = {
-    **dict.fromkeys(["config", "anyres", "recipes", "json_lines", "job_queue", "job_commands", "example_files"],
-                    ["torch", "numpy", "megatron", "transformers", "PIL"]),
+    **dict.fromkeys(
+        ["config", "anyres", "recipes", "json_lines", "job_queue", "job_commands", "example_files"],
+        ["torch", "numpy", "megatron", "transformers", "PIL"],
+    ),
     **dict.fromkeys(["batch", "alignment", "realign", "planning", "atomic"], ["megatron", "transformers", "PIL"]),
     **dict.fromkeys(["hooks", "plugin"], ["megatron.training", "megatron.energon", "transformers", "PIL"]),
     "models": ["megatron.training", "megatron.energon", "PIL"],
@@ -50,7 +75,7 @@ FORBIDDEN = {
     "cli": ["megatron"],
     "checkpoint_conversion": ["megatron.training", "megatron.energon"],
     "training": [],
-}  # fmt: skip
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -97,7 +122,12 @@ def test_no_arrow_comes_back():
 
 
 def test_the_plugin_needs_config_batch_alignment_and_hooks():
-    assert not any("rsa_megatron.atomic" in name for place in ("plugin", "hooks", "alignment") for file in files_of(place) for name in imports(file))
+    assert not any(
+        "rsa_megatron.atomic" in name
+        for place in ("plugin", "hooks", "alignment")
+        for file in files_of(place)
+        for name in imports(file)
+    )
     closure, new = set(), {"plugin"}
     while new:
         closure |= new

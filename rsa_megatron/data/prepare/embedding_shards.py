@@ -83,7 +83,9 @@ def tell(key: str, record: dict | None, caption: str, *, by_id: bool = False) ->
     turns, texts = checked_turns(record)
     count = sum(text.count(IMAGE_TOKEN) for text in texts)
     if count > 1:
-        raise Unusable(f"whose text has several {IMAGE_TOKEN}", f"{key}: its text has {count} {IMAGE_TOKEN} for one embedding")
+        raise Unusable(
+            f"whose text has several {IMAGE_TOKEN}", f"{key}: its text has {count} {IMAGE_TOKEN} for one embedding"
+        )
     found = key if record.get("id") is None else record["id"]
     return Told(str(found) if by_id else key, found, turns if count else with_image_token(turns))
 
@@ -160,9 +162,13 @@ def _write(folder: Path, parts: Mapping[str, Iterable[Told]], table: EmbeddingTa
             counts[part] += 1
         shards.close()
     if missing:
-        raise ValueError(f"{_in_words(missing)} no embedding, of {len(keys)} samples; embed them, or leave these samples out")
+        raise ValueError(
+            f"{_in_words(missing)} no embedding, of {len(keys)} samples; embed them, or leave these samples out"
+        )
     if doubled := _doubled(keys):
-        raise ValueError(f"{_in_words(doubled)} more than one sample, which would share an embedding; give each its own key")
+        raise ValueError(
+            f"{_in_words(doubled)} more than one sample, which would share an embedding; give each its own key"
+        )
     if not keys:
         raise ValueError("there is no sample to write; name other data")
     return counts

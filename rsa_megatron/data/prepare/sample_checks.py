@@ -81,7 +81,9 @@ def check(record: Record, image_root: Path) -> ImportedSample:
         turns = with_image_token(turns)
         num_told = 1
     if num_told != len(images):
-        raise Unusable("number of images", f"its text has {num_told} {IMAGE_TOKEN} and the record {len(images)} image(s)")
+        raise Unusable(
+            "number of images", f"its text has {num_told} {IMAGE_TOKEN} and the record {len(images)} image(s)"
+        )
     number = f"{record.number:06d}" if number is None else number
     return ImportedSample(record.number, number, turns, texts, [_load(image, image_root) for image in images])
 
@@ -136,7 +138,9 @@ def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
         (image,) = decode_images({"png": data})  # as training will
     except Exception as error:  # Pillow raises whatever a decoder of broken bytes comes upon
         # The bytes' address in memory would differ from run to run.
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error).removeprefix("png: ")
+        reason = (
+            "no known image format" if isinstance(error, UnidentifiedImageError) else str(error).removeprefix("png: ")
+        )
         raise Unusable("unreadable image", f"{name} cannot be decoded: {reason or type(error).__name__}") from error
     return ImportedImage(data, extension, image.height, image.width, path)
 

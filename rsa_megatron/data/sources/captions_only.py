@@ -35,7 +35,11 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
     if captions is None:
         return open_pairs(path, split=split, language=language)
     if not len(captions):
-        reasons = f": {in_words(captions.left_out)}" if captions.left_out else "; name a .txt of a caption a line, or LLaVA's records"
+        reasons = (
+            f": {in_words(captions.left_out)}"
+            if captions.left_out
+            else "; name a .txt of a caption a line, or LLaVA's records"
+        )
         raise ValueError(f"{path}: there is no caption in it{reasons}")
     return captions
 

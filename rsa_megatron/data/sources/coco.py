@@ -51,7 +51,9 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
     """COCO's captions: of each image the caption of lowest annotation id."""
     for name in ("images", "annotations"):
         if not isinstance(content.get(name), list):
-            raise ValueError(f"{path} has no list {name!r}, its keys are {', '.join(content)}; name COCO's captions_*.json")
+            raise ValueError(
+                f"{path} has no list {name!r}, its keys are {', '.join(content)}; name COCO's captions_*.json"
+            )
     captions = {}
     try:
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
@@ -59,7 +61,9 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
                 captions.setdefault(annotation["image_id"], annotation["caption"])
         names = [(image["id"], image["file_name"]) for image in content["images"]]
     except KeyError as error:
-        raise ValueError(f"{path}: an entry has no {error}; name COCO's captions_*.json, not instances_*.json") from error
+        raise ValueError(
+            f"{path}: an entry has no {error}; name COCO's captions_*.json, not instances_*.json"
+        ) from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no captions file of COCO's: {error}") from error
     found = FoundPairs(root)

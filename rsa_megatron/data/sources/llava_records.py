@@ -163,7 +163,9 @@ class CaptionFolder:
         if stem not in self._texts:
             raise Unusable("no text", f"{images[0]} has no {stem}.txt beside it")
         try:
-            caption = inside(self.image_root.resolve(), stem + ".txt").read_bytes().decode("utf-8-sig", "surrogateescape")
+            caption = (
+                inside(self.image_root.resolve(), stem + ".txt").read_bytes().decode("utf-8-sig", "surrogateescape")
+            )
         except OSError as error:
             raise Unusable("no text", f"{stem}.txt cannot be read: {error}") from error
         turns = [{"from": "human", "value": CAPTION_PROMPT}, {"from": "gpt", "value": caption.strip()}]

@@ -27,8 +27,10 @@ from rsa_megatron.data.sources.shards import read_shards
 __all__ = ["CaptionedImage", "Pairs", "in_words", "open_pairs", "sample"]
 
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
-_FORMS = ("a folder of shards that rsa-megatron data pack has written, a mixture.yaml, COCO's captions .json, a .csv, .tsv or "
-          ".parquet with a column of captions, or a folder of images with a .txt beside each")  # fmt: skip
+_FORMS = (
+    "a folder of shards that rsa-megatron data pack has written, a mixture.yaml, COCO's captions .json, a .csv, .tsv or "
+    ".parquet with a column of captions, or a folder of images with a .txt beside each"
+)
 
 
 def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "val", language: str = "en") -> Pairs:

@@ -110,7 +110,9 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
         if len(chosen) == num_samples:
             return [chosen[index] for index in sorted(chosen)]
     left_out = f"; left out: {in_words(pairs.left_out)}" if pairs.left_out else ""
-    raise ValueError(f"--num-samples {num_samples}: there are {len(chosen)} pairs with a caption; lower it{left_out}{fault}")
+    raise ValueError(
+        f"--num-samples {num_samples}: there are {len(chosen)} pairs with a caption; lower it{left_out}{fault}"
+    )
 
 
 def every(pairs: Pairs) -> list[CaptionedImage]:

@@ -104,7 +104,9 @@ def parts_of(folder: Path) -> list[str]:
     """The parts of a folder of shards that have any: train, val, ...; ValueError where its index cannot be read."""
     parts = _nv_meta(folder, "split.yaml").get("split_parts")
     if not isinstance(parts, dict):
-        raise ValueError(f"{folder / '.nv-meta' / 'split.yaml'} names no split_parts; run `energon prepare --force-overwrite {folder}`")
+        raise ValueError(
+            f"{folder / '.nv-meta' / 'split.yaml'} names no split_parts; run `energon prepare --force-overwrite {folder}`"
+        )
     return [part for part, shards in parts.items() if shards]
 
 
@@ -127,8 +129,10 @@ def _data_sets(path: Path, split: str) -> list[LoadedDataset]:
     try:
         return load_dataset(path).get_datasets(training=False, split_part=split, worker_config=config).datasets
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
-        raise ValueError(f"{path}, part {split!r}: {error}; name another --split, or data that has this one "
-                         "(rsa-megatron data pack --val) and all of whose data sets are there") from error  # fmt: skip
+        raise ValueError(
+            f"{path}, part {split!r}: {error}; name another --split, or data that has this one "
+            "(rsa-megatron data pack --val) and all of whose data sets are there"
+        ) from error
 
 
 def _local(path: Path, loaded: LoadedDataset) -> Path:
@@ -140,7 +144,9 @@ def _local(path: Path, loaded: LoadedDataset) -> Path:
 def _images_of(path: Path, loaded: LoadedDataset) -> Path:
     store = (loaded.aux or {}).get("images")
     if store is None:
-        raise ValueError(f"{path}: {loaded.dataset.path} has no images: add `aux: {{images: filesystem://FOLDER}}` to it")
+        raise ValueError(
+            f"{path}: {loaded.dataset.path} has no images: add `aux: {{images: filesystem://FOLDER}}` to it"
+        )
     return Path(str(store.get_path())).resolve()
 
 
@@ -162,7 +168,9 @@ def _indexed(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, needs_i
                         stored += _stored(f"{prefix}{shard.name}/{key}", parts, left_out, needs_image)
                 first += len(samples)
     except sqlite3.Error as error:
-        raise ValueError(f"{index} cannot be read: {error}; run `energon prepare --force-overwrite {folder}`") from error
+        raise ValueError(
+            f"{index} cannot be read: {error}; run `energon prepare --force-overwrite {folder}`"
+        ) from error
     return Pairs([sample.key for sample in stored], lambda number: stored[number].load(), left_out)
 
 

@@ -26,7 +26,16 @@ from rsa_megatron.data.sources.coco import FoundPairs, answers
 from rsa_megatron.data.sources.pairs import Pairs, Row, Table
 
 # Of each the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
-_CAPTIONS = ("caption_reference_description", "raw", "comment", "caption", "captions", "text", "conversations", "messages")
+_CAPTIONS = (
+    "caption_reference_description",
+    "raw",
+    "comment",
+    "caption",
+    "captions",
+    "text",
+    "conversations",
+    "messages",
+)
 _FILES = ("file_name", "filename", "image_name", "image_path", "image_file", "image")
 _ADDRESSES = ("image_url", "url")
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; a quotation mark without its
@@ -54,12 +63,16 @@ class _Roles:
         if roles.caption is None:
             raise ValueError(f"{table.path} has no column of captions ({', '.join(_CAPTIONS)}), {theirs}")
         if not (roles.file or roles.address or table.image_column):
-            raise ValueError(f"{table.path} has no column that names images ({', '.join(_FILES + _ADDRESSES)}), {theirs}")
+            raise ValueError(
+                f"{table.path} has no column that names images ({', '.join(_FILES + _ADDRESSES)}), {theirs}"
+            )
         return roles
 
     def name_of(self, content: dict) -> str | None:
         """What names the image: its file, or its address."""
-        return next((str(content[column]) for column in (self.file, self.address) if column and content.get(column)), None)
+        return next(
+            (str(content[column]) for column in (self.file, self.address) if column and content.get(column)), None
+        )
 
     def file_of(self, content: dict) -> str | None:
         """The image's file, as it is called in the folder of images; None where nothing names it."""
@@ -88,7 +101,11 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
     found, passed = FoundPairs(root), {"split": Counter(), "language": Counter()}
     folder = os.path.commonpath([file.parent for file in files])
     for file in files:
-        table = _parquet(file, os.path.relpath(file, folder), root) if file.suffix.lower() == ".parquet" else _delimited(file)
+        table = (
+            _parquet(file, os.path.relpath(file, folder), root)
+            if file.suffix.lower() == ".parquet"
+            else _delimited(file)
+        )
         roles = _Roles.of(table)
         for row in table.rows:
             if roles.split and row.content.get(roles.split) != split:
@@ -100,7 +117,9 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
     for name, wanted in (("split", split), ("language", language)):
         if passed[name]:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in passed[name].most_common(8))
-            found.left_out[f"of another {name} than {wanted!r} (--{name} names it; there are {kinds})"] = passed[name].total()
+            found.left_out[f"of another {name} than {wanted!r} (--{name} names it; there are {kinds})"] = passed[
+                name
+            ].total()
     return found.pairs()
 
 

@@ -50,7 +50,9 @@ def write_data_set(folder: Path, kind: str, sizes: Sizes) -> None:
     with atomic.new_folder(folder) as unfinished:
         counts = {"train": sizes.train, "val": sizes.validation} | ({"test": sizes.test} if sizes.test else {})
         for split, count in counts.items():
-            with webdataset.ShardWriter(f"{unfinished}/{split}-%05d.tar", maxcount=sizes.shard_size, verbose=0) as writer:
+            with webdataset.ShardWriter(
+                f"{unfinished}/{split}-%05d.tar", maxcount=sizes.shard_size, verbose=0
+            ) as writer:
                 for index in tqdm(range(count), desc=f"{folder} {split}", unit="scene", mininterval=1):
                     writer.write(stored_sample(kind, index, split, sizes))
         index_data_set(unfinished, kind)
@@ -82,7 +84,9 @@ def scene_of(kind: str, index: int, split: str, sizes: Sizes) -> scenes.Scene:
     if split != "test":
         return scenes.make_scene(seed, index, validation=split == "val")
     candidates = (scenes.make_scene(f"{seed}/test/{number}", index, validation=True) for number in itertools.count())
-    return next(scene for scene in candidates if content(scene) not in validation_contents(sizes.seed, sizes.validation))
+    return next(
+        scene for scene in candidates if content(scene) not in validation_contents(sizes.seed, sizes.validation)
+    )
 
 
 def content(scene: scenes.Scene) -> tuple:
@@ -125,7 +129,9 @@ def write_tokenizer(folder: Path, sizes: Sizes) -> None:
         turn["value"]
         for kind in KINDS[:3]  # the words are in the questions too
         for index in tqdm(range(min(sizes.train, 2000)), desc=f"{folder} {kind}", unit="text", mininterval=1)
-        for turn in conversations(kind, scenes.make_scene(sizes.seed + KINDS.index(kind), index, validation=False), index)
+        for turn in conversations(
+            kind, scenes.make_scene(sizes.seed + KINDS.index(kind), index, validation=False), index
+        )
     ]
     with atomic.new_folder(folder) as unfinished:
         train_tokenizer(texts, unfinished)

@@ -15,8 +15,25 @@ SCRIPT = BENCHMARKS / "against_huggingface.py"
 
 
 def test_both_sides_begin_alike_and_figures_are_appended(tmp_path):
-    command = [sys.executable, SCRIPT, "--threads", "1", "--batch-size", "2", "--text-tokens", "8", "--turns", "2", "--steps", "1",
-               "--trainable", "vision", "projector", "--append", tmp_path / "f.jsonl"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--threads",
+        "1",
+        "--batch-size",
+        "2",
+        "--text-tokens",
+        "8",
+        "--turns",
+        "2",
+        "--steps",
+        "1",
+        "--trainable",
+        "vision",
+        "projector",
+        "--append",
+        tmp_path / "f.jsonl",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     (figures,) = map(json.loads, (tmp_path / "f.jsonl").read_text().splitlines())
@@ -51,11 +68,17 @@ def test_sides_that_are_not_alike_are_not_timed(monkeypatch):
         against_huggingface.compare({"megatron": Side(6.0006), "transformers": Side(6.0)}, args)
 
 
-@pytest.mark.parametrize("name, part", [
-    ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", "vision"), ("model.image_newline", "projector"),
-    ("model.multi_modal_projector.linear_1.bias", "projector"), ("model.language_model.embed_tokens.weight", "embeddings"),
-    ("model.language_model.layers.0.mlp.up_proj.weight", "language"), ("lm_head.weight", "language"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", "vision"),
+        ("model.image_newline", "projector"),
+        ("model.multi_modal_projector.linear_1.bias", "projector"),
+        ("model.language_model.embed_tokens.weight", "embeddings"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "language"),
+        ("lm_head.weight", "language"),
+    ],
+)
 def test_parts_are_told_by_transformers_names(monkeypatch, name, part):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import against_huggingface

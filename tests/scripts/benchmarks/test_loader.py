@@ -16,8 +16,24 @@ sys.path.append(str(SCRIPT.parent))
 
 
 def test_it_measures_prints_and_appends(tmp_path):
-    command = [sys.executable, SCRIPT, "--captions", "64", "--images", "8", "--sizes", "90x60", "400x20", "--workers", "0", "1",
-               "--runs", "1", "--append", tmp_path / "f.jsonl"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--captions",
+        "64",
+        "--images",
+        "8",
+        "--sizes",
+        "90x60",
+        "400x20",
+        "--workers",
+        "0",
+        "1",
+        "--runs",
+        "1",
+        "--append",
+        tmp_path / "f.jsonl",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "f.jsonl").read_text())

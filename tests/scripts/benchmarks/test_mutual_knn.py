@@ -14,8 +14,20 @@ SCRIPT = BENCHMARKS / "mutual_knn.py"
 
 
 def test_it_measures_prints_and_appends(tmp_path):
-    command = [sys.executable, SCRIPT, "--threads", "1", "--device", "cpu", "--sizes", "600", "--runs", "1",
-               "--append", tmp_path / "f.jsonl"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--sizes",
+        "600",
+        "--runs",
+        "1",
+        "--append",
+        tmp_path / "f.jsonl",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]

@@ -22,8 +22,11 @@ def test_it_measures_prints_and_appends(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
     assert [(line["dtype"], line["files"]) for line in lines] == [
-        ("float32", "cached"), ("float32", "disk"), ("float16", "cached"), ("float16", "disk")
-    ]  # fmt: skip
+        ("float32", "cached"),
+        ("float32", "disk"),
+        ("float16", "cached"),
+        ("float16", "disk"),
+    ]
     for figures in lines:
         assert all(seconds > 0 for seconds in figures["seconds"].values())
         assert figures["difference"] < 1e-12  # sums of 2e4 numbers below 1 in another order

@@ -19,7 +19,9 @@ def test_it_measures_prints_and_appends(tmp_path):
     command = [sys.executable, SCRIPT, "--threads", "1", "--sizes", "48", "--widths", "24:48", "--seconds", "0.001"]
     # (Compiling takes half a minute.)
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
-    result = subprocess.run([*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
     assert [(row["N"], row["inputs"]) for row in rows] == [(48, "float32"), (48, "bfloat16")]
@@ -36,11 +38,17 @@ def test_it_measures_prints_and_appends(tmp_path):
 def test_fused_blocks_take_their_turns_where_they_can_be_had(tmp_path):
     command = [PYTHON, SCRIPT, "--threads", "1", "--sizes", "48", "--widths", "24:48", "--seconds", "0.001"]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
-    result = subprocess.run([*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [*command, "--append", tmp_path / "f.jsonl"], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "f.jsonl").read_text().splitlines()[0])
     errors = figures["errors"]
-    assert list(errors) == list(figures["gemm_parts"]) == ["ours", "fused ieee", "fused tf32x3", "fused tf32", "fused bf16"]
+    assert (
+        list(errors)
+        == list(figures["gemm_parts"])
+        == ["ours", "fused ieee", "fused tf32x3", "fused tf32", "fused bf16"]
+    )
     # float32; TF32 has 11 bits, bf16 8, and a row and w are rounded
     assert errors["ours"] == figures["error"] and max(errors["fused ieee"], errors["fused tf32x3"]) < 1e-5
     assert 1e-4 < errors["fused tf32"] < 4 * 2**-11 and 1e-3 < errors["fused bf16"] < 4 * 2**-8

@@ -18,7 +18,16 @@ pytestmark = pytest.mark.usefixtures("preloaded_benchmarks")
 
 
 def test_every_rank_gathers_once_and_sends_nothing_in_backward(tmp_path):
-    command = [sys.executable, BENCHMARKS / "rsa_ranks.py", "--sizes", "32", "--runs", "1", "--append", tmp_path / "f.jsonl"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "rsa_ranks.py",
+        "--sizes",
+        "32",
+        "--runs",
+        "1",
+        "--append",
+        tmp_path / "f.jsonl",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     points = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
@@ -68,7 +77,18 @@ def test_flops_of_all_ranks_are_3_to_4_times_n_squared_w(num_ranks):
 
 
 def test_the_table_of_gpus_is_arithmetic_of_its_rates(tmp_path, monkeypatch, capsys):
-    flags = ["--ranks", "64", "--micro-batches", "2", "--gpu-tflops", "40", "--gbytes-per-s", "50", "--hop-microseconds", "3"]
+    flags = [
+        "--ranks",
+        "64",
+        "--micro-batches",
+        "2",
+        "--gpu-tflops",
+        "40",
+        "--gbytes-per-s",
+        "50",
+        "--hop-microseconds",
+        "3",
+    ]
     monkeypatch.setattr(sys, "argv", ["rsa_on_paper.py", *flags, "--append", str(tmp_path / "f.jsonl")])
     rsa_on_paper.main()
     figures = json.loads((tmp_path / "f.jsonl").read_text())
@@ -90,7 +110,9 @@ def test_the_most_ranks_are_just_within_a_percent_of_a_step():
         assert rsa_on_paper.on_paper(most, 1, rates)[part] <= 0.01 < rsa_on_paper.on_paper(most + 1, 1, rates)[part]
 
 
-@pytest.mark.parametrize("num_own, num_pairs", [(1, 224), (8, 1792), (300, 2400), (1024, 4096), (1500, 9000), (5000, 5000)])
+@pytest.mark.parametrize(
+    "num_own, num_pairs", [(1, 224), (8, 1792), (300, 2400), (1024, 4096), (1500, 9000), (5000, 5000)]
+)
 def test_blocks_are_as_many_as_the_loss_makes(num_own, num_pairs):
     first = (num_pairs - num_own) // 2
     blocks = loss._block_pairs(slice(first, first + num_own), num_pairs, (rsa_on_paper.BLOCK_ROWS,) * 2)

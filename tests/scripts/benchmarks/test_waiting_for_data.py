@@ -16,8 +16,26 @@ sys.path.append(str(SCRIPT.parent))
 
 
 def test_it_measures_prints_and_appends(tmp_path):
-    command = [sys.executable, SCRIPT, "--threads", "1", "--processes", "1", "--workers", "0", "--iterations", "3", "--uncounted", "1",
-               "--samples", "64", "--runs", "1", "--append", tmp_path / "f.jsonl"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--threads",
+        "1",
+        "--processes",
+        "1",
+        "--workers",
+        "0",
+        "--iterations",
+        "3",
+        "--uncounted",
+        "1",
+        "--samples",
+        "64",
+        "--runs",
+        "1",
+        "--append",
+        tmp_path / "f.jsonl",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "f.jsonl").read_text())["workers"]["0"]

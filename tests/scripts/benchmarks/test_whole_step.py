@@ -14,8 +14,25 @@ SCRIPT = BENCHMARKS / "whole_step.py"
 
 
 def test_it_measures_prints_and_appends(demo, tmp_path):
-    command = [sys.executable, SCRIPT, "--demo", demo, "--processes", "1", "--turns", "2", "--iterations", "1", "--append",
-               tmp_path / "f.jsonl", "--", "--micro-batch-size", "4", "--global-batch-size", "8"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--demo",
+        demo,
+        "--processes",
+        "1",
+        "--turns",
+        "2",
+        "--iterations",
+        "1",
+        "--append",
+        tmp_path / "f.jsonl",
+        "--",
+        "--micro-batch-size",
+        "4",
+        "--global-batch-size",
+        "8",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (figures,) = map(json.loads, (tmp_path / "f.jsonl").read_text().splitlines())

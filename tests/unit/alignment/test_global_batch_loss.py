@@ -16,7 +16,8 @@ D, E = 7, 5
 def vectors(sizes=SIZES):
     generator = torch.Generator().manual_seed(0)
     return [
-        [torch.randn(n, width, generator=generator, dtype=torch.float64).requires_grad_() for width in (D, E)] for n in sizes
+        [torch.randn(n, width, generator=generator, dtype=torch.float64).requires_grad_() for width in (D, E)]
+        for n in sizes
     ]
 
 
@@ -44,7 +45,9 @@ def test_the_value_is_the_whole_batch_s(distance):
     sums = in_order(parts, range(4), distance)
     total = sum(SIZES)
     # float64 sums of a hundred terms in another order.
-    torch.testing.assert_close(sum(s.loss for s in sums.values()) / total**2, whole(parts, distance), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        sum(s.loss for s in sums.values()) / total**2, whole(parts, distance), rtol=1e-12, atol=0
+    )
     distances = sum(s.distance_sum_v for s in sums.values())
     v = torch.cat([v for v, _ in parts]).detach()
     if distance == "euclidean":
@@ -54,7 +57,9 @@ def test_the_value_is_the_whole_batch_s(distance):
 
 def mean_gradients(parts, orders, distance="euclidean"):
     gradients = [
-        torch.autograd.grad(sum(s.loss for s in in_order(parts, order, distance).values()) / sum(SIZES) ** 2, leaves(parts))
+        torch.autograd.grad(
+            sum(s.loss for s in in_order(parts, order, distance).values()) / sum(SIZES) ** 2, leaves(parts)
+        )
         for order in orders
     ]
     return [torch.stack(of_one).mean(dim=0) for of_one in zip(*gradients)], gradients
@@ -108,7 +113,9 @@ def test_ranks_add_up():
         torch.testing.assert_close(sum(getattr(p, name) for p in parts), getattr(together, name), rtol=1e-12, atol=0)
     for x in (v, t):
         split = torch.autograd.grad(sum(p.loss for p in parts), x, retain_graph=True)[0]
-        torch.testing.assert_close(split, torch.autograd.grad(together.loss, x, retain_graph=True)[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            split, torch.autograd.grad(together.loss, x, retain_graph=True)[0], rtol=1e-9, atol=1e-12
+        )
 
 
 def test_the_first_single_pair_has_nothing_to_be_compared_with():

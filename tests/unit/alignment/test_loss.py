@@ -30,9 +30,15 @@ def test_reference_is_equation_5_by_hand():
     assert rsa_loss(v_ND, t_NE).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("distance, expected", [
-    ("euclidean", 5.0), ("sqeuclidean", 25.0), ("manhattan", 7.0), ("cosine", 1 - 3 / 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "distance, expected",
+    [
+        ("euclidean", 5.0),
+        ("sqeuclidean", 25.0),
+        ("manhattan", 7.0),
+        ("cosine", 1 - 3 / 5),
+    ],
+)
 def test_distances_by_hand(distance, expected):
     rows = torch.tensor([[1.0, 0], [4, 4]]) if distance != "cosine" else torch.tensor([[2.0, 0], [3, 4]])
     k_NN = pairwise_distance(rows, distance=distance)
@@ -136,7 +142,9 @@ def test_duplicate_rows_are_at_distance_0_in_wide_float32():
     # 3584 products of one dot product round many times: what is left of |x - x|^2 must count as nothing.
     rows = torch.randn(64, 3584, generator=torch.Generator().manual_seed(0)) * 3
     rows[32:] = rows[:32]
-    value, v_gradient, _ = value_and_gradients(rsa_loss, rows.clone().requires_grad_(), torch.zeros(64, 2, requires_grad=True))
+    value, v_gradient, _ = value_and_gradients(
+        rsa_loss, rows.clone().requires_grad_(), torch.zeros(64, 2, requires_grad=True)
+    )
     expected = rsa_loss_reference(rows.double(), torch.zeros(64, 2).double())
     assert relative(value, expected) < 1e-6
     assert v_gradient.isfinite().all()
@@ -183,11 +191,3 @@ def test_unknown_settings_are_named():
         rsa_loss(v_ND, t_NE, normalize="std")
     with pytest.raises(ValueError, match=r"must pair up: \(23, 5\) against \(22, 8\)"):
         rsa_loss(v_ND, t_NE[1:])
-
-
-
-
-
-
-
-

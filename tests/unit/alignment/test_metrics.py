@@ -123,13 +123,31 @@ def golden_features():
 
 # clipping (quantile 0.95), then unit rows; float64 but for cknna, whose masks are float32 there.
 GOLDEN = {
-    None: dict(mutual=0.6265624761581421, cycle=1.0, cka=0.8479835278296911, rbf=0.8615088746759753,
-               unbiased=0.8319794407457053, cknna=0.6808306475157085),
-    "exact": dict(mutual=0.6062500476837158, cycle=1.0, cka=0.8297158862526233, rbf=0.8458274028127336,
-                  unbiased=0.8112231037463264, cknna=0.6697380892143427),
-    "mean": dict(mutual=0.589062511920929, cycle=1.0, cka=0.8245999466988866, rbf=0.8418833258735584,
-                 unbiased=0.8052642654068792, cknna=0.6597559493253798),
-}  # fmt: skip
+    None: dict(
+        mutual=0.6265624761581421,
+        cycle=1.0,
+        cka=0.8479835278296911,
+        rbf=0.8615088746759753,
+        unbiased=0.8319794407457053,
+        cknna=0.6808306475157085,
+    ),
+    "exact": dict(
+        mutual=0.6062500476837158,
+        cycle=1.0,
+        cka=0.8297158862526233,
+        rbf=0.8458274028127336,
+        unbiased=0.8112231037463264,
+        cknna=0.6697380892143427,
+    ),
+    "mean": dict(
+        mutual=0.589062511920929,
+        cycle=1.0,
+        cka=0.8245999466988866,
+        rbf=0.8418833258735584,
+        unbiased=0.8052642654068792,
+        cknna=0.6597559493253798,
+    ),
+}
 
 
 @pytest.mark.parametrize("clipping", GOLDEN)
@@ -178,7 +196,9 @@ def test_a_space_against_itself(name):
 def test_rotations_change_nothing_and_scale_nothing_but_the_discrepancy(name):
     a, b = (x.double() for x in related(80, 16, 14))
     if name != "svcca":  # its columns are standardised one by one
-        assert METRICS[name](a @ rotation(16), b @ rotation(14), 10) == pytest.approx(METRICS[name](a, b, 10), **RELATIVE)
+        assert METRICS[name](a @ rotation(16), b @ rotation(14), 10) == pytest.approx(
+            METRICS[name](a, b, 10), **RELATIVE
+        )
     if name != "rsa":
         assert METRICS[name](0.01 * a, 30 * b, 10) == pytest.approx(METRICS[name](a, b, 10), **RELATIVE)
 
@@ -262,7 +282,9 @@ def test_what_cannot_be_compared_is_named(name):
         metric(a, b[:49], 10)
     bad = b.clone()
     bad[7, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"the second features: 1 of 50 rows hold NaN or infinity \(7\); leave them out"):
+    with pytest.raises(
+        ValueError, match=r"the second features: 1 of 50 rows hold NaN or infinity \(7\); leave them out"
+    ):
         metric(a, bad, 10)
     if name != "rsa":  # of which one sample, or equal rows, are no error
         for equal in (torch.ones(50, 24), torch.zeros(50, 24), torch.full((50, 24), 0.1), rows(1, 24).expand(50, 24)):

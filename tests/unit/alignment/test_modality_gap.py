@@ -45,7 +45,9 @@ def test_a_shift_opens_the_gap_and_closes_the_cones():
     before, after = modality_gap(a_ND, b_ND), modality_gap(a_ND + 10, b_ND - 10)
     assert after.distance > 10 * before.distance and 1.9 < after.unit_distance <= 2.0
     assert after.first.mean_angle < 10 < 70 < before.first.mean_angle
-    assert after.first.effective_rank == pytest.approx(before.first.effective_rank, rel=1e-5)  # shifts change no variance
+    assert after.first.effective_rank == pytest.approx(
+        before.first.effective_rank, rel=1e-5
+    )  # shifts change no variance
 
 
 def test_spaces_of_two_widths_have_no_distance():

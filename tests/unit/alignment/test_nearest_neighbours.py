@@ -1,6 +1,5 @@
 """nearest_neighbours: the sets of the definition, whatever the blocks, the precision of products and the ties."""
 
-
 import pytest
 import torch
 

@@ -34,7 +34,9 @@ def test_pooling_keeps_no_tokens_alive_and_reads_the_base_tiles_alone():
     """What autograd holds is smaller than one tile; and of 12 tiles, of which 2 count, it makes no float32 copy."""
     tokens_TPD, count_B = torch.randn(12, 64, 128, dtype=torch.bfloat16, requires_grad=True), torch.tensor([6, 6])
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.untyped_storage().nbytes()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.untyped_storage().nbytes()) or x, lambda x: x
+    ):
         v_BD = image_vectors(tokens_TPD, count_B)
     assert sum(saved) < 64 * 128 * 2
     assert largest_allocation(v_BD.sum().backward) == tokens_TPD.numel() * 2  # the tokens' own gradient

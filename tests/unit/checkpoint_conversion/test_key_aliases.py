@@ -23,9 +23,18 @@ def test_the_table_has_the_names_and_shapes_of_transformers(tmp_path, tied):
     assert expected_shapes(table(read_architecture(tmp_path / "hf"))) == expected
 
 
-@pytest.mark.parametrize("name", ["text_model.head.weight", "logit_scale", "logit_bias", "vision_model.head.probe",
-                                  "vision_tower.vision_model.head.mlp.fc1.bias", "head.layernorm.weight",
-                                  "vision_model.embeddings.position_ids"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_model.head.weight",
+        "logit_scale",
+        "logit_bias",
+        "vision_model.head.probe",
+        "vision_tower.vision_model.head.mlp.fc1.bias",
+        "head.layernorm.weight",
+        "vision_model.embeddings.position_ids",
+    ],
+)
 def test_what_is_no_part_of_the_model_is_dropped(name):
     assert canonical(name) is None
 

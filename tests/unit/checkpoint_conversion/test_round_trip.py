@@ -29,7 +29,9 @@ def test_every_style_comes_back_in_the_hubs(tmp_path, style):
     hf_checkpoints.write(tmp_path / "hf", style=style)
     there(tmp_path / "hf", tmp_path / "megatron")
     back(tmp_path / "megatron", tmp_path / "back")
-    hf_checkpoints.assert_equal(hf_checkpoints.read(tmp_path / "back"), hf_checkpoints.renamed(hf_checkpoints.tensors(False), "hub"))
+    hf_checkpoints.assert_equal(
+        hf_checkpoints.read(tmp_path / "back"), hf_checkpoints.renamed(hf_checkpoints.tensors(False), "hub")
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -25,15 +25,24 @@ def towers(tmp_path_factory):
     for num_layers in (26, 27):
         vision = dict(num_hidden_layers=num_layers, image_size=29, patch_size=14, **sizes)
         text = dict(num_hidden_layers=1, vocab_size=12, **sizes)
-        SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(folder / f"siglip-{num_layers}")
+        SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(
+            folder / f"siglip-{num_layers}"
+        )
     for tied in (True, False):
         config = Qwen2Config(
-            hidden_size=HIDDEN, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-            vocab_size=100, tie_word_embeddings=tied,
-        )  # fmt: skip
+            hidden_size=HIDDEN,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=100,
+            tie_word_embeddings=tied,
+        )
         out = folder / f"qwen2-{'tied' if tied else 'untied'}"
         Qwen2ForCausalLM(config).bfloat16().save_pretrained(out)
-        vocab = {token: number for number, token in enumerate(["a", "b", "<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+        vocab = {
+            token: number for number, token in enumerate(["a", "b", "<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        }
         Qwen2Tokenizer(vocab=vocab, merges=[]).save_pretrained(out)
     return folder
 
@@ -41,7 +50,18 @@ def towers(tmp_path_factory):
 def convert(towers, tmp_path, siglip, qwen2, *flags, name="megatron"):
     """What comes of it, in Hugging Face's names."""
     out = tmp_path / name
-    main(["hf-to-megatron", "--vision", str(towers / siglip), "--language", str(towers / qwen2), "--out", str(out), *flags])
+    main(
+        [
+            "hf-to-megatron",
+            "--vision",
+            str(towers / siglip),
+            "--language",
+            str(towers / qwen2),
+            "--out",
+            str(out),
+            *flags,
+        ]
+    )
     back(out, tmp_path / f"{name}-hf")
     return hf_checkpoints.read(tmp_path / f"{name}-hf")
 
@@ -52,9 +72,10 @@ def test_a_tower_of_27_layers_loses_the_last_once(towers, tmp_path, num_layers):
     source = hf_checkpoints.read(towers / f"siglip-{num_layers}")
     prefix = "vision_tower.vision_model."
     expected = {
-        "vision_tower." + name: tensor for name, tensor in source.items()
+        "vision_tower." + name: tensor
+        for name, tensor in source.items()
         if name.startswith("vision_model.") and ".head." not in name and ".layers.26." not in name
-    }  # fmt: skip
+    }
     hf_checkpoints.assert_equal({name: tensor for name, tensor in state.items() if name.startswith(prefix)}, expected)
     assert any(".layers.25." in name for name in state) and not any(".layers.26." in name for name in state)
 
@@ -92,7 +113,10 @@ def test_projector_and_newline_are_drawn_by_seed(towers, tmp_path):
         # of n values the deviation is off by a part of 1 / sqrt(2 n): three of these
         allowed = 3 / math.sqrt(2 * first[name].numel())
         assert abs(first[name].float().std() / deviation - 1) < allowed
-    assert not first["multi_modal_projector.linear_1.bias"].any() and not first["multi_modal_projector.linear_2.bias"].any()
+    assert (
+        not first["multi_modal_projector.linear_1.bias"].any()
+        and not first["multi_modal_projector.linear_2.bias"].any()
+    )
 
 
 def test_the_new_model_loads_in_transformers(towers, tmp_path):
@@ -106,9 +130,14 @@ def test_the_new_model_loads_in_transformers(towers, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--vision", "siglip-26"], ["--hf", "x", "--language", "qwen2-tied"], [], ["--hf", "x", "--seed", "1"],
-     ["--vision", "qwen2-tied", "--language", "qwen2-tied"]],
-)  # fmt: skip
+    [
+        ["--vision", "siglip-26"],
+        ["--hf", "x", "--language", "qwen2-tied"],
+        [],
+        ["--hf", "x", "--seed", "1"],
+        ["--vision", "qwen2-tied", "--language", "qwen2-tied"],
+    ],
+)
 def test_sources_that_make_no_model_are_refused(towers, tmp_path, flags, capsys):
     flags = [str(towers / flag) if (towers / flag).is_dir() else flag for flag in flags]
     with pytest.raises(SystemExit):

@@ -20,7 +20,10 @@ SETTINGS = ("--num-samples", NUM_SAMPLES, "--k", K, "--seeds", 2, "--device", "c
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {kind: getattr(tiny_backbones, kind)(root / kind) for kind in ("llava_onevision", "internvl", "qwen2_5_vl", "bert")}
+    return {
+        kind: getattr(tiny_backbones, kind)(root / kind)
+        for kind in ("llava_onevision", "internvl", "qwen2_5_vl", "bert")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,9 @@ def data(tmp_path_factory):
     for number, image in enumerate(tiny_backbones.pictures(NUM_PAIRS)):
         image.save(folder / f"{number:02d}.png")
         words = tiny_backbones.CAPTIONS[number % 6].split()
-        (folder / f"{number:02d}.txt").write_text(" ".join(words[number % 3 :] + ["boat"] * (number % 4) + [f"{number}"]))
+        (folder / f"{number:02d}.txt").write_text(
+            " ".join(words[number % 3 :] + ["boat"] * (number % 4) + [f"{number}"])
+        )
     return folder
 
 
@@ -54,7 +59,9 @@ def scores_by_hand(kind, folder, data) -> list:
         images = zip(*[naive_features.image_features(kind, model, processor, pair.image()) for pair in chosen])
         captions = [*zip(*[naive_features.caption_features(model, processor, pair.caption) for pair in chosen])]
         captions = [torch.stack(layer) for layer in captions]
-        scores.append([[naive_features.mutual_knn(torch.stack(rows), columns, K) for columns in captions] for rows in images])
+        scores.append(
+            [[naive_features.mutual_knn(torch.stack(rows), columns, K) for columns in captions] for rows in images]
+        )
     return scores
 
 
@@ -63,9 +70,13 @@ def test_every_pair_of_layers_has_the_score_found_by_hand(kind, models, data, ca
     (line,) = run("--model", models[kind], "--data", data, *SETTINGS, "--batch-size", 5)
     expected = scores_by_hand(kind, models[kind], data)
     # Counts of neighbours over N * k: equal, as no two neighbours of these random features are as near as 1e-5.
-    assert torch.allclose(torch.tensor(line["scores"], dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        torch.tensor(line["scores"], dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), atol=1e-12
+    )
     mean = torch.tensor(expected, dtype=torch.float64).mean(0)
-    assert line["best"]["mean"] == pytest.approx(mean.max().item()) and line["last"]["mean"] == pytest.approx(mean[-1, -1].item())
+    assert line["best"]["mean"] == pytest.approx(mean.max().item()) and line["last"]["mean"] == pytest.approx(
+        mean[-1, -1].item()
+    )
     assert line["chance"] == pytest.approx(K / (NUM_SAMPLES - 1)) and line["left_out"] == 0 and line["seeds"] == [0, 1]
     assert (line["rows"], line["columns"], line["row_model"], line["column_model"]) == ("vision", "text", kind, kind)
     assert line["text_reading"] == "caption-alone" and line["revision"].startswith("sha256:")
@@ -99,7 +110,9 @@ def test_a_caption_after_its_image_is_another_reading(models, data, capsys):
     alone, after = run(*command)[0], run(*command, "--text-reading", "multimodal")[1]
     assert after["text_reading"] == "multimodal" and after["scores"] != alone["scores"]
     # The embeddings of the caption have not met the image yet.
-    assert [[row[0] for row in seed] for seed in after["scores"]] == [[row[0] for row in seed] for seed in alone["scores"]]
+    assert [[row[0] for row in seed] for seed in after["scores"]] == [
+        [row[0] for row in seed] for seed in alone["scores"]
+    ]
     assert "each caption read AFTER ITS IMAGE" in capsys.readouterr().out
     assert len([*Path("features").glob("*/*")]) == 3  # the images' features are the same
 
@@ -107,13 +120,40 @@ def test_a_caption_after_its_image_is_another_reading(models, data, capsys):
 def test_two_towers_two_language_models_and_one_of_each(models, data):
     lines = run("--vision", models["qwen2_5_vl"], "--vision", models["internvl"], "--data", data, *SETTINGS)
     lines = run("--language", models["llava_onevision"], "--language", models["bert"], "--data", data, *SETTINGS)
-    lines = run("--language", models["bert"], "--vision", models["internvl"], "--data", data, *SETTINGS, "--dtype", "bfloat16",
-                "--store", "half", "--store-dtype", "float16", "--data-name", "Pairs")  # fmt: skip
-    assert [(line["rows"], line["columns"]) for line in lines] == [("vision", "vision"), ("text", "text"), ("vision", "text")]
-    assert [line["label"] for line in lines] == ["qwen2_5_vl and internvl", "llava_onevision and bert", "internvl and bert"]
+    lines = run(
+        "--language",
+        models["bert"],
+        "--vision",
+        models["internvl"],
+        "--data",
+        data,
+        *SETTINGS,
+        "--dtype",
+        "bfloat16",
+        "--store",
+        "half",
+        "--store-dtype",
+        "float16",
+        "--data-name",
+        "Pairs",
+    )
+    assert [(line["rows"], line["columns"]) for line in lines] == [
+        ("vision", "vision"),
+        ("text", "text"),
+        ("vision", "text"),
+    ]
+    assert [line["label"] for line in lines] == [
+        "qwen2_5_vl and internvl",
+        "llava_onevision and bert",
+        "internvl and bert",
+    ]
     assert [(len(line["mean"]), len(line["mean"][0])) for line in lines] == [(5, 4), (5, 3), (4, 3)]
-    assert [line["text_reading"] for line in lines] == [None, "caption-alone", "caption-alone"] and lines[2]["data"] == "Pairs"
-    itself = run("--vision", models["internvl"], "--vision", models["internvl"], "--data", data, *SETTINGS, out="itself.jsonl")[0]
+    assert [line["text_reading"] for line in lines] == [None, "caption-alone", "caption-alone"] and lines[2][
+        "data"
+    ] == "Pairs"
+    itself = run(
+        "--vision", models["internvl"], "--vision", models["internvl"], "--data", data, *SETTINGS, out="itself.jsonl"
+    )[0]
     assert [itself["mean"][layer][layer] for layer in range(4)] == [1.0] * 4 and itself["mean"][0][3] < 1
 
 
@@ -132,9 +172,22 @@ def test_broken_images_are_named_and_left_out_on_both_sides(models, data, tmp_pa
         (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
     for number in (3, 17):
         (tmp_path / "broken" / f"{number:02d}.png").write_bytes(b"no image")
-    command = ("--model", models["internvl"], "--data", tmp_path / "broken", "--num-samples", 30, "--k", K, "--seeds", 1)
+    command = (
+        "--model",
+        models["internvl"],
+        "--data",
+        tmp_path / "broken",
+        "--num-samples",
+        30,
+        "--k",
+        K,
+        "--seeds",
+        1,
+    )
     (line,) = run(*command)
-    (whole,) = run("--model", models["internvl"], "--data", data, "--num-samples", 30, "--k", K, "--seeds", 1, out="whole.jsonl")
+    (whole,) = run(
+        "--model", models["internvl"], "--data", data, "--num-samples", 30, "--k", K, "--seeds", 1, out="whole.jsonl"
+    )
     assert line["left_out"] == 2 and line["chance"] == pytest.approx(K / 27) and line["std"] is None
     assert line["scores"] != whole["scores"]
     printed = capsys.readouterr()
@@ -167,21 +220,45 @@ def test_what_is_wrong_is_one_line(models, data, capsys):
         ("--random", "--sedes", 3): "unrecognized arguments: --sedes",
         ("--random", "--out", "folder"): "--out folder is a folder",
         ("--random", "--out", "broken.jsonl"): "broken.jsonl, line 1: broken JSON",
-        ("--model", bert, "--data", data): "model_type bert is not supported: llava_onevision, internvl, qwen2_5_vl are",
+        (
+            "--model",
+            bert,
+            "--data",
+            data,
+        ): "model_type bert is not supported: llava_onevision, internvl, qwen2_5_vl are",
         ("--model", "./nowhere", "--data", data): "./nowhere is no folder",
         ("--model", "nobody/nowhere", "--data", data): "cannot be had from the hub",
-        ("--vision", bert, "--language", bert, "--data", data): "bert has no vision tower that can be measured; supported: ",
-        ("--vision", internvl, "--language", bert, "--text-reading", "multimodal", "--data", data): "needs a vision-language model",
+        (
+            "--vision",
+            bert,
+            "--language",
+            bert,
+            "--data",
+            data,
+        ): "bert has no vision tower that can be measured; supported: ",
+        (
+            "--vision",
+            internvl,
+            "--language",
+            bert,
+            "--text-reading",
+            "multimodal",
+            "--data",
+            data,
+        ): "needs a vision-language model",
         ("--model", internvl, "--data", data, "--num-samples", 31): "--num-samples 31: there are 30 pairs",
         ("--model", internvl, "--data", "missing"): "missing is not there",
         ("--features", "a", "b"): "a holds no features",
-    }  # fmt: skip
+    }
     for flags, message in wrong.items():
         with pytest.raises(SystemExit) as end:
             measure.main([*map(str, flags), *(() if "--out" in flags else ("--out", "none.jsonl"))])
         printed = capsys.readouterr().err
         assert end.value.code == 2, flags
-        assert printed.startswith("error: ") and printed.count("\n") == 1 and re.search(message, printed), (flags, printed)
+        assert printed.startswith("error: ") and printed.count("\n") == 1 and re.search(message, printed), (
+            flags,
+            printed,
+        )
     assert not Path("none.jsonl").exists()
 
 
@@ -191,4 +268,7 @@ def test_features_of_another_run_are_not_mixed_in(models, data, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(*command, "--dtype", "bfloat16")
-    assert "has features with dtype float32, this run has bfloat16: name another --store, or remove" in capsys.readouterr().err
+    assert (
+        "has features with dtype float32, this run has bfloat16: name another --store, or remove"
+        in capsys.readouterr().err
+    )

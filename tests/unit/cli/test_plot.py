@@ -100,8 +100,13 @@ def bars_of(axis) -> dict[str, list]:
 
 
 def test_bars_are_as_high_as_the_best_pair_with_its_deviation_over_seeds(write_lines):
-    lines = [measured("A", "COCO"), measured("B", "COCO"), measured("A", "WIT"), measured("Vision-only", "COCO", columns=5) |
-             {"columns": "vision"}, random_line()]  # fmt: skip
+    lines = [
+        measured("A", "COCO"),
+        measured("B", "COCO"),
+        measured("A", "WIT"),
+        measured("Vision-only", "COCO", columns=5) | {"columns": "vision"},
+        random_line(),
+    ]
     figure = alignment.draw_bars(read_alignments([write_lines(lines[::-1])]))
     axis = figure.axes[0]
     bars = bars_of(axis)
@@ -269,12 +274,18 @@ def labels_outside(side) -> list[Text]:
 
 FORMS = {
     "heat map": lambda write_lines: alignment.draw_heatmaps(read_alignments([write_lines(many_layers(MODELS, DATA))])),
-    "one heat map": lambda write_lines: alignment.draw_heatmaps(read_alignments([write_lines(many_layers(["LLaVA"], ["COCO"]))])),
-    "bars": lambda write_lines: alignment.draw_bars(read_alignments([write_lines([*many_layers(MODELS, DATA), random_line()])])),
+    "one heat map": lambda write_lines: alignment.draw_heatmaps(
+        read_alignments([write_lines(many_layers(["LLaVA"], ["COCO"]))])
+    ),
+    "bars": lambda write_lines: alignment.draw_bars(
+        read_alignments([write_lines([*many_layers(MODELS, DATA), random_line()])])
+    ),
     "12 models": lambda write_lines: alignment.draw_bars(read_alignments([write_lines(many_layers(LONG, DATA))])),
     "stages": lambda write_lines: run_figures.draw_stages(read_runs([write_lines(all_runs(data=DATA))])),
     "steps": lambda write_lines: run_figures.draw_steps(read_runs([write_lines(all_runs(data=DATA))])),
-    "ablation": lambda write_lines: run_figures.draw_ablation(read_runs([write_lines(all_runs(LONG, stages=("1",), data=DATA))])),
+    "ablation": lambda write_lines: run_figures.draw_ablation(
+        read_runs([write_lines(all_runs(LONG, stages=("1",), data=DATA))])
+    ),
 }
 
 
@@ -298,24 +309,3 @@ def test_a_long_legend_takes_no_room_from_the_panels(write_lines):
 
 
 # The command
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

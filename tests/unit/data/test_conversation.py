@@ -32,8 +32,36 @@ def test_the_tokenizer_is_shaped_like_qwens(tokenizer):
 
 
 # A tokenizer that can be read: words, single blanks aside; a newline after a full stop is one token with it, as Qwen2's.
-WORDS = ["<pad>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "\n", "\n\n", ".", ".\n", "system", "user", "assistant", "You", "are",
-         "a", "helpful", "helpful assistant", "what", "?", "boat", "red", "left", "two", "é", "船", "😀", "hi", "there", "?\n"]  # fmt: skip
+WORDS = [
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    IMAGE_TOKEN,
+    "\n",
+    "\n\n",
+    ".",
+    ".\n",
+    "system",
+    "user",
+    "assistant",
+    "You",
+    "are",
+    "a",
+    "helpful",
+    "helpful assistant",
+    "what",
+    "?",
+    "boat",
+    "red",
+    "left",
+    "two",
+    "é",
+    "船",
+    "😀",
+    "hi",
+    "there",
+    "?\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +75,16 @@ def words():
 
 
 SYSTEM = "S!system N!You are a helpful assistant . E!N!"  # the default prompt, in the style of LLaVA's labels
-NAMES = {"S": "<|im_start|>", "E": "<|im_end|>", "I": IMAGE_TOKEN, "N": "\n", "NN": "\n\n", ".N": ".\n", "?N": "?\n", "_": " "}
+NAMES = {
+    "S": "<|im_start|>",
+    "E": "<|im_end|>",
+    "I": IMAGE_TOKEN,
+    "N": "\n",
+    "NN": "\n\n",
+    ".N": ".\n",
+    "?N": "?\n",
+    "_": " ",
+}
 
 
 def written(expected: str) -> tuple[list[str], list[bool], list[bool]]:
@@ -69,53 +106,99 @@ def turns(*values):
 # preprocess_multimodal. Blanks between words are left out on both sides.
 CASES = {
     "plain, a caption": (
-        "plain", "llava", turns(("human", "<image>\nwhat?"), ("gpt", "a red boat")), "I a* red* boat* N!"),
+        "plain",
+        "llava",
+        turns(("human", "<image>\nwhat?"), ("gpt", "a red boat")),
+        "I a* red* boat* N!",
+    ),
     "plain, a full stop takes the newline along": (
-        "plain", "llava", turns(("human", "<image>"), ("gpt", "a boat.")), "I a* boat* .N*"),
-    "plain, no image": (
-        "plain", "llava", turns(("human", "what?"), ("gpt", "two")), "two* N!"),
-    "plain, two images": (
-        "plain", "llava", turns(("human", "<image><image>"), ("gpt", "two")), "I I two* N!"),
-    "plain, unicode": (
-        "plain", "llava", turns(("human", "<image>"), ("gpt", "é 船 😀")), "I é* 船* 😀* N!"),
+        "plain",
+        "llava",
+        turns(("human", "<image>"), ("gpt", "a boat.")),
+        "I a* boat* .N*",
+    ),
+    "plain, no image": ("plain", "llava", turns(("human", "what?"), ("gpt", "two")), "two* N!"),
+    "plain, two images": ("plain", "llava", turns(("human", "<image><image>"), ("gpt", "two")), "I I two* N!"),
+    "plain, unicode": ("plain", "llava", turns(("human", "<image>"), ("gpt", "é 船 😀")), "I é* 船* 😀* N!"),
     "plain, a caption with the image token": (
-        "plain", "llava", turns(("human", "<image>"), ("gpt", "a<image> boat")), "I I N* a* boat* N!"),
+        "plain",
+        "llava",
+        turns(("human", "<image>"), ("gpt", "a<image> boat")),
+        "I I N* a* boat* N!",
+    ),
     "plain, answers alone, whoever begins": (
-        "plain", "llava", turns(("gpt", "two"), ("human", "hi"), ("gpt", "left")), "two* N! left* N!"),
+        "plain",
+        "llava",
+        turns(("gpt", "two"), ("human", "hi"), ("gpt", "left")),
+        "two* N! left* N!",
+    ),
     "a question with an image": (
-        "qwen_1_5", "llava", turns(("human", "<image>\nwhat?"), ("gpt", "a boat")),
-        SYSTEM + "S!user N!I N!what ? E!N!S!assistant! N!a* boat* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("human", "<image>\nwhat?"), ("gpt", "a boat")),
+        SYSTEM + "S!user N!I N!what ? E!N!S!assistant! N!a* boat* E!N!",
+    ),
     "a question with an image, answers alone learnt": (
-        "qwen_1_5", "answer_only", turns(("human", "<image>\nwhat?"), ("gpt", "a boat")),
-        "S system N You are a helpful assistant . E N S user N I N what ? E N S assistant N a* boat* E!N"),
+        "qwen_1_5",
+        "answer_only",
+        turns(("human", "<image>\nwhat?"), ("gpt", "a boat")),
+        "S system N You are a helpful assistant . E N S user N I N what ? E N S assistant N a* boat* E!N",
+    ),
     "the image in the middle comes first": (
-        "qwen_1_5", "llava", turns(("human", "what <image>?"), ("gpt", "a boat")),
-        SYSTEM + "S!user N!I N!what ? E!N!S!assistant! N!a* boat* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("human", "what <image>?"), ("gpt", "a boat")),
+        SYSTEM + "S!user N!I N!what ? E!N!S!assistant! N!a* boat* E!N!",
+    ),
     "two images stay where they are": (
-        "qwen_1_5", "llava", turns(("human", "<image> left <image> ?"), ("gpt", "two")),
-        SYSTEM + "S!user N!I left I ? E!N!S!assistant! N!two* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("human", "<image> left <image> ?"), ("gpt", "two")),
+        SYSTEM + "S!user N!I left I ? E!N!S!assistant! N!two* E!N!",
+    ),
     "two turns, the first answer empty": (
-        "qwen_1_5", "llava", turns(("human", "hi"), ("gpt", ""), ("human", ""), ("gpt", "two")),
-        SYSTEM + "S!user N!hi E!N!S!assistant! N!E!N!S!user N!E!N!S!assistant! N!two* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("human", "hi"), ("gpt", ""), ("human", ""), ("gpt", "two")),
+        SYSTEM + "S!user N!hi E!N!S!assistant! N!E!N!S!user N!E!N!S!assistant! N!two* E!N!",
+    ),
     "a system prompt of its own": (
-        "qwen_1_5", "llava", turns(("system", "hi"), ("human", "what?"), ("gpt", "two")),
-        "S!system N!hi E!N!S!user N!what ? E!N!S!assistant! N!two* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("system", "hi"), ("human", "what?"), ("gpt", "two")),
+        "S!system N!hi E!N!S!user N!what ? E!N!S!assistant! N!two* E!N!",
+    ),
     "the answer that comes first is dropped": (
-        "qwen_1_5", "llava", turns(("gpt", "left"), ("human", "what?"), ("gpt", "two")),
-        SYSTEM + "S!user N!what ? E!N!S!assistant! N!two* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("gpt", "left"), ("human", "what?"), ("gpt", "two")),
+        SYSTEM + "S!user N!what ? E!N!S!assistant! N!two* E!N!",
+    ),
     "two answers in a row": (
-        "qwen_1_5", "answer_only", turns(("system", "hi"), ("human", "what"), ("gpt", "two"), ("gpt", "left")),
-        "S system N hi E N S user N what E N S assistant N two* E!N S assistant N left* E!N"),
+        "qwen_1_5",
+        "answer_only",
+        turns(("system", "hi"), ("human", "what"), ("gpt", "two"), ("gpt", "left")),
+        "S system N hi E N S user N what E N S assistant N two* E!N S assistant N left* E!N",
+    ),
     "newlines of a question are learnt too, but not one with more to it": (
-        "qwen_1_5", "llava", turns(("system", "hi"), ("user", "a\nboat?\nhi\n\nthere"), ("assistant", "two")),
-        "S!system N!hi E!N!S!user N!a N!boat ?N hi NN there E!N!S!assistant! N!two* E!N!"),
+        "qwen_1_5",
+        "llava",
+        turns(("system", "hi"), ("user", "a\nboat?\nhi\n\nthere"), ("assistant", "two")),
+        "S!system N!hi E!N!S!user N!a N!boat ?N hi NN there E!N!S!assistant! N!two* E!N!",
+    ),
     "an answer with the image token": (
-        "qwen_1_5", "answer_only", turns(("system", "hi"), ("human", "what"), ("gpt", "a<image> boat")),
-        "S system N hi E N S user N what E N S assistant N I N* a* boat* E!N"),
+        "qwen_1_5",
+        "answer_only",
+        turns(("system", "hi"), ("human", "what"), ("gpt", "a<image> boat")),
+        "S system N hi E N S user N what E N S assistant N I N* a* boat* E!N",
+    ),
     "unicode": (
-        "qwen_1_5", "answer_only", turns(("system", "船"), ("human", "é 😀"), ("gpt", "😀 船 é")),
-        "S system N 船 E N S user N é 😀 E N S assistant N 😀* 船* é* E!N"),
-}  # fmt: skip
+        "qwen_1_5",
+        "answer_only",
+        turns(("system", "船"), ("human", "é 😀"), ("gpt", "😀 船 é")),
+        "S system N 船 E N S user N é 😀 E N S assistant N 😀* 船* é* E!N",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -176,13 +259,16 @@ def test_answer_only_learns_the_answers_alone(tokenizer):
 
 
 @pytest.mark.parametrize("template", conversation.TEMPLATES)
-@pytest.mark.parametrize("talk, message", [
-    (turns(("human", "<image>"), ("gpt", "  ")), "the caption is empty"),
-    (turns(("human", "<image>")), "one of them from gpt"),
-    (turns(("robot", "hello")), "from 'robot'; it must be human, gpt or system"),
-    (turns(("gpt", None)), "turns"),
-    ("a red boat", 'a turn of "conversations" is no'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "talk, message",
+    [
+        (turns(("human", "<image>"), ("gpt", "  ")), "the caption is empty"),
+        (turns(("human", "<image>")), "one of them from gpt"),
+        (turns(("robot", "hello")), "from 'robot'; it must be human, gpt or system"),
+        (turns(("gpt", None)), "turns"),
+        ("a red boat", 'a turn of "conversations" is no'),
+    ],
+)
 def test_what_is_no_conversation_is_named(tokenizer, template, talk, message):
     with pytest.raises(ValueError, match=message):
         encode(tokenizer, talk, template)

@@ -19,12 +19,23 @@ TEXT = {"conversations": [{"from": "human", "value": "<image>\nTell me."}, {"fro
 
 def encoder(tokenizer, positions=3, longest=640):
     embeddings = ImageEmbeddings(width=WIDTH, positions=positions) if positions else None
-    return LlavaTaskEncoder(tokenizer, image_size=28, patch_size=14, max_sequence_length=longest, template="plain",
-                            image_aspect_ratio="square", grid_pinpoints=[], max_tiles=1, embeddings=embeddings)  # fmt: skip
+    return LlavaTaskEncoder(
+        tokenizer,
+        image_size=28,
+        patch_size=14,
+        max_sequence_length=longest,
+        template="plain",
+        image_aspect_ratio="square",
+        grid_pinpoints=[],
+        max_tiles=1,
+        embeddings=embeddings,
+    )
 
 
 def stored(images, record=TEXT, key="a"):
-    return StoredSample(__key__=key, __restore_key__=(), __subflavors__={"rsa": True}, images=images, record=json.dumps(record).encode())
+    return StoredSample(
+        __key__=key, __restore_key__=(), __subflavors__={"rsa": True}, images=images, record=json.dumps(record).encode()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -34,12 +45,17 @@ def test_a_row_of_as_many_positions_as_were_asked_for(tokenizer, positions, dtyp
     made = encoder(tokenizer, positions)
     batch = made.batch([made.encode_sample(stored({"npy": as_npy(row)}))] * 2)
     assert torch.equal(batch.images, torch.from_numpy(row.astype(numpy.float32)).expand(2, WIDTH))
-    assert [ImageLayout(*numbers) for numbers in batch.image_layouts.tolist()] == [ImageLayout.of_embedding(positions)] * 2
+    assert [ImageLayout(*numbers) for numbers in batch.image_layouts.tolist()] == [
+        ImageLayout.of_embedding(positions)
+    ] * 2
     assert (batch.row_lengths == batch.tokens.shape[1] - 1 + positions).all()
     # The image is no target; all of the caption and its end are (T30).
     assert batch.rsa.eligible.tolist() == [1, 1] and batch.rsa.num_tiles.tolist() == [1, 1]
     assert batch.loss_mask[0].tolist() == [1.0] * batch.tokens.shape[1]
-    assert batch.tokens[0, 0] == tokenizer.convert_tokens_to_ids("<image>") and not (batch.labels == batch.tokens[0, 0]).any()
+    assert (
+        batch.tokens[0, 0] == tokenizer.convert_tokens_to_ids("<image>")
+        and not (batch.labels == batch.tokens[0, 0]).any()
+    )
 
 
 def test_several_images_texts_and_empty_rows(tokenizer):
@@ -69,19 +85,32 @@ def pickled() -> bytes:
     return as_npy(numpy.array([{"a": 1}], dtype=object))
 
 
-@pytest.mark.parametrize("images, says", [
-    ({}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
-    ({"png": b"..."}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
-    ({"npy": as_npy(numpy.ones(WIDTH + 1))}, "npy: it is float64 of shape [21], and by --image-embedding-width it has to be 20"),
-    ({"npy": as_npy(numpy.ones((1, WIDTH)))}, "npy: it is float64 of shape [1, 20]"),
-    ({"npy": as_npy(numpy.ones(WIDTH, int))}, "npy: it is int64 of shape [20]"),
-    ({"npy": as_npy(numpy.full(WIDTH, numpy.nan))}, "npy: it holds NaN, infinity or a number beyond float32"),
-    ({"npy": as_npy(numpy.full(WIDTH, 1e300))}, "npy: it holds NaN, infinity or a number beyond float32"),
-    ({"npy": b"no array"}, "npy: it is no array in numpy's format"),
-    ({"npy": as_npy(numpy.ones(WIDTH))[:-8]}, "npy: it is no array in numpy's format"),
-    ({"npy": pickled()}, "npy: it is no array in numpy's format: Object arrays cannot be loaded when allow_pickle=False"),
-    ({"1.npy": as_npy(numpy.ones(WIDTH))}, "its images are 1.npy: it must have one, or 0.npy, 1.npy, ... without a gap"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "images, says",
+    [
+        ({}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
+        ({"png": b"..."}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
+        (
+            {"npy": as_npy(numpy.ones(WIDTH + 1))},
+            "npy: it is float64 of shape [21], and by --image-embedding-width it has to be 20",
+        ),
+        ({"npy": as_npy(numpy.ones((1, WIDTH)))}, "npy: it is float64 of shape [1, 20]"),
+        ({"npy": as_npy(numpy.ones(WIDTH, int))}, "npy: it is int64 of shape [20]"),
+        ({"npy": as_npy(numpy.full(WIDTH, numpy.nan))}, "npy: it holds NaN, infinity or a number beyond float32"),
+        ({"npy": as_npy(numpy.full(WIDTH, 1e300))}, "npy: it holds NaN, infinity or a number beyond float32"),
+        ({"npy": b"no array"}, "npy: it is no array in numpy's format"),
+        ({"npy": as_npy(numpy.ones(WIDTH))[:-8]}, "npy: it is no array in numpy's format"),
+        (
+            {"npy": pickled()},
+            "npy: it is no array in numpy's format: Object arrays cannot be loaded when allow_pickle=False",
+        ),
+        (
+            {"1.npy": as_npy(numpy.ones(WIDTH))},
+            "its images are 1.npy: it must have one, or 0.npy, 1.npy, ... without a gap",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_what_cannot_be_used_is_skipped_and_named(tokenizer, images, says, caplog):
     with pytest.raises(SkipSample):
         encoder(tokenizer).encode_sample(stored(images))
@@ -89,5 +118,16 @@ def test_what_cannot_be_used_is_skipped_and_named(tokenizer, images, says, caplo
 
 
 def test_a_line_of_jsonl_names_its_file(tokenizer):
-    found = cook({"__key__": "7", "__shard__": "x.jsonl", "__restore_key__": (), "__sources__": (), "json": TEXT | {"image": "e/7.npy"}}, None)
-    assert list(found.images) == ["0.npy"] and "names no images" in str(found.images["0.npy"])  # there is no folder to read it from
+    found = cook(
+        {
+            "__key__": "7",
+            "__shard__": "x.jsonl",
+            "__restore_key__": (),
+            "__sources__": (),
+            "json": TEXT | {"image": "e/7.npy"},
+        },
+        None,
+    )
+    assert list(found.images) == ["0.npy"] and "names no images" in str(
+        found.images["0.npy"]
+    )  # there is no folder to read it from

@@ -23,6 +23,8 @@ def test_a_data_worker_copies_them_into_shared_memory_at_once():
         def __iter__(self):
             yield _joined(TILES), _joined(TILES).is_shared(), torch.cat(TILES).is_shared()
 
-    ((tiles, is_shared, cat_is_shared),) = DataLoader(InWorker(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    ((tiles, is_shared, cat_is_shared),) = DataLoader(
+        InWorker(), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    )
     assert torch.equal(tiles, torch.cat(TILES))
     assert is_shared and not cat_is_shared

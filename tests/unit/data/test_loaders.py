@@ -32,13 +32,16 @@ def test_data_parallel_ranks_read_different_samples(demo, encoder):
     assert not seen[0] & seen[1]
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(world_size=2), r"data-parallel size .* = 1, this run has 2.*Set it back to 1, or pass --restart-data"),
-    (dict(num_workers=2), "--num-workers = 0, this run has 2"),
-    (dict(micro_batch_size=2), "--micro-batch-size = 4, this run has 2"),
-    (dict(shuffle_buffer_size=3), "--shuffle-buffer-size = 20, this run has 3"),
-    (dict(kind="questions"), "the shards behind --data-path, with the fingerprint = "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(world_size=2), r"data-parallel size .* = 1, this run has 2.*Set it back to 1, or pass --restart-data"),
+        (dict(num_workers=2), "--num-workers = 0, this run has 2"),
+        (dict(micro_batch_size=2), "--micro-batch-size = 4, this run has 2"),
+        (dict(shuffle_buffer_size=3), "--shuffle-buffer-size = 20, this run has 3"),
+        (dict(kind="questions"), "the shards behind --data-path, with the fingerprint = "),
+    ],
+)
 def test_another_layout_is_refused_with_the_remedy(demo, encoder, tmp_path, change, message):
     loader = train_loader(demo, encoder)
     next(loader)
@@ -94,7 +97,11 @@ def test_bad_samples_are_passed_over_and_nothing_else_is_lost(demo, encoder, tmp
     batches = [next(loader) for _ in range(10)]
     assert len({key for batch in batches for key in batch.keys}) == 40  # all good ones, in an epoch's ten batches
     for key, reason in broken_data.REASONS.items():
-        (line,) = {r.message for r in caplog.records if f"/{key} " in r.message or r.message.startswith(f"skipped sample {key} ")}
+        (line,) = {
+            r.message
+            for r in caplog.records
+            if f"/{key} " in r.message or r.message.startswith(f"skipped sample {key} ")
+        }
         assert reason in line and str(tmp_path / "data") in line
     assert sum(batch.num_skipped for batch in batches) == len(broken_data.REASONS)
 
@@ -125,7 +132,9 @@ def test_data_that_is_not_there_is_named(demo, tmp_path):
     check_data(str(demo / "data" / "captions"), ["train", "val"], num_readers=4, micro_batch_size=16)
 
 
-@pytest.mark.parametrize("spoil, fault", [(Path.unlink, "is missing"), (lambda tar: tar.write_bytes(b""), "has 0 bytes")])
+@pytest.mark.parametrize(
+    "spoil, fault", [(Path.unlink, "is missing"), (lambda tar: tar.write_bytes(b""), "has 0 bytes")]
+)
 def test_a_shard_that_is_gone_or_empty_is_named_before_training(tmp_path, spoil, fault):
     broken_data.write(tmp_path / "data")
     spoil(tmp_path / "data" / "val-00000.tar")

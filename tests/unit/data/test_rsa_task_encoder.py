@@ -130,17 +130,22 @@ def test_a_mask_is_cut_where_the_job_cuts_the_text(job_data):
         assert batch["input_ids"].shape[1] == 9
 
 
-@pytest.mark.parametrize("captions, questions, expected", [
-    ({"rsa": "True"}, {"rsa": "false"}, {"captions": 1, "questions": 0}),
-    ({"rsa": False}, None, {"captions": 0, "questions": 1}),
-    ({"kind": "a"}, {}, {"captions": 1, "questions": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "captions, questions, expected",
+    [
+        ({"rsa": "True"}, {"rsa": "false"}, {"captions": 1, "questions": 0}),
+        ({"rsa": False}, None, {"captions": 0, "questions": 1}),
+        ({"kind": "a"}, {}, {"captions": 1, "questions": 1}),
+    ],
+)
 def test_the_subflavor_decides_and_none_lets_in(job_data, tmp_path, captions, questions, expected):
     for kind in expected:
         (tmp_path / kind).symlink_to(job_data / kind)
     path = write_mixture(tmp_path / "mixture.yaml", captions, questions)
     for batch in take(train_loader(path, RSAJob()), 5):
-        assert batch["rsa_eligible"].tolist() == [expected[key.split("-")[0].split("/")[-1]] for key in batch["__key__"]]
+        assert batch["rsa_eligible"].tolist() == [
+            expected[key.split("-")[0].split("/")[-1]] for key in batch["__key__"]
+        ]
 
 
 class Choosing(RSATaskEncoder, Job):
@@ -186,13 +191,3 @@ def test_a_batch_of_any_other_class_gets_attributes(job_data):
 
     (batch,) = take(train_loader(job_data / "mixture.yaml", Job()), 1)
     assert batch.rsa_eligible.tolist() == flags_of({"__key__": batch.keys})
-
-
-
-
-
-
-
-
-
-

@@ -60,15 +60,46 @@ def returning(name, result):
     return {name: stateless(lambda self, *args: result(*args) if callable(result) else result)}
 
 
-@pytest.mark.parametrize("job, changes, message", [
-    (CaptionRSAJob, {"rsa_text_field": "ids"}, "a dict of Wrong has no 'ids', of which the caption mask .*: set rsa_text_field"),
-    (CaptionRSAJob, returning("rsa_caption_mask", torch.ones(3)), r"of sample .* shape \[3\], its tokens are \d+: rsa_caption_mask"),
-    (CaptionRSAJob, returning("rsa_caption_mask", None), "rsa_caption_mask returned None for sample .*which rsa_eligible lets in"),
-    (CaptionRSAJob, returning("encode_batch", lambda batch: {"tokens": batch.tokens[:3]}), "made of 4 samples.*a row for each"),
-    (RSAJob, returning("rsa_eligible", None), "rsa_eligible returned None for sample .*captions-.*; it must return True or False"),
-    (DataclassJob, {"result": JobBatch}, "the batch, a JobBatch, has no field rsa_eligible: add `rsa_eligible: .*` to it, or"),
-    (RSAJob, returning("encode_batch", lambda batch: (batch.tokens,)), "the batch, a tuple, has no field rsa_eligible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "job, changes, message",
+    [
+        (
+            CaptionRSAJob,
+            {"rsa_text_field": "ids"},
+            "a dict of Wrong has no 'ids', of which the caption mask .*: set rsa_text_field",
+        ),
+        (
+            CaptionRSAJob,
+            returning("rsa_caption_mask", torch.ones(3)),
+            r"of sample .* shape \[3\], its tokens are \d+: rsa_caption_mask",
+        ),
+        (
+            CaptionRSAJob,
+            returning("rsa_caption_mask", None),
+            "rsa_caption_mask returned None for sample .*which rsa_eligible lets in",
+        ),
+        (
+            CaptionRSAJob,
+            returning("encode_batch", lambda batch: {"tokens": batch.tokens[:3]}),
+            "made of 4 samples.*a row for each",
+        ),
+        (
+            RSAJob,
+            returning("rsa_eligible", None),
+            "rsa_eligible returned None for sample .*captions-.*; it must return True or False",
+        ),
+        (
+            DataclassJob,
+            {"result": JobBatch},
+            "the batch, a JobBatch, has no field rsa_eligible: add `rsa_eligible: .*` to it, or",
+        ),
+        (
+            RSAJob,
+            returning("encode_batch", lambda batch: (batch.tokens,)),
+            "the batch, a tuple, has no field rsa_eligible",
+        ),
+    ],
+)
 def test_what_is_missing_is_named_and_ends_the_run(job_data, job, changes, message):
     loader = train_loader(job_data / "mixture.yaml", type("Wrong", (job,), changes)())
     with pytest.raises(FatalSampleError, match=message) as error:
@@ -76,11 +107,14 @@ def test_what_is_missing_is_named_and_ends_the_run(job_data, job, changes, messa
     assert isinstance(error.value, ValueError) and str(error.value).count("\n") == 0
 
 
-@pytest.mark.parametrize("subflavors, message", [
-    ({"rsa": "maybe"}, "sample .*captions-.*: its data set's subflavor rsa is 'maybe'; it must be true or false"),
-    ({"rsa": 1}, "subflavor rsa is 1; it must be true or false"),
-    ({"rsa": None}, "subflavor rsa is None; it must be true or false"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "subflavors, message",
+    [
+        ({"rsa": "maybe"}, "sample .*captions-.*: its data set's subflavor rsa is 'maybe'; it must be true or false"),
+        ({"rsa": 1}, "subflavor rsa is 1; it must be true or false"),
+        ({"rsa": None}, "subflavor rsa is None; it must be true or false"),
+    ],
+)
 def test_a_subflavor_that_says_neither_is_refused(job_data, tmp_path, subflavors, message):
     for kind in ("captions", "questions"):
         (tmp_path / kind).symlink_to(job_data / kind)
@@ -93,12 +127,16 @@ def test_a_cooker_that_drops_the_subflavors_is_named(job_data):
     @stateless
     def careless(stored):
         kept = basic_sample_keys(stored)
-        return VQASample(__key__=kept["__key__"], __restore_key__=kept["__restore_key__"], image=stored["png"], context="")
+        return VQASample(
+            __key__=kept["__key__"], __restore_key__=kept["__restore_key__"], image=stored["png"], context=""
+        )
 
     class Careless(RSADictJob):
         cookers = [Cooker(careless)]
 
-    with pytest.raises(FatalSampleError, match="has no __subflavors__, .*hand them on where it is cooked .basic_sample_keys"):
+    with pytest.raises(
+        FatalSampleError, match="has no __subflavors__, .*hand them on where it is cooked .basic_sample_keys"
+    ):
         take(train_loader(job_data / "mixture.yaml", Careless()), 1)
 
 
@@ -121,5 +159,7 @@ def test_a_job_it_cannot_follow_is_refused_before_it_runs(job_data):
             return [[dataclasses.replace(sample)] for sample in samples]
 
     # Here Energon counts a hundred failures before it gives up, unless it is told at once.
-    with pytest.raises(FatalSampleError, match="select_samples_to_pack returned sample .*none of those it was given: return"):
+    with pytest.raises(
+        FatalSampleError, match="select_samples_to_pack returned sample .*none of those it was given: return"
+    ):
         take(train_loader(job_data / "mixture.yaml", Copying(), packing_buffer_size=8), 1)

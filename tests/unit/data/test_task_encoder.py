@@ -200,9 +200,9 @@ def test_images_come_in_the_order_of_their_numbers(anyres):
     assert [layout.width for layout in encoded.layouts] == list(range(10, 22))
 
 
-@pytest.mark.parametrize("names", [
-    ("png", "0.png"), ("0.png", "2.png"), ("1.png", "2.png"), ("0.png", "0.jpg"), ("png", "jpg")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names", [("png", "0.png"), ("0.png", "2.png"), ("1.png", "2.png"), ("0.png", "0.jpg"), ("png", "jpg")]
+)
 def test_images_that_are_neither_one_nor_numbered_are_refused(anyres, names, caplog):
     with pytest.raises(SkipSample):
         anyres.encode_sample(stored(images=dict.fromkeys(names, broken_data.picture())))
@@ -211,13 +211,20 @@ def test_images_that_are_neither_one_nor_numbered_are_refused(anyres, names, cap
     assert line == f"skipped sample a: its images are {images}: it must have one, or 0.png, 1.jpg, ... without a gap"
 
 
-@pytest.mark.parametrize("aspect_ratio, images, reason", [
-    ("anyres", [noise(1, 14_000), noise(9, 9)], "an image of 1 x 14000 pixels is too long to be padded to a square"),
-    ("anyres", [png(noise(90, 90))[:900]], "truncated"),
-    ("anyres", [noise(9, 9), b"this is no picture"], "cannot identify image file"),
-    ("anyres", [noise(9, 9)] * 30, "positions do not fit --seq-length 128"),
-    ("square", [b""], "cannot identify image file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "aspect_ratio, images, reason",
+    [
+        (
+            "anyres",
+            [noise(1, 14_000), noise(9, 9)],
+            "an image of 1 x 14000 pixels is too long to be padded to a square",
+        ),
+        ("anyres", [png(noise(90, 90))[:900]], "truncated"),
+        ("anyres", [noise(9, 9), b"this is no picture"], "cannot identify image file"),
+        ("anyres", [noise(9, 9)] * 30, "positions do not fit --seq-length 128"),
+        ("square", [b""], "cannot identify image file"),
+    ],
+)
 def test_pictures_that_cannot_be_used_are_skipped_with_a_line(tokenizer, caplog, aspect_ratio, images, reason):
     with pytest.raises(SkipSample):
         make_encoder(tokenizer, aspect_ratio).encode_sample(stored(images=images))
@@ -266,7 +273,8 @@ def answer_of(tokenizer, num_tokens):
 def test_the_longest_row_that_fits_is_whole_and_one_more_token_is_cut(tokenizer, aspect_ratio, picture, room):
     encoder = make_encoder(tokenizer, aspect_ratio)
     fits, longer = (
-        encoder.encode_sample(stored(answer=answer_of(tokenizer, room + more), images=[noise(*picture)])) for more in (0, 5)
+        encoder.encode_sample(stored(answer=answer_of(tokenizer, room + more), images=[noise(*picture)]))
+        for more in (0, 5)
     )
     assert fits.row_length == longer.row_length == 128 and (fits.is_cut, longer.is_cut) == (False, True)
     assert len(longer.text.tokens) == len(fits.text.tokens)
@@ -283,9 +291,15 @@ def test_wherever_a_conversation_is_cut_images_and_their_places_agree(tokenizer,
     lengths = {}
     for length in range(1, 120):
         encoder = LlavaTaskEncoder(
-            tokenizer, image_size=TILE, patch_size=14, max_sequence_length=length, template="qwen_1_5",
-            image_aspect_ratio="square", grid_pinpoints=PINPOINTS, max_tiles=2,
-        )  # fmt: skip
+            tokenizer,
+            image_size=TILE,
+            patch_size=14,
+            max_sequence_length=length,
+            template="qwen_1_5",
+            image_aspect_ratio="square",
+            grid_pinpoints=PINPOINTS,
+            max_tiles=2,
+        )
         try:
             batch = encoder.batch([encoder.encode_sample(sample)])
         except SkipSample:
@@ -306,10 +320,19 @@ def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
     assert not eligible(rsa=False) and not eligible(images=0) and not eligible(images=2)
     # In a conversation that is cut before its answer, "\n" and <|im_end|> of the question are learnt, but no caption is left.
     encoder = LlavaTaskEncoder(
-        tokenizer, image_size=TILE, patch_size=14, max_sequence_length=60, template="qwen_1_5", image_aspect_ratio="square",
-        grid_pinpoints=PINPOINTS, max_tiles=2,
-    )  # fmt: skip
-    turns = [{"from": "human", "value": "<image>\n" + answer_of(tokenizer, 80)}, {"from": "gpt", "value": "A red boat."}]
+        tokenizer,
+        image_size=TILE,
+        patch_size=14,
+        max_sequence_length=60,
+        template="qwen_1_5",
+        image_aspect_ratio="square",
+        grid_pinpoints=PINPOINTS,
+        max_tiles=2,
+    )
+    turns = [
+        {"from": "human", "value": "<image>\n" + answer_of(tokenizer, 80)},
+        {"from": "gpt", "value": "A red boat."},
+    ]
     sample = stored()
     sample.record = {"conversations": turns}
     cut = encoder.encode_sample(sample)
@@ -321,9 +344,15 @@ def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
         found = encoder.encode_sample(stored())
         assert found.eligible == is_eligible == bool(encoder.batch([found]).rsa.caption_mask.any())
     encoder = LlavaTaskEncoder(
-        tokenizer, image_size=TILE, patch_size=14, max_sequence_length=60, template="qwen_1_5", image_aspect_ratio="square",
-        grid_pinpoints=PINPOINTS, max_tiles=2,
-    )  # fmt: skip
+        tokenizer,
+        image_size=TILE,
+        patch_size=14,
+        max_sequence_length=60,
+        template="qwen_1_5",
+        image_aspect_ratio="square",
+        grid_pinpoints=PINPOINTS,
+        max_tiles=2,
+    )
     encoder.max_sequence_length = 128
     assert encoder.encode_sample(sample).eligible
 
@@ -334,7 +363,12 @@ def test_a_batch_is_filled_up_with_rows_that_weigh_nothing(tokenizer, caplog):
     batch = encoder.batch([encoder.encode_sample(stored("good")), unusable])
     assert batch.keys == ["good", "bad", "", ""] and batch.num_skipped == 1 and "skipped sample bad" in caplog.text
     assert batch.tokens.shape[0] == 4 and batch.loss_mask.sum(1).tolist()[1:] == [0, 0, 0]
-    assert batch.row_lengths.tolist()[1:] == batch.rsa.num_tiles.tolist()[1:] == batch.rsa.eligible.tolist()[1:] == [0, 0, 0]
+    assert (
+        batch.row_lengths.tolist()[1:]
+        == batch.rsa.num_tiles.tolist()[1:]
+        == batch.rsa.eligible.tolist()[1:]
+        == [0, 0, 0]
+    )
     assert torch.equal(batch.images, encoder.encode_sample(stored("good")).tiles)
     empty = encoder.batch([])
     assert empty.tokens.shape == (4, 1) and not empty.loss_mask.any() and empty.images.shape == (0, 3, TILE, TILE)

@@ -87,7 +87,9 @@ def test_an_image_alone_is_transformers_base_tile_and_grid_whatever_its_shape():
 @pytest.mark.parametrize("width, height", [(336, 336), (640, 480), (300, 1000)])
 def test_with_the_tiles_of_the_published_models_too(width, height):
     image, pinpoints = noise(width, height), square_grids(384, 6, 6)
-    assert torch.equal(ours([image], tile=384, pinpoints=pinpoints), transformers([image], tile=384, pinpoints=pinpoints))
+    assert torch.equal(
+        ours([image], tile=384, pinpoints=pinpoints), transformers([image], tile=384, pinpoints=pinpoints)
+    )
 
 
 def test_each_shade_is_transformers_float():
@@ -205,30 +207,41 @@ def test_16_bit_grey_is_scaled_as_16_bit_colour_is():
     assert (opened(grey).mode, opened(colour).mode, opened(tif).mode) == ("I;16", "RGB", "I;16")
     for part in (grey, tif):
         assert list(decoded(part).get_flattened_data()) == list(decoded(colour).get_flattened_data())
-    assert numpy.array(opened(grey).convert("RGB")).min(axis=2)[0, 1:].tolist() == [255] * 127  # as transformers loads it
+    assert (
+        numpy.array(opened(grey).convert("RGB")).min(axis=2)[0, 1:].tolist() == [255] * 127
+    )  # as transformers loads it
 
 
 def test_a_strip_of_one_pixel_is_used():
     assert torch.equal(ours([decoded(file(noise(1, 60_000)))]), transformers([noise(1, 60_000)]))
 
 
-@pytest.mark.parametrize("part, reason", [
-    (b"", "cannot identify image file, 0 bytes that begin with b''"),
-    (b"this is no picture", "cannot identify image file, 18 bytes that begin with b'this is no p'"),
-    (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "cannot identify image file, 41 bytes that begin with b'<svg xmlns=\"'"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),  # a program, not a picture
-    (png(0, 9, 8, 2, b""), "cannot identify image file"),
-    (png(9, 0, 8, 2, b""), "cannot identify image file"),
-    (file(noise())[:900], "image file is truncated"),
-    (file(noise(), "JPEG")[:900], "image file is truncated"),
-    (file(noise(), "WEBP")[:900], "0.png: "),
-    (file(noise(), "GIF")[:900], "image file is truncated"),
-    (file(noise())[:60] + b"damage" + file(noise())[66:], "0.png: "),
-    (png(10_000, 9_000, 8, 2, b""), "an image of 10000 x 9000 pixels is larger than 89478485 pixels"),
-    (png(20_000, 20_000, 8, 2, b""), "Image size (400000000 pixels) exceeds limit of 178956970 pixels"),
-    (file(Image.new("F", (9, 9)), "TIFF"), "its shades are numbers of 32 bits"),
-    (file(Image.new("I", (9, 9)), "TIFF"), "its shades are numbers of 32 bits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, reason",
+    [
+        (b"", "cannot identify image file, 0 bytes that begin with b''"),
+        (b"this is no picture", "cannot identify image file, 18 bytes that begin with b'this is no p'"),
+        (
+            b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+            "cannot identify image file, 41 bytes that begin with b'<svg xmlns=\"'",
+        ),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "cannot identify",
+        ),  # a program, not a picture
+        (png(0, 9, 8, 2, b""), "cannot identify image file"),
+        (png(9, 0, 8, 2, b""), "cannot identify image file"),
+        (file(noise())[:900], "image file is truncated"),
+        (file(noise(), "JPEG")[:900], "image file is truncated"),
+        (file(noise(), "WEBP")[:900], "0.png: "),
+        (file(noise(), "GIF")[:900], "image file is truncated"),
+        (file(noise())[:60] + b"damage" + file(noise())[66:], "0.png: "),
+        (png(10_000, 9_000, 8, 2, b""), "an image of 10000 x 9000 pixels is larger than 89478485 pixels"),
+        (png(20_000, 20_000, 8, 2, b""), "Image size (400000000 pixels) exceeds limit of 178956970 pixels"),
+        (file(Image.new("F", (9, 9)), "TIFF"), "its shades are numbers of 32 bits"),
+        (file(Image.new("I", (9, 9)), "TIFF"), "its shades are numbers of 32 bits"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_what_cannot_be_used_is_refused_with_its_name_and_a_reason(part, reason):
     with pytest.raises(ValueError) as caught:

@@ -16,8 +16,10 @@ KINDS = ["clip", "siglip", "siglip2"]
 # Numbers of size 1 after some tens of operations, each rounded to 6e-8; a batch is multiplied in another order than a
 # sample alone. A wrong pooling moves them by 0.1 and more (test_another_pooling_is_seen).
 TOLERANCE = 1e-5
-PAIRS = [CaptionedImage(f"{n}", caption, lambda image=image: image)
-         for n, (caption, image) in enumerate(zip(tiny_backbones.CAPTIONS, tiny_backbones.pictures(6)))]  # fmt: skip
+PAIRS = [
+    CaptionedImage(f"{n}", caption, lambda image=image: image)
+    for n, (caption, image) in enumerate(zip(tiny_backbones.CAPTIONS, tiny_backbones.pictures(6)))
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,11 @@ def embeddings(backbone, pairs=PAIRS) -> torch.Tensor:
 def reference(folder):
     """transformers' own model, tokenizer and processor."""
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return (
+        model,
+        transformers.AutoTokenizer.from_pretrained(folder),
+        transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +57,9 @@ def test_texts_that_are_longer_than_the_model_reads_are_counted(folders, kind):
 @torch.no_grad()
 def images_by_hand(folder) -> torch.Tensor:
     model, _, processor = reference(folder)
-    return torch.cat([model.get_image_features(**processor([pair.image()], return_tensors="pt")).pooler_output for pair in PAIRS])
+    return torch.cat(
+        [model.get_image_features(**processor([pair.image()], return_tensors="pt")).pooler_output for pair in PAIRS]
+    )
 
 
 def text_inputs(folder, tokenizer, caption):
@@ -65,7 +73,9 @@ def text_inputs(folder, tokenizer, caption):
 @torch.no_grad()
 def texts_by_hand(folder) -> torch.Tensor:
     model, tokenizer, _ = reference(folder)
-    return torch.cat([model.get_text_features(**text_inputs(folder, tokenizer, pair.caption)).pooler_output for pair in PAIRS])
+    return torch.cat(
+        [model.get_text_features(**text_inputs(folder, tokenizer, pair.caption)).pooler_output for pair in PAIRS]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +89,10 @@ def test_embeddings_are_transformers_own(kind, folders):
         alone_ND = torch.cat([embeddings(backbone, [pair]) for pair in PAIRS])
         torch.testing.assert_close(actual_ND, alone_ND, atol=TOLERANCE, rtol=TOLERANCE)
     assert (images.side, texts.side) == ("vision", "text")
-    assert images.identity.keys() >= {"model", "revision", "dtype", "pooling"} and texts.identity["text"] == "its first 12 tokens"
+    assert (
+        images.identity.keys() >= {"model", "revision", "dtype", "pooling"}
+        and texts.identity["text"] == "its first 12 tokens"
+    )
     assert len(tiny_backbones.CAPTIONS[1].split()) > tiny_dual_encoders.LONGEST  # one was cut
 
 
@@ -103,8 +116,17 @@ def test_siglips_own_python_tokenizer_is_used_as_it_is(folders, tmp_path):
     import sentencepiece
 
     (tmp_path / "text").write_text("\n".join(tiny_backbones.CAPTIONS).lower())
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=60,
-                                             pad_id=-1, bos_id=-1, eos_id=1, unk_id=0, model_type="unigram", minloglevel=2)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=60,
+        pad_id=-1,
+        bos_id=-1,
+        eos_id=1,
+        unk_id=0,
+        model_type="unigram",
+        minloglevel=2,
+    )
     folder = tmp_path / "siglip"
     folder.mkdir()
     for path in folders["siglip"].iterdir():

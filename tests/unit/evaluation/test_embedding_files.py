@@ -19,13 +19,21 @@ def rows(count=23, width=6, seed=0) -> torch.Tensor:
 def store(folder, x_ND, part_size=5, layers=LAYERS, left_out=(3, 9)) -> list[str]:
     """Features of as many pairs as there are rows and two more, which are left out; the keys of the rows."""
     keys = [f"pair {number}" for number in range(len(x_ND) + len(left_out))]
-    made = FeatureStore.create(folder, {"keys": keys, "layers": layers, "store_dtype": "float32", "model": "m", "revision": "r"})
+    made = FeatureStore.create(
+        folder, {"keys": keys, "layers": layers, "store_dtype": "float32", "model": "m", "revision": "r"}
+    )
     row = 0
     for start in range(0, len(keys), part_size):
         good = [number for number in range(start, min(start + part_size, len(keys))) if number not in left_out]
-        bad = {keys[number]: "broken" for number in range(start, min(start + part_size, len(keys))) if number in left_out}
+        bad = {
+            keys[number]: "broken" for number in range(start, min(start + part_size, len(keys))) if number in left_out
+        }
         part_nD = x_ND[row : row + len(good)]
-        made.append([keys[number] for number in good], {name: part_nD if name == layers[-1] else -part_nD for name in layers}, bad)
+        made.append(
+            [keys[number] for number in good],
+            {name: part_nD if name == layers[-1] else -part_nD for name in layers},
+            bad,
+        )
         row += len(good)
     made.finish()
     return [key for number, key in enumerate(keys) if number not in left_out]
@@ -42,7 +50,9 @@ def source(request, tmp_path):
         save_file({"x": x_ND, "other": -x_ND}, tmp_path / "x.safetensors")
         return f"{tmp_path / 'x.safetensors'}:x", x_ND, None
     x_ND = {"float16": x_ND.half(), "fortran": x_ND.double()}.get(request.param, x_ND)
-    order = {"fortran": numpy.asfortranarray, "big-endian": lambda array: array.astype(">f4")}.get(request.param, numpy.asarray)
+    order = {"fortran": numpy.asfortranarray, "big-endian": lambda array: array.astype(">f4")}.get(
+        request.param, numpy.asarray
+    )
     numpy.save(tmp_path / "x.npy", order(x_ND.numpy()))
     return tmp_path / "x.npy", x_ND, None
 
@@ -74,7 +84,9 @@ def test_a_store_says_what_it_is_of_and_one_layer_need_not_be_named(tmp_path):
     x_ND = rows()
     store(tmp_path / "a:b", x_ND, layers=["embedding"])  # a colon in its name
     found = open_embeddings(tmp_path / "a:b")
-    assert found.about == {"model": "m", "revision": "r", "layer": "embedding"} and torch.equal(torch.cat(list(found)), x_ND)
+    assert found.about == {"model": "m", "revision": "r", "layer": "embedding"} and torch.equal(
+        torch.cat(list(found)), x_ND
+    )
     assert found.description == f"{tmp_path / 'a:b'}, layer embedding"
 
 
@@ -116,32 +128,49 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
     x_ND = rows()
     x_ND[1:10] = 0
     keys = store(tmp_path / "made", x_ND)
-    with pytest.raises(ValueError, match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); leave them out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); leave them out",
+    ):
         list(open_embeddings(f"{tmp_path / 'made'}:0"))
     for name, factor in (("short", 1e-30), ("long", 1e30)):  # squares beyond float32 are no fault
         numpy.save(tmp_path / f"{name}.npy", rows().numpy() * factor)
         assert len(torch.cat(list(open_embeddings(tmp_path / f"{name}.npy")))) == 23
 
 
-@pytest.mark.parametrize("make, spec, said", [
-    (lambda f: None, "none.npy", "none.npy is not there; name a folder of stored features"),
-    (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt is none of the forms"),
-    (lambda f: (f / "x.npy").write_bytes(b"no array"), "x.npy", "x.npy cannot be read as numpy's array of numbers"),
-    (lambda f: numpy.save(f / "x.npy", numpy.array([{}]), allow_pickle=True), "x.npy", "Python objects in dtype"),
-    (lambda f: numpy.save(f / "x.npy", numpy.ones((3, 2), int)), "x.npy", "x.npy holds int64: save it as float32"),
-    (lambda f: numpy.save(f / "x.npy", numpy.ones(3)), "x.npy", r"x.npy has the shape \[3\]: it must be rows"),
-    (lambda f: numpy.save(f / "x.npy", numpy.ones((0, 3))), "x.npy", r"x.npy has the shape \[0, 3\]"),
-    (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; leave out :a"),
-    (lambda f: save_file({"a": rows(), "b": rows()}, f / "x.safetensors"), "x.safetensors",
-     "has the tensors a, b: name one, as .*x.safetensors:a"),
-    (lambda f: save_file({"a": rows()}, f / "x.safetensors"), "x.safetensors:c", "has no tensor c; its tensors are a"),
-    (lambda f: save_file({"a": rows().int()}, f / "x.safetensors"), "x.safetensors", "tensor a holds I32"),
-    (lambda f: (f / "x.safetensors").write_bytes(b"12345678{"), "x.safetensors", "x.safetensors cannot be read"),
-    (lambda f: store(f / "made", rows()), "made", "made has the layers 0, embedding: name one, as .*made:embedding"),
-    (lambda f: store(f / "made", rows()), "made:7", "made has no layer 7; its layers are 0, embedding"),
-    (lambda f: (f / "made.unfinished").mkdir(), "made", "made.unfinished is not finished"),
-    (lambda f: (f / "made").mkdir(), "made:0", "made holds no features"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, spec, said",
+    [
+        (lambda f: None, "none.npy", "none.npy is not there; name a folder of stored features"),
+        (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt is none of the forms"),
+        (lambda f: (f / "x.npy").write_bytes(b"no array"), "x.npy", "x.npy cannot be read as numpy's array of numbers"),
+        (lambda f: numpy.save(f / "x.npy", numpy.array([{}]), allow_pickle=True), "x.npy", "Python objects in dtype"),
+        (lambda f: numpy.save(f / "x.npy", numpy.ones((3, 2), int)), "x.npy", "x.npy holds int64: save it as float32"),
+        (lambda f: numpy.save(f / "x.npy", numpy.ones(3)), "x.npy", r"x.npy has the shape \[3\]: it must be rows"),
+        (lambda f: numpy.save(f / "x.npy", numpy.ones((0, 3))), "x.npy", r"x.npy has the shape \[0, 3\]"),
+        (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; leave out :a"),
+        (
+            lambda f: save_file({"a": rows(), "b": rows()}, f / "x.safetensors"),
+            "x.safetensors",
+            "has the tensors a, b: name one, as .*x.safetensors:a",
+        ),
+        (
+            lambda f: save_file({"a": rows()}, f / "x.safetensors"),
+            "x.safetensors:c",
+            "has no tensor c; its tensors are a",
+        ),
+        (lambda f: save_file({"a": rows().int()}, f / "x.safetensors"), "x.safetensors", "tensor a holds I32"),
+        (lambda f: (f / "x.safetensors").write_bytes(b"12345678{"), "x.safetensors", "x.safetensors cannot be read"),
+        (
+            lambda f: store(f / "made", rows()),
+            "made",
+            "made has the layers 0, embedding: name one, as .*made:embedding",
+        ),
+        (lambda f: store(f / "made", rows()), "made:7", "made has no layer 7; its layers are 0, embedding"),
+        (lambda f: (f / "made.unfinished").mkdir(), "made", "made.unfinished is not finished"),
+        (lambda f: (f / "made").mkdir(), "made:0", "made holds no features"),
+    ],
+)
 def test_what_cannot_be_read_is_one_line_that_says_why(make, spec, said, tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match=said) as error:

@@ -16,8 +16,10 @@ KINDS = ["llava_onevision", "internvl", "qwen2_5_vl"]
 # States of size 1 to 5 after some tens of operations, each rounded to 6e-8; a batch is multiplied in another order than
 # a sample alone, and the means are taken in another.
 TOLERANCE = 1e-5
-PAIRS = [CaptionedImage(f"{n}", caption, lambda image=image: image)
-         for n, (caption, image) in enumerate(zip(tiny_backbones.CAPTIONS, tiny_backbones.pictures(6)))]  # fmt: skip
+PAIRS = [
+    CaptionedImage(f"{n}", caption, lambda image=image: image)
+    for n, (caption, image) in enumerate(zip(tiny_backbones.CAPTIONS, tiny_backbones.pictures(6)))
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,10 @@ def test_caption_features_are_transformers_hidden_states(kind, folders):
     model, processor = naive_features.reference(folders[kind])
     backbone = TextBackbone(open_model(folders[kind]))
     assert len(backbone.layers) == {"llava_onevision": 4, "internvl": 2, "qwen2_5_vl": 2}[kind] + 1
-    assert_close(features(backbone), [naive_features.caption_features(model, processor, caption) for caption in tiny_backbones.CAPTIONS])
+    assert_close(
+        features(backbone),
+        [naive_features.caption_features(model, processor, caption) for caption in tiny_backbones.CAPTIONS],
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +73,10 @@ def test_padding_and_templates_in_the_mean_would_be_seen(kind, folders):
     model, processor = naive_features.reference(folders[kind])
     actual = features(TextBackbone(open_model(folders[kind])))
     for wrong in ("<|im_start|>{}<|im_end|>", "{}<|endoftext|><|endoftext|>"):
-        states = [naive_features.caption_features(model, processor, wrong.format(caption)) for caption in tiny_backbones.CAPTIONS]
+        states = [
+            naive_features.caption_features(model, processor, wrong.format(caption))
+            for caption in tiny_backbones.CAPTIONS
+        ]
         for number, rows_nD in enumerate(actual.values()):
             assert (rows_nD - torch.stack([sample[number] for sample in states])).abs().amax(1).min() > 1000 * TOLERANCE
 
@@ -139,7 +147,9 @@ def test_an_encoder_sees_its_special_tokens_but_they_do_not_count(tmp_path):
     features(backbone, [long, *PAIRS])
 
 
-@pytest.mark.parametrize("name, skip", [("siglip", 0), ("clip", 1), ("vit", 1), ("dinov2", 1), ("dinov2_with_registers", 5)])
+@pytest.mark.parametrize(
+    "name, skip", [("siglip", 0), ("clip", 1), ("vit", 1), ("dinov2", 1), ("dinov2_with_registers", 5)]
+)
 @torch.no_grad()
 def test_separate_towers(name, skip, tmp_path):
     folder = tiny_backbones.tower(name, tmp_path / name)
@@ -164,25 +174,33 @@ def test_the_revision_of_a_folder_is_what_is_in_it(folders, tmp_path):
     folder = copy(folders["internvl"], tmp_path / "copy")
     assert open_model(folder).revision == open_model(folders["internvl"]).revision == fingerprint(folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.language_model.norm.weight" if "model.language_model.norm.weight" in tensors else [*tensors][-1]][0] += 1
+    tensors["model.language_model.norm.weight" if "model.language_model.norm.weight" in tensors else [*tensors][-1]][
+        0
+    ] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert open_model(folder).revision != open_model(folders["internvl"]).revision
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"nowhere.* its config.json cannot be had from the hub \(there is no folder") as error:
+    with pytest.raises(
+        ValueError, match=r"nowhere.* its config.json cannot be had from the hub \(there is no folder"
+    ) as error:
         open_model("nobody/nowhere")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="is no folder"):
         open_model(tmp_path / "missing")
     bert = open_model(tiny_backbones.bert(tmp_path / "bert"))
-    with pytest.raises(ValueError, match="model_type bert has no vision tower that can be measured; supported: llava_onevision"):
+    with pytest.raises(
+        ValueError, match="model_type bert has no vision tower that can be measured; supported: llava_onevision"
+    ):
         VisionBackbone(bert)
     with pytest.raises(ValueError, match="multimodal needs a vision-language model"):
         CaptionAfterImage(bert)
     vit = open_model(tiny_backbones.tower("vit", tmp_path / "vit"))
-    with pytest.raises(ValueError, match="model_type vit has no language model that can be measured; supported: .*qwen2"):
+    with pytest.raises(
+        ValueError, match="model_type vit has no language model that can be measured; supported: .*qwen2"
+    ):
         TextBackbone(vit)
     folder = copy(folders["qwen2_5_vl"], tmp_path / "unknown", model_type="nothing")
     with pytest.raises(ValueError, match="unknown: its config.json cannot be had: .*nothing") as error:

@@ -21,15 +21,25 @@ def features(side: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(len(side))
     shared = torch.randn(NUM_KEYS, 6, generator=torch.Generator().manual_seed(0))
     return {
-        name: torch.randn(NUM_KEYS, width, generator=generator) + int(name) * shared @ torch.randn(6, width, generator=generator)
+        name: torch.randn(NUM_KEYS, width, generator=generator)
+        + int(name) * shared @ torch.randn(6, width, generator=generator)
         for name, width in WIDTHS[side].items()
     }
 
 
 def make_store(folder, side: str, left_out: tuple = (), **changes) -> FeatureStore:
     keys = [f"{number}" for number in range(NUM_KEYS)]
-    manifest = {"model": side, "side": side, "layers": [*WIDTHS[side]], "store_dtype": "float32", "keys": keys, "data": "d",
-                "seeds": [0, 1, 2], "num_samples": NUM_SAMPLES, "samples": SAMPLES} | changes  # fmt: skip
+    manifest = {
+        "model": side,
+        "side": side,
+        "layers": [*WIDTHS[side]],
+        "store_dtype": "float32",
+        "keys": keys,
+        "data": "d",
+        "seeds": [0, 1, 2],
+        "num_samples": NUM_SAMPLES,
+        "samples": SAMPLES,
+    } | changes
     store = FeatureStore.create(folder, manifest)
     kept = [number for number in range(NUM_KEYS) if number not in left_out]
     rows = {name: x[kept] for name, x in features(side).items()}
@@ -41,7 +51,10 @@ def make_store(folder, side: str, left_out: tuple = (), **changes) -> FeatureSto
 def by_hand(metric: str, k: int, samples=SAMPLES) -> torch.Tensor:
     vision, text = features("vision"), features("text")
     return torch.tensor(
-        [[[METRICS[metric](a[chosen], b[chosen], k) for b in text.values()] for a in vision.values()] for chosen in samples],
+        [
+            [[METRICS[metric](a[chosen], b[chosen], k) for b in text.values()] for a in vision.values()]
+            for chosen in samples
+        ],
         dtype=torch.float64,
     )
 
@@ -67,7 +80,10 @@ def test_each_pair_of_layers_has_the_metrics_value(metric, tmp_path):
 
 
 def test_a_pair_that_one_store_lacks_counts_in_neither(tmp_path):
-    vision, text = make_store(tmp_path / "v", "vision", left_out=(3, 25)), make_store(tmp_path / "t", "text", left_out=(59,))
+    vision, text = (
+        make_store(tmp_path / "v", "vision", left_out=(3, 25)),
+        make_store(tmp_path / "t", "text", left_out=(59,)),
+    )
     samples = samples_in_both(vision, text, k=5)
     kept = [[number for number in chosen if number not in (3, 25, 59)] for chosen in SAMPLES]
     found = score_layers(vision, text, "mutual-knn", k=5, samples=samples)
@@ -86,7 +102,9 @@ def test_neighbours_are_found_once_a_layer_and_layers_read_once(tmp_path, monkey
     calls, read, layer = [], [], FeatureStore.layer
     find = layer_scores.nearest_neighbours
     monkeypatch.setattr(layer_scores, "nearest_neighbours", lambda *arguments: calls.append(1) or find(*arguments))
-    monkeypatch.setattr(FeatureStore, "layer", lambda store, name: read.append((store.manifest["side"], name)) or layer(store, name))
+    monkeypatch.setattr(
+        FeatureStore, "layer", lambda store, name: read.append((store.manifest["side"], name)) or layer(store, name)
+    )
     score_layers(vision, text, "mutual-knn", k=5, samples=samples_in_both(vision, text, k=5))
     assert len(calls) == 3 * (3 + 2)  # seeds, layers
     assert sorted(read) == [("text", "0"), ("text", "1"), ("vision", "0"), ("vision", "1"), ("vision", "2")]

@@ -21,29 +21,58 @@ def picture(name, *aliases, code="1F600") -> Picture:
     return Picture(code, name, aliases)
 
 
-@pytest.mark.parametrize("name, aliases, caption", [
-    ("growing heart", ["heartpulse"], "Growing heart, also called heartpulse."),
-    ("grinning face", ["grinning", "face grinning"], "Grinning face."),  # nothing but words that are there
-    ("man running", ["running man", "runner", "the runner", "jogger"], "Man running, also called runner or jogger."),
-    ("A button (blood type)", [], "A button (blood type)."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, aliases, caption",
+    [
+        ("growing heart", ["heartpulse"], "Growing heart, also called heartpulse."),
+        ("grinning face", ["grinning", "face grinning"], "Grinning face."),  # nothing but words that are there
+        (
+            "man running",
+            ["running man", "runner", "the runner", "jogger"],
+            "Man running, also called runner or jogger.",
+        ),
+        ("A button (blood type)", [], "A button (blood type)."),
+    ],
+)
 def test_a_caption_is_the_name_and_other_names_that_say_more(name, aliases, caption):
     assert picture(name, *aliases).caption == caption
 
 
 def test_families_are_of_the_commonest_word():
-    names = ["red heart", "black heart", "heart on fire", "fire", "fire engine", "man running", "woman running facing right",
-             "person", "woman", "cat", "black cat", "grinning face", "cat face", "smiling face"]  # fmt: skip
+    names = [
+        "red heart",
+        "black heart",
+        "heart on fire",
+        "fire",
+        "fire engine",
+        "man running",
+        "woman running facing right",
+        "person",
+        "woman",
+        "cat",
+        "black cat",
+        "grinning face",
+        "cat face",
+        "smiling face",
+    ]
     pictures = [picture(name, code=f"{0x1F600 + number:X}") for number, name in enumerate(names)]
-    pictures += [picture("flag of Chad", code="1F1F9-1F1E9"), picture("flag of Wales", code="1F3F4-E0067-E0062-E007F"),
-                 picture("one o'clock", code="1F550"), picture("six-thirty", code="1F561")]  # fmt: skip
+    pictures += [
+        picture("flag of Chad", code="1F1F9-1F1E9"),
+        picture("flag of Wales", code="1F3F4-E0067-E0062-E007F"),
+        picture("one o'clock", code="1F550"),
+        picture("six-thirty", code="1F561"),
+    ]
     families = {family: [p.name for p in found] for family, found in by_family(pictures).items()}
     assert families == {
-        "heart": ["red heart", "black heart", "heart on fire"], "fire": ["fire", "fire engine"],
-        "running": ["man running", "woman running facing right"], "person": ["person", "woman"], "cat": ["cat", "black cat"],
-        "face": ["grinning face", "cat face", "smiling face"], "flag": ["flag of Chad", "flag of Wales"],
+        "heart": ["red heart", "black heart", "heart on fire"],
+        "fire": ["fire", "fire engine"],
+        "running": ["man running", "woman running facing right"],
+        "person": ["person", "woman"],
+        "cat": ["cat", "black cat"],
+        "face": ["grinning face", "cat face", "smiling face"],
+        "flag": ["flag of Chad", "flag of Wales"],
         "clock": ["one o'clock", "six-thirty"],
-    }  # fmt: skip
+    }
 
 
 def many(num_families=200) -> dict[str, list[Picture]]:
@@ -62,7 +91,9 @@ def test_no_family_is_in_both_parts_and_large_ones_are_for_training():
     families = many()
     parts = divide(families, 150, 0)
     assert len(parts["val"]) == 150 and len(parts["train"]) == sum(map(len, families.values())) - 150
-    train, val = ({family for family in families if set(families[family]) & set(parts[part])} for part in ("train", "val"))
+    train, val = (
+        {family for family in families if set(families[family]) & set(parts[part])} for part in ("train", "val")
+    )
     assert not train & val and train | val == families.keys() and "face" in train
     assert divide(families, 150, 0) == parts != divide(families, 150, 1)
     told = counts(parts)
@@ -74,10 +105,13 @@ def test_no_family_is_in_both_parts_and_large_ones_are_for_training():
     assert counts({"train": pictures[150:], "val": pictures[:150]})["near duplicates across the parts"] > 100
 
 
-@pytest.mark.parametrize("count, message", [
-    (9, "--validation 9: no family is a tenth of it or less; ask for 10 or more"),
-    (700, r"--validation 700 leaves [0-9]+ pictures to train on; lower it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count, message",
+    [
+        (9, "--validation 9: no family is a tenth of it or less; ask for 10 or more"),
+        (700, r"--validation 700 leaves [0-9]+ pictures to train on; lower it"),
+    ],
+)
 def test_a_validation_part_that_cannot_be_is_refused(count, message):
     with pytest.raises(ValueError, match=message):
         divide(many(), count, 0)
@@ -132,7 +166,9 @@ def test_the_pictures_are_drawn_on_white_and_all_different(openmoji):
     # Few drawings reach into the corner; on nothing, without alpha, it would be black.
     corners = [image.getpixel((0, 0)) for image in images]
     assert corners.count((255, 255, 255)) > 0.95 * len(corners)
-    assert len({image.tobytes() for image in images}) == len(images) and all(len(image.getcolors(576)) > 1 for image in images)
+    assert len({image.tobytes() for image in images}) == len(images) and all(
+        len(image.getcolors(576)) > 1 for image in images
+    )
 
 
 @needs_packages
@@ -161,5 +197,7 @@ def test_what_is_there_is_kept_and_a_killed_run_ends_with_the_same_bytes(openmoj
     (stale / "train-00009.tar").write_bytes(b"half")
     prepare_openmoji.main(["--out", str(other), *flags])
     tars = sorted(path.name for path in openmoji.glob("*.tar"))
-    assert len(tars) == 4 and [(other / tar).read_bytes() for tar in tars] == [(openmoji / tar).read_bytes() for tar in tars]
+    assert len(tars) == 4 and [(other / tar).read_bytes() for tar in tars] == [
+        (openmoji / tar).read_bytes() for tar in tars
+    ]
     assert not list(tmp_path.glob("*.unfinished"))

@@ -15,9 +15,32 @@ STEPS = 14
 
 
 def flags(demo, out, *more) -> list[str]:
-    small = ["--num-samples", "64", "--num-held-out", "32", "--batch-size", "16", "--steps", str(STEPS), "--width", "32",
-             "--projection-dim", "24", "--lr", "3e-3"]  # fmt: skip
-    return ["--data", str(demo / "data" / "captions"), "--tokenizer", str(demo / "tokenizer"), "--out", str(out), *small, *map(str, more)]
+    small = [
+        "--num-samples",
+        "64",
+        "--num-held-out",
+        "32",
+        "--batch-size",
+        "16",
+        "--steps",
+        str(STEPS),
+        "--width",
+        "32",
+        "--projection-dim",
+        "24",
+        "--lr",
+        "3e-3",
+    ]
+    return [
+        "--data",
+        str(demo / "data" / "captions"),
+        "--tokenizer",
+        str(demo / "tokenizer"),
+        "--out",
+        str(out),
+        *small,
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +124,11 @@ def test_figures_are_those_of_the_definition(trained):
     right = torch.tensor([[0.8, 0, 0.6], [0, 0.8, 0.6]])
     figures = train_dual_encoder.evaluate(Planted(right), examples, processor)
     # Means (.5, .5, 0) and (.4, .4, .6): a gap of sqrt(.01 + .01 + .36), and s of sqrt((1 - .5) / (1 - .68)).
-    assert figures["R@1"] == 1 and figures["centroid gap"] == pytest.approx(0.38**0.5) and figures["s"] == pytest.approx(1.25)
+    assert (
+        figures["R@1"] == 1
+        and figures["centroid gap"] == pytest.approx(0.38**0.5)
+        and figures["s"] == pytest.approx(1.25)
+    )
     assert train_dual_encoder.evaluate(Planted(right.flip(0)), examples, processor)["R@1"] == 0
 
 

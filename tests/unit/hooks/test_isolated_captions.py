@@ -31,8 +31,15 @@ def test_eligible_captions_stand_at_the_end_of_their_rows():
         [21, 22, 23, 24, 25, 22, 23, 24],
         [IMAGE, 31, 32, 33, 34, 0, 0, 0],
     ]
-    assert appended.caption_mask[:, 5:].tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]] and not appended.caption_mask[:, :5].any()
-    assert given["loss_mask"][:, 5:].sum() == 0 and given["loss_mask"].dtype == torch.float32 and given["position_ids"] is None
+    assert (
+        appended.caption_mask[:, 5:].tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
+        and not appended.caption_mask[:, :5].any()
+    )
+    assert (
+        given["loss_mask"][:, 5:].sum() == 0
+        and given["loss_mask"].dtype == torch.float32
+        and given["position_ids"] is None
+    )
 
 
 def test_learned_positions_begin_anew():
@@ -55,12 +62,15 @@ def test_a_position_looks_back_within_its_segment():
     assert isolated_captions.packed_segments(torch.tensor([2, 3]), 4).cu_seqlens_q.tolist() == [0, 2, 4, 7, 8]
 
 
-@pytest.mark.parametrize("setting, packed, message", [
-    (dict(context_parallel_size=2), True, "--context-parallel-size above 1"),
-    (dict(tp_comm_overlap=True), True, "--tp-comm-overlap"),
-    (dict(window_size=(4, 0)), False, "a window_size"),
-    (dict(masked_softmax_fusion=True), False, "pass --no-masked-softmax-fusion"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, packed, message",
+    [
+        (dict(context_parallel_size=2), True, "--context-parallel-size above 1"),
+        (dict(tp_comm_overlap=True), True, "--tp-comm-overlap"),
+        (dict(window_size=(4, 0)), False, "a window_size"),
+        (dict(masked_softmax_fusion=True), False, "pass --no-masked-softmax-fusion"),
+    ],
+)
 def test_attention_that_would_not_see_the_segments_is_refused(setting, packed, message):
     config = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2, masked_softmax_fusion=False)
     isolated_captions.check_settings(config, packed=packed)

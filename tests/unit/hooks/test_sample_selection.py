@@ -14,7 +14,9 @@ IMAGE = -200
 MODEL = SimpleNamespace(image_token_index=IMAGE, img_seq_len=4)
 # One image of three tiles with a caption of two tokens; text; two images of one and two tiles.
 TOKENS = torch.tensor([[1, IMAGE, 11, 12, 0], [21, 22, 23, 24, 25], [IMAGE, IMAGE, 31, 32, 0]])
-LOSS_MASK = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]])  # at p: whether the token at p + 1 is learnt
+LOSS_MASK = torch.tensor(
+    [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]
+)  # at p: whether the token at p + 1 is learnt
 
 
 def arguments(**others) -> dict:
@@ -92,7 +94,11 @@ def test_text_lies_after_the_tokens_of_the_images_before_it():
     position_BS = token_positions.positions(TOKENS == IMAGE, torch.tensor([12, 4, 8]))
     assert position_BS.tolist() == [[0, 12, 13, 14, 15], [0, 1, 2, 3, 4], [3, 11, 12, 13, 14]]
     mask_BS = torch.tensor([[0, 0, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
-    assert [row.nonzero().flatten().tolist() for row in token_positions.spliced(mask_BS, position_BS, 16)] == [[13, 14], [0], [14]]
+    assert [row.nonzero().flatten().tolist() for row in token_positions.spliced(mask_BS, position_BS, 16)] == [
+        [13, 14],
+        [0],
+        [14],
+    ]
     assert token_positions.spliced(mask_BS, position_BS, 14).sum() == 2  # cut as LLaVAModel cuts
 
 
@@ -106,7 +112,9 @@ def test_a_context_parallel_rank_has_a_piece_and_its_mirror_image():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
 @pytest.mark.parametrize("packed", [False, True])
 def test_marks_leave_the_loss_mask_as_it_was(dtype, packed):
-    weights = torch.tensor([[0, 1, 1, 0, 1]]) if not dtype.is_floating_point else torch.tensor([[0, 1 / 3, 2.5, 1e-3, 0]])
+    weights = (
+        torch.tensor([[0, 1, 1, 0, 1]]) if not dtype.is_floating_point else torch.tensor([[0, 1 / 3, 2.5, 1e-3, 0]])
+    )
     loss_mask = weights.to(dtype)
     caption_mask = torch.tensor([[0, 0, 1, 3, 900]]) if packed else torch.tensor([[0, 0, 1, 1, 1]])
     marked = caption_marks.put_on(loss_mask, caption_mask, packed=packed)

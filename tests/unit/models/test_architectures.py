@@ -30,17 +30,22 @@ def test_the_papers_table_of_parameters(name, stage_1, full):
     assert round((total(name) - architecture.parameter_counts()["language"]["output layer"]) / 1e9, 1) != full
 
 
-@pytest.mark.parametrize("layout, message", [
-    (dict(tensor=3, pipeline=1), "--tensor-model-parallel-size 3 does not divide the tower's attention heads, 4"),
-    (dict(tensor=4, pipeline=1), "--tensor-model-parallel-size 4 does not divide the decoder's query groups, 2"),
-    (dict(tensor=1, pipeline=8), "--pipeline-model-parallel-size 8 with 1 chunk.* tiny has 4"),
-    (dict(tensor=1, pipeline=2, chunks=4), "--pipeline-model-parallel-size 2 with 4 chunk.* tiny has 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (dict(tensor=3, pipeline=1), "--tensor-model-parallel-size 3 does not divide the tower's attention heads, 4"),
+        (dict(tensor=4, pipeline=1), "--tensor-model-parallel-size 4 does not divide the decoder's query groups, 2"),
+        (dict(tensor=1, pipeline=8), "--pipeline-model-parallel-size 8 with 1 chunk.* tiny has 4"),
+        (dict(tensor=1, pipeline=2, chunks=4), "--pipeline-model-parallel-size 2 with 4 chunk.* tiny has 4"),
+    ],
+)
 def test_impossible_layouts_are_named(layout, message):
     with pytest.raises(ValueError, match=message):
         tiny.TINY.check_layout(**layout)
 
 
 def test_an_unknown_architecture_is_named_with_the_known():
-    with pytest.raises(ValueError, match="--model llava: neither a folder with a config.json nor one of demo, llava-ov-0.5b"):
+    with pytest.raises(
+        ValueError, match="--model llava: neither a folder with a config.json nor one of demo, llava-ov-0.5b"
+    ):
         get_architecture("llava")

@@ -88,17 +88,21 @@ def test_what_a_decoder_may_have_of_its_own(tmp_path, text, changed):
         (hub(text=dict(hidden_act="gelu")), ["text_config: hidden_act is 'gelu'; only 'silu'"]),
         (hub(text=dict(use_sliding_window=True, max_window_layers=2)), ["text_config: use_sliding_window is True"]),
         (hub(text=dict(rope_scaling=dict(type="linear", factor=2.0))), ["text_config: rope_scaling is 'linear'"]),
-        (hub(text=dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768))),
-         ["text_config: rope_scaling is 'yarn'"]),
+        (
+            hub(text=dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768))),
+            ["text_config: rope_scaling is 'yarn'"],
+        ),
         (hub(text=dict(rope_theta=10000.5)), ["text_config: rope_theta is 10000.5"]),
-        (hub(text=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
-         ["text_config: partial_rotary_factor is 0.5"]),
+        (
+            hub(text=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
+            ["text_config: partial_rotary_factor is 0.5"],
+        ),
         (hub(text=dict(attention_dropout=0.1)), ["text_config: attention_dropout is 0.1"]),
         (hub(text=dict(head_dim=128)), ["text_config: head_dim is 128; only 64.0"]),
         (hub(text=dict(num_hidden_layers="24")), ["cannot be read", "num_hidden_layers"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_what_megatron_cannot_do_is_refused_by_its_key(tmp_path, config, words):
     with pytest.raises(ValueError) as refusal:
         read_architecture(write_config(tmp_path, config))
@@ -113,7 +117,9 @@ def test_a_config_that_is_broken_or_missing_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"{tmp_path}/config.json cannot be read: "):
         read_architecture(tmp_path)
-    with pytest.raises(ValueError, match="--model nobody/nothing: neither a folder with a config.json nor one of demo, "):
+    with pytest.raises(
+        ValueError, match="--model nobody/nothing: neither a folder with a config.json nor one of demo, "
+    ):
         find_architecture("nobody/nothing")
 
 
@@ -123,7 +129,9 @@ def test_a_folder_that_prepares_images_in_another_way_is_refused(tmp_path):
     LlavaOnevisionImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path)
     read_architecture(tmp_path)
     LlavaOnevisionImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"preprocessor_config.json: image_mean is \[0.48145466, .* only \[0.5, 0.5, 0.5\]"):
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json: image_mean is \[0.48145466, .* only \[0.5, 0.5, 0.5\]"
+    ):
         read_architecture(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").unlink()
@@ -138,7 +146,9 @@ def test_a_folder_that_prepares_images_in_another_way_is_refused(tmp_path):
 
 def test_an_original_of_lmms_lab_is_sent_to_conversion(tmp_path):
     with pytest.raises(ValueError, match="config.json is lmms-lab's own; convert the folder"):
-        read_architecture(write_config(tmp_path, {"model_type": "llava", "mm_vision_tower": "google/siglip-so400m-patch14-384"}))
+        read_architecture(
+            write_config(tmp_path, {"model_type": "llava", "mm_vision_tower": "google/siglip-so400m-patch14-384"})
+        )
 
 
 # Two towers
@@ -147,9 +157,18 @@ def test_an_original_of_lmms_lab_is_sent_to_conversion(tmp_path):
 @pytest.fixture
 def qwen2(tmp_path) -> Path:
     """Qwen2-1.5B-Instruct's sizes, its embeddings tied."""
-    sizes = dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_hidden_layers=28,
-                 num_key_value_heads=2, max_window_layers=28, sliding_window=32768, use_sliding_window=False,
-                 tie_word_embeddings=True, vocab_size=151936)  # fmt: skip
+    sizes = dict(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_hidden_layers=28,
+        num_key_value_heads=2,
+        max_window_layers=28,
+        sliding_window=32768,
+        use_sliding_window=False,
+        tie_word_embeddings=True,
+        vocab_size=151936,
+    )
     return write_config(tmp_path / "qwen2", QWEN2 | sizes)
 
 
@@ -191,7 +210,3 @@ def test_other_towers_are_refused(tmp_path, qwen2):
 
 
 # Copying
-
-
-
-

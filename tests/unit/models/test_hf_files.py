@@ -91,7 +91,9 @@ def test_a_served_conversation_has_the_tokens_of_training(written, size):
 
     def served(**options):
         text = processor.apply_chat_template(MESSAGES, tokenize=False, **options)
-        return processor(images=[forward_comparison.picture(*size)], text=[text], return_tensors="pt")["input_ids"][0].tolist()
+        return processor(images=[forward_comparison.picture(*size)], text=[text], return_tensors="pt")["input_ids"][
+            0
+        ].tolist()
 
     training = encode(processor.tokenizer, CONVERSATION, "qwen_1_5").tokens
     expected = [token for token in training for _ in range(expected_tokens(size) if token == 3 else 1)]
@@ -114,8 +116,14 @@ def test_a_model_trained_with_our_template_is_served_with_it(written, tmp_path):
             write_chat_template(folder)
         expected = AutoProcessor.from_pretrained(written).apply_chat_template(MESSAGES)
         assert (AutoProcessor.from_pretrained(folder).apply_chat_template(MESSAGES) == expected) == trained
-        assert AutoTokenizer.from_pretrained(folder).apply_chat_template(MESSAGES[2:], tokenize=False).startswith(
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" if trained else "<|im_start|>user W"
+        assert (
+            AutoTokenizer.from_pretrained(folder)
+            .apply_chat_template(MESSAGES[2:], tokenize=False)
+            .startswith(
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                if trained
+                else "<|im_start|>user W"
+            )
         )
 
 
@@ -132,7 +140,11 @@ def test_a_tokenizer_gets_the_tokens_that_it_lacks(tmp_path):
     tokenizer = text_tokenizer()
     write_model_files(tmp_path, tiny_hf.architecture(tied=True), tokenizer)
     config, vocabulary = AutoConfig.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path).get_vocab()
-    assert (vocabulary[IMAGE_TOKEN], vocabulary["<video>"]) == (config.image_token_index, config.video_token_index) == (4, 5)
+    assert (
+        (vocabulary[IMAGE_TOKEN], vocabulary["<video>"])
+        == (config.image_token_index, config.video_token_index)
+        == (4, 5)
+    )
     assert AutoTokenizer.from_pretrained(tmp_path)("a<image>a")["input_ids"] == [0, 4, 0]
 
 
@@ -158,9 +170,22 @@ def test_no_weights_are_copied(written, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     copy_model_files(written, source)
     (source / "onnx").mkdir()
-    weights = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "a.onnx_data",
-               "model.safetensors.index.fp16.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.pt",
-               "training_args.bin", "model.00.pth", "model.gguf", "tf_model.h5", "model.msgpack", "x.ckpt"]  # fmt: skip
+    weights = [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "a.onnx_data",
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "optimizer.pt",
+        "training_args.bin",
+        "model.00.pth",
+        "model.gguf",
+        "tf_model.h5",
+        "model.msgpack",
+        "x.ckpt",
+    ]
     for name in weights:
         (source / name).write_bytes(b"weights")
     (source / "README.md").write_text("kept")
@@ -189,7 +214,7 @@ def test_a_folder_of_this_transformers_gets_the_names_of_4_45_in_the_copy(writte
             "tokenizer_class": tokenizer["tokenizer_class"],
             "special": tokenizer.get("additional_special_tokens"),
             "tokenizer's template": tokenizer.get("chat_template"),
-        }  # fmt: skip
+        }
 
     expected = old_names(written)
     assert old_names(copy) == expected and None not in expected.values()

@@ -22,7 +22,10 @@ SECONDS_OF_A_SAMPLE = sum(
 
 
 def test_without_communication_it_is_the_operations_at_the_assumed_rate():
-    for layout in (Layout(micro_batch_size=2, num_micro_batches=8), Layout(data=4, micro_batch_size=4, num_micro_batches=4)):
+    for layout in (
+        Layout(micro_batch_size=2, num_micro_batches=8),
+        Layout(data=4, micro_batch_size=4, num_micro_batches=4),
+    ):
         assert step_time(RUN, layout, ASSUMED) == pytest.approx(16 * SECONDS_OF_A_SAMPLE, rel=1e-9)
     halved = step_time(RUN, Layout(tensor=2, num_micro_batches=16), ASSUMED)
     assert halved == pytest.approx(8 * SECONDS_OF_A_SAMPLE, rel=1e-9)
@@ -51,7 +54,9 @@ def test_bandwidth_counts_where_something_is_sent():
     slow_network, slow_node = (replace(ASSUMED, **{f"{what}_bandwidth": 10}) for what in ("network", "node"))
     data, tensor = Layout(data=2), Layout(tensor=2)
     # An all-reduce over 2 ranks moves each gradient twice by half: 4 bytes of each of 8.03e9 parameters at 10e9 a second.
-    assert step_time(RUN, data, slow_network) - step_time(RUN, data, ASSUMED) == pytest.approx(4 * 8.0308 / 10, rel=1e-3)
+    assert step_time(RUN, data, slow_network) - step_time(RUN, data, ASSUMED) == pytest.approx(
+        4 * 8.0308 / 10, rel=1e-3
+    )
     # The distributed optimizer: each gradient once by half, 4 bytes, and its bf16 parameter back, 2.
     divided = replace(data, distributed_optimizer=True)
     added = step_time(RUN, divided, slow_network) - step_time(RUN, divided, ASSUMED)

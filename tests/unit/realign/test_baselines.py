@@ -52,7 +52,9 @@ def test_an_operator_of_no_method_is_told(tmp_path):
     MeanShift.fit(images(), texts()).save(tmp_path / "operator")
     manifest = tmp_path / "operator" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("mean-shift", "mean-shaft"))
-    with pytest.raises(ValueError, match="method 'mean-shaft', which is none of none, mean-shift, c3, blockwise, realign"):
+    with pytest.raises(
+        ValueError, match="method 'mean-shaft', which is none of none, mean-shift, c3, blockwise, realign"
+    ):
         load_operator(tmp_path / "operator")
 
 
@@ -89,7 +91,9 @@ def test_c3s_noise_is_normal_and_belongs_to_the_row():
     operator = C3.fit(images(), texts())
     noise = operator._noise_of(unit(rows))
     assert torch.equal(noise[:4000], noise[4000:])  # the same row, of another length
-    sample = noise[:4000].flatten().double()  # 96,000 numbers: five standard errors are 5 / sqrt(96000) = 0.016, and 0.023 for squares
+    sample = (
+        noise[:4000].flatten().double()
+    )  # 96,000 numbers: five standard errors are 5 / sqrt(96000) = 0.016, and 0.023 for squares
     assert abs(sample.mean()) < 0.016 and abs(sample.square().mean() - 1) < 0.023
     assert abs(sample.pow(4).mean() - 3) < 5 * (96 / 96_000) ** 0.5  # the variance of n^4 is 96
     correlations = torch.corrcoef(noise[:4000].T) - torch.eye(24)
@@ -144,7 +148,3 @@ def test_blockwise_is_its_formula_and_takes_whole_frames_and_flat_texts():
     assert BlockwiseCovariance.fit(x, flat, shrinkage=0.0).transform(flat).isfinite().all()
     with pytest.raises(ValueError, match="shrinkage is a share"):
         BlockwiseCovariance.fit(x, y, shrinkage=2)
-
-
-
-

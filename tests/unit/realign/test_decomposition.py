@@ -229,7 +229,9 @@ def test_figures_that_do_not_exist_are_none():
     same = gap_figures(image_ND, image_ND, energy=0.9)
     assert (same.mean_norm, same.delta.trace, same.delta.exponent, same.coupling_r_squared) == (0, 0, None, None)
     planted_ND, _ = planted.planted_pairs(planted.balanced_signs())
-    centred = gap_figures(planted_ND, planted_ND.roll(1, 0), rank=1)  # one mean, and what rounding leaves of gamma has no direction
+    centred = gap_figures(
+        planted_ND, planted_ND.roll(1, 0), rank=1
+    )  # one mean, and what rounding leaves of gamma has no direction
     assert centred.gamma_angle is None and centred.gamma_norm < 1e-14 and centred.zeta.trace > 0.1
     json.dumps([asdict(figures) for figures in (whole, same, centred)], allow_nan=False)
 
@@ -264,7 +266,9 @@ def with_row(x_ND, row, value):
 def test_rows_must_pair_up_and_have_a_direction(name):
     image_ND, text_ND = pairs()
     frame = Frame.of(image_ND, text_ND)
-    function = {"figures": gap_figures, "terms": partial(decompose, frame), "moments": partial(term_moments, frame)}[name]
+    function = {"figures": gap_figures, "terms": partial(decompose, frame), "moments": partial(term_moments, frame)}[
+        name
+    ]
     with pytest.raises(ValueError, match="there are 400 image embeddings and 90 text embeddings: they must pair up"):
         function(image_ND.split(64), text_ND[:90])
     with pytest.raises(ValueError, match="there are 1 image embeddings and 1 text embeddings: .* two of each at least"):
@@ -296,5 +300,7 @@ def test_frames_that_cannot_be():
 
 def test_a_frame_of_another_space():
     for function in (decompose, term_moments):
-        with pytest.raises(ValueError, match="the frame has width 24 and the embeddings 20: take a frame of the same encoder"):
+        with pytest.raises(
+            ValueError, match="the frame has width 24 and the embeddings 20: take a frame of the same encoder"
+        ):
             function(Frame.of(*pairs()), *pairs(width=20))

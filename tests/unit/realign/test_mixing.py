@@ -179,7 +179,10 @@ def test_no_table_of_all_pairs_is_made():
 
 FAULTS = {
     "NaN": (lambda x: x.index_fill_(0, torch.tensor([2, 5]), math.nan), r"2 of 20 rows hold NaN or infinity \(2, 5\)"),
-    "zero": (lambda x: x.index_fill_(0, torch.arange(1, 8), 0.0), r"7 of 20 rows are zero .* \(1, 2, 3, 4, 5, \.\.\.\)"),
+    "zero": (
+        lambda x: x.index_fill_(0, torch.arange(1, 8), 0.0),
+        r"7 of 20 rows are zero .* \(1, 2, 3, 4, 5, \.\.\.\)",
+    ),
     "one row": (lambda x: x[:1], "a pair needs two rows, there is 1"),
 }
 

@@ -26,12 +26,20 @@ GOLDEN = dict(
     t_x=0.2488888889,
     t_y=0.395,
     s=0.7937874104,
-    scaled=[[0.5175149642, 0.5221744064, -0.0111589270], [0.2, 1.1572043347, -0.0111589270],
-            [0.3587574821, 0.5221744064, 0.4651135193], [-0.2762724462, 0.9984468526, 0.6238710013]],
+    scaled=[
+        [0.5175149642, 0.5221744064, -0.0111589270],
+        [0.2, 1.1572043347, -0.0111589270],
+        [0.3587574821, 0.5221744064, 0.4651135193],
+        [-0.2762724462, 0.9984468526, 0.6238710013],
+    ],
     drifted=[0.2755405030, 0.7963897175, 0.2707505194],
-    result=[[0.6605918238, 0.7504720981, -0.0202502405], [0.0953696554, 0.9953480137, -0.0136733505],
-            [0.3935812190, 0.6901928110, 0.6072295346], [-0.2978051264, 0.8123581464, 0.5013844320]],
-)  # fmt: skip
+    result=[
+        [0.6605918238, 0.7504720981, -0.0202502405],
+        [0.0953696554, 0.9953480137, -0.0136733505],
+        [0.3935812190, 0.6901928110, 0.6072295346],
+        [-0.2978051264, 0.8123581464, 0.5013844320],
+    ],
+)
 TEN_DIGITS = 6e-11  # the golden values are rounded to ten digits after the point
 
 
@@ -40,10 +48,18 @@ def stages(operator: ReAlign, text_ND) -> dict:
     y = unit_rows(text_ND)
     scaled = operator.image_mean_D + operator.scale * (y - operator.text_mean_D)
     projected = operator.projected(y.clone())
-    return dict(mean_x=operator.image_mean_D, mean_y=operator.text_mean_D, t_x=operator.image_trace, t_y=operator.text_trace,
-                s=operator.scale, scaled=scaled, projected=projected, drifted=operator.projected_mean_D,
-                shifted=projected - operator.projected_mean_D + operator.image_mean_D,
-                result=operator.transform(text_ND))  # fmt: skip
+    return dict(
+        mean_x=operator.image_mean_D,
+        mean_y=operator.text_mean_D,
+        t_x=operator.image_trace,
+        t_y=operator.text_trace,
+        s=operator.scale,
+        scaled=scaled,
+        projected=projected,
+        drifted=operator.projected_mean_D,
+        shifted=projected - operator.projected_mean_D + operator.image_mean_D,
+        result=operator.transform(text_ND),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +114,9 @@ def claims(found: dict) -> dict[str, float]:
         "T7: |e'| = 1": distance(found["projected"].norm(dim=1), 1.0),
         "T8: mean e'' = mu_x": distance(found["shifted"].mean(0), found["mean_x"]),
         "T9: |e^| = 1": distance(found["result"].norm(dim=1), 1.0),
-        "T17: one mu' for all": distance(found["shifted"] - found["projected"], found["mean_x"] - found["projected"].mean(0)),
+        "T17: one mu' for all": distance(
+            found["shifted"] - found["projected"], found["mean_x"] - found["projected"].mean(0)
+        ),
     }
 
 
@@ -161,7 +179,9 @@ def test_trace_scales_about_the_mean(sets):
     scaled, y, s = found["scaled"], unit(sets[1]), found["s"]
     covariance_DD, before_DD = (e.T.cov(correction=0) for e in (scaled, y))
     assert distance(scaled.mean(0), found["mean_x"]) < 1e-12
-    assert_close(covariance_DD.trace().item(), found["t_x"] * found["t_y"] / (found["t_y"] + epsilon), rtol=1e-9, atol=0)
+    assert_close(
+        covariance_DD.trace().item(), found["t_x"] * found["t_y"] / (found["t_y"] + epsilon), rtol=1e-9, atol=0
+    )
     assert_close(torch.pdist(scaled), s * torch.pdist(y), rtol=1e-10, atol=1e-12)
     values, before = torch.linalg.eigvalsh(covariance_DD), torch.linalg.eigvalsh(before_DD)
     assert distance(values / values.sum(), before / before.sum()) < 1e-10
@@ -223,7 +243,9 @@ def test_the_result_has_the_trace_of_its_mean(of_sets):
     result, mean_D = of_sets["result"], of_sets["result"].mean(0)
     trace = result.T.cov(correction=0).trace()
     assert abs(trace - (1 - mean_D.square().sum())) < 1e-12
-    assert abs((trace - of_sets["t_x"]).abs() - (of_sets["mean_x"].square().sum() - mean_D.square().sum()).abs()) < 1e-12
+    assert (
+        abs((trace - of_sets["t_x"]).abs() - (of_sets["mean_x"].square().sum() - mean_D.square().sum()).abs()) < 1e-12
+    )
 
 
 def test_the_sum_that_writes_no_row_down_is_the_sum(sets, fitted):
@@ -256,14 +278,18 @@ def test_nothing_depends_on_pairs_or_order(sets, fitted):
     """T12."""
     x, y = sets
     generator = torch.Generator().manual_seed(3)
-    permuted = ReAlign.fit(x[torch.randperm(len(x), generator=generator)], y[torch.randperm(len(y), generator=generator)], epsilon=0.0)
+    permuted = ReAlign.fit(
+        x[torch.randperm(len(x), generator=generator)], y[torch.randperm(len(y), generator=generator)], epsilon=0.0
+    )
     assert distance(permuted.transform(y), fitted.transform(y)) < 1e-12
 
 
 def test_rotated_sets_give_rotated_results(sets, fitted):
     """T13."""
     x, y = sets
-    rotation_DD = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).Q
+    rotation_DD = torch.linalg.qr(
+        torch.randn(24, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    ).Q
     rotated = ReAlign.fit(x @ rotation_DD, y @ rotation_DD, epsilon=0.0)
     assert distance(rotated.transform(y @ rotation_DD), fitted.transform(y) @ rotation_DD) < 1e-12
 

@@ -48,7 +48,9 @@ def test_equal_variances():
     flat_D = torch.full((300,), 0.002, dtype=torch.float64)
     found = SpectrumFigures.of(flat_D)
     assert (found.condition_number, found.anisotropy, found.effective_dimension) == pytest.approx((1, 1, 300))
-    assert found.exponent == pytest.approx(0, abs=1e-12) and len(found.values) == 256 and found.trace == pytest.approx(0.6)
+    assert (
+        found.exponent == pytest.approx(0, abs=1e-12) and len(found.values) == 256 and found.trace == pytest.approx(0.6)
+    )
 
 
 @pytest.mark.parametrize("exponent", (0.5, 1.33, 1.83))

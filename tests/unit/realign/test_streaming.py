@@ -78,8 +78,13 @@ def test_progress_wraps_each_pass():
             yield piece
 
     ReAlign.fit(images(5), texts(7).split(4), progress=progress)
-    assert seen == [("image embeddings", 5), ("text embeddings", 4), ("text embeddings", 3),
-                    ("text embeddings, projected", 4), ("text embeddings, projected", 3)]  # fmt: skip
+    assert seen == [
+        ("image embeddings", 5),
+        ("text embeddings", 4),
+        ("text embeddings", 3),
+        ("text embeddings, projected", 4),
+        ("text embeddings, projected", 3),
+    ]
 
 
 def test_moments_merge_to_those_of_all_rows():
@@ -146,7 +151,9 @@ def test_bad_input_is_counted_and_named(kind):
 
 
 def test_an_iterator_that_is_used_up_is_told():
-    with pytest.raises(ValueError, match="the first pass read 420 rows, the next one 0; pass a tensor, a list, or an object"):
+    with pytest.raises(
+        ValueError, match="the first pass read 420 rows, the next one 0; pass a tensor, a list, or an object"
+    ):
         ReAlign.fit(images(), iter(texts().split(100)))
 
 
@@ -169,14 +176,22 @@ def test_rows_too_large_for_the_type_they_are_stored_in_are_infinite():
 
 
 def test_saved_and_loaded_bits_are_the_same(tmp_path):
-    operator = ReAlign.fit(images(), texts(), epsilon=1e-7, steps=("anchor", "centroid"), about={"encoder": "CLIP", "data": "Bunny"})
+    operator = ReAlign.fit(
+        images(), texts(), epsilon=1e-7, steps=("anchor", "centroid"), about={"encoder": "CLIP", "data": "Bunny"}
+    )
     operator.save(tmp_path / "out" / "operator")
     assert sorted(os.listdir(tmp_path / "out" / "operator")) == ["manifest.json", "realign.safetensors"]
     loaded = ReAlign.load(tmp_path / "out" / "operator")
     for name in NUMBERS:
         assert torch.equal(torch.as_tensor(getattr(loaded, name)), torch.as_tensor(getattr(operator, name))), name
     others = ("num_images", "num_texts", "epsilon", "steps", "about")
-    assert [getattr(loaded, name) for name in others] == [300, 420, 1e-7, ("anchor", "centroid"), {"encoder": "CLIP", "data": "Bunny"}]
+    assert [getattr(loaded, name) for name in others] == [
+        300,
+        420,
+        1e-7,
+        ("anchor", "centroid"),
+        {"encoder": "CLIP", "data": "Bunny"},
+    ]
     assert torch.equal(loaded.transform(texts()), operator.transform(texts()))
     with pytest.raises(ValueError, match="operator is there already: name another folder, or remove it"):
         operator.save(tmp_path / "out" / "operator")
@@ -221,16 +236,19 @@ def spoil(folder, kind):
         save_file({name: x / 0 for name, x in load_file(tensors).items()}, tensors)
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("no manifest", "manifest.json cannot be read"),
-    ("cut manifest", "manifest.json cannot be read"),
-    ("other method", "holds an operator of method 'c3', not 'realign'"),
-    ("unknown number", "are no operator of this version .*shift.*: fit it again"),
-    ("cut tensors", "are no operator of this version"),
-    ("no tensors", "are no operator of this version"),
-    ("rounded", "image_mean_D is not float64 of width 24 and finite"),
-    ("NaN", "image_mean_D is not float64 of width 24 and finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("no manifest", "manifest.json cannot be read"),
+        ("cut manifest", "manifest.json cannot be read"),
+        ("other method", "holds an operator of method 'c3', not 'realign'"),
+        ("unknown number", "are no operator of this version .*shift.*: fit it again"),
+        ("cut tensors", "are no operator of this version"),
+        ("no tensors", "are no operator of this version"),
+        ("rounded", "image_mean_D is not float64 of width 24 and finite"),
+        ("NaN", "image_mean_D is not float64 of width 24 and finite"),
+    ],
+)
 def test_a_spoilt_folder_is_told(kind, says, whole, tmp_path):
     whole.save(tmp_path / "operator")
     spoil(tmp_path / "operator", kind)

@@ -77,7 +77,9 @@ def test_gradients_in_the_turned_frame_leak_at_most_its_sine():
     assert leakage(frame_t.axes_DD[:, 1][None], frame) == pytest.approx(sine, abs=1e-12)
     assert leakage(normal(200, WIDTH), frame) > leakage_bound(sine)  # gradients of any direction are not bound by it
     for useless in (0.0, math.nan):
-        with pytest.raises(ValueError, match=f"the gradients' length is {useless}: they have no share outside the frame"):
+        with pytest.raises(
+            ValueError, match=f"the gradients' length is {useless}: they have no share outside the frame"
+        ):
             leakage(torch.full((3, WIDTH), useless), frame)
 
 
@@ -103,7 +105,10 @@ def contrastive_loss(image_ND, text_ND, temperature):
 
 def test_the_contrastive_gradient_of_an_image_is_a_combination_of_texts():
     temperature, num_pairs = 0.07, 6
-    image_ND, text_ND = unit_rows(normal(num_pairs, WIDTH)).requires_grad_(), unit_rows(normal(num_pairs, WIDTH, seed=1))
+    image_ND, text_ND = (
+        unit_rows(normal(num_pairs, WIDTH)).requires_grad_(),
+        unit_rows(normal(num_pairs, WIDTH, seed=1)),
+    )
     (gradient_ND,) = torch.autograd.grad(contrastive_loss(image_ND, text_ND, temperature), image_ND)
     weight_NN = (image_ND.detach() @ text_ND.T / temperature).softmax(1)
     torch.testing.assert_close(gradient_ND, (weight_NN @ text_ND - text_ND) / temperature, rtol=0, atol=1e-12)
@@ -111,7 +116,9 @@ def test_the_contrastive_gradient_of_an_image_is_a_combination_of_texts():
     assert leakage(gradient_ND, of_texts) < 1e-12
     # Through the projection onto the sphere, a part along the image itself is taken off: no longer such a combination.
     raw_ND = (3 * image_ND.detach()).requires_grad_()
-    through = torch.autograd.grad(contrastive_loss(torch.nn.functional.normalize(raw_ND), text_ND, temperature), raw_ND)[0]
+    through = torch.autograd.grad(
+        contrastive_loss(torch.nn.functional.normalize(raw_ND), text_ND, temperature), raw_ND
+    )[0]
     assert leakage(through, of_texts) > 0.05
 
 

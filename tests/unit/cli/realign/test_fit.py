@@ -23,14 +23,20 @@ def test_fit_and_transform_are_the_operator_of_the_same_rows(capsys):
     expected = ReAlign.fit(images_ND, texts_ND)
     assert_same_operator(load_operator("op"), expected)
     printed = capsys.readouterr().out
-    assert f"s = {expected.scale:.6f}" in printed and "images: 50 of images.npy" in printed and "texts:  37 of texts.safetensors" in printed
+    assert (
+        f"s = {expected.scale:.6f}" in printed
+        and "images: 50 of images.npy" in printed
+        and "texts:  37 of texts.safetensors" in printed
+    )
     gaps = {name: float(gap) for name, gap in re.findall(r"^    (\S.*\S) +([\d.e-]+)$", printed, re.MULTILINE)}
     moved_ND = expected.transform(texts_ND.double())
     mean_D = unit_rows(images_ND).mean(0)
     by_hand = {
         "as they are": unit_rows(texts_ND).mean(0),
         "after anchor": ReAlign.fit(images_ND, texts_ND, steps=("anchor",)).transform(texts_ND.double()).mean(0),
-        "after anchor and trace": ReAlign.fit(images_ND, texts_ND, steps=("anchor", "trace")).transform(texts_ND.double()).mean(0),
+        "after anchor and trace": ReAlign.fit(images_ND, texts_ND, steps=("anchor", "trace"))
+        .transform(texts_ND.double())
+        .mean(0),
         "after realign": moved_ND.mean(0),
     }
     assert list(gaps) == list(by_hand)
@@ -39,21 +45,49 @@ def test_fit_and_transform_are_the_operator_of_the_same_rows(capsys):
     # T = 1 - |mean|^2 for unit rows.
     floor = ((2 - mean_D.square().sum() - unit_rows(texts_ND).mean(0).square().sum()) / 37).sqrt().item()
     assert f"on 37 other images and texts chance alone leaves about sqrt((Tx + Ty) / n) = {floor:.6g}" in printed
-    run("transform", "--operator", "op", "--texts", "texts.safetensors:texts", "--out", "moved.npy", "--out-dtype", "float64")
+    run(
+        "transform",
+        "--operator",
+        "op",
+        "--texts",
+        "texts.safetensors:texts",
+        "--out",
+        "moved.npy",
+        "--out-dtype",
+        "float64",
+    )
     torch.testing.assert_close(torch.from_numpy(numpy.load("moved.npy")), moved_ND, **SAME)
-    run("transform", "--operator", "op", "--texts", "texts.safetensors", "--out", "sub/half.npy", "--out-dtype", "float16")
+    run(
+        "transform",
+        "--operator",
+        "op",
+        "--texts",
+        "texts.safetensors",
+        "--out",
+        "sub/half.npy",
+        "--out-dtype",
+        "float16",
+    )
     half = numpy.load("sub/half.npy")
-    assert half.dtype == numpy.float16 and numpy.abs(half - moved_ND.numpy()).max() < 2**-11  # half a unit in the last place of 1
+    assert (
+        half.dtype == numpy.float16 and numpy.abs(half - moved_ND.numpy()).max() < 2**-11
+    )  # half a unit in the last place of 1
     assert not list(Path().rglob("*unfinished*"))
 
 
-@pytest.mark.parametrize("flags, check", [
-    (("--method", "none"), lambda operator: operator.method == "none"),
-    (("--method", "mean-shift"), lambda operator: operator.method == "mean-shift"),
-    (("--method", "c3", "--sigma", "0.2"), lambda operator: operator.sigma == 0.2),
-    (("--method", "blockwise"), lambda operator: operator.method == "blockwise"),
-    (("--steps", "anchor", "centroid"), lambda operator: operator.steps == ("anchor", "centroid") and operator.scale == 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, check",
+    [
+        (("--method", "none"), lambda operator: operator.method == "none"),
+        (("--method", "mean-shift"), lambda operator: operator.method == "mean-shift"),
+        (("--method", "c3", "--sigma", "0.2"), lambda operator: operator.sigma == 0.2),
+        (("--method", "blockwise"), lambda operator: operator.method == "blockwise"),
+        (
+            ("--steps", "anchor", "centroid"),
+            lambda operator: operator.steps == ("anchor", "centroid") and operator.scale == 1,
+        ),
+    ],
+)
 def test_other_methods(flags, check, capsys):
     write_rows()
     run("fit", *GIVEN, "--out", "op", *flags)
@@ -121,41 +155,64 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
     run("fit", "--encoder", clip, "--data", shards, "--out", "op")
     images, texts = (str(next(Path("features").rglob(f"*-{side}-embedding"))) for side in ("vision", "text"))
     run("fit", "--images", images, "--texts", texts, "--out", "again")
-    assert "these are of the side text" in error(capsys, "fit", "--images", texts, "--texts", images, "--out", "swapped")
-    assert "these are of the side vision" in error(capsys, "transform", "--operator", "op", "--texts", images, "--out", "x.npy")
+    assert "these are of the side text" in error(
+        capsys, "fit", "--images", texts, "--texts", images, "--out", "swapped"
+    )
+    assert "these are of the side vision" in error(
+        capsys, "transform", "--operator", "op", "--texts", images, "--out", "x.npy"
+    )
     assert not Path("swapped").exists() and not Path("x.npy").exists()
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("fit", "--out", "o"), "name two sets of embeddings, --images and --texts, or an --encoder and its --data"),
-    (("fit", "--images", "images.npy", "--out", "o"), "name two sets of embeddings"),
-    (("fit", *GIVEN, "--data", "x", "--out", "o"), "name two sets of embeddings"),
-    (("fit", *GIVEN, "--num-samples", "3", "--out", "o"), "--num-samples goes with --encoder"),
-    (("fit", *GIVEN, "--sigma", "0.1", "--out", "o"), "--sigma is an option of --method c3"),
-    (("fit", *GIVEN, "--method", "c3", "--steps", "anchor", "--out", "o"), "--steps is an option of --method realign"),
-    (("fit", *GIVEN, "--steps", "trace", "anchor", "--out", "o"), "in this order"),
-    (("fit", *GIVEN, "--batch-size", "0", "--out", "o"), "--batch-size must be at least 1"),
-    (("fit", *GIVEN, "--device", "cuda:99", "--out", "o"), "--device cuda:99 cannot be used"),
-    (("fit", *GIVEN, "--out", "there"), "there is there already"),
-    (("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"),
-     "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder"),
-    (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy is not there"),
-    (("fit", "--images", "images.npy", "--texts", "nan.npy", "--out", "o"),
-     r"nan.npy: 1 of 3 embeddings have no direction: 1 hold NaN \(row 1\);"),
-    (("fit", "--encoder", "none", "--data", "images.npy", "--out", "o"), "none|images.npy"),
-    (("transform", "--texts", "texts.safetensors", "--out", "x.npy"), "--operator is needed for texts"),
-    (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x.npy"), "there.*manifest"),
-    (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x"), "--out x: name an .npy"),
-    (("transform", "--operator", "there", "--encoder", "e", "--data", "d", "--side", "image", "--out", "o"), "images stay as they are"),
-    (("transform", "--images", "images.npy", "--out", "x.npy"), "there is nothing to write"),
-    (("transform", "--encoder", "e", "--data", "d", "--out", "o"), "--encoder and --side go together"),
-    (("transform", "--encoder", "e", "--side", "image", "--out", "o"), "--encoder needs --data"),
-    (("transform", "--out", "o"), "name one of --encoder, --texts and --images"),
-    (("transform", "--images", "images.npy", "--texts", "images.npy", "--out", "o"), "not --texts and --images"),
-    (("transform", "--operator", "there", "--texts", "images.npy", "--keys", "k", "--out", "x.npy"), "--keys goes with"),
-    (("transform", "--images", "images.npy", "--data", "mixture.yaml", "--out", "o"), "is a mixture: name each of its data sets"),
-    (("fit", "--nonsense"), "nonsense|--out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("fit", "--out", "o"), "name two sets of embeddings, --images and --texts, or an --encoder and its --data"),
+        (("fit", "--images", "images.npy", "--out", "o"), "name two sets of embeddings"),
+        (("fit", *GIVEN, "--data", "x", "--out", "o"), "name two sets of embeddings"),
+        (("fit", *GIVEN, "--num-samples", "3", "--out", "o"), "--num-samples goes with --encoder"),
+        (("fit", *GIVEN, "--sigma", "0.1", "--out", "o"), "--sigma is an option of --method c3"),
+        (
+            ("fit", *GIVEN, "--method", "c3", "--steps", "anchor", "--out", "o"),
+            "--steps is an option of --method realign",
+        ),
+        (("fit", *GIVEN, "--steps", "trace", "anchor", "--out", "o"), "in this order"),
+        (("fit", *GIVEN, "--batch-size", "0", "--out", "o"), "--batch-size must be at least 1"),
+        (("fit", *GIVEN, "--device", "cuda:99", "--out", "o"), "--device cuda:99 cannot be used"),
+        (("fit", *GIVEN, "--out", "there"), "there is there already"),
+        (
+            ("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"),
+            "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder",
+        ),
+        (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy is not there"),
+        (
+            ("fit", "--images", "images.npy", "--texts", "nan.npy", "--out", "o"),
+            r"nan.npy: 1 of 3 embeddings have no direction: 1 hold NaN \(row 1\);",
+        ),
+        (("fit", "--encoder", "none", "--data", "images.npy", "--out", "o"), "none|images.npy"),
+        (("transform", "--texts", "texts.safetensors", "--out", "x.npy"), "--operator is needed for texts"),
+        (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x.npy"), "there.*manifest"),
+        (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x"), "--out x: name an .npy"),
+        (
+            ("transform", "--operator", "there", "--encoder", "e", "--data", "d", "--side", "image", "--out", "o"),
+            "images stay as they are",
+        ),
+        (("transform", "--images", "images.npy", "--out", "x.npy"), "there is nothing to write"),
+        (("transform", "--encoder", "e", "--data", "d", "--out", "o"), "--encoder and --side go together"),
+        (("transform", "--encoder", "e", "--side", "image", "--out", "o"), "--encoder needs --data"),
+        (("transform", "--out", "o"), "name one of --encoder, --texts and --images"),
+        (("transform", "--images", "images.npy", "--texts", "images.npy", "--out", "o"), "not --texts and --images"),
+        (
+            ("transform", "--operator", "there", "--texts", "images.npy", "--keys", "k", "--out", "x.npy"),
+            "--keys goes with",
+        ),
+        (
+            ("transform", "--images", "images.npy", "--data", "mixture.yaml", "--out", "o"),
+            "is a mixture: name each of its data sets",
+        ),
+        (("fit", "--nonsense"), "nonsense|--out"),
+    ],
+)
 def test_bad_input_is_one_line(flags, said, capsys):
     write_rows()
     numpy.save("wide.npy", rows(5, width=8).numpy())
@@ -165,5 +222,3 @@ def test_bad_input_is_one_line(flags, said, capsys):
     Path("mixture.yaml").write_text("{__module__: megatron.energon, __class__: MetadatasetV2, splits: {}}")
     assert re.search(said, error(capsys, *flags))
     assert not Path("o").exists() and not Path("x.npy").exists()
-
-

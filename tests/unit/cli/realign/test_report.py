@@ -105,7 +105,13 @@ def test_the_fixed_frame_is_the_planted_one(line):
     assert frame["energy"] == pytest.approx(planted.ENERGY, abs=ROUNDING)
     assert [frame["beta_norm"], frame["gamma_norm"]] == pytest.approx([beta, gamma], abs=ROUNDING)
     # Signs of images and texts are along different directions: residuals are independent, and their variances add up.
-    expected = {"beta": beta**2, "gamma": gamma**2, "delta": 0.5, "zeta": 0.03, "total": mean_D.square().sum().item() + 0.53}
+    expected = {
+        "beta": beta**2,
+        "gamma": gamma**2,
+        "delta": 0.5,
+        "zeta": 0.03,
+        "total": mean_D.square().sum().item() + 0.53,
+    }
     assert frame["budget"] == pytest.approx(expected, abs=ROUNDING)
 
 
@@ -131,7 +137,9 @@ def test_figures_of_pairs_of_rows_are_those_of_the_held_out_rows(line, pairs):
     )
     assert found["none"]["phi"] == pytest.approx(1, abs=ROUNDING) and found["none"]["overlap"] == 1
     assert found["none"]["mixing"] < line["chance_of_mixing"] / 10
-    assert line["image"]["cosines"] == cosine_histogram(images).tolist() and sum(line["image"]["cosines"]) == 64 * 63 / 2
+    assert (
+        line["image"]["cosines"] == cosine_histogram(images).tolist() and sum(line["image"]["cosines"]) == 64 * 63 / 2
+    )
 
 
 def normal_sets(num_images=900, num_texts=700) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,21 +199,33 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
     parts = split(images, texts, 0.4)
     assert parts.unpaired is None
     both = [i for i in range(1, 41) if i % 5 and i % 3]
+
     def numbers(rows):
         return torch.cat(list(rows))[:, 0].int().tolist()
+
     paired = numbers(parts.paired_images)
     assert paired == numbers(parts.paired_texts) and set(paired) < set(both)
-    assert set(numbers(parts.fit_images)) & set(both) == set(numbers(parts.fit_texts)) & set(both) == set(both) - set(paired)
+    assert (
+        set(numbers(parts.fit_images)) & set(both)
+        == set(numbers(parts.fit_texts)) & set(both)
+        == set(both) - set(paired)
+    )
     assert sorted(numbers(parts.fit_images) + numbers(parts.held_images)) == [i for i in range(1, 41) if i % 5]
     assert split(images, texts, 0.4, unpaired=True).paired_images is None
 
 
-@pytest.mark.parametrize("keys, reason", [
-    (["k3", "k2", "k1", "k0", "k4", "k5", "k6", "k7"], "the 8 common keys of images and texts come in another order"),
-    (["k0", "k1", "a", "b", "c", "d", "e", "f"], "1 of 2 pairs are held out"),
-    (["a", "b", "c", "d", "e", "f", "g", "h"], "images and texts have no key in common"),
-    (["k0", "k1", "k2", "k3", "k4", "k5", "k1", "k0"], "2 keys of the texts come more than once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, reason",
+    [
+        (
+            ["k3", "k2", "k1", "k0", "k4", "k5", "k6", "k7"],
+            "the 8 common keys of images and texts come in another order",
+        ),
+        (["k0", "k1", "a", "b", "c", "d", "e", "f"], "1 of 2 pairs are held out"),
+        (["a", "b", "c", "d", "e", "f", "g", "h"], "images and texts have no key in common"),
+        (["k0", "k1", "k2", "k3", "k4", "k5", "k1", "k0"], "2 keys of the texts come more than once"),
+    ],
+)
 def test_why_keys_do_not_pair_up_is_said(tmp_path, keys, reason):
     images = stored(tmp_path, "image", [f"k{i}" for i in range(8)], torch.eye(8))
     texts = stored(tmp_path, "text", keys, torch.eye(8))
@@ -244,7 +264,9 @@ def test_the_page_shows_the_numbers_of_the_line(folder, line):
         assert list(drawn.get_ydata()) == [step[key] for step in line["steps"]]
     assert steps.get_yscale() == "log"
     widths = [[bar.get_width() for bar in term] for term in budget.containers]
-    expected = [[line["frame"]["budget"][term], line["budget_after"][term]] for term in ("beta", "gamma", "delta", "zeta")]
+    expected = [
+        [line["frame"]["budget"][term], line["budget_after"][term]] for term in ("beta", "gamma", "delta", "zeta")
+    ]
     np.testing.assert_allclose(widths, expected, atol=ROUNDING)  # a bar has a left and a right end
     image = line["image"]["spectrum"]
     shares = [value / image["trace"] for value in image["values"] if value > 0]
@@ -300,19 +322,22 @@ def spoilt(x_ND: torch.Tensor, row: int, value: float) -> torch.Tensor:
     return x_ND.index_fill(0, torch.tensor([row]), value)
 
 
-@pytest.mark.parametrize("change, flags, message", [
-    (lambda x, y: (x, y[:, :8]), [], "16 numbers a row"),
-    (lambda x, y: (x[:, :2], y[:, :2]), [], "rows of 2 numbers: the page shows three directions"),
-    (lambda x, y: (spoilt(x, 7, math.nan), y), [], "1 of 128 embeddings have no direction"),
-    (lambda x, y: (x, spoilt(y, 9, 0.0)), [], "row 9"),
-    (lambda x, y: (x[:20], y[:20]), [], "10 neighbours need 11 held-out rows a side, and there are 10"),
-    (lambda x, y: (x[:3], y[:3]), [], "--fit-fraction 0.5 leaves 1 images to be fitted on"),
-    (lambda x, y: (x, y), ["--fit-fraction", "1"], "--fit-fraction 1 must lie between 0 and 1"),
-    (lambda x, y: (x, y), ["--num-pairs", "10"], "--num-pairs 10 must be above 10"),
-    (lambda x, y: (x, y), ["--rank", "17"], "rank=17"),
-    (lambda x, y: (x, y), ["--methods", "cca"], "'cca'"),
-    (lambda x, y: (x, y), ["--encoder", "clip"], "name two sets of embeddings"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, flags, message",
+    [
+        (lambda x, y: (x, y[:, :8]), [], "16 numbers a row"),
+        (lambda x, y: (x[:, :2], y[:, :2]), [], "rows of 2 numbers: the page shows three directions"),
+        (lambda x, y: (spoilt(x, 7, math.nan), y), [], "1 of 128 embeddings have no direction"),
+        (lambda x, y: (x, spoilt(y, 9, 0.0)), [], "row 9"),
+        (lambda x, y: (x[:20], y[:20]), [], "10 neighbours need 11 held-out rows a side, and there are 10"),
+        (lambda x, y: (x[:3], y[:3]), [], "--fit-fraction 0.5 leaves 1 images to be fitted on"),
+        (lambda x, y: (x, y), ["--fit-fraction", "1"], "--fit-fraction 1 must lie between 0 and 1"),
+        (lambda x, y: (x, y), ["--num-pairs", "10"], "--num-pairs 10 must be above 10"),
+        (lambda x, y: (x, y), ["--rank", "17"], "rank=17"),
+        (lambda x, y: (x, y), ["--methods", "cca"], "'cca'"),
+        (lambda x, y: (x, y), ["--encoder", "clip"], "name two sets of embeddings"),
+    ],
+)
 def test_bad_input_is_one_line_and_nothing_is_written(pairs, tmp_path, capsys, change, flags, message):
     images, texts = change(*pairs)
     sets = saved(tmp_path, images=images, texts=texts)
@@ -335,19 +360,30 @@ def changed(line: dict, path: str, value) -> dict:
     return line
 
 
-@pytest.mark.parametrize("path, value, message", [
-    ("scale", None, "line 1: 'scale' is missing; it is a number"),
-    ("num_images", 1.5, "line 1: 'num_images' is a whole number above 0, not '1.5'"),
-    ("steps.1.held_out", -1, "line 1, 'steps' 1: 'held_out' is a number of at least 0, not '-1'"),
-    ("steps.1.step", "trace", "line 1: 'steps' are none, anchor, trace, centroid in this order, not none, trace, centroid"),
-    ("methods.0.method", "cca", "line 1, 'methods' 0: 'method' is one of none, mean-shift, c3, blockwise, realign, not 'cca'"),
-    ("methods.0.mixing", "high", "line 1, 'methods' 0: 'mixing' is a number, not 'high'"),
-    ("methods.0.cosines", [1, 2], "line 1: 'methods' has 2 bins of cosines for 'none', images have 200"),
-    ("image.spectrum.values", [float("nan")], "line 1, 'image', 'spectrum': 'values' is a list of numbers"),
-    ("frame.budget.total", 5, "line 1, 'frame', 'budget': 'total' is 5, but its terms add up to "),
-    ("frame", False, "line 1: 'frame' is an object or null"),
-    ("clouds.text", [[1, 2]], "line 1, 'clouds': 'text' is a list of points of three numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("scale", None, "line 1: 'scale' is missing; it is a number"),
+        ("num_images", 1.5, "line 1: 'num_images' is a whole number above 0, not '1.5'"),
+        ("steps.1.held_out", -1, "line 1, 'steps' 1: 'held_out' is a number of at least 0, not '-1'"),
+        (
+            "steps.1.step",
+            "trace",
+            "line 1: 'steps' are none, anchor, trace, centroid in this order, not none, trace, centroid",
+        ),
+        (
+            "methods.0.method",
+            "cca",
+            "line 1, 'methods' 0: 'method' is one of none, mean-shift, c3, blockwise, realign, not 'cca'",
+        ),
+        ("methods.0.mixing", "high", "line 1, 'methods' 0: 'mixing' is a number, not 'high'"),
+        ("methods.0.cosines", [1, 2], "line 1: 'methods' has 2 bins of cosines for 'none', images have 200"),
+        ("image.spectrum.values", [float("nan")], "line 1, 'image', 'spectrum': 'values' is a list of numbers"),
+        ("frame.budget.total", 5, "line 1, 'frame', 'budget': 'total' is 5, but its terms add up to "),
+        ("frame", False, "line 1: 'frame' is an object or null"),
+        ("clouds.text", [[1, 2]], "line 1, 'clouds': 'text' is a list of points of three numbers"),
+    ],
+)
 def test_a_broken_line_is_one_message_with_file_line_and_key(line, tmp_path, capsys, path, value, message):
     file = tmp_path / "broken.jsonl"
     file.write_text(json.dumps(changed(line, path, value)) + "\n")

@@ -45,12 +45,16 @@ def test_an_encoder_and_shards_become_shards_of_embeddings(clip, shards, capsys)
     images_ND = torch.stack([image_D for _, _, image_D in train if image_D is not None])
     texts_ND = torch.stack([text_D for _, text_D, _ in train])
     operator = load_operator("op")
-    assert (operator.num_images, operator.num_texts) == (len(images_ND), len(texts_ND)) and len(images_ND) < len(texts_ND)
+    assert (operator.num_images, operator.num_texts) == (len(images_ND), len(texts_ND)) and len(images_ND) < len(
+        texts_ND
+    )
     # Embeddings of float32: 1e-6 of their length, and a batch is multiplied in another order than a sample alone.
     by_rows = ReAlign.fit(images_ND, texts_ND)
     assert operator.scale == pytest.approx(by_rows.scale, rel=1e-4)
     torch.testing.assert_close(operator.projected_mean_D, by_rows.projected_mean_D, atol=1e-5, rtol=0)
-    assert operator.about["text_encoder"].startswith("clip sha256:") and operator.about["images"].endswith("layer embedding")
+    assert operator.about["text_encoder"].startswith("clip sha256:") and operator.about["images"].endswith(
+        "layer embedding"
+    )
 
     run("transform", "--operator", "op", "--encoder", clip, "--data", shards, "--side", "text", "--out", "texts")
     assert "there already" in capsys.readouterr().err  # the texts of the part train are those of `fit`
@@ -74,15 +78,48 @@ def test_an_encoder_and_shards_become_shards_of_embeddings(clip, shards, capsys)
 
 
 def test_texts_alone_and_other_texts_than_the_images(clip, shards):
-    Path("c.txt").write_text("\n".join(f"{caption} {number}" for number in range(4) for caption in tiny_backbones.CAPTIONS))
-    run("fit", "--encoder", clip, "--data", shards, "--text-data", "c.txt", "--num-samples", 12, "--out", "op", "--store-dtype", "float16")
+    Path("c.txt").write_text(
+        "\n".join(f"{caption} {number}" for number in range(4) for caption in tiny_backbones.CAPTIONS)
+    )
+    run(
+        "fit",
+        "--encoder",
+        clip,
+        "--data",
+        shards,
+        "--text-data",
+        "c.txt",
+        "--num-samples",
+        12,
+        "--out",
+        "op",
+        "--store-dtype",
+        "float16",
+    )
     operator = load_operator("op")
     assert (operator.num_images, operator.num_texts) == (12, 12) and "c.txt-train-12x1" in operator.about["texts"]
     assert {path.name for path in Path("features").iterdir()} == {"shards-train-12x1", "c.txt-train-12x1"}
-    run("transform", "--operator", "op", "--encoder", clip, "--data", "c.txt", "--side", "text", "--out", "out", "--val", 3, "--rsa")
+    run(
+        "transform",
+        "--operator",
+        "op",
+        "--encoder",
+        clip,
+        "--data",
+        "c.txt",
+        "--side",
+        "text",
+        "--out",
+        "out",
+        "--val",
+        3,
+        "--rsa",
+    )
     found = read_back("out")
     assert [len(found[part]) for part in ("train", "val")] == [21, 3]
-    turns, row_D = found["train"]["c.txt, line 1"] if "c.txt, line 1" in found["train"] else found["val"]["c.txt, line 1"]
+    turns, row_D = (
+        found["train"]["c.txt, line 1"] if "c.txt, line 1" in found["train"] else found["val"]["c.txt, line 1"]
+    )
     assert turns[0]["value"].startswith("<image>\n") and turns[1]["value"] == f"{tiny_backbones.CAPTIONS[0]} 0"
     assert yaml.safe_load(Path("out/.nv-meta/dataset.yaml").read_text())["subflavors"] == {"rsa": True}
 
@@ -107,7 +144,9 @@ def test_embeddings_made_elsewhere_are_looked_up_by_id(shards, capsys):
     Path("ids").write_text("\n".join(ids[:-1]) + "\n")
     assert "29 keys for 30 embeddings" in error(capsys, *flags, "--keys", "ids")
     Path("ids").write_text("\n".join([*ids[:-2], "x", "y"]) + "\n")
-    assert re.search(r"2 keys \(id.\d+, id.\d+\) have no embedding, of 30 samples", error(capsys, *flags, "--keys", "ids"))
+    assert re.search(
+        r"2 keys \(id.\d+, id.\d+\) have no embedding, of 30 samples", error(capsys, *flags, "--keys", "ids")
+    )
     Path("ids").write_text("\n".join([*ids[:-1], "id.7"]) + "\n")
     assert "1 key (id.7) has more than one embedding" in error(capsys, *flags, "--keys", "ids")
     assert not Path("no").exists() and not list(Path().rglob("*unfinished*"))

@@ -23,7 +23,10 @@ KEYS = [f"train-00000.tar/{number:06d}" for number in range(10)] + ["val-00000.t
 
 
 def record(number, question="<image>\nWhat is it?") -> dict:
-    return {"id": f"id.{number}", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"Boat {number}."}]}
+    return {
+        "id": f"id.{number}",
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"Boat {number}."}],
+    }
 
 
 def rows(dtype=numpy.float32) -> numpy.ndarray:
@@ -59,11 +62,16 @@ def test_energon_reads_back_each_samples_own_embedding(dtype, tmp_path):
     assert write(tmp_path / "out", dtype=dtype) == {"train": 10, "val": 2}
     for part, first in (("train", 0), ("val", 10)):
         found = read_back(tmp_path / "out", part)
-        assert [content["id"] for _, _, content in found] == [f"id.{number}" for number in range(first, first + len(found))]
+        assert [content["id"] for _, _, content in found] == [
+            f"id.{number}" for number in range(first, first + len(found))
+        ]
         for number, (_, row_D, content) in enumerate(found, first):
             assert row_D.dtype == dtype and numpy.array_equal(row_D, rows(dtype)[number]) and row_D.shape == (5,)
             assert content["conversations"] == record(number)["conversations"]
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [*(f"train-{n:05d}.tar" for n in range(3)), "val-00000.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        *(f"train-{n:05d}.tar" for n in range(3)),
+        "val-00000.tar",
+    ]
     assert yaml.safe_load((tmp_path / "out" / ".nv-meta" / "dataset.yaml").read_text())["subflavors"] == {"rsa": True}
     with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
         assert tar.getnames()[:2] == ["000000.npy", "000000.json"]
@@ -75,9 +83,16 @@ def test_training_batches_hold_them(rsa, tmp_path):
     write(tmp_path / "out", rsa=rsa)
     train_tokenizer(["Boat 1. What is it?"], tmp_path / "tokenizer")
     encoder = LlavaTaskEncoder(
-        AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), image_size=28, patch_size=14, max_sequence_length=64, template="plain",
-        image_aspect_ratio="square", grid_pinpoints=[], max_tiles=1, embeddings=ImageEmbeddings(width=5, positions=3),
-    )  # fmt: skip
+        AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        image_size=28,
+        patch_size=14,
+        max_sequence_length=64,
+        template="plain",
+        image_aspect_ratio="square",
+        grid_pinpoints=[],
+        max_tiles=1,
+        embeddings=ImageEmbeddings(width=5, positions=3),
+    )
     loader = TrainLoader(str(tmp_path / "out"), encoder, WorkerConfig(rank=0, world_size=1, num_workers=0), 2, 4)
     seen = 0
     for batch in (next(loader) for _ in range(5)):
@@ -96,9 +111,17 @@ def test_the_same_bytes_twice(tmp_path):
 
 def test_a_conversation_gets_one_image_token_and_keeps_its_own():
     assert tell("k", record(1), "").conversations == record(1)["conversations"]
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What?"}, {"role": "assistant", "content": "A boat."}]
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "A boat."},
+    ]
     told = tell("k", {"messages": turns}, "")
-    assert told.id == "k" and [turn["value"] for turn in told.conversations] == ["Be kind.", "<image>\nWhat?", "A boat."]
+    assert told.id == "k" and [turn["value"] for turn in told.conversations] == [
+        "Be kind.",
+        "<image>\nWhat?",
+        "A boat.",
+    ]
     told = tell("c.txt, line 1", None, "A boat.")
     assert told.id == "c.txt, line 1" and told.conversations[1] == {"from": "gpt", "value": "A boat."}
     assert told.conversations[0]["value"].startswith("<image>\n")
@@ -115,7 +138,9 @@ def nothing_written(folder):
 
 def test_a_sample_without_an_embedding_ends_it_and_leaves_nothing(tmp_path):
     told = [tell(f"lost {number}", record(number), "") for number in range(7)]
-    with pytest.raises(ValueError, match=r"^7 keys \(lost 0, lost 1, lost 2, lost 3, lost 4, ...\) have no embedding, of 19 samples;"):
+    with pytest.raises(
+        ValueError, match=r"^7 keys \(lost 0, lost 1, lost 2, lost 3, lost 4, ...\) have no embedding, of 19 samples;"
+    ):
         write(tmp_path / "out", parts(train=[*parts()["train"], *told]))
     with pytest.raises(ValueError, match=r"^1 key \(val-00000.tar/000011\) has no embedding"):
         write(tmp_path / "out", keys=KEYS[:-1])
@@ -127,7 +152,9 @@ def test_doubled_keys_are_named(tmp_path):
         EmbeddingTable(["a", "b", "a", "c", "b", "a"], rows()[:6])
     with pytest.raises(ValueError, match="3 keys for 4 embeddings"):
         EmbeddingTable(["a", "b", "c"], rows()[:4])
-    with pytest.raises(ValueError, match=r"^1 key \(train-00000.tar/000003\) has more than one sample, which would share"):
+    with pytest.raises(
+        ValueError, match=r"^1 key \(train-00000.tar/000003\) has more than one sample, which would share"
+    ):
         write(tmp_path / "out", parts(val=[tell(KEYS[3], record(3), "")]))
     with pytest.raises(ValueError, match="no sample to write"):
         write(tmp_path / "out", {"train": []})

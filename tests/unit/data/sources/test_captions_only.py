@@ -11,7 +11,10 @@ from tests.support.pictures import conversation, images, pack
 
 def records(count=6) -> list[dict]:
     """Each second one has an image, which is not there; the last has two."""
-    told = [{"id": n, "conversations": conversation(n, "?")} | ({"image": f"{n}.png"} if n % 2 else {}) for n in range(count)]
+    told = [
+        {"id": n, "conversations": conversation(n, "?")} | ({"image": f"{n}.png"} if n % 2 else {})
+        for n in range(count)
+    ]
     return [*told, {"id": count, "image": ["a.png", "b.png"], "conversations": conversation(count)}]
 
 
@@ -50,7 +53,11 @@ def test_shards_and_mixtures_give_what_they_give_with_images_and_texts_alone(com
         for opened in (open_pairs, open_captions)
     )
     assert all(alone[key] == pair for key, pair in with_images.items()) and len(with_images) == 24
-    assert sorted(record["id"] for key, (_, record) in alone.items() if key not in with_images) == [0, 10, 20]  # of no image
+    assert sorted(record["id"] for key, (_, record) in alone.items() if key not in with_images) == [
+        0,
+        10,
+        20,
+    ]  # of no image
 
 
 def test_other_forms_are_read_with_their_images(tmp_path):

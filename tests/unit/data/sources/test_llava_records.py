@@ -28,7 +28,10 @@ def record(number, **changes) -> dict:
 
 
 def text_alone(number) -> dict:
-    return {"id": number, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": f"Hello {number}."}]}
+    return {
+        "id": number,
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": f"Hello {number}."}],
+    }
 
 
 def write_lines(path, records):
@@ -66,7 +69,9 @@ def make(kind, folder):
         )
         return folder / "m.yaml", [f"Number {n}." for n in (0, 1, 2, 3, 103, 104, 105, 106, 107, 100)]
     if kind == "parquet":
-        write_parquet(folder / "d.parquet", [parquet_row(n, {"bytes": picture(n + 1), "path": "x.png"}) for n in range(10)])
+        write_parquet(
+            folder / "d.parquet", [parquet_row(n, {"bytes": picture(n + 1), "path": "x.png"}) for n in range(10)]
+        )
         return folder / "d.parquet", answers
     if kind == "parquet folder":
         (folder / "data").mkdir()
@@ -94,7 +99,9 @@ def test_a_source_is_recognised_and_read_from_any_record_on(kind, tmp_path):
         assert [r.number for r in records] == list(range(start, 10))
         samples = [check(r, source.image_root.resolve()) for r in records]
         assert [sample.texts[-1] for sample in samples] == expected[start:]
-        assert all(len(sample.images) == 1 and sample.conversations[0]["value"].startswith("<image>\n") for sample in samples)
+        assert all(
+            len(sample.images) == 1 and sample.conversations[0]["value"].startswith("<image>\n") for sample in samples
+        )
 
 
 def test_images_of_a_record_keep_bytes_size_and_order(tmp_path):
@@ -171,7 +178,11 @@ def test_sampling_strategies_are_llavas(count):
 
 
 def test_random_sampling_depends_on_the_seed_alone():
-    assert choose(1000, "random:30", seed="0") == choose(1000, "random:30", seed="0") != choose(1000, "random:30", seed="1")
+    assert (
+        choose(1000, "random:30", seed="0")
+        == choose(1000, "random:30", seed="0")
+        != choose(1000, "random:30", seed="1")
+    )
 
 
 def bad_records(folder):
@@ -193,13 +204,21 @@ def bad_records(folder):
         "absolute": (record(0, image=str(folder / "a.png")), "outside of the image folder", "leads out of"),
         "link": (record(0, image="link.png"), "outside of the image folder", "link.png leads out of"),
         "empty file": (record(0, image="zero.png"), "unreadable image", "zero.png is empty (0 bytes)"),
-        "no image": (record(0, image="text.png"), "unreadable image", "text.png cannot be decoded: no known image format"),
+        "no image": (
+            record(0, image="text.png"),
+            "unreadable image",
+            "text.png cannot be decoded: no known image format",
+        ),
         "cut": (record(0, image="cut.png"), "unreadable image", "cut.png cannot be decoded: "),
         "folder": (record(0, image="folder.png"), "unreadable image", "folder.png is no file"),
         "broken line": (b'{"id": 1, "conv', "broken line", "broken JSON"),
         "deep": (b"[" * 100_000, "broken line", "broken JSON"),
         "not UTF-8": (json.dumps(record(0)).encode().replace(b"Number", b"N\xfcmber"), "not UTF-8", "not UTF-8"),
-        "half a letter": (record(0, conversations=[turns[0], {"from": "gpt", "value": "\ud83d"}]), "not UTF-8", "not UTF-8"),
+        "half a letter": (
+            record(0, conversations=[turns[0], {"from": "gpt", "value": "\ud83d"}]),
+            "not UTF-8",
+            "not UTF-8",
+        ),
         "number": (b"7", "wrong type", "it is a int"),
         "list": (b"[1]", "wrong type", "it is a list"),
         "image of another type": (record(0, image=3), "wrong type", "its image is a int"),
@@ -210,12 +229,32 @@ def bad_records(folder):
         "empty conversations": (record(0, conversations=[]), "conversation", "it has no conversations"),
         "text for conversations": (record(0, conversations="hello"), "conversation", "a turn of"),
         "turn of text": (record(0, conversations=["hello"]), "conversation", "a turn of"),
-        "value of another type": (record(0, conversations=[turns[0], {"from": "gpt", "value": 3}]), "conversation", "value"),
+        "value of another type": (
+            record(0, conversations=[turns[0], {"from": "gpt", "value": 3}]),
+            "conversation",
+            "value",
+        ),
         "no answer": (record(0, conversations=turns[:1]), "conversation", "one of them from gpt"),
-        "empty answer": (record(0, conversations=[turns[0], {"from": "gpt", "value": " \n"}]), "conversation", "caption is empty"),
-        "unknown role": (record(0, conversations=[*turns, {"from": "bob", "value": "x"}]), "conversation", "from 'bob'"),
-        "two told": (record(0, image=["a.png"] * 3), "number of images", "its text has 1 <image> and the record 3 image(s)"),
-        "none told": (text_alone(0) | {"image": "a.png"}, "number of images", "text has 0 <image> and the record 1 image(s)"),
+        "empty answer": (
+            record(0, conversations=[turns[0], {"from": "gpt", "value": " \n"}]),
+            "conversation",
+            "caption is empty",
+        ),
+        "unknown role": (
+            record(0, conversations=[*turns, {"from": "bob", "value": "x"}]),
+            "conversation",
+            "from 'bob'",
+        ),
+        "two told": (
+            record(0, image=["a.png"] * 3),
+            "number of images",
+            "its text has 1 <image> and the record 3 image(s)",
+        ),
+        "none told": (
+            text_alone(0) | {"image": "a.png"},
+            "number of images",
+            "text has 0 <image> and the record 1 image(s)",
+        ),
         "told alone": (record(0, image=None), "number of images", "its text has 1 <image> and the record 0 image(s)"),
         "video": (record(0, video="a.mp4"), "video", "it has a video"),
     }
@@ -263,22 +302,33 @@ def test_faults_of_a_folder_are_named(tmp_path):
             found[r.place] = (fault.kind, str(fault))
     assert found.pop("good") == "A boat."
     assert {place: kind for place, (kind, _) in found.items()} == {
-        "alone": "no text", "two": "number of images", "empty": "conversation", "latin": "not UTF-8", "text": "missing image",
-    }  # fmt: skip
+        "alone": "no text",
+        "two": "number of images",
+        "empty": "conversation",
+        "latin": "not UTF-8",
+        "text": "missing image",
+    }
     assert found["two"][1] == "two.jpg, two.png have one text between them"
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("d.json", b"", "there is no sample"),
-    ("d.jsonl", b"\n\n", "there is no sample"),
-    ("d.json", b'[{"id": 1}', "d.json is broken JSON: .*of a .jsonl"),
-    ("d.csv", b"1,2", "is no .json, .jsonl, .yaml, .parquet or folder"),
-    ("d.parquet", b"PAR1 or so", "d.parquet is no parquet file .* fetch it again"),
-    ("m.yaml", b"a: [", "m.yaml cannot be read"),
-    ("m.yaml", b"datasets: [{path: x}]", "needs a list `datasets:`"),
-    ("m.yaml", b"datasets: [{json_path: none.json}]", "none.json"),
-    ("m.yaml", b"datasets: [{json_path: good.jsonl, sampling_strategy: 'middle:3'}]", "good.jsonl: sampling_strategy 'middle:3'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("d.json", b"", "there is no sample"),
+        ("d.jsonl", b"\n\n", "there is no sample"),
+        ("d.json", b'[{"id": 1}', "d.json is broken JSON: .*of a .jsonl"),
+        ("d.csv", b"1,2", "is no .json, .jsonl, .yaml, .parquet or folder"),
+        ("d.parquet", b"PAR1 or so", "d.parquet is no parquet file .* fetch it again"),
+        ("m.yaml", b"a: [", "m.yaml cannot be read"),
+        ("m.yaml", b"datasets: [{path: x}]", "needs a list `datasets:`"),
+        ("m.yaml", b"datasets: [{json_path: none.json}]", "none.json"),
+        (
+            "m.yaml",
+            b"datasets: [{json_path: good.jsonl, sampling_strategy: 'middle:3'}]",
+            "good.jsonl: sampling_strategy 'middle:3'",
+        ),
+    ],
+)
 def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content, message):
     write_lines(tmp_path / "good.jsonl", [text_alone(0)])
     (tmp_path / name).write_bytes(content)

@@ -18,13 +18,16 @@ from tests.support.pictures import captions, conversation, images, picture, tabl
 def coco(folder, **changes):
     """Annotations out of order, as in COCO's own files; image 9 has none, of image 7 the first is empty."""
     content = {
-        "info": {}, "licenses": [],
+        "info": {},
+        "licenses": [],
         "images": [{"id": 42, "file_name": "b.jpg"}, {"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "c.jpg"}],
         "annotations": [
-            {"id": 31, "image_id": 42, "caption": "The later one."}, {"id": 4, "image_id": 42, "caption": "The earlier one. \n"},
-            {"id": 1, "image_id": 7, "caption": " "}, {"id": 2, "image_id": 7, "caption": "Seven."},
+            {"id": 31, "image_id": 42, "caption": "The later one."},
+            {"id": 4, "image_id": 42, "caption": "The earlier one. \n"},
+            {"id": 1, "image_id": 7, "caption": " "},
+            {"id": 2, "image_id": 7, "caption": "Seven."},
         ],
-    } | changes  # fmt: skip
+    } | changes
     path = folder / "captions_val.json"
     path.write_text(json.dumps(content))
     return path
@@ -59,15 +62,24 @@ def test_images_that_are_not_there_or_lead_out_are_counted_with_the_remedy(tmp_p
     assert in_words(pairs.left_out).startswith("3 whose image is not in")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"annotations": None}, "captions_val.json has no list 'annotations', its keys are info, licenses, images, annotations"),
-    ({"images": 3}, "has no list 'images'"),
-    ({"annotations": [{"id": 1, "image_id": 7, "bbox": []}]}, "an entry has no 'caption'; name COCO's captions_.*, not instances_"),
-    ({"annotations": [{"image_id": 7, "caption": "x"}]}, "an entry has no 'id'"),
-    ({"images": [{"id": 7}]}, "an entry has no 'file_name'"),
-    ({"annotations": ["x"]}, "is no captions file of COCO's"),
-    ({"annotations": []}, "there is no image with a caption in it: 3 without a caption"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"annotations": None},
+            "captions_val.json has no list 'annotations', its keys are info, licenses, images, annotations",
+        ),
+        ({"images": 3}, "has no list 'images'"),
+        (
+            {"annotations": [{"id": 1, "image_id": 7, "bbox": []}]},
+            "an entry has no 'caption'; name COCO's captions_.*, not instances_",
+        ),
+        ({"annotations": [{"image_id": 7, "caption": "x"}]}, "an entry has no 'id'"),
+        ({"images": [{"id": 7}]}, "an entry has no 'file_name'"),
+        ({"annotations": ["x"]}, "is no captions file of COCO's"),
+        ({"annotations": []}, "there is no image with a caption in it: 3 without a caption"),
+    ],
+)
 def test_a_json_that_is_not_cocos_captions_is_named(tmp_path, changes, message):
     images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
     with pytest.raises(ValueError, match=message):
@@ -87,10 +99,12 @@ def test_a_broken_json_is_named(tmp_path):
 def karpathy(folder):
     """As the file of that name has it: JSON with doubled quotation marks, split, other columns around."""
     rows = [
-        (["Two men in green shirts .", "Second ."], "train", "1.jpg"), (['A dog says "woof" .', "B"], "val", "2.jpg"),
-        (["A child , climbing .", "B"], "val", "3.jpg"), (["Test .", "B"], "test", "4.jpg"),
+        (["Two men in green shirts .", "Second ."], "train", "1.jpg"),
+        (['A dog says "woof" .', "B"], "val", "2.jpg"),
+        (["A child , climbing .", "B"], "val", "3.jpg"),
+        (["Test .", "B"], "test", "4.jpg"),
         (["", "The second is there ."], "val", "5.jpg"),
-    ]  # fmt: skip
+    ]
     path = folder / "flickr_annotations_30k.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
@@ -109,23 +123,35 @@ def test_karpathys_csv_gives_a_splits_first_sentences(tmp_path):
     assert widths(pairs) == [2, 3, 5]
     assert list(pairs.left_out) == ["of another split than 'val' (--split names it; there are train (1), test (1))"]
     assert captions(open_pairs(path, images=folder, split="test")) == {"4.jpg": "Test ."}
-    with pytest.raises(ValueError, match=r"5 of another split than 'dev' \(--split names it; there are val \(3\), train"):
+    with pytest.raises(
+        ValueError, match=r"5 of another split than 'dev' \(--split names it; there are val \(3\), train"
+    ):
         open_pairs(path, images=folder, split="dev")
 
 
 def test_kaggles_csv_gives_an_images_first_comment(tmp_path):
     lines = [
-        "image_name| comment_number| comment", "1.jpg| 0| Two young guys .", "1.jpg| 1| Another .",
-        '2.jpg| 0| He said " hello .', "2.jpg| 1| A | between .",
-        "3.jpg| 0| A | between .", "3.jpg| 4   A dog runs across the grass .", "", "4.jpg| 4   Its second bar is lost .",
+        "image_name| comment_number| comment",
+        "1.jpg| 0| Two young guys .",
+        "1.jpg| 1| Another .",
+        '2.jpg| 0| He said " hello .',
+        "2.jpg| 1| A | between .",
+        "3.jpg| 0| A | between .",
+        "3.jpg| 4   A dog runs across the grass .",
+        "",
+        "4.jpg| 4   Its second bar is lost .",
         "5.jpg| 0| Gone .",
-    ]  # fmt: skip
+    ]
     path = tmp_path / "results.csv"
     path.write_text("\r\n".join(lines), encoding="utf-8-sig")
     images(tmp_path / "flickr30k_images", ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
     pairs = open_pairs(path, images=tmp_path / "flickr30k_images")
     assert captions(pairs) == {"1.jpg": "Two young guys .", "2.jpg": 'He said " hello .', "3.jpg": "A | between ."}
-    assert sorted(pairs.left_out.values()) == [1, 1, 3]  # a bar is lost, an image is, and three are others' second captions
+    assert sorted(pairs.left_out.values()) == [
+        1,
+        1,
+        3,
+    ]  # a bar is lost, an image is, and three are others' second captions
     assert pairs.left_out["without a caption"] == 1 and pairs.left_out["of an image that has a caption already"] == 3
 
 
@@ -135,13 +161,18 @@ WIT = ["language", "page_url", "image_url", "page_title", "caption_reference_des
 def wit_rows() -> list[dict]:
     def row(language, name, caption):
         address = f"https://upload.wikimedia.org/wikipedia/commons/4/44/{name}"
-        return dict(zip(WIT, (language, f"https://{language}.wikipedia.org/wiki/X", address, "X", caption, "long " * 40_000)))
+        return dict(
+            zip(WIT, (language, f"https://{language}.wikipedia.org/wiki/X", address, "X", caption, "long " * 40_000))
+        )
 
     return [
-        row("de", "Tour_%28Paris%29.jpg", "Der Turm."), row("en", "Tour_%28Paris%29.jpg", 'The "tower"\nof Paris.'),
-        row("en", "Tour_%28Paris%29.jpg", "A second page's."), row("en", "No_words.jpg", ""),
-        row("en", "Far_away.jpg", "Not here."), row("en", "B.jpg", "B."),
-    ]  # fmt: skip
+        row("de", "Tour_%28Paris%29.jpg", "Der Turm."),
+        row("en", "Tour_%28Paris%29.jpg", 'The "tower"\nof Paris.'),
+        row("en", "Tour_%28Paris%29.jpg", "A second page's."),
+        row("en", "No_words.jpg", ""),
+        row("en", "Far_away.jpg", "Not here."),
+        row("en", "B.jpg", "B."),
+    ]
 
 
 def write_tsv(path):
@@ -168,12 +199,15 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
     assert csv.field_size_limit() == before < len(wit_rows()[0]["context_page_description"])  # as it was, and too low
     assert pairs.left_out == {
         f"whose image is not in {tmp_path.resolve() / 'images'} (--images names the folder; nothing is downloaded)": 1,
-        "without a caption": 1, "of an image that has a caption already": 1,
+        "without a caption": 1,
+        "of an image that has a caption already": 1,
         "of another language than 'en' (--language names it; there are de (1))": 1,
-    }  # fmt: skip
+    }
     # Control: another language gives the same image another caption.
     assert captions(open_pairs(path, images=tmp_path / "images", language="de")) == {"Tour_(Paris).jpg": "Der Turm."}
-    with pytest.raises(ValueError, match=r"6 of another language than 'fr' \(--language names it; there are en \(5\), de \(1\)\)"):
+    with pytest.raises(
+        ValueError, match=r"6 of another language than 'fr' \(--language names it; there are en \(5\), de \(1\)\)"
+    ):
         open_pairs(path, images=tmp_path / "images", language="fr")
 
 
@@ -182,7 +216,9 @@ def test_parquet_with_images_within(tmp_path):
         (tmp_path / f"part{part}").mkdir()
         images = [{"bytes": picture(4 * part + n), "path": "same.jpg"} for n in range(4)]
         rows = [{"image": image, "text": [f"First {part}{n}.", "Second."]} for n, image in enumerate(images)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"part{part}" / "0.parquet", row_group_size=3)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), tmp_path / f"part{part}" / "0.parquet", row_group_size=3
+        )
     pairs = open_pairs(tmp_path)
     assert [pair.caption for pair in pairs] == [f"First {part}{n}." for part in range(2) for n in range(4)]
     assert widths(pairs) == [*range(1, 9)] and len(set(pairs.keys)) == 8
@@ -200,7 +236,9 @@ def test_parquet_takes_bytes_paths_and_wikimedias_nested_texts(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "flickr.parquet")
     pairs = open_pairs(tmp_path / "flickr.parquet")
     assert pairs.keys == ["one", "two", "three"] and widths(pairs[i] for i in range(2)) == [2, 31]
-    with pytest.raises(ValueError, match="flickr.parquet, row group 0, row 2: it has no image of its own, and its path z.jpg"):
+    with pytest.raises(
+        ValueError, match="flickr.parquet, row group 0, row 2: it has no image of its own, and its path z.jpg"
+    ):
         pairs[2].image()
     features = {"language": ["de", "en"], "caption_reference_description": ["Haus", "House"]}
     as_list = [dict(zip(features, values)) for values in zip(*features.values())]
@@ -217,7 +255,9 @@ def test_a_table_with_conversations(tmp_path):
     rows = [{"image": image, "conversations": talk}, {"image": image, "conversations": talk[:1]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     pairs = open_pairs(tmp_path / "d.parquet")
-    assert [pair.caption for pair in pairs] == ["A boat."] and pairs.left_out == {"whose column conversations cannot be read": 1}
+    assert [pair.caption for pair in pairs] == ["A boat."] and pairs.left_out == {
+        "whose column conversations cannot be read": 1
+    }
 
 
 def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
@@ -228,21 +268,44 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         open_pairs(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.csv", b"id,label\n1,x\n", r"no column of captions \(caption_reference_description, .*its columns are id, label; rename"),
-    ("a.csv", b"caption,label\n1,x\n", r"no column that names images \(file_name, .*its columns are caption, label; rename"),
-    ("a.csv", b"", "a.csv has no column of captions"),
-    ("a.csv", b"image,caption\n", "a.csv: there is no image with a caption in it; name"),
-    ("a.csv", b"filename,raw\na.png,no list\n", "1 whose column raw cannot be read"),
-    ("a.csv", b"filename,caption\n,x\n", "1 that name no image"),
-    ("a.csv", b"filename,caption\na.png,N\xfcmber\n", "1 whose caption is not UTF-8"),
-    ("a.csv", b"filename,caption\nnone.png,x\n", r"1 whose image is not in .* \(--images names the folder; nothing is downloaded\)"),
-    ("a.csv", b'filename,caption\na.png,"' + b"x" * (1 << 24) + b"\n", "a.csv, line 2: field larger .*a quotation mark there"),
-    ("a.tsv.gz", gzip.compress(b"filename\tcaption\n" * 100, mtime=0)[:30], "a.tsv.gz is cut off or broken: .*fetch it again"),
-    ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is cut off or broken: .*fetch it again"),
-    ("a.parquet", b"PAR1 or so", "a.parquet is no parquet file that can be read: .*fetch it again"),
-    ("a.txt", b"x", "a.txt is no .json, .jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.csv",
+            b"id,label\n1,x\n",
+            r"no column of captions \(caption_reference_description, .*its columns are id, label; rename",
+        ),
+        (
+            "a.csv",
+            b"caption,label\n1,x\n",
+            r"no column that names images \(file_name, .*its columns are caption, label; rename",
+        ),
+        ("a.csv", b"", "a.csv has no column of captions"),
+        ("a.csv", b"image,caption\n", "a.csv: there is no image with a caption in it; name"),
+        ("a.csv", b"filename,raw\na.png,no list\n", "1 whose column raw cannot be read"),
+        ("a.csv", b"filename,caption\n,x\n", "1 that name no image"),
+        ("a.csv", b"filename,caption\na.png,N\xfcmber\n", "1 whose caption is not UTF-8"),
+        (
+            "a.csv",
+            b"filename,caption\nnone.png,x\n",
+            r"1 whose image is not in .* \(--images names the folder; nothing is downloaded\)",
+        ),
+        (
+            "a.csv",
+            b'filename,caption\na.png,"' + b"x" * (1 << 24) + b"\n",
+            "a.csv, line 2: field larger .*a quotation mark there",
+        ),
+        (
+            "a.tsv.gz",
+            gzip.compress(b"filename\tcaption\n" * 100, mtime=0)[:30],
+            "a.tsv.gz is cut off or broken: .*fetch it again",
+        ),
+        ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is cut off or broken: .*fetch it again"),
+        ("a.parquet", b"PAR1 or so", "a.parquet is no parquet file that can be read: .*fetch it again"),
+        ("a.txt", b"x", "a.txt is no .json, .jsonl"),
+    ],
+)
 def test_a_table_that_cannot_be_used_is_named(tmp_path, name, content, message):
     images(tmp_path, ["a.png"])
     (tmp_path / name).write_bytes(content)
@@ -258,8 +321,10 @@ def test_a_folder_of_images_with_texts(tmp_path):
     pairs = open_pairs(tmp_path)
     assert captions(pairs) == {"a/one": "The a/one.", "b/two": "The b/two."} and widths(pairs) == [2, 1]
     assert pairs.left_out == {
-        "without a caption": 1, "that cannot be used (no text)": 1, "that cannot be used (missing image)": 1,
-    }  # fmt: skip
+        "without a caption": 1,
+        "that cannot be used (no text)": 1,
+        "that cannot be used (missing image)": 1,
+    }
 
 
 def llava_records() -> list[dict]:
@@ -336,7 +401,9 @@ def test_a_sample_is_without_replacement_and_lies_in_a_larger_one(tmp_path):
     assert all(abs(taken.count(key) - 100) < 44 for key in pairs.keys)
 
 
-@pytest.mark.parametrize("count, message", [(41, "--num-samples 41: there are 40 pairs with a caption; lower it"), (0, "least 1")])
+@pytest.mark.parametrize(
+    "count, message", [(41, "--num-samples 41: there are 40 pairs with a caption; lower it"), (0, "least 1")]
+)
 def test_a_sample_that_is_too_large_says_how_many_there_are(tmp_path, count, message):
     with pytest.raises(ValueError, match=message):
         sample(table(tmp_path, 40), count, 0)

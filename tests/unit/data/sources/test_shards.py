@@ -99,18 +99,21 @@ def test_opening_shards_reads_no_tar(packed, tmp_path, monkeypatch):
     assert read == ["json"]
 
 
-@pytest.mark.parametrize("what, message", [
-    ("split", "captions, part 'test': Invalid split part: 'test'; name another --split, or data that has this one"),
-    ("--images", "--images .*: .*captions says itself where its images are; leave it out"),
-    ("missing tar", "val-00000.tar is missing, which its index lists; restore the file"),
-    ("broken index", "index.sqlite cannot be read: .*; run `energon prepare --force-overwrite"),
-    ("lines without images", "val.jsonl has no images: add `aux: {images: filesystem://FOLDER}` to it"),
-    ("missing data set", "part 'val': .*all of whose data sets are there"),
-    ("no such path", "nowhere is not there; name a folder of shards"),
-    ("no images folder", "--images .*nowhere is no folder"),
-    ("empty folder", "needs images with a .txt beside each"),
-    ("broken yaml", "mixture.yaml cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("split", "captions, part 'test': Invalid split part: 'test'; name another --split, or data that has this one"),
+        ("--images", "--images .*: .*captions says itself where its images are; leave it out"),
+        ("missing tar", "val-00000.tar is missing, which its index lists; restore the file"),
+        ("broken index", "index.sqlite cannot be read: .*; run `energon prepare --force-overwrite"),
+        ("lines without images", "val.jsonl has no images: add `aux: {images: filesystem://FOLDER}` to it"),
+        ("missing data set", "part 'val': .*all of whose data sets are there"),
+        ("no such path", "nowhere is not there; name a folder of shards"),
+        ("no images folder", "--images .*nowhere is no folder"),
+        ("empty folder", "needs images with a .txt beside each"),
+        ("broken yaml", "mixture.yaml cannot be read"),
+    ],
+)
 def test_shards_that_cannot_be_read_are_named(packed, tmp_path, what, message):
     folder, flags = tmp_path / "captions", {}
     shutil.copytree(packed, folder)
@@ -151,7 +154,11 @@ def test_paths_may_be_relative(packed, monkeypatch):
     expected = as_pairs(packed, "val")
     monkeypatch.chdir(packed.parent)
     assert as_pairs(packed.name, "val") == as_pairs(path.name, "val") == expected
-    assert open_pairs(path.name).keys == open_pairs(path).keys == [f"{packed.name}/{key}" for key in open_pairs(packed).keys]
+    assert (
+        open_pairs(path.name).keys
+        == open_pairs(path).keys
+        == [f"{packed.name}/{key}" for key in open_pairs(packed).keys]
+    )
 
 
 def test_a_sample_of_shards_passes_over_what_has_no_caption(tmp_path):
@@ -164,6 +171,8 @@ def test_a_sample_of_shards_passes_over_what_has_no_caption(tmp_path):
     pairs = open_pairs(folder)
     assert len(pairs) == len(before) == width
     assert len(sample(pairs, width - 1, 0)) == width - 1
-    message = f"--num-samples {width}: there are {width - 1} pairs.*; passed over, the last: .*val-00000.tar, json: it has no"
+    message = (
+        f"--num-samples {width}: there are {width - 1} pairs.*; passed over, the last: .*val-00000.tar, json: it has no"
+    )
     with pytest.raises(ValueError, match=message):
         sample(pairs, width, 0)
