@@ -86,7 +86,7 @@ demo: $(INSTALLED)
 	@echo '$(SETTINGS)' > $(OUT)/$(RUN)/settings
 	@$(MAKE) --silent $(OUT)/parts/done $(OUT)/before.log $(OUT)/$(RUN)/done
 	@echo "[5] what came of it"
-	@$(PY) examples/demo/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/run.log --out $(OUT)/$(RUN)/run.png
+	@$(PY) examples/demo/plot_runs.py --group "stage 1" $(OUT)/$(RUN)/metrics.jsonl --out $(OUT)/$(RUN)/run.png
 	@echo "[6] to Hugging Face, and a held-out scene captioned with transformers (after four minutes of training: expect its form, not its truth)"
 	@$(PY) -m checkpoint_conversion megatron-to-hf --checkpoint $(OUT)/$(RUN) --out $(OUT)/$(RUN)/exported --overwrite
 	@$(PY) examples/demo/caption_image.py --hf $(OUT)/$(RUN)/exported --data $(DEMO)/data/captions
@@ -103,25 +103,25 @@ $(OUT)/parts/done:
 
 $(OUT)/before.log: $(OUT)/parts/done
 	@echo "[3] mutual-kNN of the two backbones before training"
-	@$(STAGE_1) --skip-train 2>&1 | tee $@.part | $(STORY); $(call OR_STOP,$@.part)
+	@$(STAGE_1) --skip-train --metrics-file $(OUT)/before.jsonl 2>&1 | tee $@.part | $(STORY); $(call OR_STOP,$@.part)
 	@mv $@.part $@
 
 $(OUT)/$(RUN)/done: $(OUT)/before.log
 	@echo "[4] stage 1: the tower and the projector learn, the language model is frozen (four minutes) $(RSA)"
-	@[ -e $(@D)/run.log ] || cp $(OUT)/before.log $(@D)/run.log
+	@[ -e $(@D)/metrics.jsonl ] || cp $(OUT)/before.jsonl $(@D)/metrics.jsonl
 	@$(STAGE_1) --load $(@D) --save $(@D) --tensorboard-dir $(@D)/tensorboard $(RSA) 2>&1 \
 	  | tee -a $(@D)/run.log | $(STORY); $(call OR_STOP,$(@D)/run.log)
 	@touch $@
 
 SEEDS := 1 2 3 1234
-LOGS = $(foreach seed,$(SEEDS),$(DEMO)/seed-$(seed)/$(1)/run.log)
+METRICS = $(foreach seed,$(SEEDS),$(DEMO)/seed-$(seed)/$(1)/metrics.jsonl)
 
 demo-compare:
 	@for seed in $(SEEDS); do \
 	  $(MAKE) --no-print-directory demo SEED=$$seed OUT=$(DEMO)/seed-$$seed || exit 1; \
 	  $(MAKE) --no-print-directory demo SEED=$$seed OUT=$(DEMO)/seed-$$seed RUN=without-rsa RSA="--rsa-weight 0" || exit 1; \
 	done
-	@$(PY) examples/demo/plot_runs.py --group "with RSA" $(call LOGS,stage1) --group "without" $(call LOGS,without-rsa) \
+	@$(PY) examples/demo/plot_runs.py --group "with RSA" $(call METRICS,stage1) --group "without" $(call METRICS,without-rsa) \
 	  --out results/demo.png --jsonl results/demo.jsonl
 
 # The first stage is shorter here than in `make demo`. What is done is not done again.
@@ -142,7 +142,7 @@ demo-stages: $(INSTALLED)
 	@OUT=$(STAGES_OUT)/with-rsa $(RUN_STAGES) $(RSA) 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/with-rsa)
 	@OUT=$(STAGES_OUT)/without $(RUN_STAGES) $(RSA) --rsa-weight 0 2>&1 | $(STORY); $(call OR_STOP,$(STAGES_OUT)/without)
 	@echo "[5] what came of it"
-	@$(PY) examples/demo/plot_stages.py --before $(OUT)/before.log --run "with RSA" $(STAGES_OUT)/with-rsa \
+	@$(PY) examples/demo/plot_stages.py --before $(OUT)/before.jsonl --run "with RSA" $(STAGES_OUT)/with-rsa \
 	  --run "without" $(STAGES_OUT)/without --out $(STAGES_OUT)/stages.png --jsonl $(STAGES_OUT)/stages.jsonl
 
 # What is done is not done again. FULL=--full: longer runs, for a machine with many cores.

@@ -17,6 +17,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse, say
 from rsa_megatron.training.learning_rates import LearningRates, table
+from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
 from rsa_megatron.training.mutual_knn import MutualKnn, write_mutual_knn
 from rsa_megatron.training.providers import datasets_provider, model_provider
@@ -44,6 +45,7 @@ def main():
     utilisation = Utilisation(args, architecture)
     utilisation.apply()
     say(utilisation.description)
+    write_metrics(args)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,

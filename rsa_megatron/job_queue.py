@@ -66,6 +66,10 @@ class Queue:
     def log(self, name: str) -> Path:
         return self.folder / name / "run.log"
 
+    def metrics(self, name: str) -> Path:
+        """Return the figures of a training job, which writes them there (--save, --metrics-file)."""
+        return self.folder / name / "metrics.jsonl"
+
     @property
     def waiting(self) -> list[Job]:
         """Those that can still come to be started."""

@@ -1,7 +1,7 @@
-"""Curves of training runs, from their logs: losses, mean distances of the kernels, mutual-kNN; and the figures in words.
+"""Curves of training runs, from their metrics.jsonl: losses, mean distances of the kernels, mutual-kNN; and the figures in words.
 
-    python examples/demo/plot_runs.py --group "with RSA" demo/stage1/run.log --out demo/stage1/run.png
-    python examples/demo/plot_runs.py --group "with RSA" a/*.log --group "without" b/*.log --out c.png --jsonl c.jsonl
+    python examples/demo/plot_runs.py --group "with RSA" demo/stage1/metrics.jsonl --out demo/stage1/run.png
+    python examples/demo/plot_runs.py --group "with RSA" a/*.jsonl --group "without" b/*.jsonl --out c.png --jsonl c.jsonl
 
 A group is the same run under several seeds; it has one colour, and its figures are given as mean and spread.
 """
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogFormatter
 
-from rsa_megatron.plots.training_log import FIGURES, read_figures
+from rsa_megatron.plots.training_figures import FIGURES, read_figures
 
 PANELS = (
     ("lm loss",),
@@ -30,7 +30,7 @@ PANELS = (
 
 def main():
     args = parse()
-    groups = {label: [read_log(Path(log)) for log in logs] for label, *logs in args.group}
+    groups = {label: [read_run(Path(file)) for file in files] for label, *files in args.group}
     print(in_words(groups))
     draw(groups, args.out)
     print(f"curves: {args.out}")
@@ -46,23 +46,26 @@ def parse():
         nargs="+",
         action="append",
         required=True,
-        metavar=("LABEL", "LOG"),
-        help="a label, and what examples/pretrain_llava_rsa.py has printed in one or more runs",
+        metavar=("LABEL", "FILE"),
+        help="a label, and metrics.jsonl of one or more runs of examples/pretrain_llava_rsa.py",
     )
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--jsonl", type=Path, help="file for the numbers that are drawn, a line a run")
     args = parser.parse_args()
-    for label, *logs in args.group:
-        if not logs:
-            parser.error(f"--group {label}: no log is named after the label")
+    for label, *files in args.group:
+        if not files:
+            parser.error(f"--group {label}: no metrics.jsonl is named after the label")
     return args
 
 
-def read_log(log: Path) -> dict[str, list]:
-    """{figure: [[iteration, value], ...]} of a training run."""
-    run = read_figures(log)
+def read_run(file: Path) -> dict[str, list]:
+    """Return {figure: [[iteration, value], ...]} of a training run."""
+    try:
+        run = read_figures(file)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
     if not run["lm loss"]:
-        raise SystemExit(f"{log}: no line of Megatron's training log in it")
+        raise SystemExit(f"error: {file} has no iteration of training in it")
     return {name: [list(item) for item in sorted(values.items())] for name, values in run.items()}
 
 

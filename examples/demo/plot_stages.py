@@ -1,4 +1,4 @@
-"""mutual-kNN and validation loss after each training stage, from the logs of examples/run_stages.sh: a table and a figure.
+"""mutual-kNN and validation loss after each training stage, from metrics.jsonl of each stage of examples/run_stages.sh: a table and a figure.
 
     python examples/demo/plot_stages.py --run "with RSA" demo/stages/with-rsa --run without demo/stages/without --out stages.png
 
@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rsa_megatron.plots.training_log import read_figures
+from rsa_megatron.plots.training_figures import read_figures
 
 STAGES = {"stage 1": "stage1", "stage 1.5": "stage1_5", "stage 2": "stage2"}
 FIGURES = {"mutual-knn": "mutual-kNN", "validation lm loss": "validation LM loss, nats a token"}
@@ -24,7 +24,7 @@ def main():
     args = parse()
     before = last(read_figures(args.before)) if args.before else {}
     runs = {
-        label: {stage: last(read_figures(Path(folder, name, "run.log"))) for stage, name in STAGES.items()}
+        label: {stage: last(read_figures(Path(folder, name, "metrics.jsonl"))) for stage, name in STAGES.items()}
         for label, folder in args.run
     }
     print(table(before, runs))
@@ -45,15 +45,15 @@ def parse():
         metavar=("LABEL", "FOLDER"),
         help="a label, and the OUT of a run of run_stages.sh",
     )
-    parser.add_argument("--before", type=Path, help="log of an evaluation of what stage 1 begins from")
+    parser.add_argument("--before", type=Path, help="--metrics-file of an evaluation of what stage 1 begins from")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--jsonl", type=Path, help="file for the numbers, a line a run")
     args = parser.parse_args()
     for label, folder in args.run:
         for name in STAGES.values():
-            if not Path(folder, name, "run.log").is_file():
+            if not Path(folder, name, "metrics.jsonl").is_file():
                 parser.error(
-                    f"--run {label!r} {folder}: {name}/run.log is missing; let examples/run_stages.sh end first"
+                    f"--run {label!r} {folder}: {name}/metrics.jsonl is missing; let examples/run_stages.sh end first"
                 )
     return args
 

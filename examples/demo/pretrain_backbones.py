@@ -23,6 +23,7 @@ from rsa_megatron.recipes import demo_parts
 from rsa_megatron.training import providers
 from rsa_megatron.training.arguments import parse
 from rsa_megatron.training.learning_rates import LearningRates
+from rsa_megatron.training.metrics_file import write_metrics
 
 LABELS = scenes.all_labels()
 
@@ -32,6 +33,7 @@ def main():
     args = parse(rsa, settings=demo_parts())
     megatron_patches.repair()
     LearningRates(args).apply()
+    write_metrics(args)
     pretrain(
         pretrain_cfg_container_from_args(args),
         providers.datasets_provider,

@@ -202,6 +202,8 @@ def parts_jobs(place: Place, form: Form, seed: int) -> list[Job]:
         "--skip-train",
         "--train-iters",
         1,
+        "--metrics-file",
+        place.out / "runs" / before / "metrics.jsonl",
         "--data-path",
         place.mixture("1"),
         "--pretrained-checkpoint",

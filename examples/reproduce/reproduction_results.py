@@ -1,4 +1,4 @@
-"""From the logs of `make reproduce` to its results: lines of JSON, tables, and the tables within results/README.md.
+"""From the figures of `make reproduce` to its results: lines of JSON, tables, and the tables within results/README.md.
 
 A line is a stage of a run (alignment_records.py reads them):
     {"kind": "run", "data": "scenes", "arm": "with RSA", "seed": 1, "stage": "1", "figures": {name: [[iteration, value], ...]},
@@ -16,7 +16,7 @@ from reproduction_plan import ABLATIONS, MAIN, TrainingRun
 from rsa_megatron import atomic
 from rsa_megatron.job_queue import Queue
 from rsa_megatron.plots.tables import cell, spread, table
-from rsa_megatron.plots.training_log import read_figures
+from rsa_megatron.plots.training_figures import read_figures
 
 FIGURES = ("mutual-knn", "validation lm loss", "lm loss", "rsa loss", "rsa dist vision", "rsa dist text")
 ACCURACIES = {
@@ -54,10 +54,10 @@ def line_of(queue: Queue, run: TrainingRun, about: dict) -> dict:
 
 
 def curves(queue: Queue, name: str) -> dict[str, list]:
-    """The figures of a log, without those that are no number."""
-    found = read_figures(queue.log(name))
+    """Return the figures of a job, without those that are not a number."""
+    found = read_figures(queue.metrics(name))
     found = {
-        figure: [[i, v] for i, v in sorted(found[figure].items()) if math.isfinite(v)]
+        figure: [[i, round(v, 6)] for i, v in sorted(found[figure].items()) if math.isfinite(v)]
         for figure in (*FIGURES, "chance")
     }
     return {figure: points for figure, points in found.items() if points}

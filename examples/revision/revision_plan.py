@@ -216,6 +216,8 @@ def trained(args, seed: int, arm: str, images: str) -> list[Job]:
         args,
         seed,
         mixture(args, seed, arm, of=arm),
+        "--metrics-file",
+        args.out / "runs" / own / "metrics.jsonl",
         "--skip-train",
         "--train-iters",
         1,
@@ -239,17 +241,19 @@ def trained(args, seed: int, arm: str, images: str) -> list[Job]:
 
 def untrained(args, seed: int, images: str) -> Job:
     """No stage at all: the projector as it is drawn."""
+    name = f"seed-{seed}/{folder_name(UNTRAINED)}"
     measure = stage(
         args,
         seed,
         mixture(args, seed, PAIRED),
+        "--metrics-file",
+        args.out / "runs" / name / "metrics.jsonl",
         "--skip-train",
         "--train-iters",
         1,
         "--pretrained-checkpoint",
         args.out / "runs" / LANGUAGE,
     )
-    name = f"seed-{seed}/{folder_name(UNTRAINED)}"
     return Arm(name, measure, (images, LANGUAGE), SECONDS["start"] + SECONDS["evaluation"], arm=UNTRAINED, seed=seed)
 
 

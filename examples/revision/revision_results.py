@@ -30,7 +30,7 @@ from rsa_megatron.job_queue import Queue
 from rsa_megatron.plots import style
 from rsa_megatron.plots.runs import DOT, MEAN, draw_arm_by_step, dress_rows
 from rsa_megatron.plots.tables import cell, spread, table
-from rsa_megatron.plots.training_log import read_figures
+from rsa_megatron.plots.training_figures import read_figures
 from rsa_megatron.realign.decomposition import centroid_gap
 
 IMAGES = {
@@ -44,9 +44,9 @@ OWN = {"color": style.color(1), "marker": "o", "label": "on held-out embeddings 
 
 def line_of(queue: Queue, job: Arm, args, images: Path) -> dict:
     """The line of an arm that is done; `images`: the shards of the seed's real images."""
-    figures = read_figures(queue.log(job.name))
+    figures = read_figures(queue.metrics(job.name))
     curve, training = sorted(figures["validation lm loss"].items()), sorted(figures["lm loss"].items())
-    own = read_figures(queue.log(job.own))["validation lm loss"] if job.own else {}
+    own = read_figures(queue.metrics(job.own))["validation lm loss"] if job.own else {}
     encoder = queue.folder / f"seed-{job.seed}" / "encoder" / "model" / "figures.json"
     return {
         "kind": "revision",

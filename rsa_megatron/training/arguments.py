@@ -30,7 +30,7 @@ from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.models.llava_onevision import PARTS
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.recipes import recipe
-from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, mfu
+from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
 from rsa_megatron.training.run_folder import TRACKER, has_checkpoint, take_weights_of_another_stage
 
@@ -106,6 +106,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     )
     group.add_argument("--trainable", nargs="+", choices=list(PARTS), help="parts that learn; the others are frozen")
     learning_rates.add_arguments(group)
+    metrics_file.add_arguments(group)
     group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
     group.add_argument(
         "--label-style",

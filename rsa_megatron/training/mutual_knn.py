@@ -62,11 +62,11 @@ def said(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: fl
             f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | {name} value: {score:.4f} | "
             f"{num_pairs} pairs, image alone against caption alone, {seconds:.1f} s | chance {chance:.4f} |"
         )
-    return named
+    return named | {"mutual-knn chance": chance}
 
 
 def write_mutual_knn(scores: dict[str, float], iteration: int, writer) -> None:
-    """Megatron's process_non_loss_data_func: to TensorBoard and, where it is on, wandb."""
+    """Megatron's process_non_loss_data_func: to metrics.jsonl, TensorBoard and, where it is on, wandb."""
     for key, score in scores.items():
         writer.add_scalar(f"{key} validation", score, iteration)
         if get_wandb_writer() and is_last_rank():

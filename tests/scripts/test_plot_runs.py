@@ -1,10 +1,12 @@
-"""The curves are drawn from what Megatron prints."""
+"""metrics.jsonl holds what Megatron logs, and the curves are drawn from it."""
 
 import json
+import re
 
 import plot_runs
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import command, script
 
@@ -14,37 +16,85 @@ def plot(*arguments):
 
 
 @pytest.fixture(scope="module")
-def log(demo, tmp_path_factory):
-    flags = ("--eval-interval", 3, "--eval-iters", 2, "--mutual-knn-samples", 64)
-    path = tmp_path_factory.mktemp("log") / "run.log"
-    path.write_text("\n".join(script.run(2, demo, *flags)))
-    return path
+def run(demo, tmp_path_factory):
+    """What a run of two ranks printed, and its metrics.jsonl. TensorBoard is on, as in most runs."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = (
+        "--eval-interval",
+        3,
+        "--eval-iters",
+        2,
+        "--mutual-knn-samples",
+        64,
+        "--tensorboard-dir",
+        folder / "tensorboard",
+    )
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(
+        '{"iteration": 1, "lm loss": 9.0}\n{"iteration": 2, "lm lo'
+    )  # as a run leaves it that was killed
+    return script.run(2, demo, *flags, "--metrics-file", metrics), metrics
 
 
-def test_numbers_and_curves_of_a_run(log, tmp_path):
-    result = plot("--group", "a run", log, "--out", tmp_path / "run.png", "--jsonl", tmp_path / "run.jsonl")
+@pytest.fixture(scope="module")
+def metrics(run):
+    return run[1]
+
+
+def test_numbers_and_curves_of_a_run(run, tmp_path):
+    outputs, metrics = run
+    result = plot("--group", "a run", metrics, "--out", tmp_path / "run.png", "--jsonl", tmp_path / "run.jsonl")
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "run.jsonl").read_text())
-    logged = script.iterations([log.read_text()])
+    logged = script.iterations(outputs)
     for name in ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text"):
-        assert figures[name] == [[i, float(line[name])] for i, line in logged.items()]
+        # The log has seven digits. The file's half line is gone, and of iteration 1 the later line counts.
+        values = dict(figures[name])
+        assert list(values) == list(logged)
+        values[2] = (
+            values[1] + values[2]
+        ) / 2  # Megatron prints the first iteration and counts it again in the next line
+        assert values == {i: pytest.approx(float(line[name]), rel=1e-6) for i, line in logged.items()}
     assert [i for i, _ in figures["mutual-knn"]] == [3, 6] == [i for i, _ in figures["validation lm loss"]]
-    assert {value for _, value in figures["chance"]} == {0.1587}  # 10 of 63 others
+    assert {value for _, value in figures["chance"]} == {10 / 63}
+    said = re.findall(r"mutual-knn value: ([\d.]+)", "".join(outputs))
+    assert [f"{value:.4f}" for _, value in figures["mutual-knn"]] == said[:2]  # it evaluates once more at the end
     assert f"{figures['rsa loss'][-1][1]:.4f}   iterations 1 and 6" in result.stdout
     assert Image.open(tmp_path / "run.png").size[0] > 1000
 
 
-def test_runs_of_a_group_are_given_as_mean_and_spread(log, tmp_path):
-    other = tmp_path / "other.log"
-    other.write_text("iteration        6/       6 | lm loss: 1.0E+00 | rsa loss: 2.0E+00 |\n")
-    one = tmp_path / "one.log"
-    one.write_text("iteration        6/       6 | lm loss: 3.0E+00 | rsa loss: 2.0E+00 |\n")
-    result = plot("--group", "both", one, other, "--group", "a run", log, "--out", tmp_path / "runs.png")
+def test_every_figure_of_tensorboard_is_in_the_file(metrics):
+    events = EventAccumulator(str(metrics.parent / "tensorboard"))
+    events.Reload()
+    names = {tag for tag in events.Tags()["scalars"] if not tag.endswith(" vs samples")}
+    lines = [json.loads(text) for text in metrics.read_text().splitlines()][1:]
+    written = {
+        (name, line["iteration"]): value for line in lines for name, value in line.items() if name != "iteration"
+    }
+    assert names == {name for name, _ in written}
+    for name in names:  # TensorBoard keeps float32
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == {
+            step: pytest.approx(value, rel=1e-6) for (other, step), value in written.items() if other == name
+        }
+
+
+def test_runs_of_a_group_are_given_as_mean_and_spread(metrics, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"iteration": 6, "lm loss": 1.0, "rsa loss": 2.0}\n')
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"iteration": 6, "lm loss": 3.0, "rsa loss": 2.0}\n')
+    result = plot("--group", "both", one, other, "--group", "a run", metrics, "--out", tmp_path / "runs.png")
     assert result.returncode == 0, result.stderr
     assert "2.0000 ± 1.4142" in result.stdout and "2.0000 ± 0.0000" in result.stdout
 
 
-def test_a_log_without_figures_and_a_group_without_logs_are_named(tmp_path):
-    (tmp_path / "empty.log").write_text("nothing\n")
-    assert "empty.log: no line of Megatron's" in plot("--group", "a", tmp_path / "empty.log", "--out", "x.png").stderr
-    assert "--group a: no log is named" in plot("--group", "a", "--out", "x.png").stderr
+def test_a_file_without_figures_and_a_group_without_files_are_named(tmp_path):
+    for content, message in (
+        ("", "empty.jsonl has no iteration of training"),
+        ("nothing\n", "empty.jsonl, line 1 is not a line"),
+    ):
+        (tmp_path / "empty.jsonl").write_text(content)
+        assert message in plot("--group", "a", tmp_path / "empty.jsonl", "--out", "x.png").stderr
+    assert "no-such.jsonl" in plot("--group", "a", tmp_path / "no-such.jsonl", "--out", "x.png").stderr
+    assert "--group a: no metrics.jsonl is named" in plot("--group", "a", "--out", "x.png").stderr

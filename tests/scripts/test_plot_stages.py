@@ -1,4 +1,4 @@
-"""The figures after each stage come out of its log."""
+"""The figures after each stage come out of its metrics.jsonl."""
 
 import json
 
@@ -7,11 +7,10 @@ from PIL import Image
 
 from tests.support import command
 
-LOG = """
- [2026] iteration       10/      20 | consumed samples: 320 | lm loss: 7.898411E-01 | rsa loss: 6.0E+02 |
- validation mutual-knn@10 at iteration 10 | mutual-knn value: 0.1111 | 1000 pairs, image alone against caption alone | chance 0.0100 |
- validation loss at iteration 20 on validation set | lm loss value: {loss} | lm loss PPL: 1.7E+00 |
- validation mutual-knn@10 at iteration 20 | mutual-knn value: {score} | 1000 pairs, image alone against caption alone | chance 0.0100 |
+METRICS = """\
+{{"iteration": 10, "lm loss": 0.7898411, "rsa loss": 600.0}}
+{{"iteration": 10, "mutual-knn validation": 0.1111, "mutual-knn chance validation": 0.01}}
+{{"iteration": 20, "lm loss validation": {loss}, "mutual-knn validation": {score}, "mutual-knn chance validation": 0.01}}
 """
 
 
@@ -24,11 +23,11 @@ def test_the_last_figures_of_each_stage_are_told_and_drawn(tmp_path):
         for number, stage in enumerate(("stage1", "stage1_5", "stage2")):
             folder = tmp_path / run_name / stage
             folder.mkdir(parents=True)
-            (folder / "run.log").write_text(LOG.format(loss=f"{number + 1}.5E-01", score=f"0.2{number}{shift}0"))
-    (tmp_path / "before.log").write_text(LOG.format(loss="9.0E-01", score="0.1300"))
+            (folder / "metrics.jsonl").write_text(METRICS.format(loss=f"0.{number + 1}5", score=f"0.2{number}{shift}0"))
+    (tmp_path / "before.jsonl").write_text(METRICS.format(loss="0.9", score="0.1300"))
     runs = ("--run", "with RSA", tmp_path / "a", "--run", "without", tmp_path / "b")
     result = run(
-        "--before", tmp_path / "before.log", *runs, "--out", tmp_path / "s.png", "--jsonl", tmp_path / "s.jsonl"
+        "--before", tmp_path / "before.jsonl", *runs, "--out", tmp_path / "s.png", "--jsonl", tmp_path / "s.jsonl"
     )
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("  ")]
@@ -45,4 +44,7 @@ def test_the_last_figures_of_each_stage_are_told_and_drawn(tmp_path):
 
 def test_a_run_that_has_not_ended_is_named(tmp_path):
     result = run("--run", "a", tmp_path, "--out", tmp_path / "s.png")
-    assert result.returncode == 2 and "stage1/run.log is missing; let examples/run_stages.sh end first" in result.stderr
+    assert (
+        result.returncode == 2
+        and "stage1/metrics.jsonl is missing; let examples/run_stages.sh end first" in result.stderr
+    )

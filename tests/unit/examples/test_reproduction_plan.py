@@ -103,11 +103,10 @@ def test_test_scenes_are_like_none_of_training_or_validation():
     assert not val & {data_sets.content(scene) for scene in test} and len({repr(scene) for scene in test}) == len(test)
 
 
-LOG = """
- [2026] iteration       {half}/      {all} | consumed samples: 320 | lm loss: 7.9E-01 | rsa loss: 6.0E+02 | rsa dist vision: 8.0E+00 |
- [2026] iteration       {all}/      {all} | consumed samples: 640 | lm loss: 6.9E-01 | rsa loss: nan | rsa dist vision: 4.0E+00 |
- validation loss at iteration {all} on validation set | lm loss value: {loss} | lm loss PPL: 1.7E+00 |
- validation mutual-knn@10 at iteration {all} | mutual-knn value: {score} | 64 pairs, image alone against caption alone | chance 0.1587 |
+METRICS = """\
+{{"iteration": {half}, "lm loss": 0.79, "rsa loss": 600.0, "rsa dist vision": 8.0}}
+{{"iteration": {all}, "lm loss": 0.69, "rsa loss": null, "rsa dist vision": 4.0}}
+{{"iteration": {all}, "lm loss validation": {loss}, "mutual-knn validation": {score}, "mutual-knn chance validation": 0.1587}}
 """
 
 
@@ -138,13 +137,13 @@ def finished(tmp_path):
             folder.mkdir(parents=True)
             (folder / "done.json").write_text(json.dumps({"seconds": 1.5}))
             score = 0.2 if job.name.endswith("before") else 0.3 + number / 1000
-            (folder / "run.log").write_text(LOG.format(half=5, all=10, loss=5 - number / 100, score=score))
+            (folder / "metrics.jsonl").write_text(METRICS.format(half=5, all=10, loss=5 - number / 100, score=score))
             share = {"exact": 0.5, "base rate": 0.4, "tokens": 0.75, "content words": 0.25}
             (folder / "scores.json").write_text(json.dumps({"questions": share, "captions": share}))
     return args, Queue(jobs, tmp_path / "out" / "runs", 2)
 
 
-def test_lines_hold_what_the_logs_say(finished):
+def test_lines_hold_what_the_runs_metrics_say(finished):
     args, queue = finished
     lines = {results.key(line): line for line in reproduce.collected(queue, args)}
     assert len(lines) == 2 * 8 - 1 and ("scenes", "with RSA", 2, "2") not in lines
