@@ -23,7 +23,7 @@ class RSAConfig:
     """How the RSA loss is taken. The defaults are the paper's; each field is the flag --rsa-<field>."""
 
     weight: float = field(default=0.01, metadata={"help": "lambda of eq. 6; 0 turns RSA off, at no cost"})
-    """lambda_RSA of eq. 6. 0 turns the loss off: no pooling, no carrier, no communication."""
+    """lambda_RSA of eq. 6. 0 turns the loss off: no pooling, no payload, no communication."""
 
     distance: str = field(
         default="euclidean",

@@ -15,15 +15,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.utils import get_model_config
 
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.hooks.capture import Taps
 from rsa_megatron.hooks.checks import check_model
 from rsa_megatron.hooks.global_batch import WholeBatch
+from rsa_megatron.hooks.host import find_host
 from rsa_megatron.hooks.objective import add_to_loss, rsa_term
+from rsa_megatron.hooks.representations import RepresentationHooks
 from rsa_megatron.hooks.sample_selection import Selection
 
 
@@ -71,10 +71,10 @@ class RSAPlugin:
         return parser
 
     def attach(self, model: torch.nn.Module | list[torch.nn.Module]) -> torch.nn.Module | list[torch.nn.Module]:
-        """Put the taps on a model chunk, or on each of a list of chunks, and return it; with weight 0, nothing.
+        """Put the hooks on a model chunk, or on each of a list of chunks, and return it; with weight 0, none.
 
         A chunk is a LLaVAModel, or a module that has one within. Every rank of a pipeline must do it to each of its chunks,
-        as model providers do: a stage without taps would take the carrier rows for tokens.
+        as model providers do: a stage without hooks would take the payload rows for tokens.
         """
         for chunk in model if isinstance(model, list) else [model]:
             if self.config.weight > 0:
@@ -82,7 +82,7 @@ class RSAPlugin:
         return model
 
     def wrap_model_provider(self, model_provider: Callable) -> Callable:
-        """The same provider, its model with the taps attached."""
+        """Return the same provider, its model with the hooks attached."""
 
         @functools.wraps(model_provider)
         def provide(*args, **kwargs):
@@ -114,16 +114,16 @@ class RSAPlugin:
                     "RSA's forward step is to be called as Megatron's schedules do: (..., data_iterator, model)"
                 )
             before, data_iterator, model, after = args[: place - 1], args[place - 1], args[place], args[place + 1 :]
-            chunk = llava_within(model)
+            chunk = chunk_within(model)
             reader = None if data_iterator is None else _Reader(data_iterator, self._select)
             # A rank that holds an iterator need not read from it: those of a tensor-parallel group receive.
-            chunk.rsa_taps.begin(
-                lambda: None if reader is None or reader.selection is None else _said(reader.selection)
+            chunk.rsa_hooks.start_micro_batch(
+                lambda: None if reader is None or reader.selection is None else _as_selection(reader.selection)
             )
             try:
                 output, loss_func = forward_step(*before, reader, model, *after, **kwargs)
             finally:
-                representations = chunk.rsa_taps.take()
+                representations = chunk.rsa_hooks.pop()
             if representations is None:
                 return output, loss_func
             return output, functools.partial(self._loss, loss_func, representations, chunk, get_model_config(model))
@@ -144,36 +144,29 @@ class RSAPlugin:
         return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, chunk.pg_collection)
 
     def _attach_to_chunk(self, model: torch.nn.Module) -> None:
-        chunk = _llava_model(model)
-        if hasattr(chunk, "rsa_taps"):
-            raise ValueError("RSAPlugin.attach: this model has its taps already; attach it once")
-        check_model(chunk, self.config)
+        host = find_host(model)
+        chunk = host.model
+        if hasattr(chunk, "rsa_hooks"):
+            raise ValueError("RSAPlugin.attach: this model has its hooks already; attach it once")
+        check_model(host, self.config)
         if chunk.config.pipeline_model_parallel_size > 1:
-            # The hidden state with its carrier rows is longer than the sequence: let the stages tell each other. (Set here
+            # The hidden state with its payload rows is longer than the sequence: let the stages tell each other. (Set here
             # because TransformerConfig refuses it together with a default of its expert layers; and on both, as a module
-            # around LLaVAModel may have a config of its own, which is the one that the schedules ask.)
+            # around the host may have a config of its own, which is the one that the schedules ask.)
             chunk.config.variable_seq_lengths = get_model_config(model).variable_seq_lengths = True
-        chunk.rsa_taps = Taps(chunk, self.config)
+        chunk.rsa_hooks = RepresentationHooks(host, self.config)
         chunk.rsa_whole_batches = {is_training: WholeBatch() for is_training in (True, False)}
 
 
-def llava_within(model: torch.nn.Module) -> LLaVAModel:
-    """The LLaVAModel, with its taps, in what Megatron has wrapped around it."""
-    chunk = _llava_model(model)
-    if not hasattr(chunk, "rsa_taps"):
+def chunk_within(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the host's module, with its hooks, in what Megatron has wrapped around it."""
+    chunk = find_host(model).model
+    if not hasattr(chunk, "rsa_hooks"):
         raise ValueError(
-            "RSA's forward step is given a model without its taps: wrap the model provider too "
+            "RSA's forward step is given a model without its hooks: wrap the model provider too "
             "(RSAPlugin.wrap_model_provider, or attach)"
         )
     return chunk
-
-
-def _llava_model(model: torch.nn.Module) -> LLaVAModel:
-    # Modules come from the outside in: no more than the few wrappers are looked at.
-    for module in model.modules():
-        if isinstance(module, LLaVAModel):
-            return module
-    raise ValueError(f"RSA is for megatron.core's LLaVAModel: there is none in {type(model).__name__}")
 
 
 def _of_batch(batch) -> RSASamples | tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -182,7 +175,7 @@ def _of_batch(batch) -> RSASamples | tuple[torch.Tensor | None, torch.Tensor | N
     return samples if isinstance(samples, RSASamples) else (read("rsa_caption_mask"), read("rsa_eligible"))
 
 
-def _said(selection) -> RSASamples | Selection:
+def _as_selection(selection) -> RSASamples | Selection:
     if isinstance(selection, RSASamples):
         return selection
     if not (isinstance(selection, tuple) and len(selection) == 2):

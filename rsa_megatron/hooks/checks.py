@@ -1,24 +1,19 @@
-"""What RSA's taps cannot follow, in a model's settings or in a batch; each with what to do instead.
+"""What RSA's hooks cannot follow, in a model's settings or in a batch; each with what to do instead.
 
 megatron-core 0.16 to 0.20 name some settings differently, or not at all: one that a version does not have is off.
 """
 
-from megatron.core.models.multimodal.llava_model import LLaVAModel
 from torch import Tensor
 
 from rsa_megatron.config import RSAConfig
+from rsa_megatron.hooks.host import Host
 
 
-def check_model(model: LLaVAModel, config: RSAConfig) -> None:
+def check_model(host: Host, config: RSAConfig) -> None:
     """Raise ValueError, naming setting and remedy, for a model whose training RSA would not get right."""
-    settings, tower = model.config, _of(model.vision_model, "config")
-    has_stages = settings.pipeline_model_parallel_size > 1
+    settings = host.config
     refused = [
-        (
-            not model.add_decoder or bool(model.add_encoder) != bool(model.pre_process),
-            "the tower belongs to the first pipeline stage and to no other: build LLaVAModel with add_encoder=pre_process, "
-            "add_decoder=True",
-        ),
+        *host.refusals(),
         (
             _of(settings, "mtp_num_layers"),
             "the last decoder layer's states are to be on the last stage: leave --mtp-num-layers out",
@@ -36,30 +31,13 @@ def check_model(model: LLaVAModel, config: RSAConfig) -> None:
             "the ranks of a sequence are to stay: leave --hybrid-context-parallel out",
         ),
         (
-            tower and tower.tensor_model_parallel_size != settings.tensor_model_parallel_size,
-            "tower and decoder are to share their ranks: give the tower's config the decoder's tensor_model_parallel_size",
-        ),
-        (
-            _of(model, "dynamic_resolution")
-            or _of(model, "_dynamic_resolution")
-            or (_of(model, "temporal_patch_dim") or 1) > 1,
-            "it reads the tower's output tile by tile: leave dynamic resolution and video patches out",
-        ),
-        (
-            has_stages
-            and not _of(model, "_drop_vision_class_token")
-            and (_of(model.vision_model, "class_token_len") or 0) > 1,
-            "LLaVAModel counts one class token on stages without a tower, and this one keeps several: drop them "
-            "(drop_vision_class_token=True), or set --pipeline-model-parallel-size 1",
-        ),
-        (
             config.scope == "global-batch" and config.normalize != "none",
-            f"--rsa-normalize {config.normalize} needs the mean distance of a whole batch before its last micro-batch: leave it, or "
+            f"--rsa-normalize {config.normalize} needs the mean distance of a global batch before its last micro-batch: leave it, or "
             "--rsa-scope global-batch, out",
         ),
     ]
     if any(pair.vision != -1 or pair.text not in (-1, settings.num_layers) for pair in config.layer_pairs):
-        recomputes = [_of(of, "recompute_granularity") == "full" for of in (settings, tower)]
+        recomputes = [_of(of, "recompute_granularity") == "full" for of in (settings, host.vision_config)]
         graphs = _of(settings, "cuda_graph_impl")
         refused += [
             (
@@ -77,30 +55,14 @@ def check_model(model: LLaVAModel, config: RSAConfig) -> None:
             raise ValueError(f"RSA cannot train this model as it is set: {reason}")
 
 
-def check_batch(
-    arguments: dict,
-    *,
-    is_last: bool,
-    needs_captions: bool,
-    is_packed: bool,
-    has_stages: bool,
-    reads_captions_alone: bool,
-) -> None:
-    """Raise ValueError for what a script passes to LLaVAModel.forward (`arguments`, by name) and RSA cannot read."""
-    if needs_captions and arguments.get("loss_mask") is None:
-        raise ValueError("RSA finds the caption's rows by way of the loss mask: pass loss_mask to the model's forward")
-    if is_last and arguments.get("labels") is None:
-        raise ValueError(
-            "RSA needs the loss mask back, which LLaVAModel returns with labels alone: pass labels to its forward"
-        )
-    if arguments.get("imgs_sizes") is not None:
-        raise ValueError("RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)")
+def check_packing(is_packed: bool, *, has_stages: bool, copies_captions: bool) -> None:
+    """Raise ValueError for packed rows where RSA cannot read them."""
     if is_packed and has_stages:
         raise ValueError(
             "RSA with packed sequences needs both ends of the model on one rank: set "
             "--pipeline-model-parallel-size 1, or leave packing out"
         )
-    if is_packed and reads_captions_alone:
+    if is_packed and copies_captions:
         raise ValueError("--rsa-text-source caption does not go with packed sequences; leave one out")
 
 

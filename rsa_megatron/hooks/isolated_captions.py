@@ -11,19 +11,21 @@ Position i attends to j where j <= i and both lie in the same segment. A segment
 causal keeps it out. start_b = 0 is a row without a copy: one causal segment.
 
 The layers learn of it as they understand it: local attention takes a mask, Transformer Engine's takes each row as two
-packed sequences. Every stage of a pipeline needs start_b: the carrier brings it (pipeline_payload.py).
+packed sequences. Every stage of a pipeline needs start_b: the payload brings it (pipeline_payload.py).
 
 Shapes: B samples, S text positions, C of the longest caption, L positions of the spliced row, H width.
 """
 
+from collections.abc import Callable
+
 import torch
-from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.hooks.caption_pooling import sequence_shards
+from rsa_megatron.hooks.host import Host
 
 
 def check_settings(settings, *, packed: bool) -> None:
@@ -88,37 +90,38 @@ def segment_mask(start_B: Tensor, length: int) -> Tensor:
     return (is_later_LL | crosses_BLL)[:, None]
 
 
-class SeparateSegments:
+class SegmentedAttention:
     """Hooks on a chunk's decoder that keep its attention within the segments of each row.
 
-    `start_B` is what holds for the next forward pass; None leaves it as it is.
+    Args:
+        start_B: gives where the copies begin in the forward pass that is under way; None leaves it as it is.
+        reads_inner_layers: whether RSA reads text layers before the last.
     """
 
-    def __init__(self, model: LLaVAModel, *, reads_inner_layers: bool):
-        self.start_B: Tensor | None = None
-        layers = model.language_model.decoder.layers
+    def __init__(self, host: Host, start_B: Callable[[], Tensor | None], *, reads_inner_layers: bool):
+        self._start_B, decoder = start_B, host.decoder
         self._takes_a_mask = all(
-            isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in layers
+            isinstance(layer.self_attention.core_attention, DotProductAttention) for layer in decoder.layers
         )
-        check_settings(model.config, packed=not self._takes_a_mask)
+        check_settings(host.config, packed=not self._takes_a_mask)
         if reads_inner_layers and not self._takes_a_mask:
             raise ValueError(
                 "--rsa-text-source caption with text layers before the last (--rsa-layers) needs local attention, as "
                 "Transformer Engine's layers take the rows one after another: leave one out"
             )
-        self._shards = sequence_shards(model.config, model.pg_collection.tp)
-        decoder = model.language_model.decoder
+        self._shards = sequence_shards(host.config, host.pg_collection.tp)
         decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         if not self._takes_a_mask:
             decoder.register_forward_hook(self._after)
 
     def _before(self, decoder, args, kwargs):
-        if self.start_B is None:
+        start_B = self._start_B()
+        if start_B is None:
             return None
         hidden_LBH = kwargs["hidden_states"] if decoder.pre_process else decoder.input_tensor
         length, batch_size = hidden_LBH.shape[0] * self._shards, hidden_LBH.shape[1]
         if self._takes_a_mask:
-            return args, kwargs | {"attention_mask": segment_mask(self.start_B, length)}
+            return args, kwargs | {"attention_mask": segment_mask(start_B, length)}
         if self._shards > 1 and batch_size > 1:
             raise ValueError(
                 "--rsa-text-source caption with Transformer Engine and --sequence-parallel: each rank has a part of "
@@ -129,13 +132,14 @@ class SeparateSegments:
             kwargs = kwargs | {"hidden_states": packed}
         else:
             decoder.set_input_tensor(packed)
-        return args, kwargs | {"packed_seq_params": packed_segments(self.start_B, length)}
+        return args, kwargs | {"packed_seq_params": packed_segments(start_B, length)}
 
     def _after(self, decoder, args, output):
-        if self.start_B is None:
+        start_B = self._start_B()
+        if start_B is None:
             return None
         hidden_L1H, *others = output if isinstance(output, tuple) else (output,)
-        hidden_LBH = hidden_L1H.unflatten(0, (len(self.start_B), -1)).squeeze(2).transpose(0, 1).contiguous()
+        hidden_LBH = hidden_L1H.unflatten(0, (len(start_B), -1)).squeeze(2).transpose(0, 1).contiguous()
         return (hidden_LBH, *others) if others else hidden_LBH
 
 

@@ -48,8 +48,8 @@ from rsa_megatron.alignment.global_batch_loss import rsa_sums
 from rsa_megatron.alignment.loss import RSALossOfRows, rsa_loss_of_rows
 from rsa_megatron.config import LayerPair, RSAConfig
 from rsa_megatron.hooks.caption_pooling import caption_counts, caption_means, caption_sums
-from rsa_megatron.hooks.capture import Representations
 from rsa_megatron.hooks.global_batch import WholeBatch
+from rsa_megatron.hooks.representations import Representations
 
 _NO_PAIRS = 1e-12  # a denominator for "no pairs in the whole step": reports 0 instead of 0/0
 

@@ -29,7 +29,7 @@ from torch import Tensor
 _NUM_ID_BYTES, _NUM_START_BYTES, _NUM_WIDTH_BYTES = 8, 4, 3
 
 
-class Carried(NamedTuple):
+class PipelinePayload(NamedTuple):
     """What the rows of one micro-batch hold."""
 
     #: [B, F] float32, differentiable
@@ -48,7 +48,7 @@ def num_rows(vector_width: int, hidden_width: int, dtype: torch.dtype, mask_leng
 
 
 def num_rows_received(received_SBH: Tensor, vector_width: int, mask_positions_per_row: int = 0) -> int:
-    """K of a hidden state that ends in carrier rows.
+    """K of a hidden state that ends in payload rows.
 
     Args:
         mask_positions_per_row: positions that the mask tells of for each of the other rows: 0 without a mask, else as many
@@ -62,14 +62,14 @@ def num_rows_received(received_SBH: Tensor, vector_width: int, mask_positions_pe
             return k
         if k == num_received:
             raise RuntimeError(
-                f"{num_received} rows hold no carrier of a vector of width {vector_width}: do all stages have "
-                "their taps, and the same --rsa-* flags?"
+                f"{num_received} rows hold no payload of a vector of width {vector_width}: do all stages have "
+                "RSA's hooks, and the same --rsa-* flags?"
             )
 
 
-def pack(carried: Carried, hidden_width: int, dtype: torch.dtype) -> Tensor:
+def pack(payload: PipelinePayload, hidden_width: int, dtype: torch.dtype) -> Tensor:
     """Rows to append, [K, B, H] in `dtype`; differentiable with respect to the vector."""
-    vector_BF, sample_id_B, start_B, mask_BL = carried
+    vector_BF, sample_id_B, start_B, mask_BL = payload
     vector_BF = vector_BF.float()
     batch_size, vector_width = vector_BF.shape
     hi_BF = vector_BF.to(dtype)
@@ -87,11 +87,11 @@ def pack(carried: Carried, hidden_width: int, dtype: torch.dtype) -> Tensor:
 
 
 def vector_width(received_SBH: Tensor) -> int:
-    """F, from a hidden state that ends in carrier rows. Waits for the device: ask once, F does not change."""
+    """F, from a hidden state that ends in payload rows. Waits for the device: ask once, F does not change."""
     return int(_from_bytes(received_SBH[-1, :1, -_NUM_WIDTH_BYTES:]))
 
 
-def unpack(rows_KBH: Tensor, vector_width: int, mask_length: int = 0) -> Carried:
+def unpack(rows_KBH: Tensor, vector_width: int, mask_length: int = 0) -> PipelinePayload:
     """The inverse of `pack`."""
     num_parts = _num_parts(rows_KBH.dtype)
     row_BN = rows_KBH.transpose(0, 1).flatten(1)
@@ -100,7 +100,9 @@ def unpack(rows_KBH: Tensor, vector_width: int, mask_length: int = 0) -> Carried
         vector_BF = vector_BF + row_BN[:, vector_width : 2 * vector_width].detach().float()
     sizes = [_NUM_ID_BYTES, _NUM_START_BYTES, math.ceil(mask_length / 8)]
     id_Bn, start_Bn, mask_Bn = row_BN[:, num_parts * vector_width :][:, : sum(sizes)].split(sizes, dim=1)
-    return Carried(vector_BF, _from_bytes(id_Bn), _from_bytes(start_Bn), _bytes_to_bits(mask_Bn)[:, :mask_length])
+    return PipelinePayload(
+        vector_BF, _from_bytes(id_Bn), _from_bytes(start_Bn), _bytes_to_bits(mask_Bn)[:, :mask_length]
+    )
 
 
 def _num_parts(dtype: torch.dtype) -> int:

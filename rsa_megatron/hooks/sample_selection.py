@@ -1,20 +1,23 @@
-"""Who takes part in RSA, read off what a training script passes to LLaVAModel.forward; its batches may look as they like.
+"""Which samples take part in RSA, from what a training script passes to the model's forward; its batches may look as they like.
 
-By default every sample with one image takes part, and its caption are the tokens that the LM loss learns. A script that
-knows better says so by RSAPlugin(select=...), whole (RSASamples) or in part (who, or which tokens).
+By default every sample with one image takes part, and its caption are the tokens that the LM loss trains on. A script can specify
+both by RSAPlugin(select=...), whole (RSASamples) or in part (which samples, or which tokens).
 
 Shapes: B rows, n samples (B of them, or those packed into one row), S text positions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rsa_megatron.batch import RSASamples
-from rsa_megatron.hooks import token_positions
+from rsa_megatron.hooks.broadcast import broadcast_tensors
+from rsa_megatron.hooks.host import Host
+
+_FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
 
 # An odd constant near 2^64 / golden ratio: its multiples modulo 2^64 lie far apart, so that sums of them differ.
 _SPREAD = -7046029254386353131
@@ -22,7 +25,7 @@ _SPREAD = -7046029254386353131
 
 @dataclass
 class Selection:
-    """What a script says of a batch; None is left to the default."""
+    """What a script specifies of a batch; None is left to the default."""
 
     #: 1 for a sample that may take part, [n]
     eligible: Tensor | None = None
@@ -30,19 +33,43 @@ class Selection:
     caption_mask: Tensor | None = None
 
 
-def samples_of(arguments: dict, model: LLaVAModel, selection: Selection = Selection()) -> RSASamples:
+def select_samples(
+    arguments: dict, host: Host, read_selection: Callable[[], RSASamples | Selection | None], *, at_end: bool
+) -> RSASamples:
+    """The micro-batch's RSASamples on every tensor-parallel rank, their captions without positions that the decoder does not get.
+
+    Args:
+        arguments: of the model's forward, by name.
+        read_selection: gives the batch's selection on the ranks that have read it, else None.
+        at_end: captions are copied to the end of their rows, where no image follows them.
+    """
+    selection = read_selection() or Selection()
+    missing = torch.zeros(0, dtype=torch.int64)
+    data = {name: getattr(selection, name, None) for name in _FIELDS}
+    data = {name: missing if tensor is None else tensor for name, tensor in data.items()}
+    data = broadcast_tensors(_FIELDS, data, torch.int64, host.pg_collection.tp)
+    if data["sample_id"].numel():
+        samples = RSASamples(**data)
+    else:
+        eligible, caption_mask = (data[name] if data[name].numel() else None for name in ("eligible", "caption_mask"))
+        samples = samples_of(arguments, host, Selection(eligible, caption_mask))
+    kept_BS = host.keeps_caption(samples.caption_mask, host.images_in(arguments), at_end=at_end)
+    return replace(samples, caption_mask=kept_BS)
+
+
+def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) -> RSASamples:
     """The RSASamples of a micro-batch, on the device of its input ids.
 
     Args:
-        arguments: of LLaVAModel.forward, by name: input_ids, loss_mask, num_image_tiles, packed_seq_params.
+        arguments: of the model's forward, by name: input_ids, loss_mask, packed_seq_params, and what the host reads.
     """
-    input_ids, is_image_BS = arguments["input_ids"], images_in(arguments, model)
-    tiles = tiles_of_images(arguments, is_image_BS)
+    input_ids, is_image_BS = arguments["input_ids"], host.images_in(arguments)
+    tiles = host.tiles_of_images(arguments, is_image_BS)
     if not is_packed(arguments):
         num_samples = len(input_ids)
         sample_BS = torch.arange(num_samples, device=input_ids.device)[:, None].expand_as(input_ids)
     else:
-        position_BS = token_positions.positions(is_image_BS, tiles * model.img_seq_len)
+        position_BS = host.positions(arguments, is_image_BS, tiles)
         num_samples, sample_BS = _packed_samples(arguments["packed_seq_params"], position_BS)
     num_images = _per_sample(is_image_BS.long(), sample_BS, num_samples)
     tiles_BS = torch.zeros_like(input_ids)
@@ -64,24 +91,10 @@ def samples_of(arguments: dict, model: LLaVAModel, selection: Selection = Select
     return RSASamples(eligible, caption_BS, _per_sample(tiles_BS, sample_BS, num_samples), _ids(input_ids, num_samples))
 
 
-def images_in(arguments: dict, model: LLaVAModel) -> Tensor:
-    """Where an image stands in the text, [B, S] bool."""
-    image_token = arguments.get("image_token_index")
-    return arguments["input_ids"] == (model.image_token_index if image_token is None else image_token)
-
-
 def is_packed(arguments: dict) -> bool:
     """Whether several samples, or one, share a row as packed sequences."""
     packed = arguments.get("packed_seq_params")
     return packed is not None and packed.qkv_format == "thd"
-
-
-def tiles_of_images(arguments: dict, is_image_BS: Tensor) -> Tensor:
-    """Tiles of each image of the batch, in order; one each where the script does not say (as LLaVAModel has it)."""
-    tiles = arguments.get("num_image_tiles")
-    if tiles is None:
-        return torch.ones(int(is_image_BS.sum()), dtype=torch.int64, device=is_image_BS.device)
-    return torch.as_tensor(tiles, device=is_image_BS.device)
 
 
 def _packed_samples(packed: PackedSeqParams, position_BS: Tensor) -> tuple[int, Tensor]:

@@ -168,7 +168,7 @@ def _llava_onevision(name: str, decoder: Decoder, vocab_size: int) -> Architectu
 
 _ARCHITECTURES = [
     # Small enough to train in minutes on two CPU cores. Two pipeline stages of two chunks hold a layer each, tensor
-    # parallelism can halve heads and groups, and the tower is wider than the decoder: v takes two carrier rows.
+    # parallelism can halve heads and groups, and the tower is wider than the decoder: v takes two payload rows.
     Architecture(
         name="demo",
         vision=VisionTower(

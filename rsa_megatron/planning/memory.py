@@ -45,7 +45,7 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, float]:
         "tower": first * in_flight * _tower(run, layout),
         "projector": first * in_flight * _projector(run, layout),
         "decoder": in_flight * _decoder(run, layout, last),
-        "carrier": (run.rsa and not first) * in_flight * _carrier(run, layout),
+        "payload": (run.rsa and not first) * in_flight * _payload(run, layout),
         "RSA": (run.rsa and last) * _rsa(run, layout),
         "working memory": _working(run, layout, stage),
     }
@@ -131,7 +131,7 @@ def _logits(run: Run, layout: Layout) -> float:
     return 4 * logits + weight
 
 
-def _carrier(run: Run, layout: Layout) -> float:
+def _payload(run: Run, layout: Layout) -> float:
     """The rows that take v from stage to stage (pipeline_payload.py), of one micro-batch."""
     hidden = run.architecture.decoder.hidden_size
     rows = num_rows(run.architecture.vision.hidden_size, hidden, torch.bfloat16 if run.bf16 else torch.float32)

@@ -50,16 +50,16 @@ def test_packed_sequences_need_whole_rows(parity):
         parity.run((layout_of("TP=2 SP"), 1, False, False), packed_attention.use, CAPTION)
 
 
-def carrier_without_starts():
+def payload_without_starts():
     from rsa_megatron.hooks import pipeline_payload
 
     right = pipeline_payload.pack
-    pipeline_payload.pack = lambda carried, *args: right(carried._replace(start_B=0 * carried.start_B), *args)
+    pipeline_payload.pack = lambda payload, *args: right(payload._replace(start_B=0 * payload.start_B), *args)
 
 
 @pytest.mark.parametrize("name", ["PP=2", "PP=2 VPP=2"])
 def test_stages_that_do_not_know_where_the_copies_begin_would_be_seen(parity, name):
-    differences = parity.differences((layout_of(name), 2, True, False), carrier_without_starts, CAPTION)
+    differences = parity.differences((layout_of(name), 2, True, False), payload_without_starts, CAPTION)
     assert differences["gradients"] > 1000 * TOLERANCE
 
 

@@ -57,10 +57,10 @@ def test_the_token_before_an_image_is_in_no_layer(parity):
 
 
 def sums_left_on_their_stage():
-    from rsa_megatron.hooks import capture
+    from rsa_megatron.hooks import transport
 
-    right = capture.caption_sums
-    capture.caption_sums = lambda *args: right(*args).detach()
+    right = transport.caption_sums
+    transport.caption_sums = lambda *args: right(*args).detach()
 
 
 def mask_of_no_caption():

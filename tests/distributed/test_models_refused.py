@@ -1,4 +1,4 @@
-"""What RSA cannot train is refused in one line when the taps are put on, or at the first batch; on a real model."""
+"""What RSA cannot train is refused in one line when the hooks are put on, or at the first batch; on a real model."""
 
 import contextlib
 from dataclasses import replace
@@ -59,11 +59,11 @@ def what_is_said(argv):
     for settings, _ in INNER:  # of the last layers alone they are no matter
         with being_set(model, settings):
             RSAPlugin().attach(model)
-        del model.rsa_taps
+        del model.rsa_hooks
     # A wrapper that has a model within, as some of Megatron-Bridge's have.
     outer = torch.nn.Module()
     outer.llava_model = model
-    assert RSAPlugin().attach([outer]) == [outer] and hasattr(model, "rsa_taps")
+    assert RSAPlugin().attach([outer]) == [outer] and hasattr(model, "rsa_hooks")
 
 
 def test_settings_that_rsa_cannot_follow(demo):

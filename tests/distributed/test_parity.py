@@ -155,24 +155,24 @@ def scale_without_data_parallel_size():
     plugin.add_to_loss = lambda *args: right(*args[:-1], OneRank(args[-1]))
 
 
-def carrier_without_gradient():
+def payload_without_gradient():
     from rsa_megatron.hooks import pipeline_payload
 
     right = pipeline_payload.pack
-    pipeline_payload.pack = lambda carried, *args: right(carried._replace(vector_BF=carried.vector_BF.detach()), *args)
+    pipeline_payload.pack = lambda payload, *args: right(payload._replace(vector_BF=payload.vector_BF.detach()), *args)
 
 
 def caption_mask_of_the_next_token():
-    from rsa_megatron.hooks import capture
+    from rsa_megatron.hooks import representations
 
-    right = capture.Taps._samples
+    right = representations.select_samples
 
-    def shifted(self, arguments):
-        samples = right(self, arguments)
+    def shifted(*args, **options):
+        samples = right(*args, **options)
         samples.caption_mask = samples.caption_mask.roll(-1, dims=1)
         return samples
 
-    capture.Taps._samples = shifted
+    representations.select_samples = shifted
 
 
 def unsummed_sequence_parallel_text():
@@ -185,7 +185,7 @@ def unsummed_sequence_parallel_text():
     "name, sabotage",
     [
         ("DP=2", scale_without_data_parallel_size),
-        ("PP=2", carrier_without_gradient),
+        ("PP=2", payload_without_gradient),
         ("TP=2", caption_mask_of_the_next_token),
         ("TP=2 SP", unsummed_sequence_parallel_text),
     ],

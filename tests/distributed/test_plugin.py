@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from rsa_megatron.plugin import _said
+from rsa_megatron.plugin import _as_selection
 from tests.support import layouts, processes, tiny
 
 
@@ -54,7 +54,7 @@ def test_the_loss_mask_comes_back_as_it_was(demo, loss_mask):
     assert with_rsa["rsa loss"] == plain["rsa loss"] > 0
 
 
-def without_taps():
+def without_hooks():
     from rsa_megatron import RSAPlugin
 
     RSAPlugin.wrap_model_provider = lambda self, provider: provider
@@ -69,7 +69,7 @@ def without_forward_step():
 @pytest.mark.parametrize(
     "sabotage, message",
     [
-        (without_taps, "wrap the model provider too"),
+        (without_hooks, "wrap the model provider too"),
         (without_forward_step, "wrap the forward step too"),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_plugin_half_attached_is_named(demo, sabotage, message):
 
 def test_a_selection_of_another_kind_is_named():
     with pytest.raises(ValueError, match=r"select=...\) gave list: give \(caption_mask, eligible\) or an RSASamples"):
-        _said([torch.ones(2), torch.ones(2)])
+        _as_selection([torch.ones(2), torch.ones(2)])
 
 
 class TheirBatch(dict):
@@ -134,11 +134,11 @@ def what_attaching_says(argv):
     assert RSAPlugin(RSAConfig(weight=0)).attach(model) is model and vars(model) == before
     plugin = RSAPlugin()
     assert plugin.attach([model]) == [model]
-    with pytest.raises(ValueError, match="has its taps already; attach it once"):
+    with pytest.raises(ValueError, match="has its hooks already; attach it once"):
         plugin.attach(model)
     with pytest.raises(ValueError, match="pass loss_mask to the model's forward"):
         batch = tiny.batch(0)
-        model.rsa_taps.begin(lambda: batch.rsa)
+        model.rsa_hooks.start_micro_batch(lambda: batch.rsa)
         model(batch.images, batch.tokens, None, None, image_layouts=batch.image_layouts)
     with pytest.raises(ValueError, match="pass labels to its forward"):
         model(batch.images, batch.tokens, None, None, loss_mask=batch.loss_mask, image_layouts=batch.image_layouts)

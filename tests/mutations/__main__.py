@@ -1,7 +1,7 @@
 """Makes mistakes on purpose, one at a time, in a copy of the project, and runs the tests that are to notice.
 
     python -m tests.mutations                 all of them (two minutes)
-    python -m tests.mutations carrier epoch   those with such a word in their names
+    python -m tests.mutations payload epoch   those with such a word in their names
     python -m tests.mutations --all-tests     with all of `make test` for each, until its first failure: hours
 
 Prints the test that failed first for each; ends with 1 if a mistake was noticed by none. The copy is removed.

@@ -26,7 +26,7 @@ MUTATIONS = (
         ("tests/distributed/test_parity.py",),
     ),
     Mutation(
-        "no gradient through the carrier",
+        "no gradient through the payload",
         "rsa_megatron/hooks/pipeline_payload.py",
         "hi_BF = vector_BF.to(dtype)",
         "hi_BF = vector_BF.to(dtype).detach()",

@@ -70,14 +70,14 @@ def wandb_offline():
 
 
 def test_weight_0_leaves_no_trace(demo):
-    (output,) = script.run(1, demo, "--rsa-weight", 0, sabotage=no_taps_allowed)
+    (output,) = script.run(1, demo, "--rsa-weight", 0, sabotage=no_hooks_allowed)
     assert all("rsa loss" not in line and float(line["lm loss"]) > 0 for line in script.iterations([output]).values())
 
 
-def no_taps_allowed():
+def no_hooks_allowed():
     from rsa_megatron import plugin
 
-    plugin.Taps = None  # making one would raise
+    plugin.RepresentationHooks = None  # making one would raise
 
 
 def test_dry_run_prints_what_would_run_and_stops(demo):

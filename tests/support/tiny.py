@@ -6,7 +6,7 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.models.architectures import ARCHITECTURES, Architecture, Decoder, VisionTower, square_grids
 
-# Wider tower than decoder, so that v takes several carrier rows; 4 layers for 2 stages of 2 chunks.
+# Wider tower than decoder, so that v takes several payload rows; 4 layers for 2 stages of 2 chunks.
 TINY = Architecture(
     name="tiny",
     vision=VisionTower(

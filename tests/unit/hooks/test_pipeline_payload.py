@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsa_megatron.hooks import pipeline_payload
-from rsa_megatron.hooks.pipeline_payload import Carried
+from rsa_megatron.hooks.pipeline_payload import PipelinePayload
 
 NO_MASK = torch.zeros(3, 0, dtype=torch.int64)
 WIDTHS = [(48, 32), (160, 128), (8, 32), (1152, 896), (17, 32), (18, 32), (19, 32)]
@@ -15,7 +15,7 @@ def vectors(width, batch_size=3):
     v_BD = torch.randn(batch_size, width, generator=generator) * 10
     sample_id_B = torch.randint(0, 2**63 - 1, (batch_size,), generator=generator)
     start_B = torch.randint(0, 2**31, (batch_size,), generator=generator)
-    return Carried(v_BD.requires_grad_(), sample_id_B, start_B, NO_MASK)
+    return PipelinePayload(v_BD.requires_grad_(), sample_id_B, start_B, NO_MASK)
 
 
 @pytest.mark.parametrize("vector_width, hidden_width", WIDTHS)
@@ -47,7 +47,7 @@ def test_a_mask_as_long_as_the_row_tells_of_finds_its_place(length, shards, dtyp
 
 
 def test_rows_without_a_carrier_are_named():
-    with pytest.raises(RuntimeError, match="hold no carrier of a vector of width 40: do all stages have their taps"):
+    with pytest.raises(RuntimeError, match="hold no payload of a vector of width 40: do all stages have RSA's hooks"):
         pipeline_payload.num_rows_received(torch.zeros(3, 1, 8), 40, 1)
 
 
