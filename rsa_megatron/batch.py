@@ -47,6 +47,6 @@ class LlavaBatch:
     #: samples that were skipped as unusable since the batch before this one
     num_skipped: int = 0
     #: samples of this batch whose text was cut at its end to fit the longest row
-    num_cut: int = 0
+    num_truncated: int = 0
     #: Energon's key by which the batch can be rebuilt; Energon sets it
     __restore_key__: tuple = ()

@@ -216,7 +216,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             keys=[sample.__key__ for sample in samples],
             records=[sample.record for sample in samples],
             num_skipped=num_skipped,
-            num_cut=sum(sample.is_cut for sample in samples),
+            num_truncated=sum(sample.is_cut for sample in samples),
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:

@@ -97,6 +97,33 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     megatron_patches.repair_help(parser)
+    add_flags(parser)
+    rsa.add_arguments(parser)
+    known, _ = parser.parse_known_args()
+    set_default_tokenizer(parser, known)
+    architecture = find_architecture(known.model)
+    settings = settings or recipe(known.model, known.stage)
+    parser.set_defaults(
+        **architecture.megatron_defaults(),
+        **settings,
+        **(LOCAL_ARGUMENTS if ON_CPU or not HAVE_TE else {}),
+        **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
+        tokenizer_type="HuggingFaceTokenizer",
+        dataloader_type="external",
+        split="1,0,0",  # Energon's own splits count; this silences Megatron's
+    )
+    known, _ = parser.parse_known_args()
+    multiple = known.make_vocab_size_divisible_by * known.tensor_model_parallel_size
+    parser.set_defaults(padded_vocab_size=-(-architecture.vocab_size // multiple) * multiple)
+    # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
+    rsa.config = dataclasses.replace(
+        rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")}
+    )
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the training script's own flags."""
     group = parser.add_argument_group("LLaVA with RSA")
     group.add_argument(
         "--model", default="demo", help="architecture, or a Hugging Face folder; sets the model's Megatron arguments"
@@ -153,28 +180,6 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     )
     mfu.add_arguments(group)
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    rsa.add_arguments(parser)
-    known, _ = parser.parse_known_args()
-    set_default_tokenizer(parser, known)
-    architecture = find_architecture(known.model)
-    settings = settings or recipe(known.model, known.stage)
-    parser.set_defaults(
-        **architecture.megatron_defaults(),
-        **settings,
-        **(LOCAL_ARGUMENTS if ON_CPU or not HAVE_TE else {}),
-        **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
-        tokenizer_type="HuggingFaceTokenizer",
-        dataloader_type="external",
-        split="1,0,0",  # Energon's own splits count; this silences Megatron's
-    )
-    known, _ = parser.parse_known_args()
-    multiple = known.make_vocab_size_divisible_by * known.tensor_model_parallel_size
-    parser.set_defaults(padded_vocab_size=-(-architecture.vocab_size // multiple) * multiple)
-    # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
-    rsa.config = dataclasses.replace(
-        rsa.config, **{k.removeprefix("rsa_"): v for k, v in settings.items() if k.startswith("rsa_")}
-    )
-    return parser
 
 
 def set_default_tokenizer(parser, known) -> None:

@@ -43,7 +43,7 @@ class StepBatch:
     keys: list[str]
     #: how many were skipped before them, and how many of them were cut, scalars, int64
     num_skipped: Tensor
-    num_cut: Tensor
+    num_truncated: Tensor
 
 
 def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> StepBatch:
@@ -55,7 +55,9 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
         tensors = batch and {name: torch.as_tensor(getattr(batch, name)) for name in names}
         return broadcast_tensors(names, tensors, dtype, tp_group)
 
-    integers = broadcast(torch.int64, "tokens", "labels", "image_layouts", "row_lengths", "num_skipped", "num_cut")
+    integers = broadcast(
+        torch.int64, "tokens", "labels", "image_layouts", "row_lengths", "num_skipped", "num_truncated"
+    )
     return StepBatch(
         images=broadcast(torch.float32, "images")["images"] if model.pre_process else None,
         tokens=integers["tokens"],
@@ -66,7 +68,7 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
         num_positions=integers["row_lengths"].sum() / model.pg_collection.cp.size(),
         keys=batch.keys if batch else [],
         num_skipped=integers["num_skipped"],
-        num_cut=integers["num_cut"],
+        num_truncated=integers["num_truncated"],
     )
 
 
@@ -117,7 +119,7 @@ def loss_func(
     if training:
         # A count for the step: the denominators of all its micro-batches on all ranks add up to 1.
         part = len(batch.tokens) / get_current_global_batch_size()
-        for name, count in (("unusable samples", batch.num_skipped), ("cut samples", batch.num_cut)):
+        for name, count in (("skipped samples", batch.num_skipped), ("truncated samples", batch.num_truncated)):
             report[name] = torch.stack([count.float(), loss_sum.new_tensor(part, dtype=torch.float32)])
         num_positions = loss_sum.new_tensor(loss_mask_BL.numel(), dtype=torch.float32)
         report["padding"] = torch.stack([num_positions - batch.num_positions, num_positions])

@@ -45,7 +45,7 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     assert list(figures) == [1, 2, 3, 4, 5, 6]
     for line in figures.values():
         assert float(line["rsa pairs"]) == 8  # micro-batch 4 on 2 ranks
-        assert float(line["unusable samples"]) == 0
+        assert float(line["skipped samples"]) == 0
         for name in ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text"):
             assert float(line[name]) > 0
     found = re.findall(
@@ -54,7 +54,7 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     assert [(i, pairs, chance) for i, _, pairs, chance in found] == [(i, "64", "0.0794") for i in ("3", "6", "6")]
     assert all(0 < float(score) < 1 for _, score, *_ in found)
     events = EventAccumulator(str(tmp_path)).Reload()
-    for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "unusable samples"):
+    for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "skipped samples"):
         assert len(events.Scalars(name)) == 6
     for name in ("lm loss validation", "rsa loss validation", "mutual-knn validation"):
         assert [event.step for event in events.Scalars(name)][:2] == [3, 6]

@@ -16,7 +16,7 @@ def test_unusable_samples_are_skipped_counted_and_logged_alike_on_both_stages(de
     outputs = script.run(2, demo, *flags, *PP, data=tmp_path / "data", sabotage=print_skipped_on_every_stage)
     counts = [[int(n) for n in re.findall(r"this stage skipped (\d+)", output)] for output in outputs]
     assert counts[0] == counts[1] and sum(counts[0]) == len(broken_data.REASONS)
-    logged = sum(float(line["unusable samples"]) for line in script.iterations(outputs).values())
+    logged = sum(float(line["skipped samples"]) for line in script.iterations(outputs).values())
     assert logged == len(broken_data.REASONS)
     for key, reason in broken_data.REASONS.items():
         (line,) = [line for line in "\n".join(outputs).splitlines() if f"skipped sample {key} " in line]

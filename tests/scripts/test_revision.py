@@ -62,7 +62,7 @@ def test_the_projector_alone_learns_from_captions_and_rsa_is_beside_it(stage, pi
         name for name in before if name.startswith(PROJECTOR)
     }
     figures = script.iterations(outputs)
-    assert float(figures[6]["rsa pairs"]) == 8 and float(figures[6]["unusable samples"]) == 0
+    assert float(figures[6]["rsa pairs"]) == 8 and float(figures[6]["skipped samples"]) == 0
     assert json.loads((folder / "run.json").read_text()) == {
         "model": "tiny",
         "stage": "revision",
@@ -255,7 +255,7 @@ def test_samples_without_an_embedding_are_skipped_and_counted(demo, pixels, tmp_
     shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", WIDTH, change=kept)
     outputs = revision(demo, shards, pixels, tmp_path / "run")
     assert "the sample 0 embedding(s) of images (.npy)" in "".join(outputs)
-    assert sum(float(figures["unusable samples"]) for figures in script.iterations(outputs).values()) > 0
+    assert sum(float(figures["skipped samples"]) for figures in script.iterations(outputs).values()) > 0
 
 
 @pytest.mark.parametrize(

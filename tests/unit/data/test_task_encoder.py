@@ -281,7 +281,7 @@ def test_the_longest_row_that_fits_is_whole_and_one_more_token_is_cut(tokenizer,
     assert fits.text.is_caption == [False] + [True] * room + [False]
     assert longer.text.is_caption == [False] + [True] * (room + 1)  # a caption's part in the place of the newline
     batch = encoder.batch([fits, longer])
-    assert batch.row_lengths.tolist() == [128, 128] and batch.num_cut == 1
+    assert batch.row_lengths.tolist() == [128, 128] and batch.num_truncated == 1
 
 
 def test_wherever_a_conversation_is_cut_images_and_their_places_agree(tokenizer, caplog):
