@@ -31,8 +31,8 @@ import torch
 
 from rsa_megatron import rsa_loss
 from rsa_megatron.alignment import fused_blocks
-from rsa_megatron.alignment.distances import float32_products
 from rsa_megatron.alignment.loss import rsa_loss_of_rows
+from rsa_megatron.alignment.pairwise_kernel import float32_products
 
 WIDTHS = ("1152:1536", "1152:3584")  # SigLIP-so400m with Qwen2-1.5B and with Qwen2-7B
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

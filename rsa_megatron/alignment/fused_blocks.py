@@ -2,7 +2,7 @@
 
 For each block (rows i, rows j) of K the loss needs both distances of each pair, the sums of r^2, K^V and K^T with
 r = K^V - K^T, and the weights w^V = r slope^V and w^T = r slope^T, with which the gradient is (row sum of w) x - w x
-(distances.py's KernelGradient). In PyTorch that is some 35 launches a block, which at N = 512 to 2048 is all the time it
+(pairwise_kernel.py's KernelGradient). In PyTorch that is some 35 launches a block, which at N = 512 to 2048 is all the time it
 takes. Here it is one (fused_kernel.py). The products w x stay with cuBLAS: they are thousands wide, and nothing remains
 to be fused into them. `sweep` is what loss.py calls.
 
@@ -33,7 +33,8 @@ import os
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.distances import (
+from rsa_megatron.alignment.distances import DISTANCES
+from rsa_megatron.alignment.pairwise_kernel import (
     NOISE_ROUNDING_ERRORS,
     KernelGradient,
     PairwiseKernel,
@@ -44,7 +45,6 @@ from rsa_megatron.alignment.distances import (
 # such stages fit all GPUs since Ampere (99 KiB and more). Without tensor cores the operands pass through registers.
 _STEPS = {"ieee": 16, "tf32x3": 32, "tf32": 32, "bf16": 64}
 PRECISIONS = tuple(_STEPS)
-DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 _STAGES = 3
 # 128: two accumulators of 128 x 128 are 128 registers of each of 256 threads, as much as leaves room for the rest.
 _TILES = (128, 64)
@@ -65,8 +65,10 @@ def check_available(precision: str, distance: str, *rows: Tensor) -> None:
 
 
 def _obstacle(x_ND, distance, precision) -> str | None:
-    if distance not in DISTANCES:
-        return f"has no distance {distance!r}, only {', '.join(DISTANCES)}"
+    if not DISTANCES[distance].is_fused:
+        return (
+            f"has no distance {distance!r}, only {', '.join(name for name, one in DISTANCES.items() if one.is_fused)}"
+        )
     if x_ND.dtype != torch.float32:
         return f"computes in float32, and these rows are {x_ND.dtype}"
     if importlib.util.find_spec("triton") is None:
@@ -201,7 +203,7 @@ class FusedBlocks:
                 NOISE_ROUNDING_ERRORS * torch.finfo(torch.float32).eps,
                 SAME=i == j,
                 MIRRORED=mirrored,
-                DISTANCE=v.distance,
+                DISTANCE=v.distance.name,
                 **self._settings(),
             )
         return tuple(w[:b, :c] for w in self.w)

@@ -67,7 +67,7 @@ def squares_kernel(
 
 @triton.jit
 def distances(x_x, square, offset, rows, columns, stop_i, stop_j, is_pair, noise, DISTANCE: tl.constexpr):
-    """K of a tile from its products, as distances.py's PairwiseKernel.block has it; 0 on the diagonal and outside."""
+    """K of a tile from its products, as pairwise_kernel.py's PairwiseKernel.block has it; 0 on the diagonal and outside."""
     in_i, in_j = rows < stop_i, columns < stop_j
     squares_i = tl.load(square + rows, mask=in_i, other=0.0)[:, None]
     squares_j = tl.load(square + columns, mask=in_j, other=0.0)[None, :]

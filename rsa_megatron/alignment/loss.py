@@ -17,14 +17,8 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment import fused_blocks
-from rsa_megatron.alignment.distances import (
-    PairwiseKernel,
-    at_least_fp32,
-    check_distance,
-    float32_products,
-    pairwise_distance,
-    unit_rows,
-)
+from rsa_megatron.alignment.distances import at_least_fp32, find_distance, pairwise_distance, unit_rows
+from rsa_megatron.alignment.pairwise_kernel import PairwiseKernel, float32_products
 
 NORMALIZATIONS = ("none", "mean-distance")
 
@@ -33,8 +27,6 @@ NORMALIZATIONS = ("none", "mean-distance")
 # twice: of the N^2/2 distances that are needed, the blocks on the diagonal add half of rows x N. On a GPU, where each
 # block costs launches, blocks are square.
 _BLOCK = {"cpu": (512, 2048), "cuda": (1024, 1024)}
-# Of the distance whose gradient needs [rows, columns, D] on a GPU: 128 x 128 x 3584 floats are 235 MB.
-_BLOCK_MANHATTAN = (128, 128)
 # With the fused launch a block on the diagonal computes no distance twice, and blocks may be large: the w of both kernels
 # take 2 x 64 MiB. Adding w x to what is there reads and writes 8 bytes of a number for 2 c operations: 1024 a byte with
 # c = 4096 columns, where an H100 must have 300 (bf16) to multiply at its full rate.
@@ -110,7 +102,7 @@ def rsa_loss_of_rows(
         group: the ranks that hold the other rows. Used by normalize="mean-distance" alone, for the sums of
             five numbers that the normalisation needs (one all-reduce, in the forward pass).
     """
-    check_distance(distance)
+    uses_unit_rows = find_distance(distance).uses_unit_rows
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalize {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}")
     if v_ND.shape[0] != t_NE.shape[0] or v_nD.shape[0] != t_nE.shape[0]:
@@ -118,7 +110,7 @@ def rsa_loss_of_rows(
     v_nD, t_nE, v_ND, t_NE = (at_least_fp32(x) for x in (v_nD, t_nE, v_ND, t_NE))
     if fused is not None:
         fused_blocks.check_available(fused, distance, v_ND, t_NE)
-    if distance == "cosine":
+    if uses_unit_rows:
         v_nD, t_nE, v_ND, t_NE = (unit_rows(x) for x in (v_nD, t_nE, v_ND, t_NE))
     # Inside the function autograd's switch is off: whether a gradient is wanted is asked here.
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (v_nD, t_nE)]
@@ -221,7 +213,7 @@ def _off_diagonal_mean(total, num_pairs):
 
 
 def _block_shape(kernel: PairwiseKernel) -> tuple[int, int]:
-    return _BLOCK_MANHATTAN if kernel.distance == "manhattan" else _BLOCK.get(kernel.x_ND.device.type, (1024, 1024))
+    return kernel.distance.block_shape or _BLOCK.get(kernel.x_ND.device.type, (1024, 1024))
 
 
 def _block_pairs(rows: slice, num_pairs: int, shape: tuple[int, int]):

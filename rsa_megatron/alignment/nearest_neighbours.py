@@ -16,7 +16,6 @@ import time
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.distances import float32_products
 from rsa_megatron.alignment.neighbour_candidates import (
     COSINE_STEPS,
     Candidates,
@@ -24,6 +23,7 @@ from rsa_megatron.alignment.neighbour_candidates import (
     pair_cosines,
     slices,
 )
+from rsa_megatron.alignment.pairwise_kernel import float32_products
 
 # 1024 x 1024 products are 4 MiB in float32: near the CPU's cache, and large enough for the full rate of products. On a
 # GPU each block costs some dozen launches: 8192 x 8192 are 256 MiB.

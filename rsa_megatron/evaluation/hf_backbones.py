@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 
-from rsa_megatron.alignment.distances import float32_products
+from rsa_megatron.alignment.pairwise_kernel import float32_products
 from rsa_megatron.data.sources.pairs import CaptionedImage
 from rsa_megatron.evaluation.hf_models import HFModel, Side, num_class_tokens, num_layers
 

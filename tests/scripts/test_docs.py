@@ -121,6 +121,13 @@ def test_the_code_of_the_pages_runs():
     assert result.stdout == "tensor(1.5000)\n"
 
 
+def test_the_site_builds_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "site" / "flags" / "index.html").is_file()
+
+
 def test_the_front_page_is_one_page():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 160

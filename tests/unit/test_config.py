@@ -40,7 +40,7 @@ def test_what_it_cannot_mean_is_named(setting, message):
 
 def test_the_choices_are_those_of_the_mathematics():
     choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(RSAConfig)}
-    assert choices["distance"] == DISTANCES and choices["normalize"] == NORMALIZATIONS
+    assert choices["distance"] == tuple(DISTANCES) and choices["normalize"] == NORMALIZATIONS
 
 
 def test_flags_override_the_config_of_the_plugin_that_added_them():

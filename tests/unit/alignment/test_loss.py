@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsa_megatron.alignment import loss as loss_module
-from rsa_megatron.alignment.distances import DISTANCES, pairwise_distance
+from rsa_megatron.alignment.distances import DISTANCES, Manhattan, pairwise_distance
 from rsa_megatron.alignment.loss import NORMALIZATIONS, rsa_loss, rsa_loss_reference
 from tests.support.loss_cases import pairs, relative, value_and_gradients
 
@@ -18,7 +18,7 @@ BLOCK = loss_module._BLOCK
 def small_blocks(monkeypatch):
     """Blocks smaller than the inputs, so that every test crosses their borders."""
     monkeypatch.setattr(loss_module, "_BLOCK", {"cpu": (5, 9)})
-    monkeypatch.setattr(loss_module, "_BLOCK_MANHATTAN", (7, 7))
+    monkeypatch.setattr(Manhattan, "block_shape", (7, 7))
 
 
 def test_reference_is_equation_5_by_hand():
