@@ -1,6 +1,6 @@
 """Files and folders that appear under their name only when they are whole.
 
-Both write beside the name, to NAME.unfinished, and rename at the end. If anything goes wrong nothing is left, and what was there
+Both write beside the name, to NAME.unfinished (a file: NAME.unfinished-PID), and rename at the end. If anything goes wrong nothing is left, and what was there
 before is untouched. (Work that a killed run resumes keeps its own NAME.unfinished: data/prepare, evaluation/feature_store.py.)
 """
 
@@ -29,6 +29,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file, or leave what is there."""
     with new_file(path) as unfinished:
         unfinished.write_text(text)
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Remove what killed processes have left of files in a folder. Only where no other process writes."""
+    for path in folder.glob("*.unfinished-*"):
+        path.unlink()
 
 
 @contextmanager

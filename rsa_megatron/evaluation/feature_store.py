@@ -70,6 +70,7 @@ class FeatureStore:
                 _check_same(unfinished, _read_manifest(unfinished), manifest)
             else:
                 atomic.write_text(unfinished / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            atomic.remove_unfinished_files(unfinished)  # those of a killed run; nobody else writes here
             store = cls(unfinished, manifest, final=folder)
         except BaseException:
             os.close(lock)

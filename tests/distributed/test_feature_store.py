@@ -169,7 +169,7 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_part(tmp_path):
     store = FeatureStore.create(tmp_path / "store", manifest(chosen))
     backbone = Numbers()
     store.append([pair.key for pair in chosen[:10]], backbone.features(range(10)))
-    (store.folder / "part-00001.safetensors.unfinished").write_bytes(b"half a part")
+    (store.folder / "part-00001.safetensors.unfinished-123").write_bytes(b"half a part")
     del store
     with pytest.raises(ValueError, match="store.unfinished is not finished: run the command that makes it once more"):
         FeatureStore.open(tmp_path / "store")

@@ -15,7 +15,7 @@ from rsa_megatron.alignment.loss import rsa_loss_reference
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.hooks import caption_pooling, objective
-from rsa_megatron.hooks.capture import Representations
+from rsa_megatron.hooks.representations import Representations
 from tests.support import context_parallel_attention, processes
 
 WEIGHT, NUM_MICRO_BATCHES = 0.5, 2

@@ -70,7 +70,7 @@ def without_forward_step():
     "sabotage, message",
     [
         (without_hooks, "wrap the model provider too"),
-        (without_forward_step, "wrap the forward step too"),
+        (without_forward_step, "its forward step is not wrapped"),
     ],
 )
 def test_a_plugin_half_attached_is_named(demo, sabotage, message):
