@@ -16,7 +16,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse, say
-from rsa_megatron.training.learning_rates import LearningRates, table
+from rsa_megatron.training.learning_rates import LearningRates, format_table
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
 from rsa_megatron.training.mutual_knn import MutualKnn, write_mutual_knn
@@ -39,7 +39,7 @@ def main():
         write_stage(args)
     except (ValueError, OSError) as error:
         end_with(error)
-    say(table(args, architecture))
+    say(format_table(args, architecture))
     rates = LearningRates(args)
     rates.apply()
     utilisation = Utilisation(args, architecture)

@@ -44,7 +44,7 @@ class RSAConfig:
         default="first",
         metadata={
             "choices": ("first", "last"),
-            "help": "where the base image stands among the tiles: first in "
+            "help": "where the base image is among the tiles: first in "
             "Hugging Face and LLaVA-NeXT, last (the thumbnail) in Megatron's own tiler",
         },
     )
@@ -52,19 +52,19 @@ class RSAConfig:
 
     stop_gradient: str = field(
         default="none",
-        metadata={"choices": ("none", "text", "vision"), "help": "the side that RSA reads and does not move"},
+        metadata={"choices": ("none", "text", "vision"), "help": "the side that gets no gradient from RSA"},
     )
-    """The side whose vectors are constants: with "text", RSA leaves the language model alone (table 2)."""
+    """The side whose vectors are constants: with "text", RSA does not move the language model (table 2)."""
 
     text_source: str = field(
         default="sequence",
         metadata={
             "choices": ("sequence", "caption"),
             "help": "sequence: t is the mean of the caption's states after its image; "
-            "caption: of the caption read alone, once more at the end of its row (eq. 2 read literally)",
+            "caption: of the caption read on its own, copied to the end of its sequence (eq. 2 taken literally)",
         },
     )
-    """Whether t_i comes from the multimodal row, or from the caption alone. The paper does not say which it used."""
+    """Whether t_i comes from the multimodal row, or from the caption on its own. The paper does not specify which it used."""
 
     layers: str = field(
         default="-1:-1",
@@ -80,10 +80,10 @@ class RSAConfig:
         metadata={
             "choices": ("micro-batch", "global-batch"),
             "help": "the pairs of a kernel: of one micro-batch on all "
-            "data-parallel ranks, or of the optimizer step's whole batch",
+            "data-parallel ranks, or of the optimizer step's global batch",
         },
     )
-    """N of eq. 3 to 5: micro-batch x data-parallel ranks, or the whole batch (alignment/global_batch_loss.py)."""
+    """N of eq. 3 to 5: micro-batch x data-parallel ranks, or the global batch (alignment/global_batch_loss.py)."""
 
     normalize: str = field(
         default="none",

@@ -20,7 +20,7 @@ from megatron.core.utils import get_model_config
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.hooks.checks import check_model
-from rsa_megatron.hooks.global_batch import WholeBatch
+from rsa_megatron.hooks.global_batch import GlobalBatch
 from rsa_megatron.hooks.host import find_host
 from rsa_megatron.hooks.objective import add_to_loss, rsa_term
 from rsa_megatron.hooks.representations import RepresentationHooks
@@ -36,7 +36,7 @@ class RSAPlugin:
             (caption_mask [B, S], eligible [n]), integers, of which either may be None for the default; or RSASamples.
             By default what the batch itself has: an RSASamples as its attribute `rsa`, or `rsa_caption_mask` and
             `rsa_eligible` (RSATaskEncoder's) as keys or attributes. Of what it does not have: every sample with one image
-            takes part, and its caption are the tokens that the LM loss learns.
+            takes part, and its caption is the tokens that the LM loss trains on.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class RSAPlugin:
         outputs = loss_func(output_tensor, **kwargs)
         if kwargs.get("non_loss_data"):
             return outputs
-        whole_batch = None
+        global_batch = None
         if self.config.scope == "global-batch":
-            whole_batch = chunk.rsa_whole_batches[chunk.training]
-            whole_batch.begin_micro_batch()
+            global_batch = chunk.rsa_global_batches[chunk.training]
+            global_batch.begin_micro_batch()
             if chunk.training:
-                chunk.rsa_whole_batches[False].forget()
-        term = rsa_term(representations, self.config, chunk.config, chunk.pg_collection, whole_batch)
+                chunk.rsa_global_batches[False].forget()
+        term = rsa_term(representations, self.config, chunk.config, chunk.pg_collection, global_batch)
         return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, chunk.pg_collection)
 
     def _attach_to_chunk(self, model: torch.nn.Module) -> None:
@@ -155,7 +155,7 @@ class RSAPlugin:
             # around the host may have a config of its own, which is the one that the schedules ask.)
             chunk.config.variable_seq_lengths = get_model_config(model).variable_seq_lengths = True
         chunk.rsa_hooks = RepresentationHooks(host, self.config)
-        chunk.rsa_whole_batches = {is_training: WholeBatch() for is_training in (True, False)}
+        chunk.rsa_global_batches = {is_training: GlobalBatch() for is_training in (True, False)}
 
 
 def chunk_within(model: torch.nn.Module) -> torch.nn.Module:
@@ -188,7 +188,7 @@ def _as_selection(selection) -> RSASamples | Selection:
 
 
 class _Reader:
-    """A data iterator that remembers what is said of the batch it gave last, before the script changes that."""
+    """A data iterator that remembers the selection of the batch it gave last, before the script changes that."""
 
     def __init__(self, data_iterator: Iterator, select: Callable):
         self._data_iterator, self._select = data_iterator, select

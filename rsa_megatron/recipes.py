@@ -11,13 +11,13 @@ They are read as: rate of the tower 2e-6 in all stages; rate of projector and la
 LLaVA-OneVision has 1e-3, with a frozen tower) and 1e-5 in 1.5 and 2; batch 256 in all (LLaVA-OneVision: 512 in stage 1).
 The paper's 224 GPUs = 2^5 * 7 do not divide a batch of 256: use 32 * 7 (TP x PP = 7) or another batch or number of GPUs.
 
-Expected times are arithmetic, not measured: 6 operations a parameter and token that learns, 4 where gradients only pass
+Expected times are arithmetic, not measured: 6 operations a trained parameter and token, 4 where gradients only pass
 through, at 40 % of an A100's 312 TFLOPS, and an average row as it is named.
 """
 
 
 def stage_1() -> dict:
-    """Stage 1, language-image alignment: the tower and the projector learn, RSA is on, the language model is frozen.
+    """Stage 1, language-image alignment: tower and projector are trained, RSA is on, the language model is frozen.
 
         torchrun --nproc-per-node 8 examples/pretrain_llava_rsa.py --model llava-ov-7b --stage 1 --bf16 \\
             --data-path data/stage1.yaml --tokenizer-model CONVERTED/hf --pretrained-checkpoint CONVERTED --save runs/stage1
@@ -50,7 +50,7 @@ def stage_1() -> dict:
 
 
 def revision() -> dict:
-    """ReVision's stage 1 (arXiv 2602.07026, section 5.1): captions alone; the projector learns, all else is frozen.
+    """ReVision's stage 1 (arXiv 2602.07026, section 5.1): captions only; the projector is trained, all else is frozen.
 
         rsa-megatron realign transform --operator OPERATOR --encoder ENCODER --data captions.jsonl --side text --out data/revision
         torchrun --nproc-per-node 8 examples/pretrain_llava_rsa.py --model llava-ov-7b --stage revision --bf16 \\
@@ -69,7 +69,7 @@ def revision() -> dict:
 
 
 def stage_1_5() -> dict:
-    """Stage 1.5, high-quality knowledge: all learns, on captions (RSA), written words and text; AnyRes up to 5 x 729.
+    """Stage 1.5, high-quality knowledge: all modules are trained, on captions (RSA), written words and text; AnyRes up to 5 x 729.
 
         STAGE=1.5 DATA=data/stage1_5.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1 OUT=runs/stage1_5 \\
             sbatch --nodes 32 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 2 --sequence-parallel \\

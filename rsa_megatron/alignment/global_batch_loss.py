@@ -1,6 +1,6 @@
 """RSA over a batch whose rows come in parts, one after another: each part against itself and against all before it.
 
-An optimizer step works on M micro-batches in turn. The kernel of the whole batch, N = sum_m N_m pairs,
+An optimizer step works on M micro-batches in turn. The kernel of the global batch, N = sum_m N_m pairs,
 
     L = 1/N^2 sum_ij r_ij^2,    r_ij = K^V_ij - K^T_ij                                  (paper, eq. 5)
 

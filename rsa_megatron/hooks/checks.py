@@ -1,4 +1,4 @@
-"""What RSA's hooks cannot follow, in a model's settings or in a batch; each with what to do instead.
+"""Checks of a model's settings and of a batch for what RSA's hooks cannot follow; each error names a remedy.
 
 megatron-core 0.16 to 0.20 name some settings differently, or not at all: one that a version does not have is off.
 """
@@ -52,7 +52,7 @@ def check_model(host: Host, config: RSAConfig) -> None:
         ]
     for is_on, reason in refused:
         if is_on:
-            raise ValueError(f"RSA cannot train this model as it is set: {reason}")
+            raise ValueError(f"RSA cannot train this model with these settings: {reason}")
 
 
 def check_packing(is_packed: bool, *, has_stages: bool, copies_captions: bool) -> None:
@@ -67,14 +67,14 @@ def check_packing(is_packed: bool, *, has_stages: bool, copies_captions: bool) -
 
 
 def check_tiles(count_n: Tensor, num_tiles: int) -> bool:
-    """Whether there were any; ValueError where the samples' tiles are not those that the tower has been given."""
-    told = int(count_n.sum())
-    if told not in (0, num_tiles):  # 0: text alone, and a dummy image
+    """Return whether there were any; ValueError where the samples' tiles are not those that the tower has been given."""
+    expected = int(count_n.sum())
+    if expected not in (0, num_tiles):  # 0: text alone, and a dummy image
         raise ValueError(
-            f"the tower has been given {num_tiles} tiles, and the batch's samples have {told}: num_image_tiles, "
+            f"the tower was given {num_tiles} tiles, and the batch's samples have {expected}: num_image_tiles, "
             "or what RSAPlugin(select=...) gives, does not go with the images"
         )
-    return told > 0
+    return expected > 0
 
 
 def check_same_samples(first_stage_ids: Tensor, last_stage_ids: Tensor) -> None:

@@ -10,7 +10,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 
-class WholeBatch:
+class GlobalBatch:
     """The step so far, of one model chunk in training or in evaluation.
 
     A step is known by its number of micro-batches. In evaluation that is training's, too: the figures there are of as many.
@@ -20,7 +20,7 @@ class WholeBatch:
         self.forget()
 
     def forget(self) -> None:
-        """The next micro-batch begins a step."""
+        """Let the next micro-batch start a step."""
         self._rows: list[Tensor] = []
         self._num_tokens: Tensor | float = 0.0
         self._place = self.num_micro_batches = 0
@@ -41,7 +41,7 @@ class WholeBatch:
         self._rows.append(rows_NW)
 
     def expected_pairs(self) -> float:
-        """N of the whole batch if the micro-batches to come have as many pairs as those so far: exact if all have equally many."""
+        """N of the global batch if the micro-batches to come have as many pairs as those so far: exact if all have equally many."""
         return sum(map(len, self._rows)) * self.num_micro_batches / self._place
 
     def expected_tokens(self, num_tokens: Tensor) -> Tensor:

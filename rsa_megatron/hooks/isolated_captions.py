@@ -1,8 +1,8 @@
 """--rsa-text-source caption: t_i = G(T_i), the caption read alone (paper, eq. 2), without a second pass through the model.
 
 The caption's tokens stand once more at the end of their row. There they attend to one another and to nothing before them,
-and nothing is learnt there by the LM loss; t is pooled over these copies. Rotary positions count differences alone, so the
-copy is what the caption by itself would be; a learnt position embedding is told position 0, 1, ...
+and the LM loss does not train on them; t is pooled over these copies. Rotary positions count differences alone, so the
+copy is what the caption by itself would be; a learned position embedding gets positions 0, 1, ...
 
     row b       image tokens and text, as ever | padding | copy of the caption | padding
     segment     [0, start_b)                             | [start_b, L)

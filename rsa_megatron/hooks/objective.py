@@ -17,7 +17,7 @@ The old pair (loss, report): Megatron multiplies by C, divides by M and averages
 A sum over micro-batches of L means that --rsa-weight does not depend on D, C, M or the sequence length.
 
 With --rsa-scope global-batch (global_batch.py) S_r is this rank's part of the sum S_m over a micro-batch's rows, and the step is
-to give sum_m S_m / P^2 with P the pairs of the whole batch. Megatron's 1/M is then taken back, and its division by the step's
+to give sum_m S_m / P^2 with P the pairs of the global batch. Megatron's 1/M is then taken back, and its division by the step's
 tokens likewise:
     without   w = max(n, 1) * D * C * M / P^2,  the pair: D * M / P^2
     with      w = sum_m N_m / P^2.
@@ -48,7 +48,7 @@ from rsa_megatron.alignment.global_batch_loss import rsa_sums
 from rsa_megatron.alignment.loss import RSALossOfRows, rsa_loss_of_rows
 from rsa_megatron.config import LayerPair, RSAConfig
 from rsa_megatron.hooks.caption_pooling import caption_counts, caption_means, caption_sums
-from rsa_megatron.hooks.global_batch import WholeBatch
+from rsa_megatron.hooks.global_batch import GlobalBatch
 from rsa_megatron.hooks.representations import Representations
 
 _NO_PAIRS = 1e-12  # a denominator for "no pairs in the whole step": reports 0 instead of 0/0
@@ -58,7 +58,7 @@ _NO_PAIRS = 1e-12  # a denominator for "no pairs in the whole step": reports 0 i
 class RSATerm:
     """The RSA loss of one micro-batch as one data-parallel rank sees it."""
 
-    #: this rank's rows of each pair of layers: of L, or with a whole batch of S_m
+    #: this rank's rows of each pair of layers: of L, or with a global batch of S_m
     parts: dict[LayerPair, RSALossOfRows]
     #: pairs of all ranks, N, and of this rank
     num_pairs: int
@@ -66,7 +66,7 @@ class RSATerm:
     #: pairs of the step's micro-batches before this one
     num_earlier_pairs: int
     #: the step so far, with --rsa-scope global-batch
-    whole_batch: WholeBatch | None
+    global_batch: GlobalBatch | None
     #: positions of a row that hold copies of captions, and the others
     num_copied: int
     num_others: int
@@ -82,12 +82,12 @@ def rsa_term(
     config: RSAConfig,
     model_config: TransformerConfig,
     pg_collection: ProcessGroupCollection,
-    whole_batch: WholeBatch | None = None,
+    global_batch: GlobalBatch | None = None,
 ) -> RSATerm:
     """Pool, gather, loss: every rank of the last stage must call it for every micro-batch, pairs or not.
 
     Args:
-        whole_batch: with --rsa-scope global-batch, the step so far, at this micro-batch.
+        global_batch: with --rsa-scope global-batch, the step so far, at this micro-batch.
     """
     samples = representations.samples
     vectors, count_n = _vectors(representations, config, model_config, pg_collection)
@@ -100,23 +100,23 @@ def rsa_term(
         rows_nW, valid_n = _as_many_on_every_rank(rows_nW, valid_n, pg_collection.dp)
     gathered_NW, first_row = gather_rows(rows_nW, valid_n, pg_collection.dp)
     every = dict(zip(names, gathered_NW.split(widths, dim=1)))
-    earlier_MW = whole_batch.earlier_rows(gathered_NW) if whole_batch else gathered_NW[:0]
+    earlier_MW = global_batch.earlier_rows(gathered_NW) if global_batch else gathered_NW[:0]
     earlier = dict(zip(names, earlier_MW.split(widths, dim=1)))
     parts = {}
     for pair in config.layer_pairs:
         v, t = ("vision", pair.vision), ("text", pair.text)
         rows = own[v], own[t], every[v], every[t], first_row
-        if whole_batch:
+        if global_batch:
             parts[pair] = rsa_sums(*rows, earlier[v], earlier[t], distance=config.distance)
         else:
             parts[pair] = rsa_loss_of_rows(
                 *rows, distance=config.distance, normalize=config.normalize, group=pg_collection.dp
             )
-    if whole_batch:
-        whole_batch.add_rows(gathered_NW)
+    if global_batch:
+        global_batch.add_rows(gathered_NW)
     length, num_copied = representations.caption_mask_BL.shape[1], representations.num_copied
     num_own = len(own[names[0]])
-    return RSATerm(parts, len(gathered_NW), num_own, len(earlier_MW), whole_batch, num_copied, length - num_copied)
+    return RSATerm(parts, len(gathered_NW), num_own, len(earlier_MW), global_batch, num_copied, length - num_copied)
 
 
 def _as_many_on_every_rank(
@@ -158,7 +158,7 @@ def add_to_loss(
 def _scale(num_tokens: list, term: RSATerm, per_token: bool, pg_collection: ProcessGroupCollection) -> Tensor | float:
     """w of this micro-batch."""
     data_size, context_size = pg_collection.dp.size(), pg_collection.cp.size()
-    whole = term.whole_batch
+    whole = term.global_batch
     num_micro_batches = whole.num_micro_batches if whole else 1
     if not num_tokens:
         scale = data_size * num_micro_batches
@@ -179,11 +179,11 @@ def _report(term: RSATerm, config: RSAConfig, data_size: int) -> dict[str, Tenso
     share = 1 / data_size  # denominators of the D ranks add up to 1 a micro-batch; the C ranks count alike
     num_own, num_earlier = term.num_own_pairs, term.num_earlier_pairs
     num_distances = num_own * (term.num_pairs - 1 + 2 * num_earlier) + _NO_PAIRS
-    if term.whole_batch:
-        # Ordered pairs of the step, N^2 = sum_m N_m (N_m + 2 N_before): so that the quotient is L of the whole batch.
+    if term.global_batch:
+        # Ordered pairs of the step, N^2 = sum_m N_m (N_m + 2 N_before): so that the quotient is L of the global batch.
         of_loss, of_pairs = (
             num_own * (term.num_pairs + 2 * num_earlier) + _NO_PAIRS,
-            share / term.whole_batch.num_micro_batches,
+            share / term.global_batch.num_micro_batches,
         )
     else:
         of_loss = of_pairs = share

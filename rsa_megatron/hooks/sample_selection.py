@@ -80,7 +80,7 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
         eligible = eligible * (selection.eligible.to(eligible) > 0)
     caption_BS = selection.caption_mask
     if caption_BS is None:
-        caption_BS = _learnt_tokens(arguments.get("loss_mask"), sample_BS)
+        caption_BS = _trained_tokens(arguments.get("loss_mask"), sample_BS)
     else:
         if caption_BS.shape[1] == input_ids.shape[1] + 1:  # of texts whose last token is a label alone
             caption_BS = caption_BS[:, :-1]
@@ -106,14 +106,14 @@ def _packed_samples(packed: PackedSeqParams, position_BS: Tensor) -> tuple[int, 
     return len(bounds) - 1, sample_BS.clamp(max=len(bounds) - 2)
 
 
-def _learnt_tokens(loss_mask_BS: Tensor | None, sample_BS: Tensor) -> Tensor:
+def _trained_tokens(loss_mask_BS: Tensor | None, sample_BS: Tensor) -> Tensor:
     """1 where a token has been predicted: the loss mask at p speaks of the token at p + 1, within one sample."""
-    learnt_BS = torch.zeros_like(sample_BS)
+    trained_BS = torch.zeros_like(sample_BS)
     if loss_mask_BS is None:  # on a stage that does not need it
-        return learnt_BS
+        return trained_BS
     same_sample = sample_BS[:, 1:] == sample_BS[:, :-1]
-    learnt_BS[:, 1:] = ((loss_mask_BS[:, :-1] != 0) & same_sample).long()
-    return learnt_BS
+    trained_BS[:, 1:] = ((loss_mask_BS[:, :-1] != 0) & same_sample).long()
+    return trained_BS
 
 
 def _per_sample(number_BS: Tensor, sample_BS: Tensor, num_samples: int) -> Tensor:

@@ -64,10 +64,10 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         args.dataloader_save = dataloader_folder(args.save)
     if args.save and Path(args.save, TRACKER).is_file() and not args.load and not args.skip_train:
         say(
-            f"WARNING: --save {args.save} holds checkpoints already, and without --load this run begins anew; to go on, add --load {args.save}"
+            f"WARNING: --save {args.save} holds checkpoints already, and without --load this run starts from scratch; to resume, add --load {args.save}"
         )
     if "language" not in args.trainable and not has_checkpoint(args):
-        say("WARNING: the language model is frozen and no checkpoint is named: it stays as it is drawn at random")
+        say("WARNING: the language model is frozen and no checkpoint is named: it keeps its random initialisation")
     return args
 
 
@@ -131,7 +131,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stage", default="1", help="training stage: revision, 1, 1.5 or 2; sets the run's Megatron arguments"
     )
-    group.add_argument("--trainable", nargs="+", choices=list(PARTS), help="parts that learn; the others are frozen")
+    group.add_argument(
+        "--trainable", nargs="+", choices=list(PARTS), help="modules that are trained; the others are frozen"
+    )
     learning_rates.add_arguments(group)
     metrics_file.add_arguments(group)
     group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
@@ -139,7 +141,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--label-style",
         choices=LABEL_STYLES,
         default="llava",
-        help="what the template qwen_1_5 learns: as LLaVA did, or the answers alone",
+        help="which tokens of the template qwen_1_5 are trained on: as in LLaVA, or only the answers",
     )
     group.add_argument(
         "--image-aspect-ratio",
@@ -157,7 +159,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drop-last",
         action="store_true",
-        help="of a single pass over the data, leave out each reader's last samples that do not fill a micro-batch, "
+        help="in a single pass over the data, skip each reader's last samples that do not fill a micro-batch, "
         "and the last iterations for which not every rank has data",
     )
     group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
@@ -183,7 +185,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def set_default_tokenizer(parser, known) -> None:
-    """That of the model: in its folder, or beside the checkpoint that the run begins from."""
+    """Default to the model's tokenizer: in its folder, or beside the checkpoint that the run starts from."""
     folders = [Path(folder, "hf") for folder in (known.load, known.pretrained_checkpoint) if folder] + [
         Path(known.model)
     ]
@@ -271,7 +273,7 @@ def check_parallelism(args) -> None:
 
 
 def check_model(args) -> None:
-    """That flags, tokenizer and --model go together, and with what an export will say of them."""
+    """Check that flags, tokenizer and --model are consistent with each other and with what an export will contain."""
     architecture, tokenizer = architecture_of(args), load_tokenizer(args)
     check_tokenizer(tokenizer, args.template)
     if len(tokenizer) > architecture.vocab_size:
@@ -339,10 +341,10 @@ def load_tokenizer(args):
 
 
 def dry_run(args, rsa: RSAPlugin) -> None:
-    """Print the settings (Megatron has printed its own), the parameters of each part, and which learn."""
+    """Print the settings (Megatron has printed its own), the parameters of each part, and which are trained."""
     architecture = architecture_of(args)
     say(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
     say(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
-    say(learning_rates.table(args, architecture))
+    say(learning_rates.format_table(args, architecture))
     padding = args.padded_vocab_size - architecture.vocab_size
     say(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")

@@ -87,9 +87,9 @@ class CheckpointModel:
 
     Args:
         checkpoint: a folder of --save or hf-to-megatron, with its Hugging Face files in hf/.
-        megatron_flags: layout and whatever else Megatron is to be told.
+        megatron_flags: layout and other flags for Megatron.
         dtype: float32 or bfloat16.
-        projected: whether `projected_vectors` will be asked for.
+        projected: whether `projected_vectors` will be called.
 
     Raises:
         ValueError: what is wrong with folder or flags.
@@ -172,7 +172,7 @@ class CheckpointModel:
         )
 
     def serve(self) -> None:
-        """What every rank but the first does: its part of each batch, until it is told to stop."""
+        """Serve on every rank but the first: its part of each batch, until asked to stop."""
         while (request := _told(None)) != _STOP:
             name, *arguments = request
             getattr(self, name)(*arguments)

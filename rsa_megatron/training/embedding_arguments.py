@@ -1,4 +1,4 @@
-"""Images that come as embeddings in the place of pixels: their flags, and what does not go with them."""
+"""Precomputed image embeddings instead of pixels: their flags, and what does not work with them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def add_arguments(group) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="images come as embeddings (.npy in the shards), each repeated in N positions; 0: as pixels",
+        help="images are precomputed embeddings (.npy in the shards), each repeated in N positions; 0: pixels",
     )
     group.add_argument("--image-embedding-width", type=int, metavar="D", help="theirs; default: the tower's width")
 
@@ -22,7 +22,7 @@ def set_image_embeddings(args, rsa: RSAConfig, tower_width: int) -> str | None:
     """The width of images that come as embeddings, past the tower; and what does not go with them.
 
     Returns:
-        What to say where the projector begins anew.
+        A message where the projector is re-initialised.
     """
     args.projector_begins_anew = False
     if not args.image_positions:
@@ -48,7 +48,7 @@ def set_image_embeddings(args, rsa: RSAConfig, tower_width: int) -> str | None:
         ("--rsa-layers", [pair.vision for pair in rsa.layer_pairs]),
     ):
         if set(layers) != {-1}:
-            raise ValueError(f"{flag}: an image that comes as an embedding has no vision layer but that, -1")
+            raise ValueError(f"{flag}: a precomputed image embedding has no vision layer but -1")
     return check_projector(args, tower_width)
 
 
@@ -59,7 +59,7 @@ def image_embeddings(args) -> ImageEmbeddings | None:
 
 
 def check_projector(args, tower_width: int) -> str | None:
-    """That the checkpoint's projector takes what this run's is to take; or, of a model for pixels, begins anew."""
+    """Check that the checkpoint's projector has this run's input width; for one trained on pixels, request a re-initialised projector."""
     own = args.load and Path(args.load, TRACKER).is_file()
     folder = args.load if own else args.pretrained_checkpoint
     if not folder:
@@ -75,7 +75,7 @@ def check_projector(args, tower_width: int) -> str | None:
     if own:
         raise ValueError(
             f"--load {folder}: it is a run on pixels, whose optimizer has no projector for embeddings of {width} numbers; "
-            "name it as --pretrained-checkpoint, whose projector then begins anew"
+            "name it as --pretrained-checkpoint, whose projector is then re-initialised"
         )
     args.projector_begins_anew = True
-    return f"the projector begins anew: that of {folder} is for the tower's {tower_width} numbers, the embeddings have {width}"
+    return f"the projector is re-initialised: that of {folder} is for the tower's {tower_width} numbers, the embeddings have {width}"

@@ -32,20 +32,20 @@ def check_arguments(args) -> None:
             raise ValueError(f"{flag} {rate}: a learning rate is 0 or more")
         if args.lr_warmup_init and rate != args.lr:
             raise ValueError(
-                f"{flag} goes with a warm-up from 0 alone: all rates begin at --lr-warmup-init; leave that out"
+                f"{flag} needs a warm-up from 0: all rates would start at --lr-warmup-init; leave that out"
             )
         if args.lr == 0 and args.min_lr > 0:
             raise ValueError(f"{flag} with --lr 0 needs --min-lr 0: the other rates decay in proportion to --lr")
 
 
 def peak_rates(args) -> dict[str, float]:
-    """The peak rate of each part that learns."""
+    """Return the peak rate of each module that is trained."""
     rates = {"vision": args.vision_lr, "projector": args.projector_lr}
     return {part: args.lr if rates.get(part) is None else rates[part] for part in PARTS if part in args.trainable}
 
 
-def table(args, architecture: Architecture) -> str:
-    """Parts, their parameters, and the rate at which each learns."""
+def format_table(args, architecture: Architecture) -> str:
+    """Return modules, their parameters and the peak rate of each, as a table."""
     rates = peak_rates(args)
     lines = [f"{'part':<12}{'parameters':>16}  {'peak learning rate':<18}  of which"]
     totals = {}

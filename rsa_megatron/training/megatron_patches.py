@@ -1,4 +1,4 @@
-"""Faults of megatron-core 0.19 as it is installed from PyPI, mended from outside, each only where it bites.
+"""Faults of megatron-core 0.19 as it is installed from PyPI, patched from outside, each only where it matters.
 
 They end a run on GPUs as on the CPU, or --help, and no argument of Megatron's gets round them.
 """
@@ -12,7 +12,7 @@ from megatron.core.optimizer import distrib_optimizer
 
 
 def repair() -> None:
-    """Mend those of training; before pretrain()."""
+    """Patch those of training; before pretrain()."""
     _skip_helper_build_without_makefile()
     _let_distributed_torch_adam_load()
 

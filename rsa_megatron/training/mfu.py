@@ -125,7 +125,7 @@ class Utilisation:
     def apply(self) -> None:
         """Before pretrain(): --log-throughput and the progress log have this model's FLOPs.
 
-        Megatron's formula is of a GPT without a tower, of rows without padding, all of which learns; training.py calls it by
+        Megatron's formula is of a GPT without a tower, of rows without padding, all trained; training.py calls it by
         its name, and has no argument for another.
         """
         megatron.training.training.num_floating_point_operations = self._flops_of_batch

@@ -32,7 +32,7 @@ class MutualKnn:
             k=args.mutual_knn_k,
             layer_pairs=args.mutual_knn_layers,
         )
-        return said(args, *result, time.monotonic() - begin) if result else {}
+        return log_scores(args, *result, time.monotonic() - begin) if result else {}
 
     def _read(self, args, model) -> list:
         reads = mpu.get_tensor_model_parallel_rank() == 0 and (
@@ -49,8 +49,8 @@ class MutualKnn:
         )
 
 
-def said(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: float) -> dict[str, float]:
-    """The scores by the names that the log calls them by, once it has."""
+def log_scores(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: float) -> dict[str, float]:
+    """Write the scores to the log and return them by the names that they have there."""
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
     chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
@@ -60,7 +60,7 @@ def said(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: fl
     for name, score in named.items():
         print_rank_last(
             f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | {name} value: {score:.4f} | "
-            f"{num_pairs} pairs, image alone against caption alone, {seconds:.1f} s | chance {chance:.4f} |"
+            f"{num_pairs} pairs, image only against caption only, {seconds:.1f} s | chance {chance:.4f} |"
         )
     return named | {"mutual-knn chance": chance}
 

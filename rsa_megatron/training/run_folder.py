@@ -25,7 +25,7 @@ def take_weights_of_another_stage(args) -> str | None:
     Within one stage --load is Megatron's: weights, optimizer, learning-rate schedule and data position.
 
     Returns:
-        What to say of it.
+        A message for the log.
     """
     said = None
     for folder in filter(None, (args.load, args.save)):
@@ -45,7 +45,7 @@ def take_weights_of_another_stage(args) -> str | None:
             raise ValueError(f"--load {folder}: stage {stage} has no checkpoint there yet; let it end first")
         args.pretrained_checkpoint, args.load = args.load, args.save
         if not (args.save and Path(args.save, TRACKER).is_file()):
-            said = f"weights from {folder}, of stage {stage}; optimizer, learning rates and data begin anew"
+            said = f"weights from {folder}, of stage {stage}; optimizer, learning rates and data start from scratch"
     return said
 
 

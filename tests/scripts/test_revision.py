@@ -124,7 +124,7 @@ def other(demo, other_shards, pixels, tmp_path_factory):
 def test_embeddings_of_another_width_begin_with_a_new_projector(demo, other_shards, pixels, other, tmp_path):
     width, (run, outputs) = OTHER_WIDTH, other
     assert (
-        f"the projector begins anew: that of {pixels} is for the tower's {WIDTH} numbers, the embeddings have {width}"
+        f"the projector is re-initialised: that of {pixels} is for the tower's {WIDTH} numbers, the embeddings have {width}"
         in outputs[0]
     )
     before, after = weights(pixels, 3), weights(run, 1)
@@ -174,11 +174,11 @@ def test_a_new_projector_goes_on_exactly_with_the_distributed_optimizer(demo, ot
     expected = script.losses(revision(demo, other_shards, pixels, tmp_path / "whole", *flags))
     stopped = (*flags, "--load", tmp_path / "stopped")
     assert (
-        "begins anew" in revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped, "--exit-interval", 3)[0]
+        "re-initialised" in revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped, "--exit-interval", 3)[0]
     )
     outputs = revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped)
     resumed = script.losses(outputs)
-    assert "begins anew" not in outputs[0] and list(resumed) == [4, 5, 6]
+    assert "re-initialised" not in outputs[0] and list(resumed) == [4, 5, 6]
     assert (resumed[4], resumed[6]) == (expected[4], expected[6])  # for the line between see above
 
 
@@ -267,9 +267,9 @@ def test_samples_without_an_embedding_are_skipped_and_counted(demo, pixels, tmp_
         (("--trainable", "vision"), "--trainable vision: images that come as embeddings pass the tower by"),
         (
             ("--mutual-knn-layers=1:-1",),
-            "--mutual-knn-layers: an image that comes as an embedding has no vision layer but that, -1",
+            "--mutual-knn-layers: a precomputed image embedding has no vision layer but -1",
         ),
-        (("--rsa-layers=1:-1",), "--rsa-layers: an image that comes as an embedding has no vision layer but that, -1"),
+        (("--rsa-layers=1:-1",), "--rsa-layers: a precomputed image embedding has no vision layer but -1"),
         (("--stage", "1", "--image-positions", 0, "--image-embedding-width", 20), "name --image-positions too"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -297,5 +297,5 @@ def test_a_second_run_into_the_same_folder_is_told(demo, shards, pixels, stage, 
     assert "holds checkpoints already" not in outputs[0]
     outputs = revision(demo, shards, pixels, tmp_path, "--train-iters", 1, world_size=1)
     assert (
-        f"WARNING: --save {tmp_path} holds checkpoints already, and without --load this run begins anew" in outputs[0]
+        f"WARNING: --save {tmp_path} holds checkpoints already, and without --load this run starts from scratch" in outputs[0]
     )
