@@ -57,11 +57,20 @@ def line_of(queue: Queue, job: Arm, args, images: Path) -> dict:
         "training": training[-1][1] if training else None,
         "centroid gap": gap_of(job.shards, images) if job.shards else None,
         "curve": [list(point) for point in curve] if job.shards else [],
-        "encoder": json.loads(encoder.read_text()),
+        "encoder": strip_folders(json.loads(encoder.read_text())),
         "iterations": args.iterations,
         "held out": args.held_out,
         "seconds": json.loads((queue.folder / job.name / "done.json").read_text())["seconds"],
     }
+
+
+def strip_folders(figures: dict) -> dict:
+    """Replace the paths among an encoder's settings by their base names: results hold no path of a machine."""
+    settings = {
+        name: Path(value).name if isinstance(value, str) and "/" in value else value
+        for name, value in figures.get("settings", {}).items()
+    }
+    return figures | {"settings": settings}
 
 
 def gap_of(shards: Path, images: Path) -> float:

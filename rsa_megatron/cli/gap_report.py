@@ -6,7 +6,7 @@
 Operators are fitted on a part of the rows. All figures but those called in_sample are of the rows held out, and of moved
 texts as `transform` gives them, of unit length. Keys of the line:
 
-    label, images, texts     names: of the encoder, and of the two sources
+    label, images, texts     names: of the encoder, and of the two sources (never a path of this machine)
     width, num_images, num_texts, fit_images, fit_texts      numbers of a row, of rows, and of those that are fitted on
     scale, image_trace, text_trace                           s, T_x and T_y of ReAlign
     steps      for no step, anchor, + trace and + centroid: the distance of the means of images and moved texts, in_sample
@@ -25,6 +25,7 @@ texts as `transform` gives them, of unit length. Keys of the line:
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,9 +139,9 @@ def measure(images: Embeddings, texts: Embeddings, args) -> dict:
     }
     return {
         "kind": "gap",
-        "label": args.label or f"{images.description} and {texts.description}",
-        "images": images.description,
-        "texts": texts.description,
+        "label": args.label or f"{name_source(images)} and {name_source(texts)}",
+        "images": name_source(images),
+        "texts": name_source(texts),
         "width": images.width,
         "num_images": images.num_rows,
         "num_texts": texts.num_rows,
@@ -162,6 +163,14 @@ def measure(images: Embeddings, texts: Embeddings, args) -> dict:
         **frame_figures(parts, realign, energy=args.energy, rank=args.rank),
         "clouds": held.clouds(realign),
     }
+
+
+def name_source(embeddings: Embeddings) -> str:
+    """Name a source and its layer or tensor without this machine's folders: relative to the working folder, else the base name."""
+    path, *what = re.split(r"(?=, (?:layer|tensor) )", embeddings.description, maxsplit=1)
+    place, folder = Path(path).resolve(), Path.cwd().resolve()
+    name = str(place.relative_to(folder)) if place.is_relative_to(folder) else place.name
+    return "".join([name, *what])
 
 
 def check(args) -> None:
