@@ -34,7 +34,8 @@ MARKS = {
 
 
 def draw_heatmaps(records: list[Alignment], *, scale: str = "shared") -> Figure:
-    """A panel for each data set (left to right) and model (top to bottom), layer 0 at the bottom left, brighter is higher.
+    """Draw a panel for each data set (left to right, three in a row) and model (top to bottom), layer 0 at the bottom left,
+    brighter is higher.
 
     Args:
         scale: "shared", one colour scale for all panels, so that they compare; or "panel", each its own.
@@ -46,34 +47,39 @@ def draw_heatmaps(records: list[Alignment], *, scale: str = "shared") -> Figure:
     if not records:
         raise ValueError("no line has more than one pair of layers (the random baseline has one), as a heat map needs")
     labels, data = style.unique(record.label for record in records), style.unique(record.data for record in records)
-    figure = Figure(figsize=heatmap_size(len(data), len(labels), scale), layout="constrained")
-    axes = figure.subplots(len(labels), len(data), squeeze=False)
+    num_rows, num_columns = style.arrange(len(data))
+    figure = Figure(figsize=find_size(num_columns, num_rows * len(labels), scale), layout="constrained")
+    axes = figure.subplots(num_rows * len(labels), num_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_visible(False)  # until it has a record
+    placed = {}
+    for record in records:
+        row, column = divmod(data.index(record.data), num_columns)
+        placed[labels.index(record.label) * num_rows + row, column] = record
     limits = (min(record.mean_RC.min() for record in records), max(record.mean_RC.max() for record in records))
     bar = {"label": style.axis_label(records[0].metric), "pad": 0.02}
-    for record in records:
-        axis = axes[labels.index(record.label), data.index(record.data)]
+    for place, record in placed.items():
+        axis = axes[place]
         image = draw_heatmap(axis, record, limits if scale == "shared" else (None, None))
         if scale == "panel":
             figure.colorbar(image, ax=axis, **bar)
     if scale == "shared":
-        figure.colorbar(image, ax=axes, aspect=20 * len(labels), fraction=0.05 if len(data) == 1 else 0.03, **bar)
-    name_heatmaps(axes, records, labels)
+        figure.colorbar(image, ax=axes, aspect=20 * len(axes), fraction=0.05 if len(data) == 1 else 0.03, **bar)
+    name_heatmaps(axes, placed, named=len(labels) > 1)
     model = f"{labels[0]}: " if len(labels) == 1 else ""
-    style.title(figure, f"{model}{style.name(records[0].metric)} of all pairs of layers", details(records))
+    style.title(figure, f"{model}{style.name(records[0].metric)} of all pairs of layers", format_details(records))
     style.legend_below(figure)
     return figure
 
 
-def heatmap_size(num_data: int, num_labels: int, scale: str) -> tuple[float, float]:
-    """In inches: panels about square, those of a figure with one data set larger."""
-    width = (4 if num_data == 1 else 2.7) + (0.5 if scale == "panel" else 0)
-    return 1.4 + width * num_data, 1.1 + num_labels * (3.7 if num_data == 1 else 3)
+def find_size(num_columns: int, num_rows: int, scale: str) -> tuple[float, float]:
+    """Return inches: panels about square, those of a figure with one data set larger."""
+    width = (4 if num_columns == 1 else 2.7) + (0.5 if scale == "panel" else 0)
+    return 1.4 + width * num_columns, 1.1 + num_rows * (3.7 if num_columns == 1 else 3)
 
 
 def draw_heatmap(axis: Axes, record: Alignment, limits: tuple):
-    """One record: rows upwards, columns to the right. Returns the image, for a colour bar."""
+    """Draw one record: rows upwards, columns to the right. Return the image, for a colour bar."""
     axis.set_visible(True)
     # "none": an SVG holds a pixel a cell, and no renderer may smooth it.
     image = axis.imshow(
@@ -90,15 +96,15 @@ def draw_heatmap(axis: Axes, record: Alignment, limits: tuple):
         pair = getattr(record, name)
         place = record.column_layers.index(pair.column), record.row_layers.index(pair.row)
         axis.plot(*([number] for number in place), linestyle="", label=f"{name} pair of layers", clip_on=False, **mark)
-    axis.set_title(f"{record.data}\nbest {in_words(record.best)}, last {record.last.mean:.3f}", fontsize=9.5, pad=8)
+    axis.set_title(f"{record.data}\nbest {format_pair(record.best)}, last {record.last.mean:.3f}", fontsize=9.5, pad=8)
     for set_ticks, layers in ((axis.set_xticks, record.column_layers), (axis.set_yticks, record.row_layers)):
-        ticks = layer_ticks(len(layers))
+        ticks = choose_ticks(len(layers))
         set_ticks(ticks, [layers[tick] for tick in ticks])
     return image
 
 
-def layer_ticks(num_layers: int) -> list[int]:
-    """At most eight layers, evenly apart from the first one, and the last."""
+def choose_ticks(num_layers: int) -> list[int]:
+    """Choose at most eight layers, evenly apart from the first one, and the last."""
     step = next(step for step in (1, 2, 4, 5, 10, 20, 50, num_layers) if num_layers <= 7 * step + 1)
     ticks = list(range(0, num_layers, step))
     if num_layers - 1 - ticks[-1] > step / 2:
@@ -106,21 +112,24 @@ def layer_ticks(num_layers: int) -> list[int]:
     return [*ticks[:-1], num_layers - 1]
 
 
-def name_heatmaps(axes, records: list[Alignment], labels: list[str]) -> None:
-    """The rows' layers at the left of each row of panels, the columns' below it where the next row has other ones."""
-    for row, (panels, label) in enumerate(zip(axes, labels)):
-        record = next(record for record in records if record.label == label)
-        first = next(axis for axis in panels if axis.get_visible())
-        model = style.wrapped(label, 26) + "\n" if len(labels) > 1 else ""
-        first.set_ylabel(model + side_name(record, "row"))
-        below = [side_name(other, "column") for other in records if labels.index(other.label) == row + 1]
-        if below[:1] != [side_name(record, "column")]:
+def name_heatmaps(axes, placed: dict[tuple[int, int], Alignment], *, named: bool) -> None:
+    """Name the rows' layers at the left of each row of panels, the columns' below it where the next row has other ones."""
+    for row, panels in enumerate(axes):
+        of_row = {column: record for (at, column), record in placed.items() if at == row}
+        if not of_row:
+            continue
+        first = min(of_row)
+        record = of_row[first]
+        model = style.wrapped(record.label, 26) + "\n" if named else ""
+        panels[first].set_ylabel(model + name_side(record, "row"))
+        below = {name_side(other, "column") for (at, _), other in placed.items() if at == row + 1}
+        if below != {name_side(record, "column")}:
             for axis in panels:
-                axis.set_xlabel(side_name(record, "column"))
+                axis.set_xlabel(name_side(record, "column"))
 
 
-def side_name(record: Alignment, side: str) -> str:
-    """What an axis says; between two backbones of a kind with the model's name, as both would be called the same."""
+def name_side(record: Alignment, side: str) -> str:
+    """Name an axis; between two backbones of a kind with the model's name, as both would be called the same."""
     kind, model = (record.rows, record.row_model) if side == "row" else (record.columns, record.column_model)
     if record.rows != record.columns:
         return f"layer of {SIDES[kind]}"
@@ -128,7 +137,7 @@ def side_name(record: Alignment, side: str) -> str:
 
 
 def draw_bars(records: list[Alignment]) -> Figure:
-    """The best pair's score, a group a data set and a bar a model, ± one standard deviation over the seeds.
+    """Draw the best pair's score, a group a data set and a bar a model, ± one standard deviation over the seeds.
 
     Baselines (one modality against itself, random) come last, in grey; a group has only the bars that were measured.
     """
@@ -149,13 +158,15 @@ def draw_bars(records: list[Alignment]) -> Figure:
     margin = max(1, 3 - len(records) / 2)  # a bar alone does not fill the panel
     axis.set(ylabel=style.axis_label(records[0].metric), xlim=(-margin, placed[-1][0] + margin))
     deviation = ", ± standard deviation" if any(record.best.std is not None for record in records) else ""
-    style.title(figure, f"{style.name(records[0].metric)} of the best pair of layers{deviation}", details(records))
+    style.title(
+        figure, f"{style.name(records[0].metric)} of the best pair of layers{deviation}", format_details(records)
+    )
     style.legend_below(figure)
     return figure
 
 
 def draw_bars_of(axis: Axes, placed: list[tuple[int, Alignment]], index: int) -> None:
-    """The bars of one model; error bars only where there is more than one seed."""
+    """Draw the bars of one model; error bars only where there is more than one seed."""
     first = placed[0][1]
     places, best = [x for x, _ in placed], [record.best for _, record in placed]
     spread = [float("nan") if pair.std is None else pair.std for pair in best]
@@ -193,12 +204,12 @@ def is_baseline(record: Alignment) -> bool:
     return record.rows == record.columns or record.label == "Random"
 
 
-def details(records: list[Alignment]) -> str:
-    """k, number of samples and seeds, as a title says them."""
+def format_details(records: list[Alignment]) -> str:
+    """Format k, number of samples and seeds for a title."""
     record = records[0]
     k = f"k = {record.k}, " if record.metric in NEIGHBOUR_METRICS else ""
     return f"{k}N = {record.num_samples}, {style.seeds_in_words(record.seeds for record in records)}"
 
 
-def in_words(pair: Pair) -> str:
+def format_pair(pair: Pair) -> str:
     return f"{pair.mean:.3f}" + (f" ± {pair.std:.3f}" if pair.std is not None else "")

@@ -6,8 +6,8 @@ seeds, and every seed is shown. `figure` names what was measured: "mutual-knn", 
 """
 
 import statistics
-from collections.abc import Iterable
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,41 +18,43 @@ from rsa_megatron.plots.alignment_records import STAGES, Run
 DOT = {"linestyle": "", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.1}
 BEFORE = {"color": style.color(1), "marker": "o", "label": "before, each seed"}
 AFTER = {"color": style.color(0), "marker": "s", "markerfacecolor": style.color(0), "label": "after, each seed"}
+# A line from the mean before, with a mark at the mean after alone: with marks at both ends it would look like an error bar.
 MEAN = {
     "color": "black",
-    "linewidth": 0.8,
+    "linewidth": 1.6,
     "zorder": 1.5,
-    "marker": "|",
-    "markersize": 16,
-    "markeredgewidth": 1.8,
-    "label": "mean",
+    "marker": "D",
+    "markersize": 6,
+    "markevery": [-1],
+    "label": "mean of squares, line from mean of circles",
 }
 
 
 def draw_stages(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
-    """The last value of each stage, a panel a data set: an arm's mean, and a hollow mark a seed beside it.
+    """Draw the last value of each stage, a panel a data set: an arm's mean, and a hollow mark a seed beside it.
 
-    A dashed line is the mean before training, a dotted one chance.
+    A dashed line is the mean before training, a dotted one chance or the base rate of an accuracy.
     """
-    runs = having(runs, figure)
+    runs = select_measured(runs, figure)
     data, arms = style.unique(run.data for run in runs), style.unique(run.arm for run in runs)
-    page = Figure(figsize=(max(6, 3 * len(data) + 0.6), 4.2), layout="constrained")
-    panels = page.subplots(1, len(data), sharey=True, squeeze=False)[0]
-    for axis, name in zip(panels, data):
-        draw_stages_of(axis, [run for run in runs if run.data == name], figure, arms, stages_of(runs))
+    rows, columns = style.arrange(len(data))
+    page = Figure(figsize=(max(6, 3 * columns + 0.6), 3.6 * rows + 0.6), layout="constrained")
+    panels = page.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis, name in zip_panels(panels, data):
+        draw_stages_of(axis, [run for run in runs if run.data == name], figure, arms, find_stages(runs))
         axis.set_title(name if len(data) > 1 else None)
-    label_values(panels[:1], figure)
-    spread = ": mean, and each seed (hollow)" if have_seeds(runs) else ""
-    return finished(page, runs, figure, f"after each stage{spread}")
+    label_values(panels, figure)
+    spread = ": mean, seeds (hollow)" if have_seeds(runs) else ""
+    return finish(page, runs, figure, f"after each stage{spread}")
 
 
 def draw_stages_of(axis: Axes, runs: list[Run], figure: str, arms: list[str], stages: list[str]) -> None:
-    """One data set. The arms stand side by side, within 0.6 of the stage's place."""
+    """Draw one data set. The arms stand side by side, within 0.6 of the stage's place."""
     width = 0.6 / len(arms)
     for index, arm in enumerate(arms):
         seeds_at = {}
         for place, stage in enumerate(stages):
-            if seeds := [last(run, figure) for run in runs if (run.arm, run.stage) == (arm, stage)]:
+            if seeds := [find_last(run, figure) for run in runs if (run.arm, run.stage) == (arm, stage)]:
                 seeds_at[place + (index + 0.5) * width - 0.3] = seeds
         if seeds_at:
             draw_arm_by_stage(axis, arm, seeds_at, index, beside=0.35 * width)
@@ -64,11 +66,11 @@ def draw_stages_of(axis: Axes, runs: list[Run], figure: str, arms: list[str], st
         )
     draw_chance(axis, runs, figure)
     axis.set_xticks(range(-1 if before else 0, len(stages)), (["before"] if before else []) + stages)
-    axis.set(xlabel="after stage", xlim=(-1.5 if before else -0.5, len(stages) - 0.5))
+    axis.set(xlabel="training stage", xlim=(-1.5 if before else -0.5, len(stages) - 0.5))
 
 
 def draw_arm_by_stage(axis: Axes, arm: str, seeds_at: dict[float, list[float]], index: int, beside: float) -> None:
-    """seeds_at: {place on the x axis: the seeds' values}. They are drawn beside the mean, which would hide them."""
+    """Draw seeds_at, {place on the x axis: the seeds' values}: the seeds beside the mean, which would hide them."""
     marks = {"color": style.color(index), "marker": style.marker(index)}
     for x, seeds in seeds_at.items():
         if len(seeds) > 1:
@@ -79,16 +81,20 @@ def draw_arm_by_stage(axis: Axes, arm: str, seeds_at: dict[float, list[float]], 
 
 
 def draw_steps(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
-    """Against the iteration, a panel a stage and a row a data set: an arm's mean, ± one standard deviation over the seeds as
-    a band, and a thin line a seed.
+    """Draw figures against the iteration, a panel a stage and a row a data set: an arm's mean, ± one standard deviation over
+    the seeds as a band, and a thin line a seed.
 
     A loss has an axis of its own in each panel, as the stages' data and templates differ.
 
     Raises:
         ValueError: no run has the figure, or the seeds of an arm have no iteration in common.
     """
-    runs = having(runs, figure)
-    data, arms, stages = style.unique(run.data for run in runs), style.unique(run.arm for run in runs), stages_of(runs)
+    runs = select_measured(runs, figure)
+    data, arms, stages = (
+        style.unique(run.data for run in runs),
+        style.unique(run.arm for run in runs),
+        find_stages(runs),
+    )
     page = Figure(figsize=(max(6, 2.9 * len(stages) + 0.6), 2.7 * len(data) + 1.3), layout="constrained")
     axes = page.subplots(len(data), len(stages), sharey=False if "loss" in figure else "row", squeeze=False)
     for panels, name in zip(axes, data):
@@ -97,24 +103,23 @@ def draw_steps(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
             axis.set_title(f"{name}, stage {stage}" if len(data) > 1 else f"stage {stage}")
     for axis in axes[-1]:
         axis.set_xlabel("iteration")
-    label_values(axes[:, 0], figure)
+    label_values(axes, figure)
     spread = ": mean ± standard deviation, and each seed" if have_seeds(runs) else ""
-    return finished(page, runs, figure, f"over training{spread}")
+    return finish(page, runs, figure, f"over training{spread}")
 
 
 def draw_steps_of(axis: Axes, runs: list[Run], figure: str, arms: list[str]) -> None:
-    """One data set and stage. What spans decades, as the RSA loss does, has a logarithmic axis."""
+    """Draw one data set and stage, from iteration 0 on."""
     for index, arm in enumerate(arms):
         if of_arm := [run for run in runs if run.arm == arm]:
-            draw_arm_by_step(axis, arm, curves(of_arm, figure), index)
+            draw_arm_by_step(axis, arm, make_curves(of_arm, figure), index)
     draw_chance(axis, runs, figure)
-    values = [value for run in runs for _, value in run.figures[figure]]
-    if values and min(values) > 0 and max(values) > 30 * min(values):
-        axis.set_yscale("log")
+    end = max((iteration for run in runs for iteration, _ in run.figures[figure]), default=1)
+    axis.set_xlim(-0.05 * end, 1.05 * end)
 
 
-def curves(runs: list[Run], figure: str) -> list[dict[int, float]]:
-    """{iteration: value} of each run; what training began from stands at 0."""
+def make_curves(runs: list[Run], figure: str) -> list[dict[int, float]]:
+    """Make {iteration: value} of each run; what training started from is at 0."""
     starts = ({0: run.before[figure]} if figure in run.before else {} for run in runs)
     found = [start | dict(run.figures[figure]) for start, run in zip(starts, runs)]
     if not set.intersection(*map(set, found)):
@@ -123,57 +128,69 @@ def curves(runs: list[Run], figure: str) -> list[dict[int, float]]:
 
 
 def draw_arm_by_step(axis: Axes, arm: str, curves: list[dict[int, float]], index: int) -> None:
-    """The mean is over the iterations that all seeds have."""
+    """Draw an arm's mean over the iterations that all seeds have, their deviation and each seed."""
     marks = {"color": style.color(index), "linestyle": style.line_style(index)}
     iterations = sorted(set.intersection(*map(set, curves)))
     seeds_at = [[curve[iteration] for curve in curves] for iteration in iterations]
     means = [statistics.mean(seeds) for seeds in seeds_at]
     if len(curves) > 1:
-        for curve in curves:
-            axis.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.7, **marks)
+        for curve in curves:  # one point has no line to be seen
+            dot = {"marker": style.marker(index), "markersize": 4, "markerfacecolor": "none"} if len(curve) == 1 else {}
+            axis.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.7, **dot, **marks)
         deviations = [statistics.stdev(seeds) for seeds in seeds_at]
         low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
         axis.fill_between(iterations, low, high, color=style.color(index), alpha=0.18, linewidth=0)
-    marks |= {"marker": style.marker(index), "markersize": 5, "markevery": max(1, len(iterations) // 8)}
+    # Smaller from arm to arm: of two at one place both are seen.
+    size = max(4.5, 7.5 - 1.5 * index)
+    marks |= {"marker": style.marker(index), "markersize": size, "markevery": max(1, len(iterations) // 8)}
     axis.plot(iterations, means, linewidth=2, label=arm, **marks)
+    style.mark_truncated(axis, "y")
 
 
 def draw_ablation(runs: list[Run], *, figure: str = "mutual-knn", stage: str = "1") -> Figure:
-    """Before training and after a stage, a row an arm and a panel a data set: a dot a seed, a bar at the mean, and at the
-    right what the mean has gained.
+    """Draw figures before training and after a stage, a row an arm and a panel a data set: a dot a seed, below them a line
+    from the mean before to that after, and at the right what the mean has gained.
 
     Raises:
         ValueError: no run of that stage has the figure.
     """
     began = {(run.data, run.arm, run.seed): run.before[figure] for run in runs if figure in run.before}
-    runs = having([run for run in runs if run.stage == stage], figure, f"of stage {stage} ")
+    runs = select_measured([run for run in runs if run.stage == stage], figure, f"of stage {stage} ")
     data, arms = style.unique(run.data for run in runs), style.unique(run.arm for run in runs)
-    page = Figure(figsize=(max(7, 2.9 * len(data) + 2.6), 0.42 * len(arms) + 1.9), layout="constrained")
-    panels = page.subplots(1, len(data), sharey=True, squeeze=False)[0]
-    for axis, name in zip(panels, data):
+    rows, columns = style.arrange(len(data))
+    size = (max(7, 2.9 * columns + 2.6), rows * (0.45 * len(arms) + 1.2) + 0.7)
+    page = Figure(figsize=size, layout="constrained")
+    panels = page.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis, name in zip_panels(panels, data):
         of_data = sorted((run for run in runs if run.data == name), key=lambda run: run.seed)
         for row, arm in enumerate(arms):
             of_arm = [run for run in of_data if run.arm == arm]
             before = [began[name, arm, run.seed] for run in of_arm if (name, arm, run.seed) in began]
-            draw_arm_in_row(axis, row, before, [last(run, figure) for run in of_arm])
+            draw_arm_in_row(axis, row, before, [find_last(run, figure) for run in of_arm])
         write_beside(axis, -0.5, "difference")
-        chance = chance_of(of_data, figure)
+        chance = find_chance(of_data, figure)
         dress_rows(axis, style.axis_label(figure) + (f" (chance {chance:.3f})" if chance else ""))
         axis.set_title(name if len(data) > 1 else None)
-    panels[0].set_yticks(range(len(arms)), [style.wrapped(arm, 30) for arm in arms])
-    panels[0].set_ylim(len(arms) - 0.5, -0.5)  # the first arm at the top
-    return finished(page, runs, figure, f"before training and after stage {stage}")
+    panels[0, 0].set_yticks(range(len(arms)), [style.wrapped(arm, 30) for arm in arms])
+    panels[0, 0].set_ylim(len(arms) - 0.5, -0.5)  # the first arm at the top
+    return finish(page, runs, figure, f"before training and after stage {stage}")
 
 
 def draw_arm_in_row(axis: Axes, row: int, before: list[float], after: list[float]) -> None:
-    """The seeds lie one below the other within the row, so that equal values do not hide each other."""
+    """Draw the seeds one below the other within the row, so that equal values do not hide each other, then their mean."""
     for values, marks in ((before, BEFORE), (after, AFTER)):
-        heights = [row + 0.5 * ((number + 0.5) / len(values) - 0.5) for number in range(len(values))]
+        heights = [row + 0.5 * ((number + 0.5) / len(values) - 0.6) for number in range(len(values))]
         axis.plot(values, heights, **DOT | marks)
     means = [statistics.mean(values) for values in (before, after) if values]
-    axis.plot(means, [row] * len(means), **MEAN)
+    axis.plot(means, [row + 0.34] * len(means), **MEAN)
     if before and len(before) == len(after):
-        write_beside(axis, row, f"{means[1] - means[0]:+.3f}".replace("-", "\N{MINUS SIGN}"))
+        write_beside(axis, row, format_change(means[1] - means[0]))
+
+
+def format_change(value: float) -> str:
+    """Format with three decimals and a sign; what rounds to nothing has none."""
+    text = f"{value:+.3f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else "0.000"
 
 
 def write_beside(axis: Axes, row: float, text: str) -> None:
@@ -190,6 +207,8 @@ def write_beside(axis: Axes, row: float, text: str) -> None:
 
 
 def dress_rows(axis: Axes, label: str) -> None:
+    """Give a panel of rows its x axis: a label, few ticks with lines across, and a break where it does not begin at 0."""
+    style.mark_truncated(axis, "x")
     axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axis.grid(axis="x", color="0.9")
@@ -197,20 +216,24 @@ def dress_rows(axis: Axes, label: str) -> None:
 
 
 def draw_chance(axis: Axes, runs: list[Run], figure: str) -> None:
-    if chance := chance_of(runs, figure):
+    if chance := find_chance(runs, figure):
         axis.axhline(chance, color="black", linestyle=":", linewidth=1.2, label=f"chance, {chance:.3f}")
+    rates = [find_last(run, f"{figure}, base rate") for run in runs if run.figures.get(f"{figure}, base rate")]
+    if rates:
+        rate = statistics.mean(rates)
+        axis.axhline(rate, color="black", linestyle="-.", linewidth=1.2, label=f"base rate, {rate:.3f}")
 
 
-def chance_of(runs: list[Run], figure: str) -> float | None:
+def find_chance(runs: list[Run], figure: str) -> float | None:
     return next((run.chance for run in runs if figure == "mutual-knn" and run.chance), None)
 
 
-def last(run: Run, figure: str) -> float:
+def find_last(run: Run, figure: str) -> float:
     return run.figures[figure][-1][1]
 
 
-def having(runs: list[Run], figure: str, which: str = "") -> list[Run]:
-    """The runs in which a figure was taken."""
+def select_measured(runs: list[Run], figure: str, which: str = "") -> list[Run]:
+    """Select the runs in which a figure was measured."""
     found = [run for run in runs if run.figures.get(figure)]
     if not found:
         names = style.unique(name for run in runs for name, points in run.figures.items() if points)
@@ -218,30 +241,52 @@ def having(runs: list[Run], figure: str, which: str = "") -> list[Run]:
     return found
 
 
-def stages_of(runs: list[Run]) -> list[str]:
+def find_stages(runs: list[Run]) -> list[str]:
     return [stage for stage in STAGES if any(run.stage == stage for run in runs)]
 
 
-def label_values(left_panels: Iterable[Axes], figure: str) -> None:
-    for axis in left_panels:
-        axis.set_ylabel(style.axis_label(figure))
-        if figure == "mutual-knn":
-            axis.set_ylim(bottom=0)  # last, when all is drawn: the panels of a row share it
+def zip_panels(panels: np.ndarray, names: list[str]) -> list[tuple[Axes, str]]:
+    """Pair panels with what they show, row by row, and hide those that are left over."""
+    for axis in panels.flat[len(names) :]:
+        axis.set_visible(False)
+    return list(zip(panels.flat, names))
 
 
-def finished(page: Figure, runs: list[Run], figure: str, when: str) -> Figure:
-    """With a title that says what was measured over what, and a legend for all panels."""
+def label_values(panels: np.ndarray, figure: str) -> None:
+    """Label the left panels, and scale all of them when everything is drawn: panels of a row may share an axis.
+
+    What spans decades in a panel, as the RSA loss does, has logarithmic axes; all else begins at 0.
+    """
+    values_of = {axis: list_values(axis) for axis in panels.flat}
+    spans = [max(values) / min(values) for values in values_of.values() if values and min(values) > 0]
+    is_log = len(spans) == sum(map(bool, values_of.values())) and max(spans) > 30 and figure != "mutual-knn"
+    for axis, values in values_of.items():
+        if values and is_log:
+            style.set_log(axis.yaxis)
+        elif values and min(values) >= 0:
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1.08 * max(values)))
+    for axis in panels[:, 0]:
+        axis.set_ylabel(style.axis_label(figure) + (" (log scale)" if is_log else ""))
+
+
+def list_values(axis: Axes) -> list[float]:
+    """List what is drawn at places of its own, without lines across the panel."""
+    return [y for line in axis.get_lines() if line.get_transform() == axis.transData for y in line.get_ydata()]
+
+
+def finish(page: Figure, runs: list[Run], figure: str, when: str) -> Figure:
+    """Add a title that says what was measured over what, and a legend for all panels."""
     sizes = {"k": runs[0].k, "N": runs[0].num_samples} if figure == "mutual-knn" else {}
-    details = [f"{name} = {size}" for name, size in sizes.items() if size] + [style.seeds_in_words(seeds_of_arms(runs))]
+    details = [f"{name} = {size}" for name, size in sizes.items() if size] + [style.seeds_in_words(list_seeds(runs))]
     style.title(page, f"{style.name(figure)} {when}", ", ".join(details))
     style.legend_below(page)
     return page
 
 
 def have_seeds(runs: list[Run]) -> bool:
-    return max(map(len, seeds_of_arms(runs))) > 1
+    return max(map(len, list_seeds(runs))) > 1
 
 
-def seeds_of_arms(runs: list[Run]) -> list[list[int]]:
+def list_seeds(runs: list[Run]) -> list[list[int]]:
     arms = style.unique((run.data, run.arm) for run in runs)
     return [sorted({run.seed for run in runs if (run.data, run.arm) == arm}) for arm in arms]

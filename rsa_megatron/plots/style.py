@@ -2,7 +2,8 @@
 
 Nothing is said by colour alone: a series has a colour of Okabe and Ito's palette (told apart with any colour vision), and a
 marker, a line style or a hatch beside it, so that a greyscale print says the same. Heat maps have cividis, whose lightness
-rises evenly. Sizes are for a width of 9 inches, shown at some 850 pixels in a README.
+rises evenly. Sizes are for a width of 9 inches, shown at 800 pixels on a page: a point is then 1.2 pixels. A linear axis begins
+at 0, or is marked where it does not.
 """
 
 import math
@@ -12,7 +13,12 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib.style
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.path import Path as MarkerPath
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rsa_megatron import atomic
 
@@ -50,8 +56,11 @@ NAMES = {
     "lm loss": "LM loss",
     "validation lm loss": "validation LM loss",
     "rsa loss": "RSA loss",
+    "rsa dist vision": "mean distance of images",
+    "rsa dist text": "mean distance of texts",
 }
-UNITS = {"lm loss": "nats a token", "validation lm loss": "nats a token"}
+UNITS = {"lm loss": "nats per token", "validation lm loss": "nats per token"}
+MAX_COLUMNS = 3
 
 
 def styled():
@@ -86,6 +95,61 @@ def name(figure: str) -> str:
 
 def axis_label(figure: str) -> str:
     return name(figure) + (f", {UNITS[figure]}" if figure in UNITS else "")
+
+
+def arrange(count: int) -> tuple[int, int]:
+    """Return rows and columns for so many panels, at most three in a row: more would not be legible on a page."""
+    return math.ceil(count / MAX_COLUMNS), min(count, MAX_COLUMNS)
+
+
+def format_tick(value: float, _=None) -> str:
+    """Format as a plain decimal; only below 0.0001 and from ten million as a power of ten."""
+    if value and not 1e-4 <= abs(value) < 1e7:
+        exponent = math.floor(math.log10(abs(value)) + 1e-9)
+        factor = value / 10**exponent
+        times = "" if math.isclose(factor, 1) else f"{factor:.3g}\\times "
+        return f"${times}10^{{{exponent}}}$"
+    return f"{value:.10f}".rstrip("0").rstrip(".")
+
+
+def set_log(side) -> None:
+    """Make an x or y axis logarithmic, with a few plain ticks: 0.5, 0.7, 1, 1.5, or 1, 10, 100 where it spans decades."""
+    axis, name = side.axes, side.axis_name
+    axis.set(**{f"{name}scale": "log"})
+    low, high = sorted(side.get_view_interval())
+    decades = math.log10(high / low)
+    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
+    side.set_major_locator(LogLocator(10, subs=steps, numticks=8))
+    side.set_minor_locator(NullLocator())
+    side.set_major_formatter(FuncFormatter(format_tick))
+
+
+class AxisBreak(Artist):
+    """Two strokes across an x or y axis near its origin, drawn where the axis is linear and 0 is not in its range."""
+
+    def __init__(self, side: str):
+        super().__init__()
+        self.side = side
+        self.set(zorder=4, in_layout=False)
+
+    def draw(self, renderer) -> None:
+        """Draw by the limits that the axis has now: they may have changed since the break was added."""
+        side = getattr(self.axes, f"{self.side}axis")
+        low, high = sorted(side.get_view_interval())
+        if low <= 0 <= high or side.get_scale() != "linear":
+            return
+        places = ((0, 0), (0.015, 0.04)) if self.side == "y" else ((0.012, 0.03), (0, 0))
+        stroke = MarkerPath([(-1, -0.6), (1, 0.6)] if self.side == "y" else [(-0.6, -1), (0.6, 1)])
+        look = {"linestyle": "", "marker": stroke, "markersize": 9, "markeredgewidth": 1.2, "color": "black"}
+        strokes = Line2D(*places, transform=self.axes.transAxes, clip_on=False, **look)
+        strokes.set_figure(self.axes.figure)
+        strokes.draw(renderer)
+
+
+def mark_truncated(axis: Axes, side: str) -> None:
+    """Break an axis, "x" or "y", where it does not begin at 0; once, however often it is called."""
+    if not any(isinstance(artist, AxisBreak) and artist.side == side for artist in axis.get_children()):
+        axis.add_artist(AxisBreak(side))
 
 
 def seeds_in_words(seeds_of_each: Iterable[list[int]]) -> str:
@@ -129,10 +193,10 @@ def legend_below(figure: Figure) -> None:
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=columns)
 
 
-def save(figure: Figure, out: Path) -> list[Path]:
+def save(figure: Figure, out: Path, kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
     """Write out.png and out.svg, the same bytes for the same figure; a reader sees the old file or the whole new one."""
     stem = str(out.with_suffix("")) if out.suffix in (".png", ".svg") else str(out)
-    contents = {Path(f"{stem}.{kind}"): rendered(figure, kind) for kind in ("png", "svg")}
+    contents = {Path(f"{stem}.{kind}"): rendered(figure, kind) for kind in kinds}
     for path, content in contents.items():
         with atomic.new_file(path) as unfinished:
             unfinished.write_bytes(content)

@@ -88,7 +88,7 @@ def test_axes_between_two_backbones_of_a_kind_name_the_models(write_lines):
 
 @pytest.mark.parametrize("num_layers", (1, 2, 8, 9, 25, 27, 29, 33, 65, 500))
 def test_layer_ticks_are_few_and_have_the_first_and_the_last(num_layers):
-    ticks = alignment.layer_ticks(num_layers)
+    ticks = alignment.choose_ticks(num_layers)
     assert ticks[0] == 0 and ticks[-1] == num_layers - 1 and len(ticks) <= 9 and ticks == sorted(set(ticks))
 
 
