@@ -40,7 +40,7 @@ from rsa_megatron.json_lines import Line
 from rsa_megatron.plots import style
 from rsa_megatron.plots.gap import draw_gap
 from rsa_megatron.plots.gap_records import STEPS, checked
-from rsa_megatron.plots.gap_table import in_words
+from rsa_megatron.plots.gap_table import format_summary
 from rsa_megatron.realign.baselines import METHODS
 from rsa_megatron.realign.decomposition import gap_figures, term_moments
 from rsa_megatron.realign.frame import Frame
@@ -111,7 +111,7 @@ def run(args) -> None:
     with style.styled():
         paths = style.save(draw_gap(gap), stem)
     atomic.write_text(path, text + "\n")
-    print(in_words(gap))
+    print(format_summary(gap))
     print(f"page: {', '.join(map(str, [path, *paths]))}")
 
 

@@ -7,7 +7,6 @@ one colour, with a marker or line style beside it, so that they read together, i
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 
 from rsa_megatron.plots import style
 from rsa_megatron.plots.gap_records import STEPS, TERMS, Gap, Method, Spectrum
@@ -15,9 +14,9 @@ from rsa_megatron.plots.gap_table import (
     METHOD_NAMES,
     STEP_NAMES,
     TERM_NAMES,
-    frame_in_words,
-    methods_table,
-    spectra_table,
+    format_frame,
+    format_methods_table,
+    format_spectra_table,
 )
 
 # Each cloud's place in figure_style's colours, markers, line styles and hatches.
@@ -32,52 +31,83 @@ CLOUD_NAMES = METHOD_NAMES | {
 # A shift leaves cosines of pairs and eigenvalues nearly where ReAlign does: one line would hide the other.
 NOT_DRAWN = ("mean-shift",)
 SMALL = 8.5
+SIZE = (9, 17.7)
+# Characters in a line of the numbers, 7.6 points high.
+NUMBERS_WIDTH = 125
+# Of each row of panels: its top, from the page's, and its height, in inches; below a row are labels and a legend.
+ROWS = {
+    "(a)": (0.75, 2.1),
+    "(a) across": (3.6, 2.1),
+    "(b), (c)": (7.05, 2.3),
+    "(d), (e)": (10.75, 2.3),
+    "(f)": (14.15, 3.1),
+}
+COLUMNS = ((1.0, 3.2), (5.5, 3.2))
+# A share of variance below this is not worth an axis that goes down to it, and often rounding.
+SMALLEST_SHARE = 1e-6
 
 
 def draw_gap(gap: Gap) -> Figure:
-    """One page, for one pair of encoders."""
+    """Draw one page, for one pair of encoders."""
     # Places by hand: those that constrained layout solves for differ in their last digit from run to run, and the names of
     # an SVG's clip paths with them.
-    figure = Figure(figsize=(10, 11.6))
-    grid = figure.add_gridspec(
-        4, 4, height_ratios=(2.3, 3, 3, 2), left=0.075, right=0.985, top=0.935, bottom=0.015, hspace=0.37, wspace=0.33
-    )
-    draw_clouds(figure, grid, gap)
-    draw_steps(figure.add_subplot(grid[1, :2]), gap)
-    draw_budget(figure.add_subplot(grid[1, 2:]), gap)
-    draw_spectra(figure.add_subplot(grid[2, :2]), gap)
-    draw_cosines(figure.add_subplot(grid[2, 2:]), gap)
-    write_numbers(figure.add_subplot(grid[3, :]), gap)
+    figure = Figure(figsize=SIZE)
+    draw_clouds(figure, gap)
+    draw_steps(add_panel(figure, "(b), (c)", 0), gap)
+    draw_budget(add_panel(figure, "(b), (c)", 1), gap)
+    draw_spectra(add_panel(figure, "(d), (e)", 0), gap)
+    draw_cosines(add_panel(figure, "(d), (e)", 1), gap)
+    write_numbers(add_panel(figure, "(f)", 0), gap)
     counts = gap.counts
     style.title(
         figure,
         f"{gap.label}: images and texts in one space",
         f"{counts['num_images']} images, {counts['num_texts']} texts, D = {counts['width']}",
+        top=1 - 0.15 / SIZE[1],
     )
     return figure
 
 
-def draw_clouds(figure: Figure, grid: GridSpec, gap: Gap) -> None:
-    """Before and after, along the mean difference and the first direction, and along the two first."""
-    views = (("mean difference", "1st direction across it", 0, 1), ("1st direction", "2nd direction", 1, 2))
-    for number, (across, up, x, y) in enumerate(views):
+def add_panel(figure: Figure, row: str, column: int, **shared) -> Axes:
+    (top, height), (left, width) = ROWS[row], COLUMNS[column]
+    return figure.add_axes((left / SIZE[0], 1 - (top + height) / SIZE[1], width / SIZE[0], height / SIZE[1]), **shared)
+
+
+def add_legend(axis: Axes, below: float = 0.47, handles=None, **place) -> None:
+    """Add a legend so many inches below a panel, where it hides nothing."""
+    height = axis.get_position().height * SIZE[1]
+    place = {"bbox_to_anchor": (0.5, -below / height), "ncols": 2} | place
+    handles = handles or axis.get_legend_handles_labels()[0]
+    axis.legend(handles=handles, fontsize=SMALL, loc="upper center", borderaxespad=0, columnspacing=1.2, **place)
+
+
+def draw_clouds(figure: Figure, gap: Gap) -> None:
+    """Draw before and after, along the mean difference and the first direction, and along the two first."""
+    views = (
+        ("(a)", "along the mean difference", "1st direction across it", 0, 1),
+        ("(a) across", "along the 1st direction", "along the 2nd direction", 1, 2),
+    )
+    marks = {}
+    for row, across, up, x, y in views:
         before = None
-        pictures = (("before", "text", "none"), ("after ReAlign", "realigned", "realign"))
-        for offset, (when, texts, look) in enumerate(pictures):
+        for column, (when, texts, look) in enumerate(
+            (("before", "text", "none"), ("after ReAlign", "realigned", "realign"))
+        ):
             # The same limits before and after, or a shift would not be seen.
-            axis = before = figure.add_subplot(grid[0, 2 * number + offset], sharex=before, sharey=before)
+            axis = add_panel(figure, row, column, sharex=before, sharey=before)
+            before = before or axis
             for cloud, name in (("image", "image"), (texts, look)):
                 points_N3 = np.array(gap.clouds[cloud])
                 # Rasterized: an SVG of single points would be a megabyte.
-                axis.plot(points_N3[:, x], points_N3[:, y], rasterized=True, **mark(name))
-            axis.set(title=f"(a) {when}" if number == 0 else when, xlabel=across, ylabel=up if offset == 0 else None)
-            axis.yaxis.labelpad = 1
-            axis.tick_params(labelsize=7.5, labelleft=offset == 0)
-            if number == 0:
-                axis.legend(fontsize=7.5, markerscale=1.5, loc="best")
+                (marks[name],) = axis.plot(points_N3[:, x], points_N3[:, y], rasterized=True, **style_points(name))
+            axis.set(title=f"(a) {when}" if row == "(a)" else when, xlabel=across, ylabel=up)
+    (left, width), (_, height) = COLUMNS[0], ROWS["(a) across"]
+    middle = (SIZE[0] / 2 - left) / width
+    below = {"bbox_to_anchor": (middle, -0.5 / height), "ncols": 3, "markerscale": 1.8}
+    add_legend(figure.axes[2], handles=list(marks.values()), **below)
 
 
-def mark(name: str) -> dict:
+def style_points(name: str) -> dict:
     color = style.color(LOOKS[name])
     face = color if name == "image" else "none"
     return {
@@ -92,7 +122,7 @@ def mark(name: str) -> dict:
 
 
 def draw_steps(axis: Axes, gap: Gap) -> None:
-    """The distance of the means after each step."""
+    """Draw the distance of the means after each step."""
     # 4 and 6: the looks of no cloud that is drawn
     for label, key, look, dashes in (("in-sample", "in_sample", 4, "-"), ("held-out", "held_out", 6, "--")):
         axis.plot(
@@ -103,14 +133,15 @@ def draw_steps(axis: Axes, gap: Gap) -> None:
             linestyle=dashes,
         )
     axis.plot([gap.steps[step].floor for step in STEPS], color="black", linestyle=":", label="sampling floor, held-out")
-    axis.set_yscale("log")
+    style.set_log(axis.yaxis)
     axis.set_xticks(range(len(STEPS)), [STEP_NAMES[step] for step in STEPS])
-    axis.set(title=f"(b) centroid gap after each step (s = {gap.scale:.4f})", ylabel="distance of the means")
-    axis.legend(fontsize=SMALL)
+    axis.set(title=f"(b) centroid gap after each step (s = {gap.scale:.4f})", xlabel="step of ReAlign")
+    axis.set_ylabel("distance of the means (log scale)")
+    add_legend(axis)
 
 
 def draw_budget(axis: Axes, gap: Gap) -> None:
-    """The four terms of E|e_x - e_y|^2 as a stacked bar, before and after."""
+    """Draw the four terms of E|e_x - e_y|^2 as a stacked bar, before and after."""
     axis.set_title("(c) energy of a pair's difference")
     if gap.frame is None:
         axis.text(0.5, 0.5, style.wrapped(gap.left_out, 44), ha="center", va="center", transform=axis.transAxes)
@@ -133,66 +164,65 @@ def draw_budget(axis: Axes, gap: Gap) -> None:
         )
         left += energies
     axis.invert_yaxis()
-    axis.set(xlabel="$E\\,|e_x - e_y|^2$", ylim=(1.5, -0.5))
-    axis.legend(fontsize=SMALL, loc="lower right")  # beside the lower bar, which is the shorter one
+    axis.set(xlabel="$E\\,|e_x - e_y|^2$ (rows of length 1)", ylim=(1.5, -0.5))
+    add_legend(axis)
 
 
 def draw_spectra(axis: Axes, gap: Gap) -> None:
-    """Eigenvalues over the trace."""
-    for name, spectrum in spectra(gap).items():
+    """Draw eigenvalues over the trace."""
+    for name, spectrum in select_spectra(gap).items():
         shares = [value / spectrum.trace for value in spectrum.values if value > 0]
         slope = "" if spectrum.exponent is None else f", exponent {spectrum.exponent:.2f}"
-        axis.plot(range(1, len(shares) + 1), shares, label=CLOUD_NAMES[name] + slope, **line(name))
-    axis.set(
-        xscale="log",
-        yscale="log",
-        title="(d) spectra, over the trace",
-        xlabel="number of the eigenvalue",
-        ylabel="share of variance",
-    )
-    axis.legend(fontsize=SMALL)
+        axis.plot(range(1, len(shares) + 1), shares, label=CLOUD_NAMES[name] + slope, **style_line(name))
+    axis.set_title("(d) spectra, over the trace")
+    axis.set(xlabel="number of the eigenvalue (log scale)", ylabel="share of variance (log scale)")
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], SMALLEST_SHARE / 2))
+    style.set_log(axis.xaxis)
+    style.set_log(axis.yaxis)
+    add_legend(axis)
 
 
-def spectra(gap: Gap) -> dict[str, Spectrum]:
-    found = {"image": gap.image_spectrum} | {one.name: one.spectrum for one in drawn(gap)}
+def select_spectra(gap: Gap) -> dict[str, Spectrum]:
+    found = {"image": gap.image_spectrum} | {one.name: one.spectrum for one in select_methods(gap)}
     return {name: spectrum for name, spectrum in found.items() if spectrum.trace > 0}
 
 
-def drawn(gap: Gap) -> list[Method]:
+def select_methods(gap: Gap) -> list[Method]:
     return [one for one in gap.methods if one.name not in NOT_DRAWN]
 
 
 def draw_cosines(axis: Axes, gap: Gap) -> None:
-    """How alike two rows of one cloud are."""
-    counts = {"image": gap.image_cosines} | {one.name: one.cosines for one in drawn(gap)}
+    """Draw how alike two rows of one cloud are."""
+    counts = {"image": gap.image_cosines} | {one.name: one.cosines for one in select_methods(gap)}
     edges = np.linspace(-1, 1, len(gap.image_cosines) + 1)
     there = np.flatnonzero(np.sum(list(counts.values()), axis=0))
     for name, count in counts.items():
         density = np.array(count) / sum(count) / np.diff(edges)
         filled = {"fill": True, "alpha": 0.35} if name == "image" else {}
-        axis.stairs(density, edges, label=CLOUD_NAMES[name], **filled, **line(name))
+        axis.stairs(density, edges, label=CLOUD_NAMES[name], **filled, **style_line(name))
     axis.set(
         title="(e) cosines of pairs within a cloud",
         xlabel="cosine",
         ylabel="density",
         xlim=(edges[there[0]], edges[there[-1] + 1]),
     )
-    axis.legend(fontsize=SMALL)
+    add_legend(axis)
 
 
-def line(name: str) -> dict:
+def style_line(name: str) -> dict:
     return {"color": style.color(LOOKS[name]), "linestyle": style.line_style(LOOKS[name])}
 
 
 def write_numbers(axis: Axes, gap: Gap) -> None:
+    """Write the tables, one below the other, and the figures of the fixed frame."""
     counts = gap.counts
     fitted = (
         f"(f) fitted on {counts['fit_images']} images and {counts['fit_texts']} texts, all but in-sample of the others"
     )
     of_pairs = f"mixing (k = {counts['k_mixing']}), JS, Φ, Ψ, overlap (k = {counts['k_overlap']})"
-    sampled = f"{of_pairs} of {counts['num_sampled']} a side"
-    frame = "\n".join(style.wrapped(text, 140) for text in frame_in_words(gap).split("\n"))
-    tables = (0, 0.88, "top", methods_table(gap)), (0.6, 0.88, "top", spectra_table(gap))
-    for x, y, side, text in ((0, 1, "top", f"{fitted}; {sampled}"), *tables, (0, 0, "bottom", frame)):
-        axis.text(x, y, text, family="monospace", fontsize=7.3, va=side, transform=axis.transAxes)
+    frame = "\n".join(style.wrapped(text, NUMBERS_WIDTH) for text in format_frame(gap).split("\n"))
+    first = style.wrapped(f"{fitted}; {of_pairs} of {counts['num_sampled']} a side", NUMBERS_WIDTH)
+    text = "\n\n".join((first, format_methods_table(gap), format_spectra_table(gap), frame))
+    axis.text(-0.6 / COLUMNS[0][1], 1, text, family="monospace", fontsize=7.6, va="top", transform=axis.transAxes)
     axis.set_axis_off()

@@ -1,4 +1,4 @@
-"""The numbers of a pair of encoders in words: what `rsa-megatron realign report` prints, and what stands on its page."""
+"""Formats the numbers of a pair of encoders as text: what `rsa-megatron realign report` prints, and what is on its page."""
 
 from rsa_megatron.plots.gap_records import METHODS, STEPS, TERMS, Distance, Gap, Method, Spectrum
 
@@ -7,44 +7,46 @@ STEP_NAMES = dict(zip(STEPS, ("none", "anchor", "+ trace", "+ centroid")))
 TERM_NAMES = dict(zip(TERMS, "βγδζ"))
 
 
-def in_words(gap: Gap) -> str:
-    """All tables, and the fixed frame's figures or why they are not there."""
+def format_summary(gap: Gap) -> str:
+    """Format all tables, and the fixed frame's figures or why they are missing."""
     counts = gap.counts
     fitted = f"fitted on {counts['fit_images']} and {counts['fit_texts']}"
     what = f"{gap.label}: {counts['num_images']} images, {counts['num_texts']} texts, D = {counts['width']}; {fitted}"
-    return "\n".join([what, steps_table(gap), methods_table(gap), spectra_table(gap), frame_in_words(gap)])
+    return "\n".join(
+        [what, format_steps_table(gap), format_methods_table(gap), format_spectra_table(gap), format_frame(gap)]
+    )
 
 
-def steps_table(gap: Gap) -> str:
-    """The distance of the means after each step of ReAlign."""
-    rows = [[STEP_NAMES[step], *lengths(distance)] for step, distance in gap.steps.items()]
-    return table([f"centroid gap (s = {gap.scale:.4f})", "in-sample", "held-out", "floor"], rows)
+def format_steps_table(gap: Gap) -> str:
+    """Format the distance of the means after each step of ReAlign."""
+    rows = [[STEP_NAMES[step], *format_lengths(distance)] for step, distance in gap.steps.items()]
+    return format_table([f"centroid gap (s = {gap.scale:.4f})", "in-sample", "held-out", "floor"], rows)
 
 
-def methods_table(gap: Gap) -> str:
+def format_methods_table(gap: Gap) -> str:
     header = ["method", "in-sample", "held-out", "mixing", "JS, bits", "Φ", "Ψ", "overlap"]
     rows = [
         [
-            method_name(one),
-            *lengths(one.distance)[:2],
-            *map(decimals, (one.mixing, one.js, one.phi, one.psi, one.overlap)),
+            name_method(one),
+            *format_lengths(one.distance)[:2],
+            *map(format_decimals, (one.mixing, one.js, one.phi, one.psi, one.overlap)),
         ]
         for one in gap.methods
     ]
-    rows.append(["one cloud", "0", "", decimals(gap.chance), "0", "", "", ""])
-    return table(header, rows)
+    rows.append(["one cloud", "0", "", format_decimals(gap.chance), "0", "", "", ""])
+    return format_table(header, rows)
 
 
-def spectra_table(gap: Gap) -> str:
+def format_spectra_table(gap: Gap) -> str:
     spectra = {"images": gap.image_spectrum}
-    spectra |= {method_name(one): one.spectrum for one in gap.methods}
+    spectra |= {name_method(one): one.spectrum for one in gap.methods}
     if gap.frame:
         spectra |= {"δ, in the frame": gap.frame.delta, "ζ, outside": gap.frame.zeta}
-    rows = [[name, *spectrum_cells(spectrum)] for name, spectrum in spectra.items()]
-    return table(["covariance of", "trace", "κ", "d_eff", "A", "exponent"], rows)
+    rows = [[name, *format_spectrum(spectrum)] for name, spectrum in spectra.items()]
+    return format_table(["covariance of", "trace", "κ", "d_eff", "A", "exponent"], rows)
 
 
-def frame_in_words(gap: Gap) -> str:
+def format_frame(gap: Gap) -> str:
     frame = gap.frame
     if frame is None:
         return f"left out: {gap.left_out}"
@@ -53,7 +55,7 @@ def frame_in_words(gap: Gap) -> str:
         for budget in (frame.budget, frame.budget_after)
     )
     angle = "none" if frame.gamma_angle is None else f"{frame.gamma_angle:.1f}°"
-    norm, share = (decimals(value) or "none" for value in (frame.coupling_norm, frame.coupling_r_squared))
+    norm, share = (format_decimals(value) or "none" for value in (frame.coupling_norm, frame.coupling_r_squared))
     return (
         f"fixed frame of {frame.num_pairs} pairs: r = {frame.rank} directions hold {frame.energy:.2%}; "
         f"|m| = {frame.mean_norm:.4f}, |β| = {frame.beta_norm:.4f}, |γ| = {frame.gamma_norm:.4f}\n"
@@ -63,26 +65,26 @@ def frame_in_words(gap: Gap) -> str:
     )
 
 
-def spectrum_cells(spectrum: Spectrum) -> list[str]:
+def format_spectrum(spectrum: Spectrum) -> list[str]:
     condition = "" if spectrum.condition_number is None else f"{spectrum.condition_number:.3g}"
     others = (spectrum.effective_dimension, spectrum.anisotropy, spectrum.exponent)
-    return [decimals(spectrum.trace), condition, *("" if value is None else f"{value:.2f}" for value in others)]
+    return [format_decimals(spectrum.trace), condition, *("" if value is None else f"{value:.2f}" for value in others)]
 
 
-def method_name(method: Method) -> str:
+def name_method(method: Method) -> str:
     return METHOD_NAMES[method.name] + ("" if method.sigma is None else f", σ = {method.sigma:g}")
 
 
-def lengths(distance: Distance) -> list[str]:
+def format_lengths(distance: Distance) -> list[str]:
     values = (distance.in_sample, distance.held_out, distance.floor)
     return [f"{value:.2e}" if value < 0.001 else f"{value:.4f}" for value in values]
 
 
-def decimals(value: float | None) -> str:
+def format_decimals(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def format_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     first, *others = widths
     cells = [

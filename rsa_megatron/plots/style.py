@@ -103,8 +103,8 @@ def arrange(count: int) -> tuple[int, int]:
 
 
 def format_tick(value: float, _=None) -> str:
-    """Format as a plain decimal; only below 0.0001 and from ten million as a power of ten."""
-    if value and not 1e-4 <= abs(value) < 1e7:
+    """Format as a plain decimal; only below a millionth and from ten million as a power of ten."""
+    if value and not 0.999e-6 <= abs(value) < 1e7:
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
         factor = value / 10**exponent
         times = "" if math.isclose(factor, 1) else f"{factor:.3g}\\times "
@@ -173,11 +173,13 @@ def wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width, break_on_hyphens=False)
 
 
-def title(figure: Figure, text: str, details: str) -> None:
-    """Over all panels, the details on a line of their own where one line is too short: about 11 characters an inch."""
+def title(figure: Figure, text: str, details: str, top: float | None = None) -> None:
+    """Write over all panels, the details on a line of their own where one line is too short: about 11 characters an inch."""
     width = int(11 * figure.get_figwidth())
     fits = len(f"{text} ({details})") <= width
-    figure.suptitle(f"{text} ({details})" if fits else f"{wrapped(text, width)}\n({details})")
+    figure.suptitle(
+        f"{text} ({details})" if fits else f"{wrapped(text, width)}\n({details})", **({} if top is None else {"y": top})
+    )
 
 
 def legend_below(figure: Figure) -> None:

@@ -61,6 +61,10 @@ def test_numbers_and_curves_of_a_run(run, tmp_path):
     assert [f"{value:.4f}" for _, value in figures["mutual-knn"]] == said[:2]  # it evaluates once more at the end
     assert f"{figures['rsa loss'][-1][1]:.4f}   iterations 1 and 6" in result.stdout
     assert Image.open(tmp_path / "run.png").size[0] > 1000
+    again = plot("--from-jsonl", tmp_path / "run.jsonl", "--out", tmp_path / "again.png")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "run.png").read_bytes()
+    assert again.stdout.splitlines()[:-1] == result.stdout.splitlines()[:-1]
 
 
 def test_every_figure_of_tensorboard_is_in_the_file(metrics):
@@ -96,5 +100,20 @@ def test_a_file_without_figures_and_a_group_without_files_are_named(tmp_path):
     ):
         (tmp_path / "empty.jsonl").write_text(content)
         assert message in plot("--group", "a", tmp_path / "empty.jsonl", "--out", "x.png").stderr
+    (tmp_path / "other.jsonl").write_text('{"group": "a", "lm loss": 1}\n')
+    other = plot("--from-jsonl", tmp_path / "other.jsonl", "--out", tmp_path / "x.png")
+    assert "other.jsonl, line 1: 'lm loss' is a list of [iteration, value]" in other.stderr
     assert "no-such.jsonl" in plot("--group", "a", tmp_path / "no-such.jsonl", "--out", "x.png").stderr
     assert "--group a: no metrics.jsonl is named" in plot("--group", "a", "--out", "x.png").stderr
+
+
+def test_curves_have_plain_ticks_and_no_legend_over_them(tmp_path):
+    curve = [[1, 1.5], [10, 0.8], [20, 0.5]]
+    run = dict.fromkeys(plot_runs.FIGURES, []) | {"lm loss": curve, "mutual-knn": [[0, 0.1], [20, 0.2]]}
+    figure = plot_runs.draw({"with RSA": [run, run], "without": [run]})
+    loss, *_, alignment, corner = figure.axes
+    assert max(axis.get_subplotspec().get_gridspec().ncols for axis in figure.axes) == 3
+    ticks = [loss.yaxis.get_major_formatter()(tick) for tick in loss.yaxis.get_major_locator()()]
+    assert {"0.5", "0.7", "1", "1.5"} <= set(ticks) and loss.get_ylabel() == "nats per token (log scale)"
+    assert alignment.get_ylim()[0] == 0
+    assert corner.get_legend() and not any(axis.get_legend() for axis in figure.axes if axis is not corner)

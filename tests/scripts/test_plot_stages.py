@@ -40,6 +40,16 @@ def test_the_last_figures_of_each_stage_are_told_and_drawn(tmp_path):
         and second["run"] == "without"
     )
     assert Image.open(tmp_path / "s.png").width > 500
+    again = run("--from-jsonl", tmp_path / "s.jsonl", "--out", tmp_path / "again.png")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "s.png").read_bytes()
+    assert again.stdout.splitlines()[:-1] == result.stdout.splitlines()[:-1]
+
+
+def test_a_file_of_other_lines_is_named(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"before": {}, "run": "with RSA"}\n')
+    result = run("--from-jsonl", tmp_path / "other.jsonl", "--out", tmp_path / "s.png")
+    assert "other.jsonl, line 1: 'stage 1' is missing" in result.stderr and not (tmp_path / "s.png").exists()
 
 
 def test_a_run_that_has_not_ended_is_named(tmp_path):

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from rsa_megatron.cli import plot
@@ -195,8 +196,11 @@ def test_one_seed_has_neither_band_nor_thin_lines(write_lines):
 def test_losses_have_their_own_axes_and_a_logarithmic_one_where_they_span_decades(write_lines):
     runs = read_runs([write_lines(all_runs())])
     language, rsa = (run_figures.draw_steps(runs, figure=name).axes[0] for name in ("lm loss", "rsa loss"))
-    assert language.get_yscale() == "linear" and language.get_ylabel() == "LM loss, nats a token"
+    assert language.get_yscale() == "linear" and language.get_ylabel() == "LM loss, nats per token"
     assert rsa.get_yscale() == "log" and not lines_named(rsa, "chance, 0.010")
+    assert rsa.get_ylabel() == "RSA loss (log scale)" and language.get_ylim()[0] == 0
+    ticks = [rsa.yaxis.get_major_formatter()(tick) for tick in rsa.yaxis.get_major_locator()()]
+    assert {"1", "10", "100"} <= set(ticks)
 
 
 def test_ablation_has_a_row_an_arm_every_seed_and_the_gain_since_training_began(write_lines):
@@ -211,7 +215,9 @@ def test_ablation_has_a_row_an_arm_every_seed_and_the_gain_since_training_began(
             before, after = (lines_named(axis, f"{when}, each seed")[row] for when in ("before", "after"))
             np.testing.assert_allclose(before.get_xdata(), [0.13, 0.14, 0.15], rtol=1e-6)
             np.testing.assert_allclose(after.get_xdata(), [0.13 + rise, 0.14 + rise, 0.15 + rise], rtol=1e-5)
-            np.testing.assert_allclose(lines_named(axis, "mean")[row].get_xdata(), [0.14, 0.14 + rise], rtol=1e-5)
+            mean = lines_named(axis, run_figures.MEAN["label"])[row]
+            np.testing.assert_allclose(mean.get_xdata(), [0.14, 0.14 + rise], rtol=1e-5)
+            assert mean.get_markevery() == [-1]  # marks at both ends would look like an error bar
             assert {round(height) for height in (*before.get_ydata(), *after.get_ydata())} == {row}
         assert all(text in texts(figure) for text in ("+0.010", "+0.050", "\N{MINUS SIGN}0.020", "chance 0.010"))
 
@@ -306,6 +312,54 @@ def test_a_long_legend_takes_no_room_from_the_panels(write_lines):
         rendered(figure)
         heights.append(figure.axes[0].get_window_extent().height)
     assert heights[1] > 0.9 * heights[0]  # a row of the legend is counted as 0.2 inches, near its height
+
+
+@pytest.mark.parametrize("draw", (run_figures.draw_stages, run_figures.draw_ablation))
+def test_a_fourth_data_set_begins_a_row_of_its_own(write_lines, draw):
+    figure = draw(read_runs([write_lines(all_runs(data=(*DATA, "scenes")))]))
+    visible = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(visible) == 4 and {axis.get_subplotspec().get_gridspec().ncols for axis in visible} == {3}
+    assert [axis.get_title() for axis in visible] == [*DATA, "scenes"]
+
+
+def test_a_heat_map_of_a_fourth_data_set_begins_a_row_of_its_own(write_lines):
+    lines = [measured(model, data) for model in "AB" for data in (*DATA, "scenes")]
+    figure = alignment.draw_heatmaps(read_alignments([write_lines(lines)]))
+    visible = [axis for axis in figure.axes[:12] if axis.get_visible()]
+    assert [axis.get_title().split("\n")[0] for axis in visible] == [*DATA, "scenes"] * 2
+    assert [figure.axes.index(axis) for axis in visible] == [0, 1, 2, 3, 6, 7, 8, 9]
+    for axis, line in zip(visible, lines):
+        np.testing.assert_array_equal(axis.images[0].get_array(), line["mean"])
+    assert [axis.get_ylabel().split("\n")[0] for axis in visible] == ["A", "", "", "A", "B", "", "", "B"]
+
+
+def test_an_axis_without_0_has_a_break_and_one_with_0_has_none():
+    def dark(limits) -> int:
+        figure = Figure(figsize=(3, 3))
+        axis = figure.add_axes((0.3, 0.3, 0.6, 0.6))
+        axis.set(ylim=limits, yticks=[], xticks=[])
+        for _ in range(2):
+            style.mark_truncated(axis, "y")
+        axis.spines[:].set_visible(False)
+        return int((rendered(figure)[..., 0] < 128).sum())
+
+    assert dark((0, 1)) == dark((-1, 1)) == 0 < dark((0.5, 1))
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.6, "0.6"),
+        (1, "1"),
+        (1500, "1500"),
+        (0.00001, "0.00001"),
+        (0, "0"),
+        (1e-9, "$10^{-9}$"),
+        (2e7, r"$2\times 10^{7}$"),
+    ],
+)
+def test_ticks_are_plain_decimals(value, text):
+    assert style.format_tick(value) == text
 
 
 # The command
