@@ -136,9 +136,9 @@ def draw(groups: dict[str, list[dict]]) -> Figure:
     if chance is not None:
         panels[-1].axhline(chance, color="black", linestyle=":", linewidth=1.2)
     corner.set_axis_off()
-    handles = legend_handles(groups, chance)
+    handles = make_handles(groups, chance)
     corner.legend(handles=handles, loc="center", handlelength=3)
-    style.title(figure, "Training curves", format_counts(groups))
+    style.add_title(figure, "Training curves", format_counts(groups))
     return figure
 
 
@@ -146,7 +146,7 @@ def draw_group(axis: Axes, curves: list[list], index: int, line: str) -> None:
     """Draw a thin line a run, where there are several, and the mean over the iterations that all of them have."""
     if not curves:
         return
-    color = style.color(index)
+    color = style.choose_color(index)
     if len(curves) > 1:
         for curve in curves:
             axis.plot(*zip(*curve), color=color, linestyle=line, linewidth=0.6, alpha=0.7)
@@ -154,15 +154,15 @@ def draw_group(axis: Axes, curves: list[list], index: int, line: str) -> None:
     iterations = sorted(set.intersection(*map(set, values)))
     means = [statistics.mean(of_run[iteration] for of_run in values) for iteration in iterations]
     every = max(1, len(iterations) // 6)
-    axis.plot(iterations, means, linestyle=line, markevery=every, **group_marks(index, hollow=line == "--"))
+    axis.plot(iterations, means, linestyle=line, markevery=every, **style_group(index, hollow=line == "--"))
 
 
-def group_marks(index: int, hollow: bool = False) -> dict:
-    color = style.color(index)
+def style_group(index: int, hollow: bool = False) -> dict:
+    color = style.choose_color(index)
     face = "white" if hollow else color
     return {
         "color": color,
-        "marker": style.marker(index),
+        "marker": style.choose_marker(index),
         "markerfacecolor": face,
         "markersize": 4.5,
         "linewidth": 1.8,
@@ -182,10 +182,8 @@ def finish_axis(axis: Axes, starts_at_0: bool) -> None:
         axis.set_ylabel(f"{axis.get_ylabel()} (log scale)")
 
 
-def legend_handles(groups: dict[str, list[dict]], chance: float | None) -> list[Line2D]:
-    handles = [
-        Line2D([], [], label=style.wrapped(label, 24), **group_marks(index)) for index, label in enumerate(groups)
-    ]
+def make_handles(groups: dict[str, list[dict]], chance: float | None) -> list[Line2D]:
+    handles = [Line2D([], [], label=style.wrap(label, 24), **style_group(index)) for index, label in enumerate(groups)]
     if any(len(runs) > 1 for runs in groups.values()):
         handles.append(Line2D([], [], color="0.3", linewidth=1.8, label="mean of the runs"))
         handles.append(Line2D([], [], color="0.3", linewidth=0.6, label="each run"))
@@ -198,7 +196,7 @@ def legend_handles(groups: dict[str, list[dict]], chance: float | None) -> list[
 
 
 def format_counts(groups: dict[str, list[dict]]) -> str:
-    """ "with RSA: 4 runs, without: 1 run"."""
+    """Format "with RSA: 4 runs, without: 1 run"."""
     return ", ".join(f"{label}: {len(runs)} run{'s' * (len(runs) > 1)}" for label, runs in groups.items())
 
 

@@ -46,7 +46,7 @@ def parse():
         help="a label, and the OUT of a run of run_stages.sh",
     )
     source.add_argument("--from-jsonl", type=Path, metavar="FILE", help="draw again what --jsonl has written")
-    parser.add_argument("--before", type=Path, help="--metrics-file of an evaluation of what stage 1 begins from")
+    parser.add_argument("--before", type=Path, help="--metrics-file of an evaluation of what stage 1 starts from")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--jsonl", type=Path, help="file for the numbers, a line a run")
     args = parser.parse_args()
@@ -60,7 +60,7 @@ def parse():
 
 
 def read_stages(before: Path | None, runs: list[list[str]]) -> tuple[dict, dict[str, dict[str, dict]]]:
-    """Read what stage 1 begins from, and {label: {stage: figures}} of the runs' folders."""
+    """Read what stage 1 starts from, and {label: {stage: figures}} of the runs' folders."""
     stages = {
         label: {stage: find_last(read_figures(Path(folder, name, "metrics.jsonl"))) for stage, name in STAGES.items()}
         for label, folder in runs
@@ -90,7 +90,7 @@ def format_table(before: dict, runs: dict[str, dict[str, dict]]) -> str:
     columns = (["before"] if before else []) + list(STAGES)
     lines = []
     for figure in FIGURES:
-        title = f"{style.axis_label(figure)}, after"
+        title = f"{style.label_axis(figure)}, after"
         lines.append(f"{title:<42}" + "".join(f"{column:>12}" for column in columns))
         for label, stages in runs.items():
             values = [(before if column == "before" else stages[column]).get(figure) for column in columns]
@@ -107,8 +107,8 @@ def draw(before: dict, runs: dict[str, dict[str, dict]]) -> Figure:
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(FIGURES)), FIGURES):
         draw_panel(axis, before, runs, name)
-    style.title(figure, "Alignment and loss after each stage", "losses compare within a stage")
-    style.legend_below(figure)
+    style.add_title(figure, "Alignment and loss after each stage", "losses compare within a stage")
+    style.add_legend_below(figure)
     return figure
 
 
@@ -117,7 +117,7 @@ def draw_panel(axis: Axes, before: dict, runs: dict[str, dict[str, dict]], name:
     for index, (label, stages) in enumerate(runs.items()):
         places = [stage + width * (index + 0.5) - 0.4 for stage in range(len(STAGES))]
         heights = [stages[stage].get(name, math.nan) for stage in STAGES]
-        looks = {"color": style.fill(index), "hatch": style.hatch(index), "edgecolor": "black"}
+        looks = {"color": style.choose_fill(index), "hatch": style.choose_hatch(index), "edgecolor": "black"}
         bars = axis.bar(places, heights, width=0.94 * width, label=label, **looks)
         texts = ["" if math.isnan(height) else f"{height:.3f}" for height in heights]
         axis.bar_label(bars, texts, padding=2, fontsize=8.5, rotation=90 if len(runs) > 2 else 0)
@@ -127,7 +127,7 @@ def draw_panel(axis: Axes, before: dict, runs: dict[str, dict[str, dict]], name:
     if name == "mutual-knn" and chance is not None:
         axis.axhline(chance, linestyle=":", color="black", linewidth=1.2, label=f"chance, {chance:.3f}")
     axis.margins(y=0.2 if len(runs) > 2 else 0.1)
-    axis.set(ylabel=style.axis_label(name), xlabel="measured after", xticks=range(len(STAGES)))
+    axis.set(ylabel=style.label_axis(name), xlabel="measured after", xticks=range(len(STAGES)))
     axis.set_xticklabels(list(STAGES))
     axis.set_ylim(bottom=0)
 

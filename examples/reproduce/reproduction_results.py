@@ -15,7 +15,7 @@ from reproduction_plan import ABLATIONS, MAIN, TrainingRun
 
 from rsa_megatron import atomic
 from rsa_megatron.job_queue import Queue
-from rsa_megatron.plots.tables import cell, spread, table
+from rsa_megatron.plots.tables import format_cell, format_spread, format_table
 from rsa_megatron.plots.training_figures import read_figures
 
 FIGURES = ("mutual-knn", "validation lm loss", "lm loss", "rsa loss", "rsa dist vision", "rsa dist text")
@@ -120,23 +120,24 @@ def stage_tables(lines: list[dict]) -> list[str]:
     found = []
     for figure, title in titles.items():
         rows = [
-            [arm, cell(befores(lines, arm, figure))] + [cell(lasts(lines, arm, stage, figure)) for stage in STAGES]
+            [arm, format_cell(befores(lines, arm, figure))]
+            + [format_cell(lasts(lines, arm, stage, figure)) for stage in STAGES]
             for arm in arms
         ]
-        found.append(table([title, "before", *(f"after stage {stage}" for stage in STAGES)], rows))
+        found.append(format_table([title, "before", *(f"after stage {stage}" for stage in STAGES)], rows))
     asked = [line for line in lines if line["accuracy"]]
     if asked:
         rows = [
             [
                 arm,
                 *(
-                    cell({line["seed"]: line["accuracy"][name] for line in asked if line["arm"] == arm})
+                    format_cell({line["seed"]: line["accuracy"][name] for line in asked if line["arm"] == arm})
                     for name in ACCURACIES
                 ),
             ]
             for arm in arms
         ]
-        found.append(table(["accuracy after stage 2", *ACCURACIES], rows))
+        found.append(format_table(["accuracy after stage 2", *ACCURACIES], rows))
     return found
 
 
@@ -148,14 +149,16 @@ def ablation_table(lines: list[dict]) -> list[str]:
     rows = [
         [
             arm,
-            cell(gains(lines, arm)),
-            *(cell(lasts(lines, arm, "1", figure)) for figure in FIGURES[:2]),
-            spread(list(lasts(lines, arm, "1", "rsa dist vision").values())),
+            format_cell(gains(lines, arm)),
+            *(format_cell(lasts(lines, arm, "1", figure)) for figure in FIGURES[:2]),
+            format_spread(list(lasts(lines, arm, "1", "rsa dist vision").values())),
         ]
         for arm in arms
     ]
     return [
-        table(["stage 1", "gain of mutual-kNN", "mutual-kNN", "LM loss", "mean distance of images at the end"], rows)
+        format_table(
+            ["stage 1", "gain of mutual-kNN", "mutual-kNN", "LM loss", "mean distance of images at the end"], rows
+        )
     ]
 
 

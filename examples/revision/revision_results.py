@@ -29,17 +29,17 @@ from torch import Tensor
 from rsa_megatron.job_queue import Queue
 from rsa_megatron.plots import style
 from rsa_megatron.plots.runs import DOT, MEAN, draw_arm_by_step, dress_rows
-from rsa_megatron.plots.tables import cell, spread, table
+from rsa_megatron.plots.tables import format_cell, format_spread, format_table
 from rsa_megatron.plots.training_figures import read_figures
 from rsa_megatron.realign.decomposition import centroid_gap
 
 IMAGES = {
-    "color": style.color(0),
+    "color": style.choose_color(0),
     "marker": "s",
-    "markerfacecolor": style.color(0),
+    "markerfacecolor": style.choose_color(0),
     "label": "on held-out real images, each seed",
 }
-OWN = {"color": style.color(1), "marker": "o", "label": "on held-out embeddings of its own kind, each seed"}
+OWN = {"color": style.choose_color(1), "marker": "o", "label": "on held-out embeddings of its own kind, each seed"}
 
 
 def line_of(queue: Queue, job: Arm, args, images: Path) -> dict:
@@ -109,7 +109,15 @@ def table_of(lines: list[dict], reference: str = "raw text") -> str:
         gained = less(images, of_arm(lines, reference, "images")) if arm != reference else {}
         training, gap = (list(of_arm(lines, arm, name).values()) for name in ("training", "centroid gap"))
         rows.append(
-            [arm, cell(images), cell(gained), cell(own), cell(less(images, own)), spread(training), spread(gap)]
+            [
+                arm,
+                format_cell(images),
+                format_cell(gained),
+                format_cell(own),
+                format_cell(less(images, own)),
+                format_spread(training),
+                format_spread(gap),
+            ]
         )
     head = [
         "trained on",
@@ -120,12 +128,14 @@ def table_of(lines: list[dict], reference: str = "raw text") -> str:
         "training loss",
         "centroid gap to images, held-out",
     ]
-    return f"{setting(lines)}\n\n{table(head, rows)}"
+    return f"{setting(lines)}\n\n{format_table(head, rows)}"
 
 
 def setting(lines: list[dict]) -> str:
     first, encoders = lines[0], {line["seed"]: line["encoder"] for line in lines}
-    said = {name: spread([encoder[name] for encoder in encoders.values()]) for name in ("R@1", "centroid gap", "s")}
+    said = {
+        name: format_spread([encoder[name] for encoder in encoders.values()]) for name in ("R@1", "centroid gap", "s")
+    }
     return (
         f"Losses in nats a token on {first['held out']} held-out captions; {first['iterations']} iterations of 32. Dual encoders, "
         f"seeds {', '.join(map(str, encoders))}: R@1 of {first['encoder']['pairs']} held-out images {said['R@1']}, "
@@ -143,14 +153,14 @@ def draw(lines: list[dict]) -> Figure:
     for row, arm in enumerate(arms):
         draw_arm(rows, row, *(of_arm(lines, arm, name) for name in ("own", "images")))
     dress_rows(rows, "LM loss, nats a token")
-    rows.set_yticks(range(len(arms)), [style.wrapped(arm, 20) for arm in arms])
+    rows.set_yticks(range(len(arms)), [style.wrap(arm, 20) for arm in arms])
     rows.set_ylim(len(arms) - 0.5, -0.5)  # the first arm at the top
     for index, arm in enumerate(arms):
         draw_arm_by_step(curves, arm, [dict(line["curve"]) for line in lines if line["arm"] == arm], index)
     curves.set(xlabel="iteration", ylabel="LM loss on held-out real images")
     seeds = [sorted(of_arm(lines, arm, "images")) for arm in arms]
-    style.title(page, "Projectors trained on text in the place of images", style.seeds_in_words(seeds))
-    style.legend_below(page)
+    style.add_title(page, "Projectors trained on text in the place of images", style.format_seeds(seeds))
+    style.add_legend_below(page)
     return page
 
 

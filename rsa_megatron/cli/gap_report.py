@@ -39,7 +39,7 @@ from rsa_megatron.evaluation.embedding_files import Embeddings
 from rsa_megatron.json_lines import Line
 from rsa_megatron.plots import style
 from rsa_megatron.plots.gap import draw_gap
-from rsa_megatron.plots.gap_records import STEPS, checked
+from rsa_megatron.plots.gap_records import STEPS, parse_gap
 from rsa_megatron.plots.gap_table import format_summary
 from rsa_megatron.realign.baselines import METHODS
 from rsa_megatron.realign.decomposition import gap_figures, term_moments
@@ -107,7 +107,7 @@ def run(args) -> None:
     text = json.dumps(measure(*sources(args), args), allow_nan=False)
     stem = args.out.with_suffix("") if args.out.suffix in (".jsonl", ".png", ".svg") else args.out
     path = Path(f"{stem}.jsonl")
-    gap = checked(Line(str(path), json.loads(text)))  # what is drawn is what is in the file
+    gap = parse_gap(Line(str(path), json.loads(text)))  # what is drawn is what is in the file
     with style.styled():
         paths = style.save(draw_gap(gap), stem)
     atomic.write_text(path, text + "\n")

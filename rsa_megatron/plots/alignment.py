@@ -57,7 +57,7 @@ def draw_heatmaps(records: list[Alignment], *, scale: str = "shared") -> Figure:
         row, column = divmod(data.index(record.data), num_columns)
         placed[labels.index(record.label) * num_rows + row, column] = record
     limits = (min(record.mean_RC.min() for record in records), max(record.mean_RC.max() for record in records))
-    bar = {"label": style.axis_label(records[0].metric), "pad": 0.02}
+    bar = {"label": style.label_axis(records[0].metric), "pad": 0.02}
     for place, record in placed.items():
         axis = axes[place]
         image = draw_heatmap(axis, record, limits if scale == "shared" else (None, None))
@@ -67,8 +67,10 @@ def draw_heatmaps(records: list[Alignment], *, scale: str = "shared") -> Figure:
         figure.colorbar(image, ax=axes, aspect=20 * len(axes), fraction=0.05 if len(data) == 1 else 0.03, **bar)
     name_heatmaps(axes, placed, named=len(labels) > 1)
     model = f"{labels[0]}: " if len(labels) == 1 else ""
-    style.title(figure, f"{model}{style.name(records[0].metric)} of all pairs of layers", format_details(records))
-    style.legend_below(figure)
+    style.add_title(
+        figure, f"{model}{style.name_figure(records[0].metric)} of all pairs of layers", format_details(records)
+    )
+    style.add_legend_below(figure)
     return figure
 
 
@@ -120,7 +122,7 @@ def name_heatmaps(axes, placed: dict[tuple[int, int], Alignment], *, named: bool
             continue
         first = min(of_row)
         record = of_row[first]
-        model = style.wrapped(record.label, 26) + "\n" if named else ""
+        model = style.wrap(record.label, 26) + "\n" if named else ""
         panels[first].set_ylabel(model + name_side(record, "row"))
         below = {name_side(other, "column") for (at, _), other in placed.items() if at == row + 1}
         if below != {name_side(record, "column")}:
@@ -133,7 +135,7 @@ def name_side(record: Alignment, side: str) -> str:
     kind, model = (record.rows, record.row_model) if side == "row" else (record.columns, record.column_model)
     if record.rows != record.columns:
         return f"layer of {SIDES[kind]}"
-    return style.wrapped(f"layer of {SIDES[kind]} of {model.rstrip('/').split('/')[-1]}", 34)
+    return style.wrap(f"layer of {SIDES[kind]} of {model.rstrip('/').split('/')[-1]}", 34)
 
 
 def draw_bars(records: list[Alignment]) -> Figure:
@@ -153,15 +155,15 @@ def draw_bars(records: list[Alignment]) -> Figure:
     if records[0].chance is not None:
         axis.axhline(records[0].chance, color="black", linestyle=":", label=f"chance, {records[0].chance:.3f}")
     centres = [statistics.mean(x for x, record in placed if record.data == name) for name in data]
-    axis.set_xticks(centres, [style.wrapped(name, 16) for name in data])
+    axis.set_xticks(centres, [style.wrap(name, 16) for name in data])
     axis.tick_params(axis="x", length=0)
-    margin = max(1, 3 - len(records) / 2)  # a bar alone does not fill the panel
-    axis.set(ylabel=style.axis_label(records[0].metric), xlim=(-margin, placed[-1][0] + margin))
+    margin = max(1, 3 - len(records) / 2)  # a single bar does not fill the panel
+    axis.set(ylabel=style.label_axis(records[0].metric), xlim=(-margin, placed[-1][0] + margin))
     deviation = ", ± standard deviation" if any(record.best.std is not None for record in records) else ""
-    style.title(
-        figure, f"{style.name(records[0].metric)} of the best pair of layers{deviation}", format_details(records)
+    style.add_title(
+        figure, f"{style.name_figure(records[0].metric)} of the best pair of layers{deviation}", format_details(records)
     )
-    style.legend_below(figure)
+    style.add_legend_below(figure)
     return figure
 
 
@@ -170,7 +172,7 @@ def draw_bars_of(axis: Axes, placed: list[tuple[int, Alignment]], index: int) ->
     first = placed[0][1]
     places, best = [x for x, _ in placed], [record.best for _, record in placed]
     spread = [float("nan") if pair.std is None else pair.std for pair in best]
-    fill = style.BASELINE if is_baseline(first) else style.fill(index)
+    fill = style.BASELINE if is_baseline(first) else style.choose_fill(index)
     axis.bar(
         places,
         [pair.mean for pair in best],
@@ -179,7 +181,7 @@ def draw_bars_of(axis: Axes, placed: list[tuple[int, Alignment]], index: int) ->
         capsize=3,
         label=first.label,
         color=fill,
-        hatch=style.hatch(index),
+        hatch=style.choose_hatch(index),
         edgecolor="black",
     )
 
@@ -208,7 +210,7 @@ def format_details(records: list[Alignment]) -> str:
     """Format k, number of samples and seeds for a title."""
     record = records[0]
     k = f"k = {record.k}, " if record.metric in NEIGHBOUR_METRICS else ""
-    return f"{k}N = {record.num_samples}, {style.seeds_in_words(record.seeds for record in records)}"
+    return f"{k}N = {record.num_samples}, {style.format_seeds(record.seeds for record in records)}"
 
 
 def format_pair(pair: Pair) -> str:

@@ -80,14 +80,14 @@ class Run:
     figures: dict[str, list[list]]
     """{name: [[iteration within the stage, value], ...]}"""
     before: dict[str, float]
-    """The figures that training began from, those that were taken; empty after an arm's first stage."""
+    """The figures that training started from, those that were measured; empty after an arm's first stage."""
     chance: float | None
     k: int | None
     num_samples: int | None
 
 
 def read_alignments(paths: list[Path], metric: str | None = None) -> list[Alignment]:
-    """The measurements with one metric, k and number of samples, so that they can stand in one figure.
+    """Read the measurements with one metric, k and number of samples, so that they fit in one figure.
 
     Args:
         metric: leave out the others; needed where there are several.
@@ -95,55 +95,55 @@ def read_alignments(paths: list[Path], metric: str | None = None) -> list[Alignm
     Raises:
         ValueError: a line is broken or lacks a key, or what is left does not go together.
     """
-    records = [alignment(line) for line in read_lines(paths, "alignment")]
+    records = [parse_alignment(line) for line in read_lines(paths, "alignment")]
     if metric is not None:
         metrics = sorted({record.metric for record in records})
         records = [record for record in records if record.metric == metric]
         if not records:
             raise ValueError(f"--metric {metric}: no line has it; there are {', '.join(metrics)}")
-    same(records, "metric", "choose one with --metric")
-    same(records, "k", "draw them apart")
-    same(records, "num_samples", "draw them apart")
-    once(records, lambda record: (record.label, record.data))
+    check_same(records, "metric", "choose one with --metric")
+    check_same(records, "k", "draw them apart")
+    check_same(records, "num_samples", "draw them apart")
+    check_once(records, lambda record: (record.label, record.data))
     return records
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Training runs, each stage, arm and seed of a data set once; ValueError as in `read_alignments`."""
-    runs = [run(line) for line in read_lines(paths, "run")]
+    """Read training runs, each stage, arm and seed of a data set once; ValueError as in `read_alignments`."""
+    runs = [parse_run(line) for line in read_lines(paths, "run")]
     first = {}
     for record in sorted(runs, key=lambda run: STAGES.index(run.stage)):
         first.setdefault((record.data, record.arm, record.seed), record.stage)
     runs = [run if run.stage == first[run.data, run.arm, run.seed] else replace(run, before={}) for run in runs]
-    same(runs, "k", "draw them apart")
-    same(runs, "num_samples", "draw them apart")
-    once(runs, lambda run: (run.data, run.arm, f"stage {run.stage}", f"seed {run.seed}"))
+    check_same(runs, "k", "draw them apart")
+    check_same(runs, "num_samples", "draw them apart")
+    check_once(runs, lambda run: (run.data, run.arm, f"stage {run.stage}", f"seed {run.seed}"))
     return runs
 
 
-def alignment(line: Line) -> Alignment:
+def parse_alignment(line: Line) -> Alignment:
     names = {key: line.take(key, is_name, "a name") for key in ("label", "data", "row_model", "column_model", "metric")}
     sides = {key: line.take(key, lambda side: side in SIDES, "vision or text") for key in ("rows", "columns")}
     counts = {key: line.take(key, is_count, "a whole number above 0") for key in ("k", "num_samples")}
     reading = line.take("text_reading", lambda value: value is None or is_name(value), "a name or null")
-    if reading == "multimodal":  # its scores are not those of a caption alone: never under the same name
+    if reading == "multimodal":  # its scores are not those of only a caption: never under the same name
         names["label"] += ", captions read after their images"
     seeds = line.take("seeds", lambda seeds: is_list(seeds, is_whole), "a list of at least one seed")
     layers = {key: line.take(key, is_layers, "a list of different names") for key in ("row_layers", "column_layers")}
     shape_RC = (len(layers["row_layers"]), len(layers["column_layers"]))
-    scores_SRC = array(line, "scores", (len(seeds), *shape_RC), "[seed][row][column]")
-    mean_RC = array(line, "mean", shape_RC, "[row][column]")
+    scores_SRC = parse_array(line, "scores", (len(seeds), *shape_RC), "[seed][row][column]")
+    mean_RC = parse_array(line, "mean", shape_RC, "[row][column]")
     if not np.allclose(scores_SRC.mean(0), mean_RC, rtol=ROUNDING, atol=ROUNDING):
         raise line.fault("mean", "is not the mean of 'scores' over the seeds")
-    pairs = {key: pair(line, key, layers, mean_RC, len(seeds)) for key in ("best", "last")}
+    pairs = {key: parse_pair(line, key, layers, mean_RC, len(seeds)) for key in ("best", "last")}
     chance = line.take("chance", is_number_or_null, "a number or null")
     return Alignment(
         line.where, **names, **sides, **counts, seeds=seeds, **layers, mean_RC=mean_RC, **pairs, chance=chance
     )
 
 
-def pair(line: Line, key: str, layers: dict[str, list[str]], mean_RC: np.ndarray, num_seeds: int) -> Pair:
-    values = inner(line, key)
+def parse_pair(line: Line, key: str, layers: dict[str, list[str]], mean_RC: np.ndarray, num_seeds: int) -> Pair:
+    values = take_object(line, key)
     row = values.take("row", lambda name: name in layers["row_layers"], "one of 'row_layers'")
     column = values.take("column", lambda name: name in layers["column_layers"], "one of 'column_layers'")
     mean = values.take("mean", is_number, "a number")
@@ -154,7 +154,7 @@ def pair(line: Line, key: str, layers: dict[str, list[str]], mean_RC: np.ndarray
     return Pair(row, column, mean, std)
 
 
-def array(line: Line, key: str, shape: tuple[int, ...], order: str) -> np.ndarray:
+def parse_array(line: Line, key: str, shape: tuple[int, ...], order: str) -> np.ndarray:
     needs = f"numbers {order}, {' x '.join(map(str, shape))}"
     values = line.take(key, lambda value: isinstance(value, list), needs)
     try:
@@ -168,19 +168,19 @@ def array(line: Line, key: str, shape: tuple[int, ...], order: str) -> np.ndarra
     return numbers.astype(float)
 
 
-def run(line: Line) -> Run:
+def parse_run(line: Line) -> Run:
     names = {key: line.take(key, is_name, "a name") for key in ("data", "arm")}
     stage = line.take("stage", lambda stage: stage in STAGES, f"one of the texts {', '.join(STAGES)}")
     seed = line.take("seed", is_whole, "a whole number")
-    curves = inner(line, "figures")
-    figures = {name: points(curves, name) for name in curves.values}
-    figures |= accuracies(line, max((curve[-1][0] for curve in figures.values() if curve), default=0))
-    values = inner(line, "before")
+    curves = take_object(line, "figures")
+    figures = {name: parse_points(curves, name) for name in curves.values}
+    figures |= parse_accuracies(line, max((curve[-1][0] for curve in figures.values() if curve), default=0))
+    values = take_object(line, "before")
     before = {
         name: values.take(name, is_number, "a number") for name in values.values if values.values[name] is not None
     }
     chance = line.take("chance", is_number_or_null, "a number or null")
-    # A line may say by chance alone how mutual-kNN was taken, k / (num_samples - 1); the title tells what it says.
+    # A line may give only chance, k / (num_samples - 1); the title has what the line has.
     counts = {
         key: line.take(key, is_count, "a whole number above 0") if key in line.values else None
         for key in ("k", "num_samples")
@@ -188,21 +188,21 @@ def run(line: Line) -> Run:
     return Run(line.where, **names, seed=seed, stage=stage, figures=figures, before=before, chance=chance, **counts)
 
 
-def accuracies(line: Line, iteration: int) -> dict[str, list]:
-    """What is known at the end alone, as figures of one point: "accuracy on questions", for example."""
-    accuracy = inner(line, "accuracy")
+def parse_accuracies(line: Line, iteration: int) -> dict[str, list]:
+    """Parse what is known only at the end, as figures of one point: "accuracy on questions", for example."""
+    accuracy = take_object(line, "accuracy")
     return {
         f"accuracy on {name}": [[iteration, accuracy.take(name, is_number, "a number")]] for name in accuracy.values
     }
 
 
-def inner(line: Line, key: str) -> Line:
-    """An object within a line, to be checked like one; null is an empty one."""
+def take_object(line: Line, key: str) -> Line:
+    """Take an object within a line, to be checked like one; null is an empty one."""
     values = line.take(key, lambda value: value is None or is_object(value), "an object or null")
     return Line(f"{line.where}, {key!r}", values or {})
 
 
-def points(curves: Line, name: str) -> list[list]:
+def parse_points(curves: Line, name: str) -> list[list]:
     curve = curves.take(name, lambda value: isinstance(value, list), "a list of [iteration, value]")
     last = -1
     for point in curve:
@@ -215,7 +215,7 @@ def points(curves: Line, name: str) -> list[list]:
     return curve
 
 
-def same(records: list, key: str, remedy: str) -> None:
+def check_same(records: list, key: str, remedy: str) -> None:
     """Raise ValueError where two records differ in what one figure has one of."""
     first = records[0]
     for record in records:
@@ -224,7 +224,7 @@ def same(records: list, key: str, remedy: str) -> None:
             raise ValueError(f"{first.where} and {record.where}: {key!r} is {both}; {remedy}")
 
 
-def once(records: list, identity: Callable) -> None:
+def check_once(records: list, identity: Callable) -> None:
     """Raise ValueError where two records would be drawn in one place."""
     seen = {}
     for record in records:

@@ -59,7 +59,7 @@ def draw_gap(gap: Gap) -> Figure:
     draw_cosines(add_panel(figure, "(d), (e)", 1), gap)
     write_numbers(add_panel(figure, "(f)", 0), gap)
     counts = gap.counts
-    style.title(
+    style.add_title(
         figure,
         f"{gap.label}: images and texts in one space",
         f"{counts['num_images']} images, {counts['num_texts']} texts, D = {counts['width']}",
@@ -108,12 +108,12 @@ def draw_clouds(figure: Figure, gap: Gap) -> None:
 
 
 def style_points(name: str) -> dict:
-    color = style.color(LOOKS[name])
+    color = style.choose_color(LOOKS[name])
     face = color if name == "image" else "none"
     return {
         "label": CLOUD_NAMES[name],
         "color": color,
-        "marker": style.marker(LOOKS[name]),
+        "marker": style.choose_marker(LOOKS[name]),
         "markerfacecolor": face,
         "markersize": 3,
         "linestyle": "",
@@ -123,13 +123,13 @@ def style_points(name: str) -> dict:
 
 def draw_steps(axis: Axes, gap: Gap) -> None:
     """Draw the distance of the means after each step."""
-    # 4 and 6: the looks of no cloud that is drawn
+    # 4 and 6: the looks of no cloud in the figure
     for label, key, look, dashes in (("in-sample", "in_sample", 4, "-"), ("held-out", "held_out", 6, "--")):
         axis.plot(
             [getattr(gap.steps[step], key) for step in STEPS],
             label=label,
-            color=style.color(look),
-            marker=style.marker(look),
+            color=style.choose_color(look),
+            marker=style.choose_marker(look),
             linestyle=dashes,
         )
     axis.plot([gap.steps[step].floor for step in STEPS], color="black", linestyle=":", label="sampling floor, held-out")
@@ -144,7 +144,7 @@ def draw_budget(axis: Axes, gap: Gap) -> None:
     """Draw the four terms of E|e_x - e_y|^2 as a stacked bar, before and after."""
     axis.set_title("(c) energy of a pair's difference")
     if gap.frame is None:
-        axis.text(0.5, 0.5, style.wrapped(gap.left_out, 44), ha="center", va="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, style.wrap(gap.left_out, 44), ha="center", va="center", transform=axis.transAxes)
         axis.set_axis_off()
         return
     budgets = {"before": gap.frame.budget, "after\nReAlign": gap.frame.budget_after}
@@ -158,8 +158,8 @@ def draw_budget(axis: Axes, gap: Gap) -> None:
             left=left,
             height=0.55,
             label=f"{TERM_NAMES[term]}  {part}",
-            color=style.fill(index),
-            hatch=style.hatch(index),
+            color=style.choose_fill(index),
+            hatch=style.choose_hatch(index),
             edgecolor="black",
         )
         left += energies
@@ -211,7 +211,7 @@ def draw_cosines(axis: Axes, gap: Gap) -> None:
 
 
 def style_line(name: str) -> dict:
-    return {"color": style.color(LOOKS[name]), "linestyle": style.line_style(LOOKS[name])}
+    return {"color": style.choose_color(LOOKS[name]), "linestyle": style.choose_line(LOOKS[name])}
 
 
 def write_numbers(axis: Axes, gap: Gap) -> None:
@@ -221,8 +221,8 @@ def write_numbers(axis: Axes, gap: Gap) -> None:
         f"(f) fitted on {counts['fit_images']} images and {counts['fit_texts']} texts, all but in-sample of the others"
     )
     of_pairs = f"mixing (k = {counts['k_mixing']}), JS, Φ, Ψ, overlap (k = {counts['k_overlap']})"
-    frame = "\n".join(style.wrapped(text, NUMBERS_WIDTH) for text in format_frame(gap).split("\n"))
-    first = style.wrapped(f"{fitted}; {of_pairs} of {counts['num_sampled']} a side", NUMBERS_WIDTH)
+    frame = "\n".join(style.wrap(text, NUMBERS_WIDTH) for text in format_frame(gap).split("\n"))
+    first = style.wrap(f"{fitted}; {of_pairs} of {counts['num_sampled']} a side", NUMBERS_WIDTH)
     text = "\n\n".join((first, format_methods_table(gap), format_spectra_table(gap), frame))
     axis.text(-0.6 / COLUMNS[0][1], 1, text, family="monospace", fontsize=7.6, va="top", transform=axis.transAxes)
     axis.set_axis_off()

@@ -118,7 +118,7 @@ COUNTS = ("width", "num_images", "num_texts", "fit_images", "fit_texts", "num_sa
 
 
 def read_gap(paths: list[Path]) -> Gap:
-    """The one line of kind "gap" in these files.
+    """Read the one line of kind "gap" in these files.
 
     Raises:
         ValueError: it is broken or lacks a key, or there are none or several.
@@ -126,19 +126,19 @@ def read_gap(paths: list[Path]) -> Gap:
     lines = read_lines(paths, "gap")
     if len(lines) > 1:
         raise ValueError(f"{lines[0].where} and {lines[1].where}: a page shows one pair of encoders; draw them apart")
-    return checked(lines[0])
+    return parse_gap(lines[0])
 
 
-def checked(line: Line) -> Gap:
-    """All of a page, of a line whose every key fits."""
+def parse_gap(line: Line) -> Gap:
+    """Parse all of a page, checking every key of its line."""
     names = {key: line.take(key, is_name, "a name") for key in ("label", "images", "texts")}
     counts = {key: line.take(key, is_count, "a whole number above 0") for key in COUNTS}
-    image = inner(line, "image")
-    methods = [method(one) for one in items(line, "methods")]
-    steps = {one.take("step", is_name, "a name"): distance(one) for one in items(line, "steps")}
+    image = take_object(line, "image")
+    methods = [parse_method(one) for one in take_objects(line, "methods")]
+    steps = {one.take("step", is_name, "a name"): parse_distance(one) for one in take_objects(line, "steps")}
     if tuple(steps) != STEPS:
         raise line.fault("steps", f"are {', '.join(STEPS)} in this order, not {', '.join(steps)}")
-    frame = fixed_frame(line) if line.take("frame", is_object_or_null, "an object or null") else None
+    frame = parse_frame(line) if line.take("frame", is_object_or_null, "an object or null") else None
     left_out = None if frame else line.take("left_out", is_name, "a text, where 'frame' is null")
     bins = image.take("cosines", is_counts, "a list of whole numbers")
     for one in methods:
@@ -146,7 +146,7 @@ def checked(line: Line) -> Gap:
             raise line.fault(
                 "methods", f"has {len(one.cosines)} bins of cosines for {one.name!r}, images have {len(bins)}"
             )
-    points = inner(line, "clouds")
+    points = take_object(line, "clouds")
     clouds = {key: points.take(key, is_points, "a list of points of three numbers") for key in CLOUDS}
     scale, chance = (line.take(key, is_number, "a number") for key in ("scale", "chance_of_mixing"))
     return Gap(
@@ -155,7 +155,7 @@ def checked(line: Line) -> Gap:
         counts=counts,
         scale=scale,
         steps=steps,
-        image_spectrum=spectrum(image, "spectrum"),
+        image_spectrum=parse_spectrum(image, "spectrum"),
         image_cosines=bins,
         methods=methods,
         chance=chance,
@@ -165,42 +165,44 @@ def checked(line: Line) -> Gap:
     )
 
 
-def method(line: Line) -> Method:
+def parse_method(line: Line) -> Method:
     numbers = {key: line.take(key, is_number, "a number") for key in ("mixing", "js", "phi", "overlap")}
     numbers |= {key: line.take(key, is_number_or_null, "a number or null") for key in ("psi", "sigma")}
     cosines = line.take("cosines", is_counts, "a list of whole numbers")
     name = line.take("method", lambda name: name in METHODS, f"one of {', '.join(METHODS)}")
-    return Method(name=name, distance=distance(line), spectrum=spectrum(line, "spectrum"), cosines=cosines, **numbers)
+    return Method(
+        name=name, distance=parse_distance(line), spectrum=parse_spectrum(line, "spectrum"), cosines=cosines, **numbers
+    )
 
 
-def distance(line: Line) -> Distance:
+def parse_distance(line: Line) -> Distance:
     return Distance(
         *(line.take(key, is_length, "a number of at least 0") for key in ("in_sample", "held_out", "floor"))
     )
 
 
-def spectrum(line: Line, key: str) -> Spectrum:
-    values = inner(line, key)
+def parse_spectrum(line: Line, key: str) -> Spectrum:
+    values = take_object(line, key)
     optional = ("condition_number", "effective_dimension", "anisotropy", "exponent")
     figures = {name: values.take(name, is_number_or_null, "a number or null") for name in optional}
     largest = values.take("values", lambda value: value == [] or is_list(value, is_number), "a list of numbers")
     return Spectrum(values.take("trace", is_number, "a number"), **figures, values=largest)
 
 
-def fixed_frame(line: Line) -> Frame:
-    values = inner(line, "frame")
+def parse_frame(line: Line) -> Frame:
+    values = take_object(line, "frame")
     counts = {key: values.take(key, is_count, "a whole number above 0") for key in ("num_pairs", "rank")}
     names = ("energy", "mean_norm", "beta_norm", "gamma_norm")
     numbers = {key: values.take(key, is_number, "a number") for key in names}
     optional = ("coupling_norm", "coupling_r_squared", "gamma_angle")
     numbers |= {key: values.take(key, is_number_or_null, "a number or null") for key in optional}
-    budgets = {key: budget(place, key) for place, key in ((values, "budget"), (line, "budget_after"))}
-    residuals = {key: spectrum(values, key) for key in ("delta", "zeta")}
+    budgets = {key: parse_budget(place, key) for place, key in ((values, "budget"), (line, "budget_after"))}
+    residuals = {key: parse_spectrum(values, key) for key in ("delta", "zeta")}
     return Frame(**counts, **numbers, **budgets, **residuals)
 
 
-def budget(line: Line, key: str) -> dict[str, float]:
-    values = inner(line, key)
+def parse_budget(line: Line, key: str) -> dict[str, float]:
+    values = take_object(line, key)
     energies = {term: values.take(term, is_length, "a number of at least 0") for term in TERMS}
     total = values.take("total", is_length, "a number of at least 0")
     if not math.isclose(sum(energies.values()), total, rel_tol=ROUNDING):
@@ -208,11 +210,11 @@ def budget(line: Line, key: str) -> dict[str, float]:
     return energies
 
 
-def inner(line: Line, key: str) -> Line:
+def take_object(line: Line, key: str) -> Line:
     return Line(f"{line.where}, {key!r}", line.take(key, is_object, "an object"))
 
 
-def items(line: Line, key: str) -> list[Line]:
+def take_objects(line: Line, key: str) -> list[Line]:
     objects = line.take(key, lambda value: is_list(value, is_object), "a list of objects")
     return [Line(f"{line.where}, {key!r} {number}", values) for number, values in enumerate(objects)]
 

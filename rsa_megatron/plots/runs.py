@@ -16,9 +16,14 @@ from rsa_megatron.plots import style
 from rsa_megatron.plots.alignment_records import STAGES, Run
 
 DOT = {"linestyle": "", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.1}
-BEFORE = {"color": style.color(1), "marker": "o", "label": "before, each seed"}
-AFTER = {"color": style.color(0), "marker": "s", "markerfacecolor": style.color(0), "label": "after, each seed"}
-# A line from the mean before, with a mark at the mean after alone: with marks at both ends it would look like an error bar.
+BEFORE = {"color": style.choose_color(1), "marker": "o", "label": "before, each seed"}
+AFTER = {
+    "color": style.choose_color(0),
+    "marker": "s",
+    "markerfacecolor": style.choose_color(0),
+    "label": "after, each seed",
+}
+# A line from the mean before, with a mark only at the mean after: with marks at both ends it would look like an error bar.
 MEAN = {
     "color": "black",
     "linewidth": 1.6,
@@ -49,7 +54,7 @@ def draw_stages(runs: list[Run], *, figure: str = "mutual-knn") -> Figure:
 
 
 def draw_stages_of(axis: Axes, runs: list[Run], figure: str, arms: list[str], stages: list[str]) -> None:
-    """Draw one data set. The arms stand side by side, within 0.6 of the stage's place."""
+    """Draw one data set. The arms are side by side, within 0.6 of the stage's place."""
     width = 0.6 / len(arms)
     for index, arm in enumerate(arms):
         seeds_at = {}
@@ -71,12 +76,12 @@ def draw_stages_of(axis: Axes, runs: list[Run], figure: str, arms: list[str], st
 
 def draw_arm_by_stage(axis: Axes, arm: str, seeds_at: dict[float, list[float]], index: int, beside: float) -> None:
     """Draw seeds_at, {place on the x axis: the seeds' values}: the seeds beside the mean, which would hide them."""
-    marks = {"color": style.color(index), "marker": style.marker(index)}
+    marks = {"color": style.choose_color(index), "marker": style.choose_marker(index)}
     for x, seeds in seeds_at.items():
         if len(seeds) > 1:
             axis.plot([x + beside] * len(seeds), seeds, **DOT | marks)
     means = [statistics.mean(seeds) for seeds in seeds_at.values()]
-    marks |= {"linestyle": style.line_style(index), "markersize": 8, "markeredgecolor": "black"}
+    marks |= {"linestyle": style.choose_line(index), "markersize": 8, "markeredgecolor": "black"}
     axis.plot(list(seeds_at), means, label=arm, **marks)
 
 
@@ -129,22 +134,27 @@ def make_curves(runs: list[Run], figure: str) -> list[dict[int, float]]:
 
 def draw_arm_by_step(axis: Axes, arm: str, curves: list[dict[int, float]], index: int) -> None:
     """Draw an arm's mean over the iterations that all seeds have, their deviation and each seed."""
-    marks = {"color": style.color(index), "linestyle": style.line_style(index)}
+    marks = {"color": style.choose_color(index), "linestyle": style.choose_line(index)}
     iterations = sorted(set.intersection(*map(set, curves)))
     seeds_at = [[curve[iteration] for curve in curves] for iteration in iterations]
     means = [statistics.mean(seeds) for seeds in seeds_at]
     if len(curves) > 1:
         for curve in curves:  # one point has no line to be seen
-            dot = {"marker": style.marker(index), "markersize": 4, "markerfacecolor": "none"} if len(curve) == 1 else {}
+            dot = (
+                {"marker": style.choose_marker(index), "markersize": 4, "markerfacecolor": "none"}
+                if len(curve) == 1
+                else {}
+            )
             axis.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.7, **dot, **marks)
         deviations = [statistics.stdev(seeds) for seeds in seeds_at]
         low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
-        axis.fill_between(iterations, low, high, color=style.color(index), alpha=0.18, linewidth=0)
+        axis.fill_between(iterations, low, high, color=style.choose_color(index), alpha=0.18, linewidth=0)
     # Smaller from arm to arm: of two at one place both are seen.
     size = max(4.5, 7.5 - 1.5 * index)
-    marks |= {"marker": style.marker(index), "markersize": size, "markevery": max(1, len(iterations) // 8)}
+    marks |= {"marker": style.choose_marker(index), "markersize": size, "markevery": max(1, len(iterations) // 8)}
     axis.plot(iterations, means, linewidth=2, label=arm, **marks)
-    style.mark_truncated(axis, "y")
+    for side in "xy":
+        style.mark_truncated(axis, side)
 
 
 def draw_ablation(runs: list[Run], *, figure: str = "mutual-knn", stage: str = "1") -> Figure:
@@ -154,7 +164,7 @@ def draw_ablation(runs: list[Run], *, figure: str = "mutual-knn", stage: str = "
     Raises:
         ValueError: no run of that stage has the figure.
     """
-    began = {(run.data, run.arm, run.seed): run.before[figure] for run in runs if figure in run.before}
+    starts = {(run.data, run.arm, run.seed): run.before[figure] for run in runs if figure in run.before}
     runs = select_measured([run for run in runs if run.stage == stage], figure, f"of stage {stage} ")
     data, arms = style.unique(run.data for run in runs), style.unique(run.arm for run in runs)
     rows, columns = style.arrange(len(data))
@@ -165,13 +175,13 @@ def draw_ablation(runs: list[Run], *, figure: str = "mutual-knn", stage: str = "
         of_data = sorted((run for run in runs if run.data == name), key=lambda run: run.seed)
         for row, arm in enumerate(arms):
             of_arm = [run for run in of_data if run.arm == arm]
-            before = [began[name, arm, run.seed] for run in of_arm if (name, arm, run.seed) in began]
+            before = [starts[name, arm, run.seed] for run in of_arm if (name, arm, run.seed) in starts]
             draw_arm_in_row(axis, row, before, [find_last(run, figure) for run in of_arm])
         write_beside(axis, -0.5, "difference")
         chance = find_chance(of_data, figure)
-        dress_rows(axis, style.axis_label(figure) + (f" (chance {chance:.3f})" if chance else ""))
+        dress_rows(axis, style.label_axis(figure) + (f" (chance {chance:.3f})" if chance else ""))
         axis.set_title(name if len(data) > 1 else None)
-    panels[0, 0].set_yticks(range(len(arms)), [style.wrapped(arm, 30) for arm in arms])
+    panels[0, 0].set_yticks(range(len(arms)), [style.wrap(arm, 30) for arm in arms])
     panels[0, 0].set_ylim(len(arms) - 0.5, -0.5)  # the first arm at the top
     return finish(page, runs, figure, f"before training and after stage {stage}")
 
@@ -266,7 +276,7 @@ def label_values(panels: np.ndarray, figure: str) -> None:
         elif values and min(values) >= 0:
             axis.set_ylim(0, max(axis.get_ylim()[1], 1.08 * max(values)))
     for axis in panels[:, 0]:
-        axis.set_ylabel(style.axis_label(figure) + (" (log scale)" if is_log else ""))
+        axis.set_ylabel(style.label_axis(figure) + (" (log scale)" if is_log else ""))
 
 
 def list_values(axis: Axes) -> list[float]:
@@ -277,9 +287,9 @@ def list_values(axis: Axes) -> list[float]:
 def finish(page: Figure, runs: list[Run], figure: str, when: str) -> Figure:
     """Add a title that says what was measured over what, and a legend for all panels."""
     sizes = {"k": runs[0].k, "N": runs[0].num_samples} if figure == "mutual-knn" else {}
-    details = [f"{name} = {size}" for name, size in sizes.items() if size] + [style.seeds_in_words(list_seeds(runs))]
-    style.title(page, f"{style.name(figure)} {when}", ", ".join(details))
-    style.legend_below(page)
+    details = [f"{name} = {size}" for name, size in sizes.items() if size] + [style.format_seeds(list_seeds(runs))]
+    style.add_title(page, f"{style.name_figure(figure)} {when}", ", ".join(details))
+    style.add_legend_below(page)
     return page
 
 

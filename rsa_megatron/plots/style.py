@@ -1,6 +1,6 @@
 """How the figures of rsa-megatron plot look, and how they are written.
 
-Nothing is said by colour alone: a series has a colour of Okabe and Ito's palette (told apart with any colour vision), and a
+Nothing is shown only by colour: a series has a colour of Okabe and Ito's palette (told apart with any colour vision), and a
 marker, a line style or a hatch beside it, so that a greyscale print says the same. Heat maps have cividis, whose lightness
 rises evenly. Sizes are for a width of 9 inches, shown at 800 pixels on a page: a point is then 1.2 pixels. A linear axis begins
 at 0, or is marked where it does not.
@@ -64,37 +64,37 @@ MAX_COLUMNS = 3
 
 
 def styled():
-    """The context to draw and save in: matplotlib's own defaults and STYLE, whatever the user's matplotlibrc says."""
+    """Open the context to draw and save in: matplotlib's own defaults and STYLE, whatever the user's matplotlibrc says."""
     return matplotlib.style.context(["default", STYLE])
 
 
-def color(index: int) -> str:
+def choose_color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def fill(index: int) -> str:
+def choose_fill(index: int) -> str:
     return FILLS[index % len(FILLS)]
 
 
-def marker(index: int) -> str:
+def choose_marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
-def line_style(index: int):
+def choose_line(index: int):
     return LINES[index % len(LINES)]
 
 
-def hatch(index: int) -> str:
+def choose_hatch(index: int) -> str:
     return HATCHES[index % len(HATCHES)]
 
 
-def name(figure: str) -> str:
-    """A metric, or a figure of a training run, as a title says it."""
+def name_figure(figure: str) -> str:
+    """Name a metric, or a figure of a training run, for a title."""
     return NAMES.get(figure, figure)
 
 
-def axis_label(figure: str) -> str:
-    return name(figure) + (f", {UNITS[figure]}" if figure in UNITS else "")
+def label_axis(figure: str) -> str:
+    return name_figure(figure) + (f", {UNITS[figure]}" if figure in UNITS else "")
 
 
 def arrange(count: int) -> tuple[int, int]:
@@ -125,7 +125,7 @@ def set_log(side) -> None:
 
 
 class AxisBreak(Artist):
-    """Two strokes across an x or y axis near its origin, drawn where the axis is linear and 0 is not in its range."""
+    """Two strokes across an x or y axis near its origin, shown where the axis is linear and 0 is not in its range."""
 
     def __init__(self, side: str):
         super().__init__()
@@ -152,8 +152,8 @@ def mark_truncated(axis: Axes, side: str) -> None:
         axis.add_artist(AxisBreak(side))
 
 
-def seeds_in_words(seeds_of_each: Iterable[list[int]]) -> str:
-    """ "seeds 0, 1, 2", "5 seeds" or, where they differ, "1 to 3 seeds"."""
+def format_seeds(seeds_of_each: Iterable[list[int]]) -> str:
+    """Format "seeds 0, 1, 2", "5 seeds" or, where they differ, "1 to 3 seeds"."""
     different = {tuple(seeds) for seeds in seeds_of_each}
     counts = sorted({len(seeds) for seeds in different})
     if len(counts) > 1:
@@ -164,26 +164,25 @@ def seeds_in_words(seeds_of_each: Iterable[list[int]]) -> str:
 
 
 def unique(values: Iterable) -> list:
-    """In the order of their first appearance."""
+    """List different values in the order of their first appearance."""
     return list(dict.fromkeys(values))
 
 
-def wrapped(text: str, width: int) -> str:
-    """In lines of at most so many characters; a name with hyphens stays whole."""
+def wrap(text: str, width: int) -> str:
+    """Wrap into lines of at most so many characters; a name with hyphens stays whole."""
     return textwrap.fill(text, width, break_on_hyphens=False)
 
 
-def title(figure: Figure, text: str, details: str, top: float | None = None) -> None:
+def add_title(figure: Figure, text: str, details: str, top: float | None = None) -> None:
     """Write over all panels, the details on a line of their own where one line is too short: about 11 characters an inch."""
     width = int(11 * figure.get_figwidth())
     fits = len(f"{text} ({details})") <= width
-    figure.suptitle(
-        f"{text} ({details})" if fits else f"{wrapped(text, width)}\n({details})", **({} if top is None else {"y": top})
-    )
+    line = f"{text} ({details})" if fits else f"{wrap(text, width)}\n({details})"
+    figure.suptitle(line, y=top)
 
 
-def legend_below(figure: Figure) -> None:
-    """One legend under all panels, chance last, in as many columns as fit; the page grows by what its rows need."""
+def add_legend_below(figure: Figure) -> None:
+    """Add one legend under all panels, chance last, in as many columns as fit; the page grows by what its rows need."""
     marks = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
@@ -198,14 +197,14 @@ def legend_below(figure: Figure) -> None:
 def save(figure: Figure, out: Path, kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
     """Write out.png and out.svg, the same bytes for the same figure; a reader sees the old file or the whole new one."""
     stem = str(out.with_suffix("")) if out.suffix in (".png", ".svg") else str(out)
-    contents = {Path(f"{stem}.{kind}"): rendered(figure, kind) for kind in kinds}
+    contents = {Path(f"{stem}.{kind}"): render(figure, kind) for kind in kinds}
     for path, content in contents.items():
         with atomic.new_file(path) as unfinished:
             unfinished.write_bytes(content)
     return list(contents)
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
+def render(figure: Figure, kind: str) -> bytes:
     # Neither the day nor matplotlib's version belongs in a file that is kept under version control.
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     content = BytesIO()

@@ -254,11 +254,11 @@ def test_the_colour_map_rises_in_lightness_all_the_way():
 
 
 def test_twelve_series_differ_without_their_colours():
-    looks = {(style.marker(i), style.line_style(i)) for i in range(12)}
-    assert len(looks) == 12 and len({style.marker(i) for i in range(12)}) == 12
-    assert len({style.hatch(i) for i in range(12)}) == 12
+    looks = {(style.choose_marker(i), style.choose_line(i)) for i in range(12)}
+    assert len(looks) == 12 and len({style.choose_marker(i) for i in range(12)}) == 12
+    assert len({style.choose_hatch(i) for i in range(12)}) == 12
     # The two arms of most figures differ in lightness, too, by a fifth of the way from black to white or more.
-    assert abs(luminance(style.color(0)) - luminance(style.color(1))) > 0.2
+    assert abs(luminance(style.choose_color(0)) - luminance(style.choose_color(1))) > 0.2
 
 
 def overlaps(figure) -> list[tuple[str, str]]:
@@ -303,6 +303,15 @@ def test_no_text_lies_on_another_with_long_names_and_many_arms(write_lines, form
         assert overlaps(figure) == []
         figure.set_size_inches(2, 1)
         assert overlaps(figure) != []  # negative control
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_is_legible_on_a_page_800_pixels_wide(write_lines, form):
+    with style.styled():
+        figure = FORMS[form](write_lines)
+    scale = 800 / (72 * figure.get_figwidth())  # pixels a point
+    found = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    assert min(text.get_fontsize() for text in found) * scale > 8
 
 
 def test_a_long_legend_takes_no_room_from_the_panels(write_lines):
