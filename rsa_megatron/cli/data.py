@@ -8,8 +8,8 @@
 SOURCE: LLaVA's JSON or JSONL, LLaVA-OneVision's YAML of such files, Hugging Face's parquet files (one, or a folder of
 them), or a folder of images with a text file beside each. PATH is a SOURCE, a folder that pack has written, or a mixture.
 
-A sample that cannot be used is left out; DIR/skipped.jsonl says which and why. A run that was killed goes on where it
-was; DIR appears under its name when it is whole. DIR/summary.json and summary.png show what is in it.
+A sample that cannot be used is skipped; DIR/skipped.jsonl lists each with the reason. A run that was killed resumes where
+it stopped; DIR appears under its name when it is complete. DIR/summary.json and summary.png show what is in it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("interrupted; the same command resumes from here")
 
 
 def parse(arguments: list[str] | None):
@@ -60,19 +60,21 @@ def parse(arguments: list[str] | None):
         command.add_argument("source", type=Path, metavar="SOURCE", help="the data: see above")
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument(
-            "--images", type=Path, help="folder that the paths of images are relative to; SOURCE's own folder"
+            "--images", type=Path, help="folder that the paths of images are relative to; default: SOURCE's own"
         )
-        command.add_argument("--rsa", action="store_true", help="its samples of one image take part in the RSA loss")
+        command.add_argument("--rsa", action="store_true", help="samples with one image enter the RSA loss")
         command.add_argument(
-            "--val", default="0.01", help="held out for validation: a part below 1, or a number of samples"
+            "--val", default="0.01", help="held out for validation: a fraction below 1, or a number of samples"
         )
-        command.add_argument("--num-workers", type=int, default=2, help="images that are decoded at the same time")
-        command.add_argument("--seed", type=int, default=0, help="of what is held out, and of sampling_strategy random")
+        command.add_argument("--num-workers", type=int, default=2, help="images decoded in parallel")
         command.add_argument(
-            "--tokenizer", type=Path, help="Hugging Face folder; counts tokens, not words, in the summary"
+            "--seed", type=int, default=0, help="seed of the validation split and of sampling_strategy random"
+        )
+        command.add_argument(
+            "--tokenizer", type=Path, help="Hugging Face folder; the summary then counts tokens, not words"
         )
         if name == "pack":
-            command.add_argument("--shard-size", type=int, default=1000, help="samples of a tar")
+            command.add_argument("--shard-size", type=int, default=1000, help="samples per tar")
     add_show_arguments(commands.add_parser("show", help="show one sample as training sees it"))
     args = parser.parse_args(arguments)
     if args.command != "show" and args.num_workers < 1:
@@ -87,7 +89,7 @@ def make(args) -> None:
     source = open_source(args.source, seed=args.seed)
     image_root = (args.images or source.image_root).resolve()
     if not image_root.is_dir():
-        raise ValueError(f"--images {image_root} is no folder")
+        raise ValueError(f"--images {image_root} is not a folder")
     settings = {
         "command": args.command,
         "source": str(args.source.resolve()),
@@ -101,7 +103,7 @@ def make(args) -> None:
     }
     held_out = choose_held_out(len(source), args.val, args.seed)
     if is_finished(args.out, settings):
-        print(f"{args.out}: there already")
+        print(f"{args.out}: already complete")
         return
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -124,14 +126,14 @@ def make(args) -> None:
     (unfinished / "state.json").unlink()
     unfinished.rename(args.out)
     print(f"{args.out}: {in_words(figures, num_shards)}")
-    print(f"    each that was skipped: {args.out / 'skipped.jsonl'}")
+    print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
     print(f"    train with --data-path {args.out if args.command == 'pack' else args.out / 'mixture.yaml'}")
 
 
 def choose_held_out(num_records: int, val: str, seed: int) -> set[int]:
     """Numbers of the records of the validation part. Those of them that cannot be used are not replaced by others."""
     if not re.fullmatch(r"[0-9]+|0?\.[0-9]+", val):
-        raise ValueError(f"--val {val} is neither a part below 1, as 0.01, nor a number of samples")
+        raise ValueError(f"--val {val} is neither a fraction below 1, such as 0.01, nor a number of samples")
     count = int(val) if val.isdigit() else round(float(val) * num_records)
     if count >= num_records:
         raise ValueError(f"--val {val} leaves nothing of {num_records} samples to train on")
@@ -142,7 +144,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / "summary.json").is_file():
-        raise ValueError(f"--out {folder} is there already, and not written by this command: name another folder")
+        raise ValueError(f"--out {folder} already exists and was not written by this command: name another folder")
     check_settings(folder, json.loads((folder / "summary.json").read_text())["settings"], settings)
     return True
 
@@ -162,7 +164,7 @@ def check_settings(folder: Path, then: dict, now: dict) -> None:
     for name, value in now.items():
         if then.get(name) != value:
             raise ValueError(
-                f"{folder} was begun with {name} {then.get(name)}, this run has {value}: "
+                f"{folder} was started with {name} {then.get(name)}, this run has {value}: "
                 "name another --out, or remove it"
             )
 
@@ -197,7 +199,7 @@ def write(
             part = "val" if record.number in held_out else "train"
             if not packs and any(image.path is None for image in found.images):
                 raise ValueError(
-                    f"{record.place}: its images lie in the file itself, link has nothing to point to: use pack"
+                    f"{record.place}: its images are stored in the file itself, so link has nothing to point to: use pack"
                 )
             figures.add(part, found)
             is_time = outputs[part].write(found if packs else found.as_line())

@@ -68,13 +68,13 @@ def add_arguments(parser) -> None:
         "--fit-fraction",
         type=float,
         default=0.5,
-        help="share of the rows to fit operators on; figures are of the others; default: %(default)s",
+        help="share of the rows to fit operators on; the others are measured; default: %(default)s",
     )
     parser.add_argument(
         "--num-pairs",
         type=int,
         default=2000,
-        help="rows a side for figures of pairs of rows: neighbours, cosines; default: %(default)s",
+        help="rows per side for neighbours and cosines; default: %(default)s",
     )
     parser.add_argument(
         "--methods",
@@ -82,18 +82,18 @@ def add_arguments(parser) -> None:
         choices=METHODS,
         metavar="METHOD",
         default=["none", "mean-shift", "c3", "realign"],
-        help=f"of {', '.join(METHODS)}; none and realign are always there; default: none mean-shift c3 realign",
+        help=f"of {', '.join(METHODS)}; none and realign are always included; default: none mean-shift c3 realign",
     )
     parser.add_argument(
         "--unpaired",
         action="store_true",
-        help="images and texts are no pairs, even where keys or numbers of rows are equal",
+        help="images and texts are not pairs, even where keys or numbers of rows are equal",
     )
     frame = parser.add_mutually_exclusive_group()
     frame.add_argument(
         "--energy", type=float, default=0.99, help="share of the variance in the fixed frame; default: %(default)s"
     )
-    frame.add_argument("--rank", type=int, help="of the fixed frame, in the place of --energy")
+    frame.add_argument("--rank", type=int, help="rank of the fixed frame, instead of --energy")
 
 
 def run(args) -> None:
@@ -118,13 +118,13 @@ def run(args) -> None:
 def measure(images: Embeddings, texts: Embeddings, args) -> dict:
     """The line."""
     if images.width < 3:
-        raise ValueError(f"rows of {images.width} numbers: the page shows three directions and needs three at least")
+        raise ValueError(f"rows of {images.width} numbers: the page needs at least three directions")
     parts = split(images, texts, args.fit_fraction, unpaired=args.unpaired)
     num_sampled = min(args.num_pairs, parts.held_images.num_rows, parts.held_texts.num_rows)
     if num_sampled <= K_OVERLAP:
         raise ValueError(
-            f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows a side, and there are {num_sampled}: "
-            "give more rows, a smaller --fit-fraction or a larger --num-pairs"
+            f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows per side, and there are {num_sampled}: "
+            "pass more rows, a smaller --fit-fraction or a larger --num-pairs"
         )
     fit = [parts.fit_images, parts.fit_texts]
     names = dict.fromkeys(["none", *args.methods, "realign"])
@@ -166,7 +166,7 @@ def measure(images: Embeddings, texts: Embeddings, args) -> dict:
 
 def check(args) -> None:
     if num_ranks() > 1:
-        raise ValueError("report is one process's work: run it without torchrun")
+        raise ValueError("report runs as one process: run it without torchrun")
     if not 0 < args.fit_fraction < 1:
         raise ValueError(f"--fit-fraction {args.fit_fraction:g} must lie between 0 and 1, as some rows are held out")
     if args.num_pairs <= K_OVERLAP:

@@ -93,7 +93,7 @@ def split(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: b
         for name, chosen in zip(("images", "texts"), part):
             if chosen.num_rows < 2:
                 left = f"{chosen.num_rows} {name} to be {what}"
-                raise ValueError(f"--fit-fraction {fraction:g} leaves {left}; two are needed at least")
+                raise ValueError(f"--fit-fraction {fraction:g} leaves {left}; at least two are needed")
     paired = [Rows(source, partner_N & ~fit_N) for source, partner_N, fit_N in zip((images, texts), with_partner, fit)]
     if reason is None and paired[0].num_rows < 2:
         reason = f"{paired[0].num_rows} of {len(pairs[0])} pairs are held out"
@@ -116,10 +116,10 @@ def pairing(images: Embeddings, texts: Embeddings) -> tuple[tuple[list[int], lis
     common = set(images.keys) & set(texts.keys)
     for name, keys in (("images", images.keys), ("texts", texts.keys)):
         if len(set(keys)) < len(keys):
-            return none, f"{len(keys) - len(set(keys))} keys of the {name} come more than once"
+            return none, f"{len(keys) - len(set(keys))} keys of the {name} are duplicates"
     numbers = tuple([number for number, key in enumerate(source.keys) if key in common] for source in (images, texts))
     if not common:
         return none, "images and texts have no key in common"
     if [images.keys[number] for number in numbers[0]] != [texts.keys[number] for number in numbers[1]]:
-        return none, f"the {len(common)} common keys of images and texts come in another order"
+        return none, f"the {len(common)} common keys of images and texts are in a different order"
     return numbers, None

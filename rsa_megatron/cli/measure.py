@@ -9,15 +9,15 @@
     rsa-megatron measure --random --out ...                                  the random baseline
     rsa-megatron measure --features FOLDER FOLDER --out ...                  features stored before
 
-HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, for --vision also a tower for itself
+HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, for --vision also a separate tower
 (SigLIP, CLIP, ViT, DINOv2), for --language any causal language model, or an encoder such as BERT. DATA: Energon shards
 or a mixture of them, COCO's captions .json, a .csv, .tsv or .parquet with captions, a folder of images with a .txt each.
 
-Image and caption go alone through tower and language model; the mean of the image's or caption's tokens is taken after
-every layer. mutual-kNN is averaged over seeds, each of which draws its own --num-samples pairs.
+Image and caption go separately through tower and language model; the mean of the image's or caption's tokens is taken after
+every layer. mutual-kNN is averaged over seeds, each with its own sample of --num-samples pairs.
 
-Features are stored below --store and used again by any run on the same samples; a run that was killed goes on where it
-was. Of each metric a line is written to --out. It takes the place of an earlier one of the same label, data and settings.
+Features are stored below --store and reused by any run on the same samples; a run that was killed resumes where it
+stopped. --out gets one line per metric, which replaces an earlier one of the same label, data and settings.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         fail(f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        fail("interrupted; the same command resumes from here")
 
 
 # Under torchrun, of --checkpoint: the first rank does all but its part of the model, in which the others serve.
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="rsa-megatron measure", description=__doc__, formatter_class=style, allow_abbrev=False)
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("models")
     what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
     what.add_argument(
         "--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder"
@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--projected",
         action="store_true",
-        help="of a checkpoint the images after the projector, one layer in the decoder's space, not the tower's layers",
+        help="of a checkpoint: measure images after the projector, one layer in the decoder's space, not the tower's layers",
     )
     what.add_argument(
         "--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model"
@@ -106,7 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="HF",
         action="append",
         default=[],
-        help="a language model, or that of a vision-language model; captions are cut where its positions end",
+        help="a language model, or that of a vision-language model; captions are truncated to its maximum length",
     )
     what.add_argument(
         "--features", metavar="FOLDER", type=Path, nargs=2, help="two folders below --store: rows and columns"
@@ -117,33 +117,47 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--text-reading",
         choices=TEXT_READINGS,
         default=TEXT_READINGS[0],
-        help="multimodal: the caption after its image in one pass. It has seen the image through attention, and "
-        "shares neighbours with it for free: 0.7 was seen where the caption alone gives 0.05",
+        help="multimodal: the caption after its image in one pass. It attends to the image and so "
+        "shares its neighbours: 0.7 was measured where caption-alone gives 0.05",
     )
-    data = parser.add_argument_group("on what")
+    data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs: see above")
     data.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder that the paths of images are relative to; DATA's own"
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that the paths of images are relative to; default: DATA's own",
     )
-    data.add_argument("--split", default="val", help="part of shards, and of tables with a column `split`")
-    data.add_argument("--language-code", default="en", help="of tables with a column `language`")
-    data.add_argument("--num-samples", type=int, default=1000, help="pairs of each seed")
-    data.add_argument("--seeds", type=int, default=3, help="how many draws of pairs; seeds 0, 1, ...")
-    how = parser.add_argument_group("how")
-    how.add_argument("--k", type=int, default=10, help="neighbours")
+    data.add_argument("--split", default="val", help="split of shards, and of tables with a column `split`")
+    data.add_argument("--language-code", default="en", help="language to select in tables with a column `language`")
+    data.add_argument("--num-samples", type=int, default=1000, help="pairs per seed")
+    data.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds (0, 1, ...), each with its own sample of pairs"
+    )
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--k", type=int, default=10, help="number of neighbours")
     how.add_argument(
         "--metrics", nargs="+", choices=METRICS, default=[MUTUAL_KNN], metavar="NAME", help=f"of {', '.join(METRICS)}"
     )
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; means are float32")
-    how.add_argument("--batch-size", type=int, default=32, help="images or captions that go through a model together")
+    how.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
+    )
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and arithmetic; means are float32"
+    )
+    how.add_argument("--batch-size", type=int, default=32, help="images or captions per forward pass")
     how.add_argument("--num-workers", type=int, default=2, help="threads that open images")
-    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="features are kept below it")
-    how.add_argument("--store-dtype", choices=STORE_DTYPES, default="float32", help="float16 takes half the room")
-    names = parser.add_argument_group("the result")
-    names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a line a metric")
-    names.add_argument("--label", help="name in tables and figures; the model's")
-    names.add_argument("--data-name", help="name of the data there; DATA's own")
+    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="folder for stored features")
+    how.add_argument(
+        "--store-dtype",
+        choices=STORE_DTYPES,
+        default="float32",
+        help="dtype of stored features; float16 takes half the space",
+    )
+    names = parser.add_argument_group("output")
+    names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="one line per metric")
+    names.add_argument("--label", help="name in tables and figures; default: the model's")
+    names.add_argument("--data-name", help="name of the data in them; default: DATA's own")
     args, args.megatron_flags = parser.parse_known_args(arguments)
     check(args)
     return args
@@ -158,21 +172,23 @@ def check(args: argparse.Namespace) -> None:
         "vision and --language"
     ] * bool(sides)
     if args.projected and not args.checkpoint:
-        fail_once("--projected is of a --checkpoint, whose projector it reads")
+        fail_once("--projected needs a --checkpoint, whose projector it reads")
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
         fail_once(
             f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}"
         )
     if sides not in (0, 2):
-        fail_once(f"--vision and --language name two backbones between them, not {sides}")
+        fail_once(f"--vision and --language must name two backbones in total, not {sides}")
     needs_data = bool(args.model or args.checkpoint or sides)
     if needs_data != bool(args.data):
         fail_once(
-            "--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}"
+            "--data is needed: image-caption pairs"
+            if needs_data
+            else f"--data needs models; it cannot be used with --{given[0]}"
         )
     if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
-        fail_once(f"--text-reading {args.text_reading} needs a language model that is read")
+        fail_once(f"--text-reading {args.text_reading} needs --model or --language")
     for name in ("num_samples", "seeds", "k", "batch_size", "num_workers"):
         if getattr(args, name) < 1:
             fail_once(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -225,15 +241,15 @@ def report_left_out(rows: FeatureStore, columns: FeatureStore) -> None:
     reasons = {key: reason for store in (rows, columns) for key, reason in store.left_out.items()}
     say_left_out(reasons)
     if reasons:
-        print(f"left out: to try these again, remove {rows.folder} and {columns.folder}", file=sys.stderr)
+        print(f"skipped: to retry these, remove {rows.folder} and {columns.folder}", file=sys.stderr)
 
 
 def say_left_out(reasons: dict[str, str]) -> None:
     """Samples and why they are left out; of many the first and how many more."""
     for key, reason in [*reasons.items()][:_NAMED]:
-        print(f"left out: {key}: {reason}", file=sys.stderr)
+        print(f"skipped: {key}: {reason}", file=sys.stderr)
     if len(reasons) > _NAMED:
-        print(f"left out: {len(reasons) - _NAMED} more", file=sys.stderr)
+        print(f"skipped: {len(reasons) - _NAMED} more", file=sys.stderr)
 
 
 def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
@@ -284,8 +300,8 @@ def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
         both = model(args.model)
         if not both.is_vision_language:
             raise ValueError(
-                f"--model {args.model}: model_type {both.model_type} is not supported: {', '.join(VISION_LANGUAGE)} "
-                "are; separate models are named with --vision and --language"
+                f"--model {args.model}: model_type {both.model_type} is not supported; supported: "
+                f"{', '.join(VISION_LANGUAGE)}; name separate models with --vision and --language"
             )
         return [VisionBackbone(both), text_backbone(both, args.text_reading)]
     towers = [VisionBackbone(model(name)) for name in args.vision]

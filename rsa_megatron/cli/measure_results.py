@@ -104,9 +104,7 @@ def table(lines: list[dict]) -> str:
     first = lines[0]
     seeds = ", ".join(map(str, first["seeds"]))
     what = f"{first['label']}, {first['rows']} x {first['columns']} layers, on {first['data']}: {first['num_samples']} pairs"
-    what += f", seeds {seeds}, k = {first['k']}" + (
-        f", {first['left_out']} pairs left out" if first["left_out"] else ""
-    )
+    what += f", seeds {seeds}, k = {first['k']}" + (f", {first['left_out']} pairs skipped" if first["left_out"] else "")
     what += ", each caption read AFTER ITS IMAGE" if first["text_reading"] == "multimodal" else ""
     header = ["metric", "best pair", "score", "last pair", "score", "chance"]
     body = [

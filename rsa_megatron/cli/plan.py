@@ -47,38 +47,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="rsa-megatron plan", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="architecture, or a Hugging Face folder")
     parser.add_argument("--stage", required=True, help=f"training stage: {', '.join(STAGES)}")
-    parser.add_argument("--gpus", type=int, required=True, help="how many, in all")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="of one, GiB (default: 80)")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs in total")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="memory of one GPU, GiB (default: 80)")
     parser.add_argument(
         "--reserved",
         type=float,
         default=6,
-        help="of it, GiB for the CUDA context, NCCL and the allocator's losses (default: 6)",
+        help="GiB of it for the CUDA context, NCCL and fragmentation (default: 6)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="the most for tensor parallelism (default: 8)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="limits tensor parallelism (default: 8)")
     parser.add_argument("--global-batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--seq-length", type=int, help="default: the recipe's")
-    parser.add_argument("--most-tiles", type=int, help="of one sample; default: of the recipe's largest grid")
+    parser.add_argument("--most-tiles", type=int, help="most tiles of one sample; default: the recipe's largest grid")
     parser.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
         default="transformer_engine",
-        help="local: plain layers, which keep more of each MLP",
+        help="local: Megatron's local layers, which store more of each MLP",
     )
     parser.add_argument(
-        "--gpu-tflops", type=float, default=989, help="of bf16 products at best (default: 989, an H100's)"
-    )
-    parser.add_argument("--utilisation", type=float, default=0.4, help="which part of it is reached (default: 0.4)")
-    parser.add_argument(
-        "--node-bandwidth", type=float, default=300, help="of a GPU within its node, GB/s (default: 300)"
+        "--gpu-tflops", type=float, default=989, help="peak bf16 rate of one GPU (default: 989, an H100's)"
     )
     parser.add_argument(
-        "--network-bandwidth", type=float, default=40, help="of a GPU to other nodes, GB/s (default: 40)"
+        "--utilisation", type=float, default=0.4, help="fraction of the peak that is reached (default: 0.4)"
+    )
+    parser.add_argument(
+        "--node-bandwidth", type=float, default=300, help="GB/s of a GPU within its node (default: 300)"
+    )
+    parser.add_argument(
+        "--network-bandwidth", type=float, default=40, help="GB/s of a GPU to other nodes (default: 40)"
     )
     parser.add_argument("--mean-length", type=float, help="positions of an average sample; default: the stage's")
     parser.add_argument("--mean-tiles", type=float, help="tiles of an average sample; default: the stage's")
-    parser.add_argument("--show", type=int, default=10, help="how many layouts to print (default: 10)")
-    parser.add_argument("--show-refused", action="store_true", help="print each layout that was refused, and why")
+    parser.add_argument("--show", type=int, default=10, help="number of layouts to print (default: 10)")
+    parser.add_argument("--show-refused", action="store_true", help="print each rejected layout with the reason")
     return parser.parse_args(argv)
 
 
@@ -104,7 +106,7 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
             or (value == 0 and name in may_be_0)
         ):
             continue
-        raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+        raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0")
     run = Run(
         architecture,
         tuple(settings["trainable"]),
@@ -144,12 +146,12 @@ def why_none(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
     if too_large:
         nearest = too_large[0]
         return (
-            f"nothing fits into {args.gpu_memory:g} GiB less {args.reserved:g} reserved; the nearest is "
-            f"{describe(nearest.layout)}, which needs {nearest.total / GIB:.1f}: take larger GPUs or a smaller --seq-length"
+            f"no layout fits into {args.gpu_memory:g} GiB less {args.reserved:g} reserved; the smallest is "
+            f"{describe(nearest.layout)}, which needs {nearest.total / GIB:.1f}: use larger GPUs or a smaller --seq-length"
         )
     return (
-        f"--gpus {args.gpus} goes with no layout of {args.model} and a global batch of {args.global_batch_size}; "
-        f"--gpus {nearest_number_of_gpus(run, cluster)} does, or name another --global-batch-size"
+        f"--gpus {args.gpus} matches no layout of {args.model} with a global batch of {args.global_batch_size}; "
+        f"--gpus {nearest_number_of_gpus(run, cluster)} does, or pass another --global-batch-size"
     )
 
 
@@ -176,19 +178,17 @@ def flags_of(layout: Layout, args) -> str:
 
 def print_assumptions(run: Run, assumed: Assumptions, args) -> None:
     said = ", ".join(f"{field.name.replace('_', ' ')} {getattr(assumed, field.name):g}" for field in fields(assumed))
-    print(f"{args.model}, stage {args.stage}, bf16, {args.transformer_impl}; learns: {', '.join(run.trainable)}")
+    print(f"{args.model}, stage {args.stage}, bf16, {args.transformer_impl}; trained: {', '.join(run.trainable)}")
     print(f"{args.gpus} GPUs of {args.gpu_memory:g} GiB, {args.reserved:g} of them reserved")
-    print(f"memory: every row {run.row_length} positions, every sample {run.num_tiles} tile(s)")
-    print(f"time: {said}; under PP every row is filled up to {run.row_length}")
-    print(
-        "Nothing of this has been measured at this size: memory is arithmetic that small runs with plain layers bear out"
-    )
-    print("to 10 %, time is those assumptions' and no more. N: pairs that one RSA kernel compares, micro-batch x DP.\n")
+    print(f"memory: every sequence {run.row_length} positions, every sample {run.num_tiles} tile(s)")
+    print(f"time: {said}; under PP every sequence is padded to {run.row_length}")
+    print("None of this has been measured at this size: memory estimates agree with small runs on local layers")
+    print("to 10 %, times follow from the assumptions. N: pairs that one RSA kernel compares, micro-batch x DP.\n")
 
 
 def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: Run, args) -> None:
     print(
-        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s a step':>10}"
+        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s/step':>10}"
     )
     for plan in fitting[: args.show]:
         one = plan.layout
@@ -198,7 +198,7 @@ def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: R
             f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
             f"{plan.total / GIB:>5.0f}{num_pairs:>7}{two_digits(plan.seconds):>10}"
         )
-    print(f"\n{len(fitting)} layouts fit, {len(refused)} are refused")
+    print(f"\n{len(fitting)} layouts fit, {len(refused)} are rejected")
     for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in refused).most_common():
         print(f"{count:>6}  {reason}")
     for layout, reason in refused if args.show_refused else ():
@@ -206,10 +206,10 @@ def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: R
 
 
 def print_best(best: Plan, args) -> None:
-    print(f"\nthe first of them, GiB by part, on pipeline stage {best.stage}:")
+    print(f"\nmemory of the fastest layout in GiB, on pipeline stage {best.stage}:")
     for part, num_bytes in best.memory.items():
         print(f"    {part:<16}{num_bytes / GIB:>7.2f}")
-    print(f"    {'all':<16}{best.total / GIB:>7.2f}\n\n{flags_of(best.layout, args)}")
+    print(f"    {'total':<16}{best.total / GIB:>7.2f}\n\n{flags_of(best.layout, args)}")
 
 
 def two_digits(number: float) -> str:

@@ -29,18 +29,18 @@ _OF_METHOD = {"sigma": "c3", "steps": "realign"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the operator is written")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write the operator to")
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="realign",
-        help="the paper's operator, realign (the default), or what it is compared with",
+        help="the paper's operator, realign (the default), or a baseline",
     )
     parser.add_argument(
-        "--sigma", type=float, help="of c3: standard deviation of the noise in each coordinate; default: 0.04"
+        "--sigma", type=float, help="for c3: standard deviation of the noise in each coordinate; default: 0.04"
     )
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, help="of realign: the steps to take, in this order; default: all"
+        "--steps", nargs="+", choices=STEPS, help="for realign: the steps to take, in this order; default: all"
     )
     add_source_arguments(parser)
 
@@ -66,7 +66,7 @@ def method_options(args: argparse.Namespace) -> dict:
     options = {name: getattr(args, name) for name in _OF_METHOD if getattr(args, name) is not None}
     for name in options:
         if args.method != _OF_METHOD[name]:
-            raise ValueError(f"--{name} is an option of --method {_OF_METHOD[name]}; leave it out with {args.method}")
+            raise ValueError(f"--{name} is an option of --method {_OF_METHOD[name]}; omit it with {args.method}")
     return options
 
 
@@ -115,9 +115,9 @@ def report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddin
         f"images: {operator.num_images} of {images.description}; trace of the covariance {operator.image_trace:.6f}",
         f"texts:  {operator.num_texts} of {texts.description}; trace of the covariance {operator.text_trace:.6f}",
         f"method {operator.method}; {scale_in_words(operator)}",
-        "distance of the means of images and texts, on the rows that were fitted on:",
+        "distance between the means of images and texts, on the rows used for fitting:",
         *(f"    {name:32} {gap:.6g}" for name, gap in gaps.items()),
-        f"on {n} other images and texts chance alone leaves about sqrt((Tx + Ty) / n) = {floor:.6g}",
+        f"for {n} other images and texts expect about sqrt((Tx + Ty) / n) = {floor:.6g} by chance",
     ]
     return "\n".join(lines)
 
@@ -126,7 +126,7 @@ def scale_in_words(operator: EmbeddingOperator) -> str:
     """s, also of a method that has none: near 1, the trace step would do nothing."""
     is_realign = isinstance(operator, ReAlign)
     if operator.text_trace <= NO_SPREAD:
-        return "all texts are equal" + (f", s = {operator.scale:.6g} comes from epsilon alone" if is_realign else "")
+        return "all texts are equal" + (f", s = {operator.scale:.6g} comes only from epsilon" if is_realign else "")
     if is_realign:
         return f"s = {operator.scale:.6f}"
-    return f"s = {math.sqrt(operator.image_trace / operator.text_trace):.6f} of the traces, not used"
+    return f"s = {math.sqrt(operator.image_trace / operator.text_trace):.6f} from the traces, not used"

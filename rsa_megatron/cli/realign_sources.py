@@ -29,18 +29,16 @@ Found = TypeVar("Found")
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags by which `sources` finds the images' and the texts' embeddings."""
-    given = parser.add_argument_group("embeddings that are there")
+    given = parser.add_argument_group("existing embeddings")
     given.add_argument(
         "--images", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]"
     )
-    given.add_argument("--texts", metavar="SOURCE", help="the same, of texts; the two sets need not pair up")
-    data = parser.add_argument_group("or those of an encoder")
+    given.add_argument("--texts", metavar="SOURCE", help="the same for texts; the two sets need not pair up")
+    data = parser.add_argument_group("or an encoder and data")
     add_encoder_arguments(data)
+    data.add_argument("--text-data", type=Path, metavar="DATA", help="data to take the texts from; default: --data")
     data.add_argument(
-        "--text-data", type=Path, metavar="DATA", help="texts of other data than the images; default: those of --data"
-    )
-    data.add_argument(
-        "--split", default="train", help="part of shards, and of tables with a column `split`; default: %(default)s"
+        "--split", default="train", help="split of shards, and of tables with a column `split`; default: %(default)s"
     )
     add_embedding_arguments(parser)
 
@@ -54,7 +52,7 @@ def add_encoder_arguments(group) -> None:
         metavar="DATA",
         help="image-caption pairs: Energon shards, .json, .jsonl, .yaml, "
         ".parquet, or a folder of images with texts; for texts also LLaVA's records without images, "
-        "or a .txt of a caption a line",
+        "or a .txt with one caption per line",
     )
     group.add_argument(
         "--image-folder",
@@ -62,24 +60,28 @@ def add_encoder_arguments(group) -> None:
         metavar="DIR",
         help="folder that the paths of images are relative to; default: DATA's own",
     )
-    group.add_argument("--language-code", default="en", help="of tables with a column `language`; default: %(default)s")
-    group.add_argument("--num-samples", type=int, help="so many of each part of the data; default: all of it")
+    group.add_argument(
+        "--language-code",
+        default="en",
+        help="language to select in tables with a column `language`; default: %(default)s",
+    )
+    group.add_argument("--num-samples", type=int, help="samples per split; default: all")
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say how an encoder runs."""
-    how = parser.add_argument_group("how it embeds")
+    how = parser.add_argument_group("embedding")
     how.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
     )
     how.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; default: %(default)s"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and arithmetic; default: %(default)s"
     )
     how.add_argument(
         "--batch-size",
         type=int,
         default=32,
-        help="images or captions that go through the encoder together; default: %(default)s",
+        help="images or captions per forward pass; default: %(default)s",
     )
     how.add_argument("--num-workers", type=int, default=2, help="threads that open images; default: %(default)s")
     how.add_argument(
@@ -87,13 +89,13 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("features"),
         metavar="DIR",
-        help="embeddings are kept below it; default: %(default)s",
+        help="folder for stored embeddings; default: %(default)s",
     )
     how.add_argument(
         "--store-dtype",
         choices=STORE_DTYPES,
         default="float32",
-        help="of the embeddings that are kept; float16 takes half the room; default: %(default)s",
+        help="dtype of stored embeddings; float16 takes half the space; default: %(default)s",
     )
 
 
@@ -103,7 +105,7 @@ def check_sources(args: argparse.Namespace) -> None:
     if there == embedded or there != bool(args.images and args.texts) or embedded != bool(args.encoder and args.data):
         raise ValueError("name two sets of embeddings, --images and --texts, or an --encoder and its --data")
     if there and args.num_samples is not None:
-        raise ValueError("--num-samples goes with --encoder; of embeddings that are there all are read")
+        raise ValueError("--num-samples needs --encoder; existing embeddings are read whole")
     check_numbers(args)
 
 
@@ -136,9 +138,7 @@ def check_sides(embeddings: Embeddings, side: str, flag: str) -> None:
     """Raises ValueError for features that say they are of the other side; a file's rows say nothing."""
     found = embeddings.about.get("side", side)
     if found != side:
-        raise ValueError(
-            f"{flag} {embeddings.description}: these are of the side {found}; images and texts are the other way round"
-        )
+        raise ValueError(f"{flag} {embeddings.description}: these are of the side {found}; swap --images and --texts")
 
 
 def check_widths(images: Embeddings, texts: Embeddings) -> None:
@@ -146,7 +146,7 @@ def check_widths(images: Embeddings, texts: Embeddings) -> None:
     if images.width != texts.width:
         raise ValueError(
             f"{images.description} has {images.width} numbers a row and {texts.description} has {texts.width}: texts can be "
-            "moved onto images within one space alone; embed both with a dual encoder (--encoder: CLIP, SigLIP), or take "
+            "moved onto images only within one space; embed both with a dual encoder (--encoder: CLIP, SigLIP), or take "
             "both after a layer that projects them to one width"
         )
 
@@ -167,7 +167,7 @@ def drawn(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, images
     source = {"language": args.language_code, "images": str(images and images.resolve())}
     chosen = draw(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
     if pairs.left_out:
-        print(f"left out: of {data}, part {split}: {in_words(pairs.left_out)}", file=sys.stderr)
+        print(f"skipped: of {data}, split {split}: {in_words(pairs.left_out)}", file=sys.stderr)
     return chosen
 
 
@@ -180,8 +180,8 @@ def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
     say_left_out(store.left_out)
     if embedder.num_cut:
         print(
-            f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads; what it does not read is not in "
-            "their embeddings, and texts that begin alike may have equal ones",
+            f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads and were truncated; "
+            "texts with the same beginning may have equal embeddings",
             file=sys.stderr,
         )
     return store

@@ -64,33 +64,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--operator",
         type=Path,
         metavar="FOLDER",
-        help="that `fit` has written; moves texts, needed for them; images stay as they are",
+        help="written by `fit`; required for texts, not used for images",
     )
     parser.add_argument(
-        "--out-dtype", choices=_DTYPES, default="float32", help="of what is written; default: %(default)s"
+        "--out-dtype", choices=_DTYPES, default="float32", help="dtype of the output; default: %(default)s"
     )
-    there = parser.add_argument_group("embeddings that are there")
+    there = parser.add_argument_group("existing embeddings")
     there.add_argument(
         "--texts", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]"
     )
-    there.add_argument("--images", metavar="SOURCE", help="the same, of images, for shards of --data")
+    there.add_argument("--images", metavar="SOURCE", help="the same for images, for shards of --data")
     there.add_argument(
-        "--keys", type=Path, metavar="FILE", help="an id a line for each row: a sample of --data takes that of its id"
+        "--keys", type=Path, metavar="FILE", help="one id per line and row; a sample of --data takes the row of its id"
     )
-    data = parser.add_argument_group("or those of an encoder, and the data to write")
+    data = parser.add_argument_group("or an encoder, and the data to write")
     add_encoder_arguments(data)
     data.add_argument(
-        "--side", choices=("text", "image"), help="of the encoder: its embedding stands for the image of a sample"
+        "--side", choices=("text", "image"), help="which embedding of the encoder replaces a sample's image"
     )
     data.add_argument(
         "--rsa",
         action="store_true",
-        help="samples written take part in the RSA loss; not for shards, which say it themselves",
+        help="written samples enter the RSA loss; not for shards, which specify it themselves",
     )
     data.add_argument(
-        "--val", help="held out of data that has no parts: a part below 1, or a number of samples; default: 0.01"
+        "--val",
+        help="validation split of data without splits: a fraction below 1, or a number of samples; default: 0.01",
     )
-    data.add_argument("--shard-size", type=int, default=1000, help="samples of a tar; default: %(default)s")
+    data.add_argument("--shard-size", type=int, default=1000, help="samples per tar; default: %(default)s")
     add_embedding_arguments(parser)
 
 
@@ -106,22 +107,20 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     if num_ranks() > 1:
-        raise ValueError("transform runs as one process; leave out torchrun")
+        raise ValueError("transform runs as one process: run it without torchrun")
     side = side_of(args)
     if args.encoder and not args.data:
         raise ValueError("--encoder needs --data: what it embeds, and what is written")
     if side == "image" and args.operator:
-        raise ValueError("--operator moves texts alone; images stay as they are: leave it out with images")
+        raise ValueError("--operator moves only texts; images are unchanged: omit it with images")
     if side == "text" and not args.operator:
-        raise ValueError("--operator is needed for texts; for texts as they are fit one with --method none")
+        raise ValueError("--operator is needed for texts; to leave texts unchanged fit one with --method none")
     if side == "image" and not args.data:
         raise ValueError(
-            "--images without --data: images stay as they are, there is nothing to write; name the --data of shards"
+            "--images without --data: images are unchanged, so there is nothing to write; name the --data of shards"
         )
     if args.keys and (args.encoder or not args.data):
-        raise ValueError(
-            "--keys goes with --texts or --images and --data: it says which sample of the data a row is of"
-        )
+        raise ValueError("--keys needs --texts or --images and --data: it maps rows to samples of the data")
     if not args.data and args.out.suffix != ".npy":
         raise ValueError(f"--out {args.out}: name an .npy for rows, or --data for shards")
     if args.shard_size < 1:
@@ -137,7 +136,7 @@ def side_of(args: argparse.Namespace) -> str:
         found = f", not --{' and --'.join(given)}" if given else ""
         raise ValueError(f"name one of --encoder, --texts and --images{found}")
     if bool(args.encoder) != bool(args.side):
-        raise ValueError("--encoder and --side go together: --side text or --side image says what is embedded")
+        raise ValueError("--encoder needs --side text or --side image, and --side needs --encoder")
     return args.side or given[0].removesuffix("s")
 
 
@@ -175,7 +174,7 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     said = ", ".join(f"{count} samples for {part}" for part, count in counts.items())
     print(f"{args.out}: {said}; embeddings of {what}, {rows.sources[0].width} numbers each")
     if left_out:
-        print(f"    left out: {in_words(left_out)}")
+        print(f"    skipped: {in_words(left_out)}")
     stage = "--stage revision" if operator else "--image-positions N"
     print(f"    train with {stage} --data-path {args.out} --image-embedding-width {rows.sources[0].width}")
 
@@ -189,7 +188,7 @@ def draws(args: argparse.Namespace) -> dict[str, Drawn]:
             )
         if args.rsa or args.val:
             raise ValueError(
-                f"--rsa and --val: {args.data} says itself which samples take part and are held out; leave them out"
+                f"--rsa and --val: {args.data} itself specifies its RSA samples and validation split; omit them"
             )
     parts = parts_of(args.data) if is_prepared(args.data) else ["train"]
     options = {"language": args.language_code}
@@ -218,9 +217,7 @@ def given(args: argparse.Namespace) -> KeyedRows:
     if args.keys:
         keys = args.keys.read_text(encoding="utf-8").splitlines()
     elif source.keys is None:
-        raise ValueError(
-            f"{source.description} does not say which sample a row is of: name a file of an id a line, --keys FILE"
-        )
+        raise ValueError(f"{source.description} does not map its rows to samples: pass --keys FILE, one id per line")
     else:
         keys = source.keys
     return KeyedRows(keys, [source])

@@ -36,13 +36,15 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
     parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--part", choices=["train", "val"], default="train", help="of shards or a mixture")
-    parser.add_argument("--images", type=Path, help="folder that a SOURCE's paths of images are relative to; its own")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling_strategy random, as for pack")
-    parser.add_argument("--stage", choices=list(STAGES), default="1", help="as this stage's recipe has it")
-    parser.add_argument("--template", choices=conversation.TEMPLATES, help="in the place of the stage's")
-    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="in the place of the stage's")
-    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="in the place of the stage's")
+    parser.add_argument("--part", choices=["train", "val"], default="train", help="split of shards or a mixture")
+    parser.add_argument(
+        "--images", type=Path, help="folder that a SOURCE's paths of images are relative to; default: its own"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling_strategy random, as for pack")
+    parser.add_argument("--stage", choices=list(STAGES), default="1", help="use the settings of this stage's recipe")
+    parser.add_argument("--template", choices=conversation.TEMPLATES, help="instead of the stage's")
+    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="instead of the stage's")
+    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="instead of the stage's")
     parser.add_argument("--image-size", type=int, default=_MODEL.vision.image_size, help="side of a tile, pixels")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
 
@@ -74,14 +76,12 @@ def show(args) -> None:
     print(marked(tokenizer, text, colour=sys.stdout.isatty()))
     num_positions = len(text.tokens) - len(images) + num_image_tokens
     print(
-        f"\n«learnt» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are learnt and "
-        f"{sum(text.is_caption)} the caption's; {num_positions} with the images' own"
+        f"\n«target» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are targets and "
+        f"{sum(text.is_caption)} the caption's; {num_positions} with the image tokens"
     )
     if num_positions > settings["seq_length"]:
-        print(
-            f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit"
-        )
-    takes_part = "yes, it takes part" if prepared else "yes, if it is packed or linked with --rsa"
+        print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is truncated")
+    takes_part = "yes" if prepared else "yes, if it is packed or linked with --rsa"
     if settings.get("rsa_weight") == 0:
         takes_part = f"no, stage {args.stage} trains without it"
     print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
@@ -108,7 +108,7 @@ def image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEm
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not folder.is_dir():
-        raise ValueError(f"--tokenizer {folder} is no folder; name one with a Hugging Face tokenizer")
+        raise ValueError(f"--tokenizer {folder} is not a folder; name one with a Hugging Face tokenizer")
     from transformers import AutoTokenizer
 
     try:
@@ -137,7 +137,7 @@ def stored_sample(args) -> StoredSample:
         if num_samples == args.index:
             return sample
         num_samples += 1
-    raise ValueError(f"--index {args.index}: {args.path} has {num_samples} samples in its part {args.part}")
+    raise ValueError(f"--index {args.index}: {args.path} has {num_samples} samples in its split {args.part}")
 
 
 def source_sample(args) -> StoredSample:
@@ -184,7 +184,7 @@ def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText,
 def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
     """What keeps it out of the RSA loss; None if nothing does."""
     if not (sample.__subflavors__ or {}).get("rsa"):
-        return "no, its data set has no subflavor rsa: true"
+        return "no, its dataset has no subflavor rsa: true"
     if num_images != 1:
         return f"no, it has {num_images} images, not one"
     return None if any(text.is_caption) else "no, it has no caption"
@@ -194,7 +194,7 @@ def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
     if layout.positions:
         return f"image as an embedding: {len(image)} numbers, of length {image.norm():.4g}, in {layout.positions} position(s)"
     grid = (
-        f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " alone"
+        f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " only"
     )
     return f"image of {image.width} x {image.height} pixels: a base tile{grid}"
 

@@ -123,8 +123,8 @@ class TextEmbedder:
         end = self._model.config.text_config.eos_token_id
         if end != _END_TOKEN_UNTOLD and end not in self._tokens("a")["input_ids"]:
             raise ValueError(
-                f"{self._model.name}: its embedding of a text is the state of token {end}, with which its tokenizer ends "
-                "no text; save it with a tokenizer that adds that token"
+                f"{self._model.name}: its embedding of a text is the state of token {end}, which its tokenizer does "
+                "not append; save it with a tokenizer that adds that token"
             )
 
 

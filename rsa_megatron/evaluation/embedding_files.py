@@ -88,7 +88,7 @@ class Embeddings:
         kinds = ", ".join(f"{len(rows)} {kind} ({self._named(rows)})" for kind, rows in bad.items() if rows)
         raise ValueError(
             f"{self.description}: {sum(map(len, bad.values()))} of {self.num_rows} embeddings have no direction: {kinds}; "
-            "leave them out, or embed them again"
+            "remove them, or embed them again"
         )
 
     def _named(self, rows: list[int]) -> str:
@@ -124,14 +124,14 @@ def open_embeddings(source: str | Path) -> Embeddings:
     if path.is_dir() or path.with_name(path.name + ".unfinished").is_dir():
         return of_store(FeatureStore.open(path), name)
     if not path.is_file():
-        raise ValueError(f"{path} is not there; {_FORMS}")
+        raise ValueError(f"{path} not found; {_FORMS}")
     if path.suffix == ".npy":
         if name is not None:
-            raise ValueError(f"{source}: an .npy holds one array; leave out :{name}")
+            raise ValueError(f"{source}: an .npy holds one array; omit :{name}")
         return _npy(path)
     if path.suffix == ".safetensors":
         return _safetensors(path, name)
-    raise ValueError(f"{path} is none of the forms that are read; {_FORMS}")
+    raise ValueError(f"{path} has an unsupported format; {_FORMS}")
 
 
 def of_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
@@ -166,7 +166,7 @@ def _npy(path: Path) -> Embeddings:
         x_ND = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path} cannot be read as numpy's array of numbers: {error}; write it with numpy.save"
+            f"{path} cannot be read as a numpy array of numbers: {error}; write it with numpy.save"
         ) from error
     if x_ND.dtype.kind != "f" or x_ND.dtype.itemsize > 8:
         raise ValueError(f"{path} holds {x_ND.dtype}: save it as float32, float16 or float64")
@@ -213,7 +213,7 @@ def _of_file(path: Path, name: str | None, shape: tuple[int, ...], read: Callabl
     description = f"{path}, tensor {name}" if name else str(path)
     if len(shape) != 2 or not all(shape):
         raise ValueError(
-            f"{description} has the shape {list(shape)}: it must be rows of embeddings, [N, D], at least one"
+            f"{description} has the shape {list(shape)}: it must be at least one row of embeddings, [N, D]"
         )
     return Embeddings(
         description, rows=range(shape[0]), width=shape[1], keys=None, about={"file": path.name}, read=read

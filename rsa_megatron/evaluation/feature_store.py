@@ -86,11 +86,9 @@ class FeatureStore:
         """
         folder = Path(folder)
         if not folder.exists() and _unfinished(folder).exists():
-            raise ValueError(f"{_unfinished(folder)} is not finished: run the command that makes it once more")
+            raise ValueError(f"{_unfinished(folder)} is not finished: rerun the command that writes it")
         if not (folder / _MANIFEST).is_file():
-            raise ValueError(
-                f"{folder} holds no features ({_MANIFEST} is missing); name a folder that they were stored in"
-            )
+            raise ValueError(f"{folder} holds no features ({_MANIFEST} is missing); name a folder of stored features")
         store = cls(folder, _read_manifest(folder), final=None)
         if store.num_done != len(store.manifest["keys"]):
             total = len(store.manifest["keys"])
@@ -147,7 +145,7 @@ class FeatureStore:
         """The features of one layer, [N, D], float32, in the order of `keys`; no other layer is read."""
         assert name in self.layers, name
         if not self.keys:
-            raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was left out")
+            raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
         x_ND = None
         row = 0
         for part, size in self._parts:
@@ -167,7 +165,7 @@ class FeatureStore:
             if size:
                 with safe_open(part, "pt") as file:
                     return file.get_slice(name).get_shape()[1]
-        raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was left out")
+        raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """The features of one layer for the pairs from `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
@@ -200,7 +198,7 @@ def _contents(part: Path) -> tuple[list[str], dict[str, str]]:
 def _stored(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
     stored_nD = rows_nD.to("cpu", dtype).contiguous()
     if not rows_nD.isfinite().all():
-        raise ValueError(f"layer {name} gives a feature that is no finite number; with --dtype bfloat16, try float32")
+        raise ValueError(f"layer {name} gives a feature that is not finite; with --dtype bfloat16, try float32")
     if not stored_nD.isfinite().all():
         largest = rows_nD.abs().max().item()
         raise ValueError(

@@ -158,7 +158,7 @@ class HFModel:
         )
         missing = sorted(name for name in loaded["missing_keys"] if not any(part in name for part in unused))
         if missing:
-            raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, {missing[0]} for one")
+            raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, such as {missing[0]}")
         return model
 
     def _for_inference(self, model: "PreTrainedModel") -> "PreTrainedModel":
@@ -169,7 +169,7 @@ class HFModel:
         """One of the library tokenizers. Raises ValueError where it is none."""
         if not self.any_tokenizer.is_fast:
             raise ValueError(
-                f"{self.name}: its tokenizer is none of the library tokenizers (tokenizer.json); save it as one"
+                f"{self.name}: its tokenizer is not one of the library tokenizers (tokenizer.json); save it as one"
             )
         return self.any_tokenizer
 
@@ -180,7 +180,7 @@ class HFModel:
         if not tokenizer.get_vocab().keys() - set(
             tokenizer.all_special_tokens
         ):  # what transformers makes of no file at all
-            raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of the model it comes from")
+            raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of its base model")
         return tokenizer
 
     @cached_property
@@ -198,16 +198,16 @@ class HFModel:
         import transformers
 
         if not Path(self.name).is_dir() and (Path(self.name).is_absolute() or self.name.startswith(".")):
-            raise ValueError(f"{self.name} is no folder")
+            raise ValueError(f"{self.name} is not a folder")
         if hasattr(self, "config"):  # of the same commit, should the name move meanwhile
             options["revision"] = getattr(self.config, "_commit_hash", None)
         try:
             return getattr(transformers, auto_class).from_pretrained(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
-            raise ValueError(f"{self.name}: {what} cannot be had{self._where()}: {_one_line(error)}") from error
+            raise ValueError(f"{self.name}: {what} cannot be loaded{self._where()}: {_one_line(error)}") from error
 
     def _where(self) -> str:
-        return "" if Path(self.name).is_dir() else " from the hub (there is no folder of that name)"
+        return "" if Path(self.name).is_dir() else " from the hub (no folder of that name)"
 
     def _layers(self, module: Module, count: int) -> ModuleList:
         for child in module.modules():

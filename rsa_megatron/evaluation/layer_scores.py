@@ -168,4 +168,4 @@ def _any_metric(scores_SRC, rows, columns, metric, k, samples, device, each) -> 
                 raise ValueError(f"--metrics {metric}, layers {row_name} and {column_name}: {error}") from error
             scores_SRC[:, row, column] = torch.tensor(found, dtype=torch.float64)
             if not scores_SRC[:, row, column].isfinite().all():
-                raise ValueError(f"--metrics {metric}, layers {row_name} and {column_name}: it has no value there")
+                raise ValueError(f"--metrics {metric}, layers {row_name} and {column_name}: it has no finite value")

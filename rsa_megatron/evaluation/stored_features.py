@@ -64,7 +64,7 @@ def stored_features(
     manifest = backbone.identity | {"side": backbone.side, "layers": backbone.layers, "store_dtype": store_dtype}
     store = FeatureStore.create(folder / _store_name(backbone, drawn), manifest | drawn.manifest)
     if store.finished:
-        print(f"{store.folder}: there already", file=sys.stderr)
+        print(f"{store.folder}: already complete", file=sys.stderr)
     extract(backbone, drawn.pairs, store, batch_size=batch_size, num_workers=num_workers)
     return store
 

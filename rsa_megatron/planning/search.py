@@ -93,7 +93,7 @@ def refusal(run: Run, layout: Layout, cluster: Cluster) -> str | None:
     if run.architecture.decoder.num_layers % pipeline:
         return "PP does not divide the decoder's layers"
     if layout.sequence_parallel and run.row_length % tensor:
-        return "TP does not divide --seq-length, as sequence parallelism asks"
+        return "TP does not divide --seq-length, as sequence parallelism requires"
     if cluster.global_batch_size % (layout.micro_batch_size * layout.data):
         return "micro-batch x DP does not divide the global batch"
     return None

@@ -95,7 +95,7 @@ class C3(EmbeddingOperator):
                 paper does not say what it takes. The code of C3's authors takes sqrt(0.016) = 0.126 at D = 512, which is 2.9.
         """
         if not 0 <= sigma < float("inf"):
-            raise ValueError(f"sigma is a standard deviation, 0 or above, and is {sigma}")
+            raise ValueError(f"sigma={sigma} must be a standard deviation, 0 or above")
         _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields, sigma=sigma, seed=seed)
 
@@ -165,7 +165,7 @@ class BlockwiseCovariance(EmbeddingOperator):
             shrinkage: a in (1 - a) S + a (tr S / R) I of each block's covariances S. The paper names shrinkage and gives no a.
         """
         if not 0 <= shrinkage <= 1:
-            raise ValueError(f"shrinkage is a share, between 0 and 1, and is {shrinkage}")
+            raise ValueError(f"shrinkage={shrinkage} must be a share, between 0 and 1")
         passes = dict(group=group, progress=progress)
         image, text, fields = cls._moments(image_embeddings, text_embeddings, **passes, about=about, with_scatter=True)
         image_DD, text_DD = image.covariance_DD, text.covariance_DD
@@ -228,5 +228,5 @@ def load_operator(folder: str | Path) -> EmbeddingOperator:
     """
     method = read_manifest(folder)["method"]
     if method not in METHODS:
-        raise ValueError(f"{folder} holds an operator of method {method!r}, which is none of {', '.join(METHODS)}")
+        raise ValueError(f"{folder} holds an operator of method {method!r}, which is not one of {', '.join(METHODS)}")
     return METHODS[method].load(folder)

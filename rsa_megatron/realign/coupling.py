@@ -37,7 +37,7 @@ def coupling(delta_NR: Tensor, zeta_NC: Tensor, ridge: float = RIDGE) -> Couplin
         ValueError: when rows do not pair up, either is zero throughout, or ridge is not above 0.
     """
     if len(delta_NR) != len(zeta_NC):
-        raise ValueError(f"rows of delta and zeta must pair up: there are {len(delta_NR)} and {len(zeta_NC)}")
+        raise ValueError(f"rows of delta and zeta must pair up, not {len(delta_NR)} and {len(zeta_NC)}")
     delta_NR, zeta_NC = delta_NR.double(), zeta_NC.double()
     if not delta_NR.any() or not zeta_NC.any():
         raise ValueError("delta or zeta is zero in every row: there is nothing to couple")

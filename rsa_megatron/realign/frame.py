@@ -75,5 +75,5 @@ class Frame:
         """Raise ValueError unless the frame is one of this space."""
         if len(x_D) != len(self.axes_DD):
             raise ValueError(
-                f"the frame has width {len(self.axes_DD)} and the embeddings {len(x_D)}: take a frame of the same encoder"
+                f"the frame has width {len(self.axes_DD)} and the embeddings {len(x_D)}: use a frame of the same encoder"
             )

@@ -56,7 +56,7 @@ def mixing_rate(x_ND: Tensor, y_MD: Tensor, k: int = 20) -> float:
     _check_rows(y_MD, "the second rows")
     if x_ND.shape[1] != y_MD.shape[1]:
         widths = f"{x_ND.shape[1]} and {y_MD.shape[1]}"
-        raise ValueError(f"rows of width {widths} have no neighbours in common: take both from one pair of encoders")
+        raise ValueError(f"rows of width {widths} cannot be compared: take both from one pair of encoders")
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     near_Nk = nearest_neighbours(torch.cat([x_ND.to(dtype), y_MD.to(dtype)]), k)
     of_second_Nk = near_Nk >= len(x_ND)
@@ -96,7 +96,7 @@ def js_divergence(count_B: Tensor, other_B: Tensor) -> float:
     """
     if count_B.shape != other_B.shape or not (count_B.sum() > 0 and other_B.sum() > 0):
         shapes = f"{tuple(count_B.shape)} and {tuple(other_B.shape)}"
-        raise ValueError(f"two histograms compare that have the same bins and at least one count: got {shapes}")
+        raise ValueError(f"histograms must have the same bins and at least one count: got {shapes}")
     p_B, q_B = (count.double() / count.sum() for count in (count_B, other_B))
     # As sums of p log2(p / m): each term is exactly 0 for equal histograms, which a difference of entropies is not.
     m_B = (p_B + q_B) / 2
@@ -145,7 +145,7 @@ def _pair_cosines(x_ND: Tensor, name: str) -> Iterator[Tensor]:
     """The cosines of all pairs i < j, [P] in float64, a block of them after the other."""
     _check_rows(x_ND, name)
     if len(x_ND) < 2:
-        raise ValueError(f"{name}: a pair needs two rows, there is {len(x_ND)}")
+        raise ValueError(f"{name}: a pair needs two rows, got {len(x_ND)}")
     blocks = slices(len(x_ND), _BLOCK_ROWS)
     for number, i in enumerate(blocks):
         u_bD = unit_rows(x_ND[i].double())
@@ -161,4 +161,4 @@ def _check_rows(x_ND: Tensor, name: str) -> None:
         zero = zero_N.nonzero()[:, 0].tolist()
         numbers = ", ".join(map(str, zero[:5])) + (", ..." if len(zero) > 5 else "")
         what = f"{len(zero)} of {len(zero_N)} rows are zero and have no direction"
-        raise ValueError(f"{name}: {what} ({numbers}); leave them out")
+        raise ValueError(f"{name}: {what} ({numbers}); remove them")

@@ -102,7 +102,7 @@ def moments(
 
     total = merged_over_ranks(read, name, group)
     if total.num_rows < 2:
-        raise ValueError(f"{name}: a mean and a variance need at least 2 rows, and there are {total.num_rows}")
+        raise ValueError(f"{name}: a mean and a variance need at least 2 rows, got {total.num_rows}")
     return total
 
 
@@ -133,7 +133,7 @@ def mean_of(
     if total.num_rows != num_rows:
         raise ValueError(
             f"{name}: the first pass read {num_rows} rows, the next one {total.num_rows}; pass a tensor, a list, or an object "
-            "that begins anew each time it is iterated over"
+            "that starts from the beginning each time it is iterated over"
         )
     return total.mean_D
 
@@ -178,4 +178,4 @@ def _check_ranks(parts: list[tuple[Moments, str]], name: str, failure: Exception
     width_of = {rank: len(part.mean_D) for rank, (part, _) in enumerate(parts) if part.num_rows}
     if len(set(width_of.values())) > 1:
         texts = ", ".join(f"{width} on rank {rank}" for rank, width in width_of.items())
-        raise ValueError(f"{name}: embeddings of a set have one width, but it is {texts}")
+        raise ValueError(f"{name}: embeddings of a set must have one width, not {texts}")

@@ -100,7 +100,7 @@ class EmbeddingOperator(ABC):
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is there already: name another folder, or remove it")
+            raise ValueError(f"{folder} already exists: name another folder, or remove it")
         with atomic.new_folder(folder) as unfinished:
             tensors = {name: x.cpu().contiguous() for name, x in self._tensors().items()}
             save_file(tensors, unfinished / f"{self.method}.safetensors")
@@ -126,7 +126,7 @@ class EmbeddingOperator(ABC):
             operator = cls(**tensors, **numbers)
         except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(
-                f"{path} and {MANIFEST} beside it are no operator of this version ({error}): fit it again"
+                f"{path} and its {MANIFEST} are not an operator of this version ({error}): fit it again"
             ) from error
         operator._check(path)
         return operator
@@ -145,7 +145,7 @@ class EmbeddingOperator(ABC):
         """Of images and texts, and the fields that all operators have."""
         about = dict(about or {})
         if not all(isinstance(text, str) for item in about.items() for text in item):
-            raise ValueError(f"about holds names and what they are as strings, and is {about}")
+            raise ValueError(f"about must map strings to strings, not {about}")
         passes = dict(group=group, progress=progress, with_scatter=with_scatter)
         image = moments(image_embeddings, "image embeddings", **passes)
         text = moments(text_embeddings, "text embeddings", **passes)
@@ -196,6 +196,6 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads(path.read_text())
         manifest["method"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "it is not there" if isinstance(error, FileNotFoundError) else repr(error)
-        raise ValueError(f"{path} cannot be read ({reason}): name a folder that an operator was saved in") from error
+        reason = "not found" if isinstance(error, FileNotFoundError) else repr(error)
+        raise ValueError(f"{path} cannot be read ({reason}): name a folder of a saved operator") from error
     return manifest

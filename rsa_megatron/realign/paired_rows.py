@@ -39,7 +39,7 @@ def unit_pairs(image_ND: Embeddings, text_ND: Embeddings) -> Iterator[tuple[Tens
             raise ValueError(f"{name}: {wrong}, with their partners")
     if counts[0] != counts[1] or counts[0] < 2:
         raise ValueError(
-            f"there are {counts[0]} {NAMES[0]} and {counts[1]} {NAMES[1]}: they must pair up row by row, two of each at least"
+            f"there are {counts[0]} {NAMES[0]} and {counts[1]} {NAMES[1]}: they must pair up row by row, at least two of each"
         )
 
 

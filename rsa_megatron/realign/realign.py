@@ -81,10 +81,10 @@ class ReAlign(EmbeddingOperator):
         steps = tuple(steps)
         if steps != tuple(step for step in STEPS if step in steps):
             raise ValueError(
-                f"steps are some of {', '.join(STEPS)}, in this order, and not {', '.join(map(str, steps))}"
+                f"steps must be some of {', '.join(STEPS)}, in this order, not {', '.join(map(str, steps))}"
             )
         if not (epsilon >= 0 and math.isfinite(epsilon)):
-            raise ValueError(f"epsilon must be 0 or a small positive number, and is {epsilon}")
+            raise ValueError(f"epsilon must be 0 or a small positive number, not {epsilon}")
         _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         scale = trace_scale(fields["image_trace"], fields["text_trace"], epsilon) if "trace" in steps else 1.0
         fields |= dict(scale=scale, epsilon=epsilon, steps=steps)
@@ -136,7 +136,7 @@ def trace_scale(image_trace: float, text_trace: float, epsilon: float) -> float:
     """
     if image_trace <= NO_SPREAD:
         raise ValueError(
-            "all image embeddings are equal: texts scaled to their spread would all be equal, too; fit on other images"
+            "all image embeddings are equal: texts scaled to their spread would be equal, too; fit on other images"
         )
     if not text_trace + epsilon > 0:
         raise ValueError(

@@ -44,7 +44,7 @@ class RowFaults:
         if not self.counts:
             return ""
         found = ", ".join(f"{count} {kind} ({_named(self.rows[kind], count)})" for kind, count in self.counts.items())
-        return f"of {num_rows} rows {found}: they have no direction; leave them out"
+        return f"of {num_rows} rows {found}: they have no direction; remove them"
 
 
 def _named(rows: list[int], count: int) -> str:
@@ -92,14 +92,16 @@ def unit_blocks(pieces: Iterable[Tensor], faults: RowFaults) -> Iterator[Tensor]
 def _check_piece(piece_ND, row: int, width: int | None) -> None:
     if not isinstance(piece_ND, Tensor):
         raise ValueError(
-            f"embeddings come as tensors [N, D], but from row {row} on there is a {type(piece_ND).__name__}"
+            f"embeddings must be tensors [N, D], but from row {row} on there is a {type(piece_ND).__name__}"
         )
     if piece_ND.ndim != 2 or not piece_ND.is_floating_point() or not piece_ND.shape[1]:
         what = f"{str(piece_ND.dtype).removeprefix('torch.')} {list(piece_ND.shape)}"
-        raise ValueError(f"embeddings are rows [N, D] of floating point numbers, but from row {row} on they are {what}")
+        raise ValueError(
+            f"embeddings must be rows [N, D] of floating-point numbers, but from row {row} on they are {what}"
+        )
     if width not in (None, piece_ND.shape[1]):
         raise ValueError(
-            f"embeddings of a set have one width, but it is {width} before row {row} and {piece_ND.shape[1]} from there on"
+            f"embeddings of a set must have one width, but it is {width} before row {row} and {piece_ND.shape[1]} from there on"
         )
 
 

@@ -97,7 +97,7 @@ def test_float16_is_rounded_and_refuses_what_it_cannot_hold(tmp_path):
     assert not torch.equal(store.layer("2"), expected)
     for value, message in (
         (7e4, "a feature of 7e[+]04, too large for torch.float16: pass --store-dtype float32"),
-        (float("nan"), "no finite number"),
+        (float("nan"), "a feature that is not finite"),
     ):
         large = FeatureStore.create(tmp_path / f"{value}", manifest(chosen, store_dtype="float16"))
         features = {name: torch.full((3, WIDTHS[name]), 1.0) for name in LAYERS}
@@ -124,7 +124,7 @@ def test_where_nothing_can_be_used_nothing_is_stored(tmp_path):
     assert len(fill(tmp_path / "something", pairs(25, broken=range(9, 25))).keys) == 9
     store = FeatureStore.create(tmp_path / "by hand", manifest(pairs(1)))
     store.append([], {}, {"key 0": "broken"})
-    with pytest.raises(ValueError, match="each of its 1 pairs was left out"):
+    with pytest.raises(ValueError, match="each of its 1 pairs was skipped"):
         store.layer("0")
 
 
@@ -171,7 +171,7 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_part(tmp_path):
     store.append([pair.key for pair in chosen[:10]], backbone.features(range(10)))
     (store.folder / "part-00001.safetensors.unfinished").write_bytes(b"half a part")
     del store
-    with pytest.raises(ValueError, match="store.unfinished is not finished: run the command that makes it once more"):
+    with pytest.raises(ValueError, match="store.unfinished is not finished: rerun the command that writes it"):
         FeatureStore.open(tmp_path / "store")
     fill(tmp_path / "store", chosen)
     assert files(tmp_path / "store") == files(tmp_path / "whole")

@@ -144,7 +144,7 @@ def test_every_other_format_is_packed_with_its_bytes(tmp_path, capsys):
     linked = tmp_path / "from-yaml" / "mixture.yaml"
     actual = contents(linked, "train") | contents(linked, "val")
     assert actual == {f"{n}": ([data[n]], told[n]) for n in (3, 4, 5)}
-    with pytest.raises(SystemExit, match="d.parquet, row 0: its images lie in the file itself.*use pack"):
+    with pytest.raises(SystemExit, match="d.parquet, row 0: its images are stored in the file itself.*use pack"):
         run("link", tmp_path / "d.parquet", tmp_path / "no")
 
 
@@ -269,19 +269,19 @@ def test_what_is_finished_stays_and_other_settings_are_refused(tmp_path, capsys)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
     run("link", source, tmp_path / "out", *flags)
-    assert "out: there already" in capsys.readouterr().out
+    assert "out: already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    with pytest.raises(SystemExit, match="out was begun with rsa False, this run has True: name another --out"):
+    with pytest.raises(SystemExit, match="out was started with rsa False, this run has True: name another --out"):
         run("link", source, tmp_path / "out", *flags, "--rsa")
     (tmp_path / "out").rename(tmp_path / "begun.unfinished")
     (tmp_path / "begun.unfinished" / "state.json").write_text(
         json.dumps({"settings": json.loads((tmp_path / "begun.unfinished" / "summary.json").read_text())["settings"]})
     )
-    with pytest.raises(SystemExit, match="begun.unfinished was begun with val 0, this run has 2"):
+    with pytest.raises(SystemExit, match="begun.unfinished was started with val 0, this run has 2"):
         run("link", source, tmp_path / "begun", *flags[:2], "--val", 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("!")
-    with pytest.raises(SystemExit, match="mine is there already, and not written by this command"):
+    with pytest.raises(SystemExit, match="mine already exists and was not written by this command"):
         run("link", source, tmp_path / "mine", *flags)
 
 
@@ -291,8 +291,8 @@ def test_what_is_finished_stays_and_other_settings_are_refused(tmp_path, capsys)
         (["--val", "1.5"], "--val 1.5 is neither"),
         (["--val", "-1"], "--val -1 is neither"),
         (["--val", "6"], "--val 6 leaves nothing of 6 samples"),
-        (["--images", "nowhere"], "--images .*nowhere is no folder"),
-        (["--tokenizer", "nowhere"], "--tokenizer nowhere is no folder"),
+        (["--images", "nowhere"], "--images .*nowhere is not a folder"),
+        (["--tokenizer", "nowhere"], "--tokenizer nowhere is not a folder"),
         ([], r"no sample for training can be used \(\d missing image"),
     ],
 )
@@ -317,7 +317,7 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
     for path, rsa in (
         (tmp_path / "d.jsonl", "no, stage 2 trains without it"),
         (tmp_path / "packed", "no, stage 2 trains without it"),
-        (tmp_path / "linked" / "mixture.yaml", "no, its data set has no subflavor rsa: true"),
+        (tmp_path / "linked" / "mixture.yaml", "no, its dataset has no subflavor rsa: true"),
     ):
         capsys.readouterr()
         data_command.main([*map(str, ["show", path, *show, "--stage", "2", "--label-style", "answer_only"])])
@@ -330,10 +330,10 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
         (tmp_path / "sample.png").unlink()
     data_command.main([*map(str, ["show", tmp_path / "packed", *show])])
     said = capsys.readouterr().out
-    assert "<image>«‹A red boat.›↵\n»" in said and "RSA: yes, it takes part" in said
+    assert "<image>«‹A red boat.›↵\n»" in said and "RSA: yes\n" in said
     data_command.main([*map(str, ["show", tmp_path / "d.jsonl", *show])])
     assert "RSA: yes, if it is packed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--index 7: .*packed has 3 samples in its part train"):
+    with pytest.raises(SystemExit, match="--index 7: .*packed has 3 samples in its split train"):
         data_command.main([*map(str, ["show", tmp_path / "packed", *show, "--index", 7])])
     with pytest.raises(SystemExit, match="--index 3: .*d.jsonl has 3 samples"):
         data_command.main([*map(str, ["show", tmp_path / "d.jsonl", *show, "--index", 3])])
@@ -350,7 +350,7 @@ def test_show_says_what_an_embedding_is(demo, tmp_path, capsys):
     )
     assert not (tmp_path / "sample.png").exists()
     data_command.main([*map(str, ["show", shards, *show, "--stage", "1"])])  # of the same sample the pixels
-    assert "image of 112 x 112 pixels: a base tile alone" in capsys.readouterr().out
+    assert "image of 112 x 112 pixels: a base tile only" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"sample 0 has no embedding \(.npy\), which stage revision reads"):
         data_command.main([*map(str, ["show", demo / "data" / "captions", *show, "--stage", "revision"])])
 

@@ -91,9 +91,9 @@ def test_what_it_prints_and_in_how_little_time_to_load(capsys):
     # PP of 7: 224 = 2^5 x 7 ranks, and DP must divide a batch of 256 = 2^8.
     assert len(re.findall(r"^ +\d+ +(?:7|14|28) +\d+ .*\d$", printed, flags=re.MULTILINE)) == 3
     parts = dict(re.findall(r"^    (\w[\w ]*?) +([\d.]+)$", printed, flags=re.MULTILINE))
-    total = float(parts.pop("all"))
+    total = float(parts.pop("total"))
     assert sum(map(float, parts.values())) == pytest.approx(total, abs=0.05) and total < 74
-    assert "Nothing of this has been measured at this size" in printed
+    assert "None of this has been measured at this size" in printed
     code = "import sys; from rsa_megatron.cli import plan; print([m for m in ('megatron', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -102,7 +102,7 @@ def test_what_it_prints_and_in_how_little_time_to_load(capsys):
 def test_refused_layouts_are_counted_and_printed(capsys):
     assert plan_command.main("--model demo --stage 1 --gpus 8 --show-refused".split()) == 0
     printed = capsys.readouterr().out
-    counted = int(re.search(r"(\d+) are refused", printed)[1])
+    counted = int(re.search(r"(\d+) are rejected", printed)[1])
     by_reason = re.findall(r"^ +(\d+)  (.*)$", printed, flags=re.MULTILINE)
     by_reason = [(int(count), reason) for count, reason in by_reason if reason.startswith(("TP", "PP", "micro"))]
     assert counted == sum(count for count, _ in by_reason) == printed.count(", recompute none: ")
@@ -116,8 +116,8 @@ def test_refused_layouts_are_counted_and_printed(capsys):
         ("--model demo --stage 1 --gpus 0", "--gpus 0"),
         ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
         ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
-        ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or name another --global-batch-size"),
-        ("--model llava-ov-7b --stage 2 --gpus 1", "the nearest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
+        ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or pass another --global-batch-size"),
+        ("--model llava-ov-7b --stage 2 --gpus 1", "the smallest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, flags, said):

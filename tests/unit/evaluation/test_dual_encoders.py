@@ -163,7 +163,7 @@ def test_what_has_no_embeddings_is_refused(folders, tmp_path):
         (copy / path.name).write_bytes(path.read_bytes())
     content = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
-    with pytest.raises(ValueError, match="its tokenizer ends no text"):
+    with pytest.raises(ValueError, match="which its tokenizer does not append"):
         TextEmbedder(open_model(copy))
     content = json.loads((folders["siglip"] / "config.json").read_text())
     content["vision_config"]["vision_use_head"] = False

@@ -120,7 +120,7 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
     monkeypatch.setattr(embedding_files, "_PIECE_BYTES", 4 * 4 * 6)
     numpy.save(tmp_path / "x.npy", bad(rows()).numpy())
     kinds = r"1 hold NaN \(row 4\), 2 hold infinity \(row 20, row 21\), 1 are zero \(row 7\);"
-    with pytest.raises(ValueError, match=rf"x.npy: 4 of 23 embeddings have no direction: {kinds} leave them out"):
+    with pytest.raises(ValueError, match=rf"x.npy: 4 of 23 embeddings have no direction: {kinds} remove them"):
         list(open_embeddings(tmp_path / "x.npy"))
     of_share = r"2 of 12 embeddings have no direction: 2 hold infinity \(row 20, row 21\);"  # by the file's numbers
     with pytest.raises(ValueError, match=of_share):
@@ -130,7 +130,7 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
     keys = store(tmp_path / "made", x_ND)
     with pytest.raises(
         ValueError,
-        match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); leave them out",
+        match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); remove them",
     ):
         list(open_embeddings(f"{tmp_path / 'made'}:0"))
     for name, factor in (("short", 1e-30), ("long", 1e30)):  # squares beyond float32 are no fault
@@ -141,14 +141,18 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "make, spec, said",
     [
-        (lambda f: None, "none.npy", "none.npy is not there; name a folder of stored features"),
-        (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt is none of the forms"),
-        (lambda f: (f / "x.npy").write_bytes(b"no array"), "x.npy", "x.npy cannot be read as numpy's array of numbers"),
+        (lambda f: None, "none.npy", "none.npy not found; name a folder of stored features"),
+        (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt has an unsupported format"),
+        (lambda f: (f / "x.npy").write_bytes(b"no array"), "x.npy", "x.npy cannot be read as a numpy array of numbers"),
         (lambda f: numpy.save(f / "x.npy", numpy.array([{}]), allow_pickle=True), "x.npy", "Python objects in dtype"),
         (lambda f: numpy.save(f / "x.npy", numpy.ones((3, 2), int)), "x.npy", "x.npy holds int64: save it as float32"),
-        (lambda f: numpy.save(f / "x.npy", numpy.ones(3)), "x.npy", r"x.npy has the shape \[3\]: it must be rows"),
+        (
+            lambda f: numpy.save(f / "x.npy", numpy.ones(3)),
+            "x.npy",
+            r"x.npy has the shape \[3\]: it must be at least one row",
+        ),
         (lambda f: numpy.save(f / "x.npy", numpy.ones((0, 3))), "x.npy", r"x.npy has the shape \[0, 3\]"),
-        (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; leave out :a"),
+        (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; omit :a"),
         (
             lambda f: save_file({"a": rows(), "b": rows()}, f / "x.safetensors"),
             "x.safetensors",

@@ -184,11 +184,11 @@ def test_the_revision_of_a_folder_is_what_is_in_it(folders, tmp_path):
 def test_what_cannot_be_measured_is_refused_in_one_line(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"nowhere.* its config.json cannot be had from the hub \(there is no folder"
+        ValueError, match=r"nowhere.* its config.json cannot be loaded from the hub \(no folder"
     ) as error:
         open_model("nobody/nowhere")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         open_model(tmp_path / "missing")
     bert = open_model(tiny_backbones.bert(tmp_path / "bert"))
     with pytest.raises(
@@ -203,7 +203,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(folders, tmp_path, monke
     ):
         TextBackbone(vit)
     folder = copy(folders["qwen2_5_vl"], tmp_path / "unknown", model_type="nothing")
-    with pytest.raises(ValueError, match="unknown: its config.json cannot be had: .*nothing") as error:
+    with pytest.raises(ValueError, match="unknown: its config.json cannot be loaded: .*nothing") as error:
         open_model(folder)
     assert "\n" not in str(error.value)
 

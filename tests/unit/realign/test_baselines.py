@@ -53,7 +53,7 @@ def test_an_operator_of_no_method_is_told(tmp_path):
     manifest = tmp_path / "operator" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("mean-shift", "mean-shaft"))
     with pytest.raises(
-        ValueError, match="method 'mean-shaft', which is none of none, mean-shift, c3, blockwise, realign"
+        ValueError, match="method 'mean-shaft', which is not one of none, mean-shift, c3, blockwise, realign"
     ):
         load_operator(tmp_path / "operator")
 
@@ -82,7 +82,7 @@ def test_c3_is_mean_shift_with_noise():
     noisy = C3.fit(x, y).transform(y)  # sigma 0.04
     # Noise of length 0.04 sqrt(24) = 0.2 on rows of length near 1.
     assert 0.1 < (noisy - shifted).norm(dim=1).mean() < 0.3
-    with pytest.raises(ValueError, match="sigma is a standard deviation"):
+    with pytest.raises(ValueError, match="must be a standard deviation"):
         C3.fit(x, y, sigma=-1)
 
 
@@ -146,5 +146,5 @@ def test_blockwise_is_its_formula_and_takes_whole_frames_and_flat_texts():
     assert BlockwiseCovariance.fit(x, y, energy=1.0).rank == 24
     flat = texts() * (torch.arange(24) < 20)  # four directions without any variance: the inverse leaves them out
     assert BlockwiseCovariance.fit(x, flat, shrinkage=0.0).transform(flat).isfinite().all()
-    with pytest.raises(ValueError, match="shrinkage is a share"):
+    with pytest.raises(ValueError, match="must be a share"):
         BlockwiseCovariance.fit(x, y, shrinkage=2)

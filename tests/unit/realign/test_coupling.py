@@ -50,7 +50,7 @@ def test_the_coupling_is_the_formula():
 
 def test_couplings_that_cannot_be():
     delta_NR, rest_NC, _ = residuals(50)
-    with pytest.raises(ValueError, match="rows of delta and zeta must pair up: there are 50 and 49"):
+    with pytest.raises(ValueError, match="rows of delta and zeta must pair up, not 50 and 49"):
         coupling(delta_NR, rest_NC[:49])
     with pytest.raises(ValueError, match="delta or zeta is zero in every row"):
         coupling(delta_NR, rest_NC * 0)

@@ -271,7 +271,7 @@ def test_rows_must_pair_up_and_have_a_direction(name):
     ]
     with pytest.raises(ValueError, match="there are 400 image embeddings and 90 text embeddings: they must pair up"):
         function(image_ND.split(64), text_ND[:90])
-    with pytest.raises(ValueError, match="there are 1 image embeddings and 1 text embeddings: .* two of each at least"):
+    with pytest.raises(ValueError, match="there are 1 image embeddings and 1 text embeddings: .* at least two of each"):
         function(image_ND[:1], text_ND[:1])
     with pytest.raises(ValueError, match="there are 0 image embeddings and 400 text embeddings: they must pair up"):
         function(image_ND[:0], text_ND)
@@ -281,7 +281,7 @@ def test_rows_must_pair_up_and_have_a_direction(name):
         function(image_ND, with_row(text_ND, 5, math.nan))
     with pytest.raises(ValueError, match="image embeddings have width 24 and text embeddings 20"):
         function(image_ND, text_ND[:, :20])
-    with pytest.raises(ValueError, match="text embeddings: embeddings of a set have one width"):
+    with pytest.raises(ValueError, match="text embeddings: embeddings of a set must have one width"):
         function(image_ND, [text_ND[:100], text_ND[100:, :20]])
 
 
@@ -301,6 +301,6 @@ def test_frames_that_cannot_be():
 def test_a_frame_of_another_space():
     for function in (decompose, term_moments):
         with pytest.raises(
-            ValueError, match="the frame has width 24 and the embeddings 20: take a frame of the same encoder"
+            ValueError, match="the frame has width 24 and the embeddings 20: use a frame of the same encoder"
         ):
             function(Frame.of(*pairs()), *pairs(width=20))

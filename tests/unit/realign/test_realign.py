@@ -401,5 +401,5 @@ def test_the_centroid_is_corrected_once(sets, fitted, of_sets):
 
 @pytest.mark.parametrize("steps", [("trace", "anchor"), ("anchor", "anchor"), ("centre",)])
 def test_steps_are_the_papers_and_in_its_order(steps):
-    with pytest.raises(ValueError, match="steps are some of anchor, trace, centroid, in this order"):
+    with pytest.raises(ValueError, match="steps must be some of anchor, trace, centroid, in this order"):
         ReAlign.fit(images(10), texts(10), steps=steps)

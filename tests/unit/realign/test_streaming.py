@@ -193,9 +193,9 @@ def test_saved_and_loaded_bits_are_the_same(tmp_path):
         {"encoder": "CLIP", "data": "Bunny"},
     ]
     assert torch.equal(loaded.transform(texts()), operator.transform(texts()))
-    with pytest.raises(ValueError, match="operator is there already: name another folder, or remove it"):
+    with pytest.raises(ValueError, match="operator already exists: name another folder, or remove it"):
         operator.save(tmp_path / "out" / "operator")
-    with pytest.raises(ValueError, match="about holds names and what they are as strings"):
+    with pytest.raises(ValueError, match="about must map strings to strings"):
         ReAlign.fit(images(), texts(), about={"rows": 3})
 
 
@@ -242,9 +242,9 @@ def spoil(folder, kind):
         ("no manifest", "manifest.json cannot be read"),
         ("cut manifest", "manifest.json cannot be read"),
         ("other method", "holds an operator of method 'c3', not 'realign'"),
-        ("unknown number", "are no operator of this version .*shift.*: fit it again"),
-        ("cut tensors", "are no operator of this version"),
-        ("no tensors", "are no operator of this version"),
+        ("unknown number", "are not an operator of this version .*shift.*: fit it again"),
+        ("cut tensors", "are not an operator of this version"),
+        ("no tensors", "are not an operator of this version"),
         ("rounded", "image_mean_D is not float64 of width 24 and finite"),
         ("NaN", "image_mean_D is not float64 of width 24 and finite"),
     ],

@@ -117,7 +117,7 @@ def test_broken_images_are_left_out_and_said(clip, capsys):
     Path("pairs/3.png").write_bytes(b"no image")
     run("transform", "--encoder", clip, "--data", "pairs", "--side", "image", "--out", "out", "--val", 2)
     printed = capsys.readouterr()
-    assert "left out: 3: " in printed.err and "left out: 1 that could not be embedded" in printed.out
+    assert "skipped: 3: " in printed.err and "skipped: 1 that could not be embedded" in printed.out
     assert sum(len(part) for part in read_back("out").values()) == 7
 
 
@@ -170,7 +170,7 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
         (("fit", "--out", "o"), "name two sets of embeddings, --images and --texts, or an --encoder and its --data"),
         (("fit", "--images", "images.npy", "--out", "o"), "name two sets of embeddings"),
         (("fit", *GIVEN, "--data", "x", "--out", "o"), "name two sets of embeddings"),
-        (("fit", *GIVEN, "--num-samples", "3", "--out", "o"), "--num-samples goes with --encoder"),
+        (("fit", *GIVEN, "--num-samples", "3", "--out", "o"), "--num-samples needs --encoder"),
         (("fit", *GIVEN, "--sigma", "0.1", "--out", "o"), "--sigma is an option of --method c3"),
         (
             ("fit", *GIVEN, "--method", "c3", "--steps", "anchor", "--out", "o"),
@@ -184,7 +184,7 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
             ("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"),
             "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder",
         ),
-        (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy is not there"),
+        (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy not found"),
         (
             ("fit", "--images", "images.npy", "--texts", "nan.npy", "--out", "o"),
             r"nan.npy: 1 of 3 embeddings have no direction: 1 hold NaN \(row 1\);",
@@ -195,16 +195,16 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
         (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x"), "--out x: name an .npy"),
         (
             ("transform", "--operator", "there", "--encoder", "e", "--data", "d", "--side", "image", "--out", "o"),
-            "images stay as they are",
+            "images are unchanged",
         ),
-        (("transform", "--images", "images.npy", "--out", "x.npy"), "there is nothing to write"),
-        (("transform", "--encoder", "e", "--data", "d", "--out", "o"), "--encoder and --side go together"),
+        (("transform", "--images", "images.npy", "--out", "x.npy"), "so there is nothing to write"),
+        (("transform", "--encoder", "e", "--data", "d", "--out", "o"), "--encoder needs --side text or --side image"),
         (("transform", "--encoder", "e", "--side", "image", "--out", "o"), "--encoder needs --data"),
         (("transform", "--out", "o"), "name one of --encoder, --texts and --images"),
         (("transform", "--images", "images.npy", "--texts", "images.npy", "--out", "o"), "not --texts and --images"),
         (
             ("transform", "--operator", "there", "--texts", "images.npy", "--keys", "k", "--out", "x.npy"),
-            "--keys goes with",
+            "--keys needs --texts or --images and --data",
         ),
         (
             ("transform", "--images", "images.npy", "--data", "mixture.yaml", "--out", "o"),

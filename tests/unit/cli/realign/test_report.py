@@ -326,10 +326,10 @@ def spoilt(x_ND: torch.Tensor, row: int, value: float) -> torch.Tensor:
     "change, flags, message",
     [
         (lambda x, y: (x, y[:, :8]), [], "16 numbers a row"),
-        (lambda x, y: (x[:, :2], y[:, :2]), [], "rows of 2 numbers: the page shows three directions"),
+        (lambda x, y: (x[:, :2], y[:, :2]), [], "rows of 2 numbers: the page needs at least three directions"),
         (lambda x, y: (spoilt(x, 7, math.nan), y), [], "1 of 128 embeddings have no direction"),
         (lambda x, y: (x, spoilt(y, 9, 0.0)), [], "row 9"),
-        (lambda x, y: (x[:20], y[:20]), [], "10 neighbours need 11 held-out rows a side, and there are 10"),
+        (lambda x, y: (x[:20], y[:20]), [], "10 neighbours need 11 held-out rows per side, and there are 10"),
         (lambda x, y: (x[:3], y[:3]), [], "--fit-fraction 0.5 leaves 1 images to be fitted on"),
         (lambda x, y: (x, y), ["--fit-fraction", "1"], "--fit-fraction 1 must lie between 0 and 1"),
         (lambda x, y: (x, y), ["--num-pairs", "10"], "--num-pairs 10 must be above 10"),

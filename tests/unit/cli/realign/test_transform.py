@@ -57,7 +57,7 @@ def test_an_encoder_and_shards_become_shards_of_embeddings(clip, shards, capsys)
     )
 
     run("transform", "--operator", "op", "--encoder", clip, "--data", shards, "--side", "text", "--out", "texts")
-    assert "there already" in capsys.readouterr().err  # the texts of the part train are those of `fit`
+    assert "already complete" in capsys.readouterr().err  # the texts of the part train are those of `fit`
     for part, found in read_back("texts").items():
         assert list(found) == list(expected[part])
         for name, (turns, row_D) in found.items():
@@ -140,7 +140,7 @@ def test_embeddings_made_elsewhere_are_looked_up_by_id(shards, capsys):
         for name, row_D in found.items():
             torch.testing.assert_close(row_D.double(), unit_ND[ids.index(name)], atol=1e-7, rtol=0)
     flags = ("transform", "--operator", "op", "--texts", "x.npy", "--data", shards, "--out", "no")
-    assert "does not say which sample a row is of: name a file of an id a line, --keys" in error(capsys, *flags)
+    assert "does not map its rows to samples: pass --keys FILE, one id per line" in error(capsys, *flags)
     Path("ids").write_text("\n".join(ids[:-1]) + "\n")
     assert "29 keys for 30 embeddings" in error(capsys, *flags, "--keys", "ids")
     Path("ids").write_text("\n".join([*ids[:-2], "x", "y"]) + "\n")
