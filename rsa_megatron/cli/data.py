@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rsa_megatron import atomic
-from rsa_megatron.cli.data_summary import Figures, in_words, write_summary
+from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
@@ -125,7 +125,7 @@ def make(args) -> None:
     write_summary(unfinished, settings, figures, num_shards)
     (unfinished / "state.json").unlink()
     unfinished.rename(args.out)
-    print(f"{args.out}: {in_words(figures, num_shards)}")
+    print(f"{args.out}: {format_summary(figures, num_shards)}")
     print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
     print(f"    train with --data-path {args.out if args.command == 'pack' else args.out / 'mixture.yaml'}")
 
@@ -153,7 +153,7 @@ def read_state(folder: Path, settings: dict) -> dict:
     """What a run that was killed has noted last."""
     path = folder / "state.json"
     if not path.is_file():
-        note(folder, {"settings": settings})
+        write_state(folder, {"settings": settings})
         return {}
     state = json.loads(path.read_text())
     check_settings(folder, state["settings"], settings)
@@ -185,15 +185,17 @@ def write(
 
     def remember(next_record: int) -> None:
         positions = {name: output.position() for name, output in outputs.items()}
-        note(folder, {"settings": settings, "next": next_record, "positions": positions, "figures": figures.state()})
+        write_state(
+            folder, {"settings": settings, "next": next_record, "positions": positions, "figures": figures.get_state()}
+        )
 
     start = state.get("next", 0)
     tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
     progress = tqdm(total=len(source), initial=start, desc=str(folder), unit="sample", mininterval=1)
-    for record, found in in_order(check, source.records(start), num_workers):
+    for record, found in map_in_order(check, source.records(start), num_workers):
         if isinstance(found, Unusable):
             figures.skipped[found.kind] += 1
-            fault = {"record": record.number, "place": record.place, "id": id_of(record), "kind": found.kind}
+            fault = {"record": record.number, "place": record.place, "id": get_id(record), "kind": found.kind}
             is_time = outputs["skipped"].write(fault | {"reason": str(found)})
         else:
             part = "val" if record.number in held_out else "train"
@@ -223,7 +225,7 @@ def open_outputs(folder: Path, settings: dict, positions: dict) -> dict[str, Tar
     return outputs
 
 
-def in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[tuple]:
+def map_in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[tuple]:
     """(item, function(item)) in the items' order, some ahead in threads: Pillow decodes without Python's lock."""
     with ThreadPoolExecutor(num_workers) as pool:
         ahead = deque()
@@ -236,12 +238,12 @@ def in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[
             yield item, future.result()
 
 
-def id_of(record: Record) -> str | int | None:
+def get_id(record: Record) -> str | int | None:
     """The id that it was given, for the list of what is skipped."""
     found = record.content.get("id") if isinstance(record.content, dict) else None
     return found if isinstance(found, str | int | None) else str(found)
 
 
-def note(folder: Path, state: dict) -> None:
+def write_state(folder: Path, state: dict) -> None:
     """Write state.json: the old or the new is there, never half of one."""
     atomic.write_text(folder / "state.json", json.dumps(state))

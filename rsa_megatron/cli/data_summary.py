@@ -46,7 +46,7 @@ class Figures:
             rows, columns = choose_grid(image.height, image.width, PINPOINTS, TILE_SIZE) if alone else (0, 0)
             self.histograms["tiles of an image"][1 + rows * columns] += 1
 
-    def state(self) -> dict:
+    def get_state(self) -> dict:
         histograms = {name: dict(sorted(counts.items())) for name, counts in self.histograms.items()}
         return {"parts": dict(self.parts), "skipped": dict(self.skipped), "histograms": histograms}
 
@@ -56,7 +56,7 @@ class Figures:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def in_words(figures: Figures, num_shards: int) -> str:
+def format_summary(figures: Figures, num_shards: int) -> str:
     """The counts and each histogram's middle and ends, a line each."""
     counts = ", ".join(f"{figures.parts[part]} {part}" for part in ("train", "val"))
     counts += f", in {num_shards} shards" if num_shards else ""
@@ -78,7 +78,7 @@ def quantile(counts: Counter, part: float) -> int:
 
 def write_summary(folder: Path, settings: dict, figures: Figures, num_shards: int) -> None:
     """summary.json, and summary.png where matplotlib is installed."""
-    summary = {"settings": settings, "shards": num_shards, **figures.state()}
+    summary = {"settings": settings, "shards": num_shards, **figures.get_state()}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     try:
         import matplotlib

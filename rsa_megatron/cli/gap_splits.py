@@ -40,7 +40,7 @@ class Rows:
             if len(rows_nD):
                 yield rows_nD if self._operator is None else self._operator.transform(rows_nD, dtype=torch.float64)
 
-    def moved(self, operator: EmbeddingOperator) -> "Rows":
+    def move_with(self, operator: EmbeddingOperator) -> "Rows":
         return Rows(self._pieces, self._chosen_N, operator)
 
     def sample(self, most: int) -> Tensor:
@@ -53,7 +53,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Splits:
     """Of images and texts: the rows to fit on, and others."""
 
     fit_images: Rows
@@ -67,7 +67,7 @@ class Parts:
     unpaired: str | None
 
 
-def split(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: bool = False) -> Parts:
+def split_sources(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: bool = False) -> Splits:
     """Part two sources; a pair is never torn apart.
 
     Args:
@@ -77,14 +77,14 @@ def split(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: b
     Raises:
         ValueError: a part would have fewer than two rows.
     """
-    pairs, reason = (([], []), "--unpaired was passed") if unpaired else pairing(images, texts)
+    pairs, reason = (([], []), "--unpaired was passed") if unpaired else match_rows(images, texts)
     with_partner = [torch.zeros(source.num_rows, dtype=torch.bool) for source in (images, texts)]
     for chosen_N, numbers in zip(with_partner, pairs):
         chosen_N[numbers] = True
     fit = [torch.zeros_like(chosen_N) for chosen_N in with_partner]
     for fit_N, partner_N in zip(fit, with_partner):
         for group_N in (partner_N, ~partner_N):
-            fit_N[group_N] = to_fit(int(group_N.sum()), fraction)
+            fit_N[group_N] = mark_fit_rows(int(group_N.sum()), fraction)
     rows = [
         [Rows(source, chosen_N) for source, chosen_N in zip((images, texts), both)]
         for both in (fit, [~fit_N for fit_N in fit])
@@ -97,16 +97,16 @@ def split(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: b
     paired = [Rows(source, partner_N & ~fit_N) for source, partner_N, fit_N in zip((images, texts), with_partner, fit)]
     if reason is None and paired[0].num_rows < 2:
         reason = f"{paired[0].num_rows} of {len(pairs[0])} pairs are held out"
-    return Parts(*rows[0], *rows[1], *(paired if reason is None else (None, None)), reason)
+    return Splits(*rows[0], *rows[1], *(paired if reason is None else (None, None)), reason)
 
 
-def to_fit(num_rows: int, fraction: float) -> Tensor:
+def mark_fit_rows(num_rows: int, fraction: float) -> Tensor:
     """Marks for that share of the rows, as evenly as it goes, [num_rows]."""
     before_N = torch.arange(num_rows + 1, dtype=torch.float64).mul(fraction).floor()
     return before_N[1:] > before_N[:-1]
 
 
-def pairing(images: Embeddings, texts: Embeddings) -> tuple[tuple[list[int], list[int]], str | None]:
+def match_rows(images: Embeddings, texts: Embeddings) -> tuple[tuple[list[int], list[int]], str | None]:
     """The numbers of the rows that both sources have, in order; or none, and why."""
     none = ([], [])
     if images.keys is None or texts.keys is None:

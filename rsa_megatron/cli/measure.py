@@ -32,14 +32,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rsa_megatron.alignment.metrics import METRICS
-from rsa_megatron.cli.measure_results import make_line, read_lines, table, write_lines
+from rsa_megatron.cli.measure_results import format_table, make_line, read_lines, write_lines
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.evaluation.extraction import Backbone
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
-from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, text_backbone
+from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, make_text_backbone
 from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
-from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, cone_figures, samples_in_both, score_layers
-from rsa_megatron.evaluation.stored_features import draw, stored_features
+from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, compute_cone_figures, find_common_samples, score_layers
+from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STANDARD_NORMAL = "standard normal"
@@ -216,35 +216,35 @@ def check_device(device: str) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     read_lines(args.out)  # what is wrong with it shows before the hours, not after
-    rows, columns = stores(args)
-    report_left_out(rows, columns)
-    samples = samples_in_both(rows, columns, k=args.k)
+    rows, columns = open_stores(args)
+    report_skipped(rows, columns)
+    samples = find_common_samples(rows, columns, k=args.k)
     lines = []
     for metric in dict.fromkeys(args.metrics):
         scores = score_layers(
-            rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric)
+            rows, columns, metric, k=args.k, samples=samples, device=args.device, each=make_progress(metric)
         )
-        gap = cone_figures(rows, columns, scores, samples=samples, device=args.device)
+        gap = compute_cone_figures(rows, columns, scores, samples=samples, device=args.device)
         lines.append(make_line(rows, columns, scores, gap, k=args.k, label=args.label, data=args.data_name))
         write_lines(
             args.out, lines[-1:]
         )  # a metric that has no value for a layer ends the run, and takes no other with it
-    print(table(lines))
+    print(format_table(lines))
 
 
-def progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
+def make_progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
     """Shows how many layers of the rows are done, in a terminal."""
     return lambda layers: tqdm(layers, desc=metric, unit="layer", leave=False) if sys.stderr.isatty() else layers
 
 
-def report_left_out(rows: FeatureStore, columns: FeatureStore) -> None:
+def report_skipped(rows: FeatureStore, columns: FeatureStore) -> None:
     reasons = {key: reason for store in (rows, columns) for key, reason in store.left_out.items()}
-    say_left_out(reasons)
+    print_skipped(reasons)
     if reasons:
         print(f"skipped: to retry these, remove {rows.folder} and {columns.folder}", file=sys.stderr)
 
 
-def say_left_out(reasons: dict[str, str]) -> None:
+def print_skipped(reasons: dict[str, str]) -> None:
     """Samples and why they are left out; of many the first and how many more."""
     for key, reason in [*reasons.items()][:_NAMED]:
         print(f"skipped: {key}: {reason}", file=sys.stderr)
@@ -252,18 +252,18 @@ def say_left_out(reasons: dict[str, str]) -> None:
         print(f"skipped: {len(reasons) - _NAMED} more", file=sys.stderr)
 
 
-def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
+def open_stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
     """The features of rows and columns, computed where they are not on disk."""
     if args.features:
         return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
     if args.random:
         return StandardNormal(args, 0), StandardNormal(args, 1)
-    opened = backbones(args)
+    opened = open_backbones(args)
     if RANK:
         with opened:
             raise AssertionError("the other ranks serve in there, and end")
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
-    drawn = draw(
+    chosen = draw_samples(
         pairs,
         args.num_samples,
         list(range(args.seeds)),
@@ -275,13 +275,13 @@ def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", .
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     with opened as waiting:
         # Popped, the first model leaves its memory to the second.
-        return tuple(stored_features(waiting.pop(0), drawn, args.store, **options) for _ in (0, 1))
+        return tuple(extract_to_store(waiting.pop(0), chosen, args.store, **options) for _ in (0, 1))
 
 
-def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
+def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
     """That of the rows and that of the columns."""
     if not args.checkpoint:
-        return nullcontext(hugging_face_backbones(args))
+        return nullcontext(make_hugging_face_backbones(args))
     from rsa_megatron.training.checkpoint_backbone import (
         checkpoint_backbones,  # loads Megatron, which nothing else here needs
     )
@@ -290,7 +290,7 @@ def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]
     return checkpoint_backbones(args.checkpoint, args.megatron_flags, **options)
 
 
-def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
+def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
     """Weights are read only if their features are not on disk."""
 
     def model(name: str) -> HFModel:
@@ -303,9 +303,9 @@ def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
                 f"--model {args.model}: model_type {both.model_type} is not supported; supported: "
                 f"{', '.join(VISION_LANGUAGE)}; name separate models with --vision and --language"
             )
-        return [VisionBackbone(both), text_backbone(both, args.text_reading)]
+        return [VisionBackbone(both), make_text_backbone(both, args.text_reading)]
     towers = [VisionBackbone(model(name)) for name in args.vision]
-    return towers + [text_backbone(model(name), args.text_reading) for name in args.language]
+    return towers + [make_text_backbone(model(name), args.text_reading) for name in args.language]
 
 
 class StandardNormal:
@@ -328,6 +328,6 @@ class StandardNormal:
             "samples": [list(range(start, start + args.num_samples)) for start in range(0, total, args.num_samples)],
         }
 
-    def layer(self, name: str) -> Tensor:
+    def read_layer(self, name: str) -> Tensor:
         seeds = [torch.Generator().manual_seed(2 * seed + self._number) for seed in self.manifest["seeds"]]
         return torch.cat([torch.randn(self._num_samples, self._width, generator=generator) for generator in seeds])

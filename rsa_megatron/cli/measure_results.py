@@ -60,8 +60,8 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
         "scores": scores.scores_SRC.tolist(),
         "mean": scores.mean_RC.tolist(),
         "std": None if scores.std_RC is None else scores.std_RC.tolist(),
-        "best": _pair(scores, *scores.best),
-        "last": _pair(scores, *scores.last),
+        "best": _describe_pair(scores, *scores.best),
+        "last": _describe_pair(scores, *scores.last),
         "chance": scores.chance,
         "gap": gap,
         "revision": None if None in revisions else ", ".join(revisions),
@@ -69,7 +69,7 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
     }
 
 
-def _pair(scores: LayerScores, row: int, column: int) -> dict:
+def _describe_pair(scores: LayerScores, row: int, column: int) -> dict:
     std = None if scores.std_RC is None else scores.std_RC[row, column].item()
     return {
         "row": scores.row_layers[row],
@@ -91,15 +91,15 @@ def read_lines(path: Path) -> list[dict]:
 
 def write_lines(path: Path, lines: list[dict]) -> None:
     """Add lines to a file, each in the place of an earlier one of the same measurement; all at once or not at all."""
-    kept = [line for line in read_lines(path) if not any(_identity(line) == _identity(one) for one in lines)]
+    kept = [line for line in read_lines(path) if not any(_get_identity(line) == _get_identity(one) for one in lines)]
     atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, *lines]))
 
 
-def _identity(line: dict) -> list:
+def _get_identity(line: dict) -> list:
     return [line.get(name) for name in _IDENTITY]
 
 
-def table(lines: list[dict]) -> str:
+def format_table(lines: list[dict]) -> str:
     """Best and last pair of each metric, all of one measurement."""
     first = lines[0]
     seeds = ", ".join(map(str, first["seeds"]))
@@ -110,8 +110,8 @@ def table(lines: list[dict]) -> str:
     body = [
         [
             line["metric"],
-            *_cells(line["best"]),
-            *_cells(line["last"]),
+            *_format_cells(line["best"]),
+            *_format_cells(line["last"]),
             "" if line["chance"] is None else f"{line['chance']:.4f}",
         ]
         for line in lines
@@ -121,6 +121,6 @@ def table(lines: list[dict]) -> str:
     return "\n".join([what, *rows])
 
 
-def _cells(pair: dict) -> list[str]:
+def _format_cells(pair: dict) -> list[str]:
     spread = "" if pair["std"] is None else f" ± {pair['std']:.4f}"
     return [f"{pair['row']} x {pair['column']}", f"{pair['mean']:.4f}{spread}"]

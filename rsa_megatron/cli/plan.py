@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rsa_megatron.models.architectures import Architecture, get_architecture
 from rsa_megatron.planning.parallel_layout import Layout, Run
-from rsa_megatron.planning.search import DOES_NOT_FIT, Cluster, Plan, find_plans, nearest_number_of_gpus
+from rsa_megatron.planning.search import DOES_NOT_FIT, Cluster, Plan, find_nearest_num_gpus, find_plans
 from rsa_megatron.planning.step_time import Assumptions
 from rsa_megatron.recipes import STAGES, recipe
 
@@ -30,15 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         run, cluster, assumed = read_run(args)
-        fitting, too_large, refused = find_plans(run, cluster, assumed)
+        fitting, too_large, rejected = find_plans(run, cluster, assumed)
         if not fitting:
-            raise ValueError(why_none(run, cluster, too_large, args))
+            raise ValueError(explain_no_fit(run, cluster, too_large, args))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    refused += [(plan.layout, f"{DOES_NOT_FIT}: needs {plan.total / GIB:.0f} GiB") for plan in too_large]
+    rejected += [(plan.layout, f"{DOES_NOT_FIT}: needs {plan.total / GIB:.0f} GiB") for plan in too_large]
     print_assumptions(run, assumed, args)
-    print_layouts(fitting, refused, run, args)
+    print_layouts(fitting, rejected, run, args)
     print_best(fitting[0], args)
     return 0
 
@@ -91,7 +91,7 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
     for name, value in {
         "global_batch_size": settings["global_batch_size"],
         "seq_length": settings["seq_length"],
-        "most_tiles": largest_grid(settings, architecture),
+        "most_tiles": count_most_tiles(settings, architecture),
     }.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -128,7 +128,7 @@ def read_architecture(model: str) -> Architecture:
     return find_architecture(model)
 
 
-def largest_grid(settings: dict, architecture: Architecture) -> int:
+def count_most_tiles(settings: dict, architecture: Architecture) -> int:
     """Tiles of the image that is cut into most, its base tile among them; 0 where images come as embeddings."""
     if "image_positions" in settings:
         return 0
@@ -141,7 +141,7 @@ def largest_grid(settings: dict, architecture: Architecture) -> int:
     return 1 + max(rows * columns for rows, columns in grids)
 
 
-def why_none(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
+def explain_no_fit(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
     """The nearest that there is, and what it lacks."""
     if too_large:
         nearest = too_large[0]
@@ -151,7 +151,7 @@ def why_none(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
         )
     return (
         f"--gpus {args.gpus} matches no layout of {args.model} with a global batch of {args.global_batch_size}; "
-        f"--gpus {nearest_number_of_gpus(run, cluster)} does, or pass another --global-batch-size"
+        f"--gpus {find_nearest_num_gpus(run, cluster)} does, or pass another --global-batch-size"
     )
 
 
@@ -162,7 +162,7 @@ def describe(layout: Layout) -> str:
     )
 
 
-def flags_of(layout: Layout, args) -> str:
+def format_flags(layout: Layout, args) -> str:
     """The training script's command line."""
     flags = [f"--model {args.model} --stage {args.stage} --bf16 --transformer-impl {args.transformer_impl}"]
     flags += [f"--tensor-model-parallel-size {layout.tensor}"] * (layout.tensor > 1)
@@ -177,16 +177,18 @@ def flags_of(layout: Layout, args) -> str:
 
 
 def print_assumptions(run: Run, assumed: Assumptions, args) -> None:
-    said = ", ".join(f"{field.name.replace('_', ' ')} {getattr(assumed, field.name):g}" for field in fields(assumed))
+    assumptions = ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(assumed, field.name):g}" for field in fields(assumed)
+    )
     print(f"{args.model}, stage {args.stage}, bf16, {args.transformer_impl}; trained: {', '.join(run.trainable)}")
     print(f"{args.gpus} GPUs of {args.gpu_memory:g} GiB, {args.reserved:g} of them reserved")
     print(f"memory: every sequence {run.row_length} positions, every sample {run.num_tiles} tile(s)")
-    print(f"time: {said}; under PP every sequence is padded to {run.row_length}")
+    print(f"time: {assumptions}; under PP every sequence is padded to {run.row_length}")
     print("None of this has been measured at this size: memory estimates agree with small runs on local layers")
     print("to 10 %, times follow from the assumptions. N: pairs that one RSA kernel compares, micro-batch x DP.\n")
 
 
-def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: Run, args) -> None:
+def print_layouts(fitting: list[Plan], rejected: list[tuple[Layout, str]], run: Run, args) -> None:
     print(
         f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s/step':>10}"
     )
@@ -196,12 +198,12 @@ def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: R
         num_pairs = one.micro_batch_size * one.data if run.rsa else "-"
         print(
             f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
-            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{two_digits(plan.seconds):>10}"
+            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{format_two_digits(plan.seconds):>10}"
         )
-    print(f"\n{len(fitting)} layouts fit, {len(refused)} are rejected")
-    for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in refused).most_common():
+    print(f"\n{len(fitting)} layouts fit, {len(rejected)} are rejected")
+    for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in rejected).most_common():
         print(f"{count:>6}  {reason}")
-    for layout, reason in refused if args.show_refused else ():
+    for layout, reason in rejected if args.show_refused else ():
         print(f"        {describe(layout)}: {reason}")
 
 
@@ -209,8 +211,8 @@ def print_best(best: Plan, args) -> None:
     print(f"\nmemory of the fastest layout in GiB, on pipeline stage {best.stage}:")
     for part, num_bytes in best.memory.items():
         print(f"    {part:<16}{num_bytes / GIB:>7.2f}")
-    print(f"    {'total':<16}{best.total / GIB:>7.2f}\n\n{flags_of(best.layout, args)}")
+    print(f"    {'total':<16}{best.total / GIB:>7.2f}\n\n{format_flags(best.layout, args)}")
 
 
-def two_digits(number: float) -> str:
+def format_two_digits(number: float) -> str:
     return f"{float(f'{number:.2g}'):g}"

@@ -84,17 +84,17 @@ def bars(args):
 
 def stages(args):
     """after each stage of training"""
-    return draw_stages(of_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
+    return draw_stages(select_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
 
 
 def steps(args):
     """against the training step"""
-    return draw_steps(of_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
+    return draw_steps(select_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
 
 
 def ablation(args):
     """before and after a stage, arm by arm"""
-    return draw_ablation(of_arms(read_runs(args.records), args.arms), figure=args.figure, stage=args.stage)
+    return draw_ablation(select_arms(read_runs(args.records), args.arms), figure=args.figure, stage=args.stage)
 
 
 def gap(args):
@@ -105,11 +105,11 @@ def gap(args):
 VERBS = {function.__name__: function for function in (heatmap, bars, stages, steps, ablation, gap)}
 
 
-def of_arms(runs: list[Run], arms: list[str] | None, usual: tuple[str, ...] = ()) -> list[Run]:
+def select_arms(runs: list[Run], arms: list[str] | None, usual: tuple[str, ...] = ()) -> list[Run]:
     """The runs of the arms asked for, arm by arm; without any asked for, of the usual ones if there are some, else all."""
-    there = style.unique(run.arm for run in runs)
+    present = style.unique(run.arm for run in runs)
     for arm in arms or ():
-        if arm not in there:
-            raise ValueError(f"--arms {arm!r}: no run is of that arm; arms: {', '.join(map(repr, there))}")
-    chosen = arms or [arm for arm in usual if arm in there] or there
+        if arm not in present:
+            raise ValueError(f"--arms {arm!r}: no run is of that arm; arms: {', '.join(map(repr, present))}")
+    chosen = arms or [arm for arm in usual if arm in present] or present
     return [run for arm in chosen for run in runs if run.arm == arm]

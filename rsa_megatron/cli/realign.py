@@ -27,9 +27,9 @@ import torch
 from tqdm import tqdm
 
 from rsa_megatron.cli import realign_fit, realign_transform
-from rsa_megatron.cli.realign_sources import add_source_arguments, rank, sources
+from rsa_megatron.cli.realign_sources import add_source_arguments, get_rank, open_sources
 
-__all__ = ["add_source_arguments", "main", "sources"]
+__all__ = ["add_source_arguments", "main", "open_sources"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def join_ranks() -> None:
 
 def fail(message: str) -> None:
     """Every rank finds the same; the first one says it."""
-    if rank() == 0:
+    if get_rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

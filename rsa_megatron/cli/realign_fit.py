@@ -10,17 +10,17 @@ import torch
 from rsa_megatron.cli.gap_splits import Rows
 from rsa_megatron.cli.realign_sources import (
     add_source_arguments,
-    group,
-    num_ranks,
-    on_first_rank,
+    count_ranks,
+    get_group,
+    get_rank,
+    open_sources,
     progress,
-    rank,
-    sources,
+    run_on_first_rank,
 )
 from rsa_megatron.data.prepare.embedding_shards import check_free
 from rsa_megatron.evaluation.embedding_files import Embeddings
 from rsa_megatron.realign.baselines import METHODS
-from rsa_megatron.realign.moments import moments
+from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.operator import EmbeddingOperator
 from rsa_megatron.realign.realign import NO_SPREAD, STEPS, ReAlign
 
@@ -47,21 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fit, save, print. Raises ValueError for what cannot be fitted on."""
-    options = method_options(args)
-    on_first_rank(lambda: check_free(args.out))
-    images, texts = sources(args)
-    shares = [embeddings.share(rank(), num_ranks()) for embeddings in (images, texts)]
+    options = read_method_options(args)
+    run_on_first_rank(lambda: check_free(args.out))
+    images, texts = open_sources(args)
+    shares = [embeddings.take_share(get_rank(), count_ranks()) for embeddings in (images, texts)]
     operator = METHODS[args.method].fit(
-        *shares, group=group(), progress=progress, about=about(images, texts), **options
+        *shares, group=get_group(), progress=progress, about=about(images, texts), **options
     )
-    gaps = gaps_by_step(operator, shares[1])
-    on_first_rank(lambda: operator.save(args.out))
-    if rank() == 0:
-        print(report(operator, gaps, images, texts))
+    gaps = measure_gaps(operator, shares[1])
+    run_on_first_rank(lambda: operator.save(args.out))
+    if get_rank() == 0:
+        print(format_report(operator, gaps, images, texts))
         print(f"{args.out}: written")
 
 
-def method_options(args: argparse.Namespace) -> dict:
+def read_method_options(args: argparse.Namespace) -> dict:
     """The method's own options, those that were given."""
     options = {name: getattr(args, name) for name in _OF_METHOD if getattr(args, name) is not None}
     for name in options:
@@ -73,17 +73,17 @@ def method_options(args: argparse.Namespace) -> dict:
 def about(images: Embeddings, texts: Embeddings) -> dict[str, str]:
     """What an operator says of the sets that it was fitted on."""
     found = {"images": images.description, "texts": texts.description}
-    encoders = {"image_encoder": encoder_of(images), "text_encoder": encoder_of(texts)}
+    encoders = {"image_encoder": format_encoder(images), "text_encoder": format_encoder(texts)}
     return found | {name: encoder for name, encoder in encoders.items() if encoder}
 
 
-def encoder_of(embeddings: Embeddings) -> str | None:
+def format_encoder(embeddings: Embeddings) -> str | None:
     """Model, revision and layer that gave the rows; None where the source does not know."""
     parts = [embeddings.about.get(name) for name in ("model", "revision", "layer")]
     return " ".join(parts) if all(parts) else None
 
 
-def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
+def measure_gaps(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
     """|mean - mu_x| of the texts that were fitted on: as they are, and after each step and its projection.
 
     Args:
@@ -95,26 +95,26 @@ def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, fl
             steps = operator.steps[:taken]
             # Each with its own constants: without the trace step the scale is 1.
             before = dataclasses.replace(operator, steps=steps, scale=operator.scale if "trace" in steps else 1.0)
-            gaps[f"after {' and '.join(steps)}"] = _gap(before, texts)
+            gaps[f"after {' and '.join(steps)}"] = _measure_gap(before, texts)
     if operator.method != "none":
-        gaps[f"after {operator.method}"] = _gap(operator, texts)
+        gaps[f"after {operator.method}"] = _measure_gap(operator, texts)
     return gaps
 
 
-def _gap(operator: EmbeddingOperator, texts: Embeddings) -> float:
+def _measure_gap(operator: EmbeddingOperator, texts: Embeddings) -> float:
     moved = Rows(texts, torch.ones(texts.num_rows, dtype=torch.bool), operator)
-    mean_D = moments(moved, "moved texts", group=group(), progress=progress).mean_D
+    mean_D = compute_moments(moved, "moved texts", group=get_group(), progress=progress).mean_D
     return (mean_D - operator.image_mean_D).norm().item()
 
 
-def report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddings, texts: Embeddings) -> str:
+def format_report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddings, texts: Embeddings) -> str:
     """Counts, traces, scale, gaps."""
     n = min(operator.num_images, operator.num_texts)
     floor = math.sqrt((operator.image_trace + operator.text_trace) / n)
     lines = [
         f"images: {operator.num_images} of {images.description}; trace of the covariance {operator.image_trace:.6f}",
         f"texts:  {operator.num_texts} of {texts.description}; trace of the covariance {operator.text_trace:.6f}",
-        f"method {operator.method}; {scale_in_words(operator)}",
+        f"method {operator.method}; {format_scale(operator)}",
         "distance between the means of images and texts, on the rows used for fitting:",
         *(f"    {name:32} {gap:.6g}" for name, gap in gaps.items()),
         f"for {n} other images and texts expect about sqrt((Tx + Ty) / n) = {floor:.6g} by chance",
@@ -122,7 +122,7 @@ def report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddin
     return "\n".join(lines)
 
 
-def scale_in_words(operator: EmbeddingOperator) -> str:
+def format_scale(operator: EmbeddingOperator) -> str:
     """s, also of a method that has none: near 1, the trace step would do nothing."""
     is_realign = isinstance(operator, ReAlign)
     if operator.text_trace <= NO_SPREAD:

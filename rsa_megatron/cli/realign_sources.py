@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rsa_megatron.cli.measure import DTYPES, check_device, say_left_out
+from rsa_megatron.cli.measure import DTYPES, check_device, print_skipped
 from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.data.sources.pairs import Pairs, in_words
 from rsa_megatron.evaluation.dual_encoders import ImageEmbedder, TextEmbedder
-from rsa_megatron.evaluation.embedding_files import Embeddings, of_store, open_embeddings
+from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings, open_store
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
 from rsa_megatron.evaluation.hf_models import HFModel
-from rsa_megatron.evaluation.stored_features import Drawn, draw, stored_features
+from rsa_megatron.evaluation.stored_features import SampleSet, draw_samples, extract_to_store
 
 EMBEDDERS = {"image": ImageEmbedder, "text": TextEmbedder}
 Found = TypeVar("Found")
@@ -116,7 +116,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     check_device(args.device)
 
 
-def sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
+def open_sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
     """The images' and the texts' embeddings; what an encoder gives is stored first, below --store.
 
     Raises:
@@ -124,10 +124,10 @@ def sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
     """
     check_sources(args)
     if args.encoder:
-        folders = on_first_rank(lambda: [str(store.folder) for store in (embed_images(args), embed_texts(args))])
-        images, texts = (of_store(FeatureStore.open(folder)) for folder in folders)
+        folders = run_on_first_rank(lambda: [str(store.folder) for store in (embed_images(args), embed_texts(args))])
+        images, texts = (open_store(FeatureStore.open(folder)) for folder in folders)
     else:
-        images, texts = on_all_ranks(lambda: (open_embeddings(args.images), open_embeddings(args.texts)))
+        images, texts = run_on_all_ranks(lambda: (open_embeddings(args.images), open_embeddings(args.texts)))
     check_sides(images, "vision", "--images")
     check_sides(texts, "text", "--texts")
     check_widths(images, texts)
@@ -153,34 +153,34 @@ def check_widths(images: Embeddings, texts: Embeddings) -> None:
 
 def embed_images(args: argparse.Namespace) -> FeatureStore:
     pairs = open_pairs(args.data, images=args.image_folder, split=args.split, language=args.language_code)
-    return stored("image", drawn(args, args.data, pairs, args.split, images=args.image_folder), args)
+    return embed_samples("image", draw_split(args, args.data, pairs, args.split, images=args.image_folder), args)
 
 
 def embed_texts(args: argparse.Namespace) -> FeatureStore:
     data = args.text_data or args.data
     pairs = open_captions(data, split=args.split, language=args.language_code)
-    return stored("text", drawn(args, data, pairs, args.split), args)
+    return embed_samples("text", draw_split(args, data, pairs, args.split), args)
 
 
-def drawn(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, images: Path | None = None) -> Drawn:
+def draw_split(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, images: Path | None = None) -> SampleSet:
     """--num-samples of the pairs, or all of them; what the data has besides is said."""
     source = {"language": args.language_code, "images": str(images and images.resolve())}
-    chosen = draw(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
+    chosen = draw_samples(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
     if pairs.left_out:
         print(f"skipped: of {data}, split {split}: {in_words(pairs.left_out)}", file=sys.stderr)
     return chosen
 
 
-def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
+def embed_samples(side: str, chosen: SampleSet, args: argparse.Namespace) -> FeatureStore:
     """The embeddings of some samples, computed where they are not on disk."""
     model = HFModel(args.encoder, device=torch.device(args.device), dtype=DTYPES[args.dtype])
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     embedder = EMBEDDERS[side](model)
-    store = stored_features(embedder, chosen, args.store, **options)
-    say_left_out(store.left_out)
-    if embedder.num_cut:
+    store = extract_to_store(embedder, chosen, args.store, **options)
+    print_skipped(store.left_out)
+    if embedder.num_truncated:
         print(
-            f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads and were truncated; "
+            f"{embedder.num_truncated} of {len(chosen.pairs)} texts are longer than {args.encoder} reads and were truncated; "
             "texts with the same beginning may have equal embeddings",
             file=sys.stderr,
         )
@@ -189,7 +189,7 @@ def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
 
 def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
     """The pieces, with a bar of rows on the first rank's terminal."""
-    disable = rank() > 0 or None  # None: where there is no terminal
+    disable = get_rank() > 0 or None  # None: where there is no terminal
     with tqdm(
         total=getattr(pieces, "num_rows", None), desc=what, unit="row", unit_scale=True, leave=False, disable=disable
     ) as bar:
@@ -198,35 +198,35 @@ def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
             bar.update(len(piece_ND))
 
 
-def group() -> torch.distributed.ProcessGroup | None:
+def get_group() -> torch.distributed.ProcessGroup | None:
     """Of all ranks of torchrun; None for one process."""
     return torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
 
 
-def rank() -> int:
-    return torch.distributed.get_rank() if group() else 0
+def get_rank() -> int:
+    return torch.distributed.get_rank() if get_group() else 0
 
 
-def num_ranks() -> int:
-    return torch.distributed.get_world_size() if group() else 1
+def count_ranks() -> int:
+    return torch.distributed.get_world_size() if get_group() else 1
 
 
-def on_first_rank(function: Callable[[], Found]) -> Found:
+def run_on_first_rank(function: Callable[[], Found]) -> Found:
     """What the first rank's call gives, on all ranks; or its ValueError."""
     found = [None, None]
-    if rank() == 0:
+    if get_rank() == 0:
         try:
             found = [function(), None]
         except (ValueError, OSError) as error:
             found = [None, str(error)]
-    if group():
+    if get_group():
         torch.distributed.broadcast_object_list(found, src=0)
     if found[1]:
         raise ValueError(found[1])
     return found[0]
 
 
-def on_all_ranks(function: Callable[[], Found]) -> Found:
+def run_on_all_ranks(function: Callable[[], Found]) -> Found:
     """What the call gives on each rank; or the ValueError of any of them on all: none waits for one that has ended."""
     found, fault = None, None
     try:
@@ -234,8 +234,8 @@ def on_all_ranks(function: Callable[[], Found]) -> Found:
     except (ValueError, OSError) as error:
         fault = str(error)
     faults = [fault]
-    if group():
-        faults = [None] * num_ranks()
+    if get_group():
+        faults = [None] * count_ranks()
         torch.distributed.all_gather_object(faults, fault)
     if any(faults):
         raise ValueError(next(fault for fault in faults if fault))

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from rsa_megatron import atomic
 from rsa_megatron.cli.data import choose_held_out
-from rsa_megatron.cli.realign_fit import encoder_of
+from rsa_megatron.cli.realign_fit import format_encoder
 from rsa_megatron.cli.realign_sources import (
     add_embedding_arguments,
     add_encoder_arguments,
     check_numbers,
     check_sides,
-    drawn,
-    num_ranks,
+    count_ranks,
+    draw_split,
+    embed_samples,
     progress,
-    stored,
 )
 from rsa_megatron.data.prepare.embedding_shards import (
     EmbeddingTable,
@@ -35,12 +35,12 @@ from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs
 from rsa_megatron.data.sources.pairs import CaptionedImage, in_words
 from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.sources.shards import is_rsa, parts_of
-from rsa_megatron.evaluation.embedding_files import Embeddings, of_store, open_embeddings
+from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings, open_store
 from rsa_megatron.evaluation.feature_store import FeatureStore
-from rsa_megatron.evaluation.stored_features import Drawn
+from rsa_megatron.evaluation.stored_features import SampleSet
 from rsa_megatron.realign.baselines import load_operator
 from rsa_megatron.realign.operator import EmbeddingOperator
-from rsa_megatron.realign.realign import unit_rows
+from rsa_megatron.realign.realign import normalise_rows
 
 _DTYPES = {"float32": numpy.float32, "float16": numpy.float16, "float64": numpy.float64}
 
@@ -55,7 +55,9 @@ class KeyedRows:
 
     @classmethod
     def of(cls, stores: list[FeatureStore]) -> "KeyedRows":
-        return cls([key for store in stores for key in store.keys], [of_store(store) for store in stores if store.keys])
+        return cls(
+            [key for store in stores for key in store.keys], [open_store(store) for store in stores if store.keys]
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,9 +108,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    if num_ranks() > 1:
+    if count_ranks() > 1:
         raise ValueError("transform runs as one process: run it without torchrun")
-    side = side_of(args)
+    side = get_side(args)
     if args.encoder and not args.data:
         raise ValueError("--encoder needs --data: what it embeds, and what is written")
     if side == "image" and args.operator:
@@ -129,7 +131,7 @@ def check(args: argparse.Namespace) -> None:
     check_free(args.out)
 
 
-def side_of(args: argparse.Namespace) -> str:
+def get_side(args: argparse.Namespace) -> str:
     """What is written: texts or images."""
     given = [name for name in ("encoder", "texts", "images") if getattr(args, name)]
     if len(given) != 1:
@@ -151,8 +153,8 @@ def write_rows(args: argparse.Namespace, operator: EmbeddingOperator) -> None:
 
 def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -> None:
     """Data to shards; the rows lie in a file beside them until they are written."""
-    chosen, left_out = draws(args), Counter()
-    stores = [stored(args.side, of_part, args) for of_part in chosen.values()] if args.encoder else []
+    chosen, left_out = draw_splits(args), Counter()
+    stores = [embed_samples(args.side, of_part, args) for of_part in chosen.values()] if args.encoder else []
     rows = KeyedRows.of(stores) if stores else given(args)
     if operator:
         for texts in rows.sources:
@@ -163,23 +165,23 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
         table = EmbeddingTable(rows.keys, _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype]))
         not_embedded = {key for store in stores for key in store.left_out}
         told = {
-            part: _told(pairs, not_embedded, bool(args.keys), left_out)
-            for part, pairs in in_parts(args, chosen).items()
+            part: _describe_pairs(pairs, not_embedded, bool(args.keys), left_out)
+            for part, pairs in assign_splits(args, chosen).items()
         }
         rsa = is_rsa(args.data) if is_prepared(args.data) else args.rsa
         counts = write_embedding_shards(args.out, told, table, rsa=rsa, shard_size=args.shard_size)
     finally:
         temporary.unlink(missing_ok=True)
     what = f"texts, {operator.method}" if operator else "images"
-    said = ", ".join(f"{count} samples for {part}" for part, count in counts.items())
-    print(f"{args.out}: {said}; embeddings of {what}, {rows.sources[0].width} numbers each")
+    summary = ", ".join(f"{count} samples for {part}" for part, count in counts.items())
+    print(f"{args.out}: {summary}; embeddings of {what}, {rows.sources[0].width} numbers each")
     if left_out:
         print(f"    skipped: {in_words(left_out)}")
     stage = "--stage revision" if operator else "--image-positions N"
     print(f"    train with {stage} --data-path {args.out} --image-embedding-width {rows.sources[0].width}")
 
 
-def draws(args: argparse.Namespace) -> dict[str, Drawn]:
+def draw_splits(args: argparse.Namespace) -> dict[str, SampleSet]:
     """The samples of each part of shards; of other data all of them."""
     if is_prepared(args.data):
         if args.data.is_file():
@@ -192,16 +194,18 @@ def draws(args: argparse.Namespace) -> dict[str, Drawn]:
             )
     parts = parts_of(args.data) if is_prepared(args.data) else ["train"]
     options = {"language": args.language_code}
-    if side_of(args) == "text":
-        return {part: drawn(args, args.data, open_captions(args.data, split=part, **options), part) for part in parts}
+    if get_side(args) == "text":
+        return {
+            part: draw_split(args, args.data, open_captions(args.data, split=part, **options), part) for part in parts
+        }
     options["images"] = folder = args.image_folder
     return {
-        part: drawn(args, args.data, open_pairs(args.data, split=part, **options), part, images=folder)
+        part: draw_split(args, args.data, open_pairs(args.data, split=part, **options), part, images=folder)
         for part in parts
     }
 
 
-def in_parts(args: argparse.Namespace, chosen: dict[str, Drawn]) -> dict[str, list[CaptionedImage]]:
+def assign_splits(args: argparse.Namespace, chosen: dict[str, SampleSet]) -> dict[str, list[CaptionedImage]]:
     """What is written to each part; of data without parts, some are held out."""
     if is_prepared(args.data):
         return {part: of_part.pairs for part, of_part in chosen.items()}
@@ -226,7 +230,7 @@ def given(args: argparse.Namespace) -> KeyedRows:
 def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
     """Raises ValueError unless the operator was fitted on texts of this encoder, as far as both know."""
     check_sides(texts, "text", "--texts")
-    fitted, found = operator.about.get("text_encoder"), encoder_of(texts)
+    fitted, found = operator.about.get("text_encoder"), format_encoder(texts)
     if fitted and found and fitted != found:
         raise ValueError(
             f"the operator was fitted on embeddings of {fitted}, and {texts.description} is of {found}: fit one on these"
@@ -238,7 +242,9 @@ def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
         )
 
 
-def _told(pairs: list[CaptionedImage], not_embedded: set[str], by_id: bool, left_out: Counter) -> Iterator[Told]:
+def _describe_pairs(
+    pairs: list[CaptionedImage], not_embedded: set[str], by_id: bool, left_out: Counter
+) -> Iterator[Told]:
     for pair in pairs:
         if pair.key in not_embedded:
             left_out["that could not be embedded"] += 1
@@ -254,14 +260,14 @@ def _write_npy(path: Path, sources: list[Embeddings], operator: EmbeddingOperato
     shape = sum(source.num_rows for source in sources), sources[0].width
     rows_ND, row = numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape), 0
     for source in sources:
-        for moved_ND in _unit_pieces(source, operator):
+        for moved_ND in _iterate_unit_pieces(source, operator):
             rows_ND[row : row + len(moved_ND)] = moved_ND.numpy()
             row += len(moved_ND)
     rows_ND.flush()
     return rows_ND
 
 
-def _unit_pieces(source: Embeddings, operator: EmbeddingOperator | None) -> Iterator[Tensor]:
+def _iterate_unit_pieces(source: Embeddings, operator: EmbeddingOperator | None) -> Iterator[Tensor]:
     """Rows of unit length, moved where there is an operator, in float64."""
     for piece_nD in progress(source, f"{source.description}, moved" if operator else source.description):
-        yield operator.transform(piece_nD, dtype=torch.float64) if operator else unit_rows(piece_nD)
+        yield operator.transform(piece_nD, dtype=torch.float64) if operator else normalise_rows(piece_nD)

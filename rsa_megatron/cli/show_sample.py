@@ -57,11 +57,11 @@ def show(args) -> None:
     if args.index < 0:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
-    sample = stored_sample(args) if prepared else source_sample(args)
+    sample = read_stored_sample(args) if prepared else read_source_sample(args)
     record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     parts = read_parts(sample)
-    reader = image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
+    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
     parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
@@ -73,7 +73,7 @@ def show(args) -> None:
         layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts
     )
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
-    print(marked(tokenizer, text, colour=sys.stdout.isatty()))
+    print(mark_text(tokenizer, text, colour=sys.stdout.isatty()))
     num_positions = len(text.tokens) - len(images) + num_image_tokens
     print(
         f"\n«target» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are targets and "
@@ -84,15 +84,15 @@ def show(args) -> None:
     takes_part = "yes" if prepared else "yes, if it is packed or linked with --rsa"
     if settings.get("rsa_weight") == 0:
         takes_part = f"no, stage {args.stage} trains without it"
-    print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
+    print(f"RSA: {explain_no_rsa(sample, len(images), text) or takes_part}")
     for image, layout in zip(images, layouts):
-        print(in_words(image, layout))
+        print(describe_image(image, layout))
     if images and isinstance(reader, ImageTiler):
-        picture(reader.tiles(images), layouts).save(args.out)
+        draw_tiles(reader.tiles(images), layouts).save(args.out)
         print(f"tiles: {args.out}")
 
 
-def image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
+def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
     """As the stage reads images; those that are embeddings alone can be shown in any."""
     positions = settings.get("image_positions", 0)
     if positions or not has_pixels:
@@ -130,7 +130,7 @@ def is_prepared(path: Path) -> bool:
     return isinstance(content, dict) and "__class__" in content
 
 
-def stored_sample(args) -> StoredSample:
+def read_stored_sample(args) -> StoredSample:
     check_data(str(args.path), [args.part], num_readers=1, micro_batch_size=1)
     num_samples = 0
     for sample in stored_samples(args.path, args.part):
@@ -140,7 +140,7 @@ def stored_sample(args) -> StoredSample:
     raise ValueError(f"--index {args.index}: {args.path} has {num_samples} samples in its split {args.part}")
 
 
-def source_sample(args) -> StoredSample:
+def read_source_sample(args) -> StoredSample:
     """A record of a SOURCE, as pack would store it with --rsa."""
     source = open_source(args.path, seed=args.seed)
     if args.index >= len(source):
@@ -164,7 +164,7 @@ def read_parts(sample: StoredSample) -> dict[str, bytes]:
     return sample.images
 
 
-def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
+def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
     """The text of the tokens, what is learnt between « and », the caption between ‹ and ›."""
     out = ""
     runs = itertools.groupby(zip(text.tokens, text.is_target, text.is_caption), key=lambda token: token[1])
@@ -181,7 +181,7 @@ def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText,
     return out
 
 
-def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
+def explain_no_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
     """What keeps it out of the RSA loss; None if nothing does."""
     if not (sample.__subflavors__ or {}).get("rsa"):
         return "no, its dataset has no subflavor rsa: true"
@@ -190,7 +190,7 @@ def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.Encode
     return None if any(text.is_caption) else "no, it has no caption"
 
 
-def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
+def describe_image(image: Image.Image | Tensor, layout: ImageLayout) -> str:
     if layout.positions:
         return f"image as an embedding: {len(image)} numbers, of length {image.norm():.4g}, in {layout.positions} position(s)"
     grid = (
@@ -199,7 +199,7 @@ def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
     return f"image of {image.width} x {image.height} pixels: a base tile{grid}"
 
 
-def picture(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:
+def draw_tiles(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:
     """Each image's base tile and, right of it, its grid; images one below the other."""
     pixels = ((tiles.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     step = pixels.shape[1] + _GAP

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.data.sources.pairs import CaptionedImage
-from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, all_digits, identity_of
+from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, describe_model, keep_float32_digits
 from rsa_megatron.evaluation.hf_models import HFModel
 
 if TYPE_CHECKING:  # for annotations alone
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # for annotations alone
 #: The name of the one layer.
 EMBEDDING = "embedding"
 # CLIP's configs from before transformers named the right token; such models read the state of the highest token id.
-_END_TOKEN_UNTOLD = 2
+_LEGACY_END_TOKEN = 2
 
 
 class ImageEmbedder:
@@ -38,12 +38,12 @@ class ImageEmbedder:
 
     side = "vision"
     layers = [EMBEDDING]
-    num_cut = 0
+    num_truncated = 0
 
     def __init__(self, model: HFModel):
         model.check_dual_encoder()
         self._model, self._processor = model, model.image_processor
-        self.identity = identity_of(model) | {"pooling": EMBEDDING, "image": "as its processor prepares it"}
+        self.identity = describe_model(model) | {"pooling": EMBEDDING, "image": "as its processor prepares it"}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
         """The pixels of a pair's image; of SigLIP2's models for any shape of image also where its patches lie."""
@@ -54,7 +54,7 @@ class ImageEmbedder:
         """[n, D], float32."""
         inputs = {name: torch.cat([item[name] for item in batch]).to(self._model.device) for name in batch[0]}
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        with all_digits():
+        with keep_float32_digits():
             found = self._model.dual_encoder.get_image_features(**inputs)
         return {EMBEDDING: found.pooler_output.float().cpu()}
 
@@ -75,14 +75,14 @@ class TextEmbedder:
         self._longest = min(model.config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
         self._is_clip = model.model_type == "clip"
         #: texts so far that were longer than the model reads
-        self.num_cut = 0
+        self.num_truncated = 0
         if self._is_clip:
             self._check_end()
-        self.identity = identity_of(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
+        self.identity = describe_model(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
 
     def prepare(self, pair: CaptionedImage) -> Any:
         """The tokens of a pair's caption, [1, S], and for CLIP the mask. Raises ValueError where there are none."""
-        text = self._tokens(pair.caption)
+        text = self._tokenize(pair.caption)
         if not set(text["input_ids"][0].tolist()) - set(self._tokenizer.all_special_ids):
             raise ValueError("its caption has no token")
         return text
@@ -93,14 +93,14 @@ class TextEmbedder:
         length = max(item["input_ids"].shape[1] for item in batch)
         fillers = {"input_ids": self._tokenizer.pad_token_id or 0, "attention_mask": 0}
         inputs = {
-            name: torch.cat([_padded(item[name], length, fillers[name]) for item in batch]).to(self._model.device)
+            name: torch.cat([_pad(item[name], length, fillers[name]) for item in batch]).to(self._model.device)
             for name in batch[0]
         }
-        with all_digits():
+        with keep_float32_digits():
             found = self._model.dual_encoder.get_text_features(**inputs)
         return {EMBEDDING: found.pooler_output.float().cpu()}
 
-    def _tokens(self, caption: str) -> dict[str, Tensor]:
+    def _tokenize(self, caption: str) -> dict[str, Tensor]:
         padding = {} if self._is_clip else {"padding": "max_length", "padding_side": "right"}
         with TOKENIZER_IN_USE:
             found = self._tokenizer(
@@ -113,7 +113,7 @@ class TextEmbedder:
             )
             # Before the last token, which ends every text: where the row is not full, padding, or another text's length.
             if (ids_S := found["input_ids"][0]).numel() == self._longest and ids_S[-2] != self._tokenizer.pad_token_id:
-                self.num_cut += (
+                self.num_truncated += (
                     len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
                 )
         names = ("input_ids", "attention_mask") if self._is_clip else ("input_ids",)
@@ -121,12 +121,12 @@ class TextEmbedder:
 
     def _check_end(self) -> None:
         end = self._model.config.text_config.eos_token_id
-        if end != _END_TOKEN_UNTOLD and end not in self._tokens("a")["input_ids"]:
+        if end != _LEGACY_END_TOKEN and end not in self._tokenize("a")["input_ids"]:
             raise ValueError(
                 f"{self._model.name}: its embedding of a text is the state of token {end}, which its tokenizer does "
                 "not append; save it with a tokenizer that adds that token"
             )
 
 
-def _padded(x_1S: Tensor, length: int, filler: int) -> Tensor:
+def _pad(x_1S: Tensor, length: int, filler: int) -> Tensor:
     return torch.nn.functional.pad(x_1S, (0, length - x_1S.shape[1]), value=filler)

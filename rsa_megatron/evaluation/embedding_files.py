@@ -66,7 +66,7 @@ class Embeddings:
                 self._raise_for_rows()
             yield piece_nD
 
-    def share(self, rank: int, size: int) -> "Embeddings":
+    def take_share(self, rank: int, size: int) -> "Embeddings":
         """The rank's part of the rows, one after the other: all ranks' together are all rows, each once."""
         first, last = (self._rows.start + self.num_rows * number // size for number in (rank, rank + 1))
         return Embeddings(
@@ -81,17 +81,17 @@ class Embeddings:
     def _raise_for_rows(self) -> None:
         bad, first = {kind: [] for kind in _FAULTS}, self._rows.start
         for piece_nD in self._read(self._rows.start, self._rows.stop):
-            largest_n = _largest(piece_nD)
+            largest_n = _find_largest(piece_nD)
             for kind, is_bad in _FAULTS.items():
                 bad[kind] += (first + is_bad(largest_n).nonzero()[:, 0]).tolist()
             first += len(piece_nD)
-        kinds = ", ".join(f"{len(rows)} {kind} ({self._named(rows)})" for kind, rows in bad.items() if rows)
+        kinds = ", ".join(f"{len(rows)} {kind} ({self._format_names(rows)})" for kind, rows in bad.items() if rows)
         raise ValueError(
             f"{self.description}: {sum(map(len, bad.values()))} of {self.num_rows} embeddings have no direction: {kinds}; "
             "remove them, or embed them again"
         )
 
-    def _named(self, rows: list[int]) -> str:
+    def _format_names(self, rows: list[int]) -> str:
         names = ", ".join(self._all_keys[number] if self._all_keys else f"row {number}" for number in rows[:_NAMED])
         return names + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
 
@@ -102,11 +102,11 @@ def _has_direction(x_nD: Tensor) -> Tensor:
     is_usual_n = length_n.isfinite() & (length_n > 0)
     if is_usual_n.all():
         return is_usual_n
-    largest_n = _largest(x_nD)
+    largest_n = _find_largest(x_nD)
     return largest_n.isfinite() & (largest_n > 0)
 
 
-def _largest(x_nD: Tensor) -> Tensor:
+def _find_largest(x_nD: Tensor) -> Tensor:
     """A row's largest number without its sign; NaN where there is one."""
     return torch.linalg.vector_norm(x_nD, torch.inf, dim=1)
 
@@ -122,19 +122,19 @@ def open_embeddings(source: str | Path) -> Embeddings:
         before, _, name = str(source).rpartition(":")
         path = Path(before)
     if path.is_dir() or path.with_name(path.name + ".unfinished").is_dir():
-        return of_store(FeatureStore.open(path), name)
+        return open_store(FeatureStore.open(path), name)
     if not path.is_file():
         raise ValueError(f"{path} not found; {_FORMS}")
     if path.suffix == ".npy":
         if name is not None:
             raise ValueError(f"{source}: an .npy holds one array; omit :{name}")
-        return _npy(path)
+        return _open_npy(path)
     if path.suffix == ".safetensors":
-        return _safetensors(path, name)
+        return _open_safetensors(path, name)
     raise ValueError(f"{path} has an unsupported format; {_FORMS}")
 
 
-def of_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
+def open_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
     """The features of a layer; of a store with one layer it need not be named.
 
     Raises:
@@ -154,14 +154,14 @@ def of_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
     return Embeddings(
         f"{store.folder}, layer {layer}",
         rows=range(len(store.keys)),
-        width=store.width(layer),
+        width=store.read_width(layer),
         keys=store.keys,
         about=about | {"layer": layer},
-        read=lambda start, stop: store.pieces(layer, start, stop),
+        read=lambda start, stop: store.read_pieces(layer, start, stop),
     )
 
 
-def _npy(path: Path) -> Embeddings:
+def _open_npy(path: Path) -> Embeddings:
     try:
         x_ND = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -174,15 +174,15 @@ def _npy(path: Path) -> Embeddings:
     def read(start: int, stop: int) -> Iterator[Tensor]:
         # Opened for each pass: pages that have been read leave the memory with it.
         rows_ND = numpy.load(path, mmap_mode="r", allow_pickle=False)
-        step = _piece_rows(rows_ND.shape[1], rows_ND.itemsize)
+        step = _count_piece_rows(rows_ND.shape[1], rows_ND.itemsize)
         for first in range(start, stop, step):
             piece_nD = rows_ND[first : min(first + step, stop)]
             yield torch.from_numpy(numpy.array(piece_nD, dtype=rows_ND.dtype.newbyteorder("="), order="C"))
 
-    return _of_file(path, None, x_ND.shape, read)
+    return _make_embeddings(path, None, x_ND.shape, read)
 
 
-def _safetensors(path: Path, name: str | None) -> Embeddings:
+def _open_safetensors(path: Path, name: str | None) -> Embeddings:
     try:
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
@@ -200,16 +200,16 @@ def _safetensors(path: Path, name: str | None) -> Embeddings:
         raise ValueError(f"{path}, tensor {name} holds {dtype}: save it as float32, float16, bfloat16 or float64")
 
     def read(start: int, stop: int) -> Iterator[Tensor]:
-        step = _piece_rows(shape[1], 8)
+        step = _count_piece_rows(shape[1], 8)
         with safe_open(path, "pt") as file:
             rows_ND = file.get_slice(name)
             for first in range(start, stop, step):
                 yield rows_ND[first : min(first + step, stop)]
 
-    return _of_file(path, name, shape, read)
+    return _make_embeddings(path, name, shape, read)
 
 
-def _of_file(path: Path, name: str | None, shape: tuple[int, ...], read: Callable) -> Embeddings:
+def _make_embeddings(path: Path, name: str | None, shape: tuple[int, ...], read: Callable) -> Embeddings:
     description = f"{path}, tensor {name}" if name else str(path)
     if len(shape) != 2 or not all(shape):
         raise ValueError(
@@ -220,5 +220,5 @@ def _of_file(path: Path, name: str | None, shape: tuple[int, ...], read: Callabl
     )
 
 
-def _piece_rows(width: int, itemsize: int) -> int:
+def _count_piece_rows(width: int, itemsize: int) -> int:
     return max(1, _PIECE_BYTES // (width * itemsize))

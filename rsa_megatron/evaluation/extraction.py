@@ -68,7 +68,7 @@ def extract(
         for start in range(store.num_done, len(pairs), part_size):
             part = pairs[start : start + part_size]
             keys, left_out, batches = [], {}, []
-            for prepared in _ahead(backbone.prepare, part, batch_size, pool):
+            for prepared in _prepare_ahead(backbone.prepare, part, batch_size, pool):
                 good = {key: item for key, item in prepared.items() if not isinstance(item, ValueError)}
                 left_out |= {key: str(item) for key, item in prepared.items() if isinstance(item, ValueError)}
                 if good:
@@ -85,7 +85,7 @@ def extract(
     store.finish()
 
 
-def _ahead(
+def _prepare_ahead(
     prepare: Callable[[CaptionedImage], Any], pairs: Sequence[CaptionedImage], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[dict[str, Any]]:
     """Batches of prepared pairs by key, or why one cannot be; the next batch is prepared while one is used."""
@@ -93,13 +93,13 @@ def _ahead(
     for start in range(0, len(pairs), batch_size):
         submitted = {pair.key: pool.submit(prepare, pair) for pair in pairs[start : start + batch_size]}
         if waiting:
-            yield _results(waiting)
+            yield _collect_results(waiting)
         waiting = submitted
     if waiting:
-        yield _results(waiting)
+        yield _collect_results(waiting)
 
 
-def _results(futures: dict[str, Future]) -> dict[str, Any]:
+def _collect_results(futures: dict[str, Future]) -> dict[str, Any]:
     found = {}
     for key, future in futures.items():
         error = future.exception()

@@ -44,7 +44,7 @@ class FeatureStore:
         #: each part and how many pairs have features in it
         self._parts: list[tuple[Path, int]] = []
         for part in sorted(folder.glob("part-*.safetensors")):
-            self._count(part, *_contents(part))
+            self._count(part, *_read_contents(part))
 
     @classmethod
     def create(cls, folder: str | Path, manifest: dict) -> "FeatureStore":
@@ -62,7 +62,7 @@ class FeatureStore:
             store = cls.open(folder)
             _check_same(folder, store.manifest, manifest)
             return store
-        unfinished = _unfinished(folder)
+        unfinished = _get_unfinished_path(folder)
         unfinished.mkdir(parents=True, exist_ok=True)
         lock = _lock(unfinished)
         try:
@@ -85,8 +85,8 @@ class FeatureStore:
             ValueError: there is none.
         """
         folder = Path(folder)
-        if not folder.exists() and _unfinished(folder).exists():
-            raise ValueError(f"{_unfinished(folder)} is not finished: rerun the command that writes it")
+        if not folder.exists() and _get_unfinished_path(folder).exists():
+            raise ValueError(f"{_get_unfinished_path(folder)} is not finished: rerun the command that writes it")
         if not (folder / _MANIFEST).is_file():
             raise ValueError(f"{folder} holds no features ({_MANIFEST} is missing); name a folder of stored features")
         store = cls(folder, _read_manifest(folder), final=None)
@@ -125,7 +125,7 @@ class FeatureStore:
         assert [key for key in asked if key not in left_out] == list(keys), "pairs come in the order of the manifest"
         assert not keys or list(features) == self.layers, "features of every layer, in the manifest's order"
         dtype = STORE_DTYPES[self.manifest["store_dtype"]]
-        tensors = {name: _stored(name, rows_nD, dtype) for name, rows_nD in features.items()} if keys else {}
+        tensors = {name: _convert(name, rows_nD, dtype) for name, rows_nD in features.items()} if keys else {}
         # One entry: safetensors writes several in any order, and the bytes would differ from run to run.
         metadata = {"pairs": json.dumps({"keys": list(keys), "left_out": left_out})}
         part = self.folder / f"part-{len(self._parts):05d}.safetensors"
@@ -141,7 +141,7 @@ class FeatureStore:
         self.folder, self._final = self._final, None
         self._unlock()
 
-    def layer(self, name: str) -> Tensor:
+    def read_layer(self, name: str) -> Tensor:
         """The features of one layer, [N, D], float32, in the order of `keys`; no other layer is read."""
         assert name in self.layers, name
         if not self.keys:
@@ -159,7 +159,7 @@ class FeatureStore:
             row += size
         return x_ND
 
-    def width(self, name: str) -> int:
+    def read_width(self, name: str) -> int:
         """Of the features of one layer."""
         for part, size in self._parts:
             if size:
@@ -167,7 +167,7 @@ class FeatureStore:
                     return file.get_slice(name).get_shape()[1]
         raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
 
-    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+    def read_pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """The features of one layer for the pairs from `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
         assert name in self.layers, name
         stop = len(self.keys) if stop is None else stop
@@ -185,7 +185,7 @@ class FeatureStore:
         self.left_out |= left_out
 
 
-def _contents(part: Path) -> tuple[list[str], dict[str, str]]:
+def _read_contents(part: Path) -> tuple[list[str], dict[str, str]]:
     try:
         with safe_open(part, "pt") as file:
             metadata = file.metadata()
@@ -195,7 +195,7 @@ def _contents(part: Path) -> tuple[list[str], dict[str, str]]:
     return pairs["keys"], pairs["left_out"]
 
 
-def _stored(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
     stored_nD = rows_nD.to("cpu", dtype).contiguous()
     if not rows_nD.isfinite().all():
         raise ValueError(f"layer {name} gives a feature that is not finite; with --dtype bfloat16, try float32")
@@ -207,7 +207,7 @@ def _stored(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
     return stored_nD
 
 
-def _unfinished(folder: Path) -> Path:
+def _get_unfinished_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".unfinished")
 
 
@@ -239,11 +239,11 @@ def _read_manifest(folder: Path) -> dict:
 def _check_same(folder: Path, then: dict, now: dict) -> None:
     for name in [*now, *then]:
         if name not in then or name not in now or then[name] != now[name]:
-            before, here = (_in_words(manifest.get(name)) for manifest in (then, now))
+            before, here = (_format_value(manifest.get(name)) for manifest in (then, now))
             differs = f"{name} {before}, this run has {here}" if before != here else f"other {name}"
             raise ValueError(f"{folder} has features with {differs}: name another --store, or remove that folder")
 
 
-def _in_words(value) -> str:
+def _format_value(value) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."

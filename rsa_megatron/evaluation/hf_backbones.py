@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rsa_megatron.alignment.distances import float32_products
 from rsa_megatron.data.sources.pairs import CaptionedImage
-from rsa_megatron.evaluation.hf_models import HFModel, Side, num_class_tokens, num_layers
+from rsa_megatron.evaluation.hf_models import HFModel, Side, count_class_tokens, count_layers
 
 if TYPE_CHECKING:  # for annotations alone
     from transformers import BatchFeature, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
 TOKENIZER_IN_USE = threading.Lock()
 
 
-def text_backbone(model: HFModel, reading: str) -> "TextBackbone":
+def make_text_backbone(model: HFModel, reading: str) -> "TextBackbone":
     """The language model of a model, read in one of TEXT_READINGS."""
     return TextBackbone(model) if reading == "caption-alone" else CaptionAfterImage(model)
 
@@ -59,8 +59,8 @@ class VisionBackbone:
         image = {"llava_onevision": "base image", "internvl_vision": "one tile"}.get(
             self._kind, "as its processor prepares it"
         )
-        self.layers = _tower_layers(model)
-        self.identity = identity_of(model) | {"pooling": "mean of image tokens", "image": image}
+        self.layers = _name_tower_layers(model)
+        self.identity = describe_model(model) | {"pooling": "mean of image tokens", "image": image}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
         """The pixels of a pair's image: one tile, or the patches of one image."""
@@ -84,11 +84,11 @@ class VisionBackbone:
         if "image_grid_thw" in batch[0]:  # Qwen's: images of all sizes, one after the other
             grid = torch.cat([item["image_grid_thw"] for item in batch]).to(self._model.device)
             lengths = grid.prod(1).tolist()
-            with _pooled(tower, lambda x_TD: _mean_of_each(x_TD, lengths)) as found, all_digits():
+            with _pool_layers(tower, lambda x_TD: _average_each(x_TD, lengths)) as found, keep_float32_digits():
                 tower.module(pixels, grid_thw=grid)
         else:
-            skip = num_class_tokens(self._config)
-            with _pooled(tower, lambda x_nTD: x_nTD[:, skip:].float().mean(1)) as found, all_digits():
+            skip = count_class_tokens(self._config)
+            with _pool_layers(tower, lambda x_nTD: x_nTD[:, skip:].float().mean(1)) as found, keep_float32_digits():
                 tower.module(pixels)
         return {name: found[name].cpu() for name in self.layers}
 
@@ -103,7 +103,7 @@ class Caption:
     counts: Tensor
 
 
-def caption_tokens(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
+def tokenize_caption(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
     """A caption's tokens, at most `longest`, with those that the tokenizer adds; can be called from several threads.
 
     Raises:
@@ -130,27 +130,30 @@ class TextBackbone:
 
     def __init__(self, model: HFModel):
         self._model = model
-        self.layers = _names(num_layers(model.text_config))
+        self.layers = _name_layers(count_layers(model.text_config))
         self._tokenizer = model.tokenizer
-        self.identity = identity_of(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
+        self.identity = describe_model(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
 
     def prepare(self, pair: CaptionedImage) -> Caption:
         """The tokens of a pair's caption, cut where the model's positions end."""
         of_model = getattr(self._model.text_config, "max_position_embeddings", None) or _UNLIMITED
-        return caption_tokens(
+        return tokenize_caption(
             self._tokenizer, pair.caption, min(self._tokenizer.model_max_length, of_model, _UNLIMITED)
         )
 
     def features(self, batch: list[Caption]) -> dict[str, Tensor]:
         """[n, D] of every layer, float32."""
-        return self._mean_states(batch, self._model.language_model.module)
+        return self._average_states(batch, self._model.language_model.module)
 
     @torch.inference_mode()
-    def _mean_states(self, captions: list[Caption], module: Module, **inputs: Tensor) -> dict[str, Tensor]:
+    def _average_states(self, captions: list[Caption], module: Module, **inputs: Tensor) -> dict[str, Tensor]:
         """Those of the language model while `module` runs, which is it or holds it."""
-        ids_nS, is_text_nS, counts_nS = (tensor.to(self._model.device) for tensor in _padded(captions))
+        ids_nS, is_text_nS, counts_nS = (tensor.to(self._model.device) for tensor in _pad(captions))
         language_model, last = self._model.language_model, self.layers[-1]
-        with _pooled(language_model, lambda x_nSD: _mean_where(x_nSD, counts_nS), last=last) as found, all_digits():
+        with (
+            _pool_layers(language_model, lambda x_nSD: _average_where(x_nSD, counts_nS), last=last) as found,
+            keep_float32_digits(),
+        ):
             module(input_ids=ids_nS, attention_mask=is_text_nS, **inputs)
         return {name: found[name].cpu() for name in self.layers}
 
@@ -169,7 +172,7 @@ class CaptionAfterImage(TextBackbone):
         """The tokens of image and caption, and what else the model takes."""
         caption, image = super().prepare(pair), pair.image()
         with TOKENIZER_IN_USE:
-            inputs = self._processor(text=[self._placeholder()], images=[image], return_tensors="pt")
+            inputs = self._processor(text=[self._format_placeholder()], images=[image], return_tensors="pt")
         image_ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask")
         ids = torch.cat([image_ids, caption.ids[caption.counts]])
@@ -180,10 +183,10 @@ class CaptionAfterImage(TextBackbone):
         """[n, D] of every layer, float32."""
         captions, inputs = zip(*batch)
         length = max(len(caption.ids) for caption in captions)
-        joined = {name: self._joined(name, [item[name] for item in inputs], length) for name in inputs[0]}
-        return self._mean_states(captions, self._model.module, **joined)
+        joined = {name: self._join_inputs(name, [item[name] for item in inputs], length) for name in inputs[0]}
+        return self._average_states(captions, self._model.module, **joined)
 
-    def _joined(self, name: str, parts: list[Tensor], length: int) -> Tensor:
+    def _join_inputs(self, name: str, parts: list[Tensor], length: int) -> Tensor:
         """An input of the model for a batch, of those for one sample each, [1, ...] or [patches or tiles, ...]."""
         if name == "mm_token_type_ids":  # one a token: 0 for text
             parts = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
@@ -194,29 +197,31 @@ class CaptionAfterImage(TextBackbone):
             parts = [part.to(self._model.dtype) for part in parts]
         return torch.cat(parts).to(self._model.device)
 
-    def _placeholder(self) -> str:
+    def _format_placeholder(self) -> str:
         token = self._processor.image_token
         return f"<|vision_start|>{token}<|vision_end|>" if self._model.model_type == "qwen2_5_vl" else token
 
 
-def identity_of(model: HFModel) -> dict:
+def describe_model(model: HFModel) -> dict:
     """What of a backbone's identity is the model's."""
     return {"model": model.title, "revision": model.revision, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def _names(count: int) -> list[str]:
+def _name_layers(count: int) -> list[str]:
     return [str(number) for number in range(count + 1)]
 
 
-def _tower_layers(model: HFModel) -> list[str]:
+def _name_tower_layers(model: HFModel) -> list[str]:
     """Up to the layer that the model's projector reads: LLaVA's -2, say, leaves the last one unused."""
-    names = _names(num_layers(model.tower_config))
+    names = _name_layers(count_layers(model.tower_config))
     used = getattr(model.config, "vision_feature_layer", -1)
     return names[: len(names) + used + 1 if used < 0 else used + 1] if isinstance(used, int) else names
 
 
 @contextmanager
-def _pooled(side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = None) -> Iterator[dict[str, Tensor]]:
+def _pool_layers(
+    side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Within it, a forward pass leaves `pool` of every layer's output in the dictionary, and of the first one's input as "0".
 
     Args:
@@ -245,7 +250,7 @@ def _pooled(side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = 
 
 
 @contextmanager
-def all_digits() -> Iterator[None]:
+def keep_float32_digits() -> Iterator[None]:
     """Within it, float32 arithmetic keeps its digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
     convolution, were seen to cost 3e-4 of the features."""
     cudnn = torch.backends.cudnn
@@ -261,16 +266,16 @@ def all_digits() -> Iterator[None]:
         setattr(holder, name, before)
 
 
-def _mean_of_each(x_TD: Tensor, lengths: list[int]) -> Tensor:
+def _average_each(x_TD: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([tokens.float().mean(0) for tokens in x_TD.split(lengths)])
 
 
-def _mean_where(x_nSD: Tensor, counts_nS: Tensor) -> Tensor:
+def _average_where(x_nSD: Tensor, counts_nS: Tensor) -> Tensor:
     counts_nS1 = counts_nS[..., None]
     return x_nSD.float().masked_fill(~counts_nS1, 0).sum(1) / counts_nS1.sum(1)
 
 
-def _padded(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens padded at the end, where they are, and which of them count, all [n, S].
 
     A causal model never looks at what comes after; an encoder is told by the mask.

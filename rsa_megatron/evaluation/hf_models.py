@@ -83,7 +83,7 @@ class HFModel:
             return self.config.vision_config
         if self.model_type in TOWERS:
             return self.config
-        raise self._unsupported("vision tower", [*VISION_LANGUAGE, *_WITH_TEXT_TOWER, *TOWERS])
+        raise self._make_unsupported_error("vision tower", [*VISION_LANGUAGE, *_WITH_TEXT_TOWER, *TOWERS])
 
     @property
     def text_config(self) -> "PreTrainedConfig":
@@ -103,7 +103,7 @@ class HFModel:
         ):
             return self.config
         others = "causal language models and encoders such as gpt2, llama, qwen2, bert, roberta"
-        raise self._unsupported("language model", [*VISION_LANGUAGE, others])
+        raise self._make_unsupported_error("language model", [*VISION_LANGUAGE, others])
 
     @cached_property
     def tower(self) -> Side:
@@ -112,41 +112,41 @@ class HFModel:
             module = getattr(module, VISION_LANGUAGE[self.model_type])
         elif self.model_type in _WITH_TEXT_TOWER:
             module = module.vision_model
-        return Side(module, self._layers(module, num_layers(config)), config)
+        return Side(module, self._find_layers(module, count_layers(config)), config)
 
     @cached_property
     def language_model(self) -> Side:
         config, module = self.text_config, self.module
         if self.is_vision_language:
             module = module.language_model
-        return Side(module, self._layers(module, num_layers(config)), config)
+        return Side(module, self._find_layers(module, count_layers(config)), config)
 
     @cached_property
     def module(self) -> "PreTrainedModel":
         """The whole model without the layer that gives logits, with its weights, for inference."""
-        model = self._loaded(_UNUSED)
+        model = self._load(_UNUSED)
         model = model.model if self.is_vision_language else model
         model.config.use_cache = False
         if self.is_vision_language:
             model.language_model.config.use_cache = False
-        return self._for_inference(model)
+        return self._prepare_for_inference(model)
 
     @cached_property
     def dual_encoder(self) -> "PreTrainedModel":
         """The whole model, its heads included: what gives embeddings."""
         self.check_dual_encoder()
-        return self._for_inference(self._loaded(()))
+        return self._prepare_for_inference(self._load(()))
 
     def check_dual_encoder(self) -> None:
         """Raises ValueError, before weights are read, where images and texts have no embeddings in one space."""
         if self.model_type not in DUAL_ENCODERS:
-            raise self._unsupported("embedding of images and texts", [*DUAL_ENCODERS])
+            raise self._make_unsupported_error("embedding of images and texts", [*DUAL_ENCODERS])
         if not getattr(self.config.vision_config, "vision_use_head", True):
             raise ValueError(
                 f"{self.name}: its vision_use_head is false, so its images have no embedding; name a model with the head"
             )
 
-    def _loaded(self, unused: tuple[str, ...]) -> "PreTrainedModel":
+    def _load(self, unused: tuple[str, ...]) -> "PreTrainedModel":
         """Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
         auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
         model, loaded = self._read(
@@ -161,7 +161,7 @@ class HFModel:
             raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, such as {missing[0]}")
         return model
 
-    def _for_inference(self, model: "PreTrainedModel") -> "PreTrainedModel":
+    def _prepare_for_inference(self, model: "PreTrainedModel") -> "PreTrainedModel":
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -204,29 +204,31 @@ class HFModel:
         try:
             return getattr(transformers, auto_class).from_pretrained(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
-            raise ValueError(f"{self.name}: {what} cannot be loaded{self._where()}: {_one_line(error)}") from error
+            raise ValueError(
+                f"{self.name}: {what} cannot be loaded{self._describe_origin()}: {_join_lines(error)}"
+            ) from error
 
-    def _where(self) -> str:
+    def _describe_origin(self) -> str:
         return "" if Path(self.name).is_dir() else " from the hub (no folder of that name)"
 
-    def _layers(self, module: Module, count: int) -> ModuleList:
+    def _find_layers(self, module: Module, count: int) -> ModuleList:
         for child in module.modules():
             if isinstance(child, ModuleList) and len(child) == count:
                 return child
         raise ValueError(f"{self.name}: its model_type {self.model_type} has no list of {count} layers to read")
 
-    def _unsupported(self, what: str, supported: list[str]) -> ValueError:
+    def _make_unsupported_error(self, what: str, supported: list[str]) -> ValueError:
         return ValueError(
             f"{self.name}: model_type {self.model_type} has no {what} that can be measured; "
             f"supported: {', '.join(supported)}"
         )
 
 
-def num_layers(config: "PreTrainedConfig") -> int:
+def count_layers(config: "PreTrainedConfig") -> int:
     return config.depth if config.model_type == "qwen2_5_vl_vision" else config.num_hidden_layers
 
 
-def num_class_tokens(config: "PreTrainedConfig") -> int:
+def count_class_tokens(config: "PreTrainedConfig") -> int:
     """Tokens of one of TOWERS before those of the image."""
     return TOWERS[config.model_type] + getattr(config, "num_register_tokens", 0)
 
@@ -240,5 +242,5 @@ def fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _one_line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

@@ -61,7 +61,7 @@ class LayerScores:
         return len(self.row_layers) - 1, len(self.column_layers) - 1
 
 
-def samples_in_both(rows: FeatureStore, columns: FeatureStore, *, k: int) -> Samples:
+def find_common_samples(rows: FeatureStore, columns: FeatureStore, *, k: int) -> Samples:
     """For each seed, where the samples are that have features in both stores.
 
     Raises:
@@ -104,14 +104,14 @@ def score_layers(
     Raises:
         ValueError: a layer's features do not allow the metric; names the layer.
     """
-    compute = _mutual_knn if metric == MUTUAL_KNN else _any_metric
+    compute = _score_mutual_knn if metric == MUTUAL_KNN else _score_any_metric
     scores_SRC = torch.zeros(len(samples), len(rows.layers), len(columns.layers), dtype=torch.float64)
     compute(scores_SRC, rows, columns, metric, k, samples, device, each)
     chance = sum(k / (len(of_rows) - 1) for of_rows, _ in samples) / len(samples) if metric == MUTUAL_KNN else None
     return LayerScores(metric, rows.layers, columns.layers, scores_SRC, chance)
 
 
-def cone_figures(
+def compute_cone_figures(
     rows: FeatureStore,
     columns: FeatureStore,
     scores: LayerScores,
@@ -123,45 +123,47 @@ def cone_figures(
     found = {}
     for name, (row, column) in {"best": scores.best, "last": scores.last}.items():
         a_ND, b_NE = (
-            rows.layer(scores.row_layers[row]).to(device),
-            columns.layer(scores.column_layers[column]).to(device),
+            rows.read_layer(scores.row_layers[row]).to(device),
+            columns.read_layer(scores.column_layers[column]).to(device),
         )
-        found[name] = _mean([asdict(modality_gap(a_ND[of_rows], b_NE[of_columns])) for of_rows, of_columns in samples])
+        found[name] = _average(
+            [asdict(modality_gap(a_ND[of_rows], b_NE[of_columns])) for of_rows, of_columns in samples]
+        )
     return found
 
 
-def _mean(figures: list) -> dict | float | None:
+def _average(figures: list) -> dict | float | None:
     """Of each number in dictionaries of the same keys; None stays None."""
     if isinstance(figures[0], dict):
-        return {name: _mean([one[name] for one in figures]) for name in figures[0]}
+        return {name: _average([one[name] for one in figures]) for name in figures[0]}
     return None if figures[0] is None else sum(figures) / len(figures)
 
 
-def _mutual_knn(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
+def _score_mutual_knn(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
     of_rows, of_columns = zip(*samples)
-    in_columns = [_neighbours(columns, name, of_columns, k, device) for name in columns.layers]
+    in_columns = [_find_neighbours(columns, name, of_columns, k, device) for name in columns.layers]
     for row, name in enumerate(each(rows.layers)):
-        in_row = _neighbours(rows, name, of_rows, k, device)
+        in_row = _find_neighbours(rows, name, of_rows, k, device)
         for column, lists in enumerate(in_columns):
             found = [shared_neighbours(a_Nk, b_Nk) for a_Nk, b_Nk in zip(in_row, lists, strict=True)]
             scores_SRC[:, row, column] = torch.tensor(found, dtype=torch.float64)
 
 
-def _neighbours(store: FeatureStore, name: str, chosen: Sequence[Tensor], k: int, device) -> list[Tensor]:
-    x_ND = store.layer(name).to(device)
+def _find_neighbours(store: FeatureStore, name: str, chosen: Sequence[Tensor], k: int, device) -> list[Tensor]:
+    x_ND = store.read_layer(name).to(device)
     try:
         return [nearest_neighbours(x_ND[rows], k).cpu() for rows in chosen]
     except ValueError as error:
         raise ValueError(f"{store.folder}, layer {name}: {error}") from error
 
 
-def _any_metric(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
+def _score_any_metric(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
     function = metrics.METRICS[metric]
     for row, row_name in enumerate(each(rows.layers)):
-        a_ND = rows.layer(row_name).to(device)
+        a_ND = rows.read_layer(row_name).to(device)
         in_row = [a_ND[of_rows] for of_rows, _ in samples]
         for column, column_name in enumerate(columns.layers):
-            b_NE = columns.layer(column_name).to(device)
+            b_NE = columns.read_layer(column_name).to(device)
             try:
                 found = [function(a_ND, b_NE[of_columns], k) for a_ND, (_, of_columns) in zip(in_row, samples)]
             except ValueError as error:

@@ -46,16 +46,16 @@ class Pairs:
             tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
         return cls(images, tokens, mask, eligible_B)
 
-    def not_counted(self) -> "Pairs":
+    def mark_ineligible(self) -> "Pairs":
         """The same micro-batch, none of whose samples is eligible."""
         return Pairs(self.images, self.tokens, self.mask, torch.zeros_like(self.eligible_B))
 
-    def kept(self, dtype: torch.dtype | None) -> "Pairs":
+    def to_host(self, dtype: torch.dtype | None) -> "Pairs":
         """In host memory; the images in `dtype`, or none of them."""
         images = self.images[:0] if dtype is None else self.images.to(dtype)
         return Pairs(*(tensor.cpu() for tensor in (images, self.tokens, self.mask, self.eligible_B)))
 
-    def share(self: "Pairs | None", tp_group) -> "Pairs":
+    def broadcast(self: "Pairs | None", tp_group) -> "Pairs":
         """On every tensor-parallel rank of a stage what its first has; None on the others."""
         integers = self and dict(tokens=self.tokens, mask=self.mask, eligible=self.eligible_B)
         integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
@@ -63,7 +63,7 @@ class Pairs:
         return Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
 
 
-def chunks_of(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
+def unwrap_chunks(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
     """The LLaVAModels within what Megatron has wrapped around them."""
     return [get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True) for chunk in model]
 
@@ -118,25 +118,25 @@ def caption_vectors_of_layers(
         pairs: the micro-batches, on any device; None on stages between the first and the last.
         seq_length: as the model was made for; the pipeline's shapes.
     """
-    chunks = chunks_of(model)
+    chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
-    masks = [_mask_on_every_stage(pair, groups.pp) for pair in pairs]
+    masks = [_broadcast_mask(pair, groups.pp) for pair in pairs]
     pooled: dict[int, list[Tensor]] = {number: [] for number in layers}
-    in_hand = {}
+    current = {}
 
     def keep(number, state_LBE):
-        mask_BL = _own_part(masks[in_hand["number"]].float(), len(state_LBE), chunks[0])
+        mask_BL = _shard_mask(masks[current["number"]].float(), len(state_LBE), chunks[0])
         pooled[number].append(caption_vectors(state_LBE, mask_BL, chunks[0].config, groups)[0])
 
     counts = {chunk: iter(range(len(pairs))) for chunk in chunks}
 
     def forward_step(data_iterator, wrapped):
-        (chunk,) = chunks_of([wrapped])
-        in_hand["number"] = next(counts[chunk])
+        (chunk,) = unwrap_chunks([wrapped])
+        current["number"] = next(counts[chunk])
         if not (chunk.pre_process or chunk.post_process):
             output, _ = wrapped(None, None, None, None)
         else:
-            output = _through_decoder(wrapped, pairs[in_hand["number"]])
+            output = _run_decoder(wrapped, pairs[current["number"]])
         return output, lambda output, non_loss_data: None
 
     hooks = [hook for chunk in chunks for hook in on_decoder_layers(chunk, layers, keep)]
@@ -162,10 +162,10 @@ def caption_vectors_of_layers(
         for chunk, before in zip(chunks, has_output):
             chunk.language_model.post_process = before
     num_rows, width = sum(len(mask) for mask in masks), chunks[0].config.hidden_size
-    return {number: _from_its_stage(parts, num_rows, width, groups.pp) for number, parts in pooled.items()}
+    return {number: _reduce_from_stage(parts, num_rows, width, groups.pp) for number, parts in pooled.items()}
 
 
-def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
+def _run_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
     device = torch.cuda.current_device()
     tokens = pair.tokens.to(device)
     output, _ = chunk(
@@ -180,19 +180,19 @@ def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
     return output
 
 
-def _own_part(mask_BS: Tensor, num_states: int, chunk: LLaVAModel) -> Tensor:
+def _shard_mask(mask_BS: Tensor, num_states: int, chunk: LLaVAModel) -> Tensor:
     """A whole row's mask for this context-parallel rank, whose tensor-parallel ranks have so many states each."""
     cp, shards = chunk.pg_collection.cp, sequence_shards(chunk.config, chunk.pg_collection.tp)
     whole = torch.nn.functional.pad(mask_BS, (0, num_states * shards * cp.size() - mask_BS.shape[1]))
     return token_positions.context_parallel_part(whole, cp.size(), cp.rank())
 
 
-def _mask_on_every_stage(pair: Pairs | None, pp_group) -> Tensor:
+def _broadcast_mask(pair: Pairs | None, pp_group) -> Tensor:
     # Captions stand at the beginning of their rows, with no image before them: their mask is the row's.
     return broadcast_tensors(["mask"], pair and dict(mask=pair.mask), torch.int64, pp_group)["mask"]
 
 
-def _from_its_stage(parts: list[Tensor], num_rows: int, width: int, pp_group) -> Tensor:
+def _reduce_from_stage(parts: list[Tensor], num_rows: int, width: int, pp_group) -> Tensor:
     own = torch.cat(parts) if parts else torch.zeros(num_rows, width, device=torch.cuda.current_device())
     if pp_group.size() > 1:
         torch.distributed.all_reduce(own, group=pp_group)  # zeros from all stages but one

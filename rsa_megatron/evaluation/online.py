@@ -16,8 +16,8 @@ from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.evaluation.megatron_features import (
     Pairs,
     caption_vectors_of_layers,
-    chunks_of,
     image_vectors,
+    unwrap_chunks,
 )
 from rsa_megatron.hooks.layer_hooks import layer_number
 
@@ -44,7 +44,7 @@ def read_pairs(
         num_samples: how many to read, over all data-parallel ranks; fewer where there are fewer.
         base_tile: which tile of an image is the whole picture, "first" or "last" (RSAConfig.base_tile).
     """
-    chunks = chunks_of(model)
+    chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     needs_data = any(chunk.pre_process or chunk.post_process for chunk in chunks)
@@ -57,11 +57,11 @@ def read_pairs(
     own = own[: int(smallest)] if reads else [None] * int(smallest)
     if len(model) > 1 and own:
         # Interleaved schedules take a multiple of the pipeline's size: what is missing is made up, and does not count.
-        own += [own[0] and own[0].not_counted()] * (-len(own) % groups.pp.size())
+        own += [own[0] and own[0].mark_ineligible()] * (-len(own) % groups.pp.size())
     if not needs_data:
         return own
     dtype = next(first.vision_model.parameters()).dtype if first else None
-    return [Pairs.share(pair, groups.tp).kept(dtype) for pair in own]
+    return [Pairs.broadcast(pair, groups.tp).to_host(dtype) for pair in own]
 
 
 def measure_mutual_knn(
@@ -90,7 +90,7 @@ def measure_mutual_knn(
         The score of each pair of layers and the number of samples they were taken over, on ranks of the last pipeline
         stage; else None. With k samples or fewer, or where all of a layer's vectors are equal, there is no score: nan.
     """
-    chunks = chunks_of(model)
+    chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     last = next((chunk for chunk in chunks if chunk.post_process), None)
@@ -103,9 +103,11 @@ def measure_mutual_knn(
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
     )
-    num_vision_layers = _from_first_stage(len(first.vision_model.decoder.layers) if first else None, groups.pp)
+    num_vision_layers = _broadcast_from_first_stage(
+        len(first.vision_model.decoder.layers) if first else None, groups.pp
+    )
     numbers = sorted({layer_number(vision, num_vision_layers) for vision, _ in layer_pairs})
-    v_ND = _image_vectors(first, pairs, numbers, len(pairs) * micro_batch_size, groups.pp)
+    v_ND = _compute_image_vectors(first, pairs, numbers, len(pairs) * micro_batch_size, groups.pp)
     if last is None:
         return None
     valid_N = torch.cat([(pair.eligible_B > 0) & (pair.mask.sum(dim=1) > 0) for pair in pairs])
@@ -115,7 +117,7 @@ def measure_mutual_knn(
         for number, vectors_nW in vectors.items():
             gathered, _ = gather_rows(vectors_nW, valid_N, groups.dp)
             rows = gathered[:num_samples]
-            neighbours[side, number] = _neighbours(rows, k)
+            neighbours[side, number] = _find_neighbours(rows, k)
     num_pairs = rows.shape[0]
     return {
         (vision, text): _score(
@@ -126,7 +128,7 @@ def measure_mutual_knn(
     }, num_pairs
 
 
-def _neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
+def _find_neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
     if rows_ND.shape[0] <= k:
         return None
     try:
@@ -150,14 +152,14 @@ def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
     return Pairs.of(images, captions, batch.rsa.eligible)
 
 
-def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
+def _compute_image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
     """v after each layer, [n, D], on every stage."""
     device = torch.cuda.current_device()
     of_pairs = [image_vectors(first, pair.images.to(device), layers) for pair in pairs] if first else []
     vectors = {number: torch.cat([pair[number] for pair in of_pairs]) for number in layers} if first else {}
     if pp_group.size() == 1:
         return vectors
-    width = _from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
+    width = _broadcast_from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
     for number in layers:
         vectors.setdefault(number, torch.empty(num_rows, width, device=device))
         torch.distributed.broadcast(
@@ -166,9 +168,9 @@ def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> 
     return vectors
 
 
-def _from_first_stage(number: int | None, pp_group) -> int:
+def _broadcast_from_first_stage(number: int | None, pp_group) -> int:
     if pp_group.size() == 1:
         return number
-    told = torch.tensor([number or 0], device=torch.cuda.current_device())
-    torch.distributed.broadcast(told, torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
-    return int(told)
+    value = torch.tensor([number or 0], device=torch.cuda.current_device())
+    torch.distributed.broadcast(value, torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
+    return int(value)

@@ -13,7 +13,7 @@ from rsa_megatron.evaluation.feature_store import FeatureStore
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleSet:
     """The samples of all seeds."""
 
     #: each pair once
@@ -22,7 +22,9 @@ class Drawn:
     manifest: dict
 
 
-def draw(pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, **source: str | None) -> Drawn:
+def draw_samples(
+    pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, **source: str | None
+) -> SampleSet:
     """The samples of each seed.
 
     Args:
@@ -47,11 +49,11 @@ def draw(pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, 
         "samples": [[place[pair.key] for pair in chosen] for chosen in samples],
         "keys": list(union),
     }
-    return Drawn(list(union.values()), manifest)
+    return SampleSet(list(union.values()), manifest)
 
 
-def stored_features(
-    backbone: Backbone, drawn: Drawn, folder: Path, *, store_dtype: str, batch_size: int, num_workers: int
+def extract_to_store(
+    backbone: Backbone, chosen: SampleSet, folder: Path, *, store_dtype: str, batch_size: int, num_workers: int
 ) -> FeatureStore:
     """A backbone's features of all samples. What is not on disk is computed and stored.
 
@@ -62,15 +64,15 @@ def stored_features(
         ValueError: the store of that name was made otherwise; names what differs.
     """
     manifest = backbone.identity | {"side": backbone.side, "layers": backbone.layers, "store_dtype": store_dtype}
-    store = FeatureStore.create(folder / _store_name(backbone, drawn), manifest | drawn.manifest)
+    store = FeatureStore.create(folder / _format_store_name(backbone, chosen), manifest | chosen.manifest)
     if store.finished:
         print(f"{store.folder}: already complete", file=sys.stderr)
-    extract(backbone, drawn.pairs, store, batch_size=batch_size, num_workers=num_workers)
+    extract(backbone, chosen.pairs, store, batch_size=batch_size, num_workers=num_workers)
     return store
 
 
-def _store_name(backbone: Backbone, drawn: Drawn) -> Path:
-    identity, samples = backbone.identity, drawn.manifest
+def _format_store_name(backbone: Backbone, chosen: SampleSet) -> Path:
+    identity, samples = backbone.identity, chosen.manifest
     reading = "-multimodal" if identity.get("text_reading") == "multimodal" else ""
     if not backbone.layers[0].isdecimal():  # one that has a name: a model's own embedding, what a projector gives
         reading = f"-{backbone.layers[0]}"

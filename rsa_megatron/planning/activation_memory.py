@@ -47,7 +47,7 @@ class Layer:
     num_scores: float
 
 
-def tower_layer(run: Run, layout: Layout) -> Layer:
+def make_tower_layer(run: Run, layout: Layout) -> Layer:
     """A layer of a tower that learns."""
     vision, t = run.architecture.vision, layout.tensor
     width, ffn, num_tokens = vision.hidden_size, vision.ffn_hidden_size / t, vision.tokens_per_side**2
@@ -56,39 +56,39 @@ def tower_layer(run: Run, layout: Layout) -> Layer:
     return Layer(num_tiles * num_tokens, width, 2 * width + 4 * width / t, 2 * width + 2 * ffn, ffn, num_scores)
 
 
-def decoder_layer(run: Run, layout: Layout) -> Layer:
+def make_decoder_layer(run: Run, layout: Layout) -> Layer:
     """A layer of the decoder, where something in or before it learns."""
-    decoder, t, learns = run.architecture.decoder, layout.tensor, run.learns("language")
+    decoder, t, is_trained = run.architecture.decoder, layout.tensor, run.trains("language")
     hidden, ffn = decoder.hidden_size, decoder.ffn_hidden_size / t
     keys = hidden // decoder.num_attention_heads * decoder.num_query_groups
     input_width = hidden / t if layout.sequence_parallel else hidden
-    norm = (1 + learns) * input_width
+    norm = (1 + is_trained) * input_width
     mlp = (2 if run.transformer_engine else 4) * ffn
     if layout.recompute == "selective":
-        heads = 2 * hidden + 3 * keys + learns * hidden
+        heads = 2 * hidden + 3 * keys + is_trained * hidden
     elif run.makes_scores("language"):
-        heads = 3 * hidden + learns * hidden
+        heads = 3 * hidden + is_trained * hidden
     else:
         heads = 3 * hidden + 3 * keys
     num_positions = layout.micro_batch_size * run.row_length
     num_scores = run.makes_scores("language") * num_positions * decoder.num_attention_heads / t * run.row_length
-    return Layer(num_positions, input_width, norm + heads / t, norm + mlp + learns * ffn, ffn, num_scores)
+    return Layer(num_positions, input_width, norm + heads / t, norm + mlp + is_trained * ffn, ffn, num_scores)
 
 
-def kept_bytes(run: Run, layout: Layout, layer: Layer) -> float:
+def count_stored_bytes(run: Run, layout: Layout, layer: Layer) -> float:
     """Bytes that a layer keeps from its forward to its backward pass."""
     if layout.recompute == "full":
         return layer.num_positions * layer.input_width * run.number_size
-    scores = 0 if layout.recompute == "selective" else layer.num_scores * _score_size(run)
+    scores = 0 if layout.recompute == "selective" else layer.num_scores * _get_score_size(run)
     return layer.num_positions * (layer.attention + layer.mlp) * run.number_size + scores
 
 
-def _score_size(run: Run) -> int:
+def _get_score_size(run: Run) -> int:
     # The softmax is taken in fp32 and kept, and kept again as bf16 for the product with v.
     return 6 if run.bf16 else 4
 
 
-def backward_bytes(run: Run, layout: Layout, layer: Layer) -> float:
+def count_backward_bytes(run: Run, layout: Layout, layer: Layer) -> float:
     """Bytes that come on top of it while one layer goes backward: gradients, and what is made again."""
     size = run.number_size
     mlp_kept, attention_kept = (layer.num_positions * numbers * size for numbers in (layer.mlp, layer.attention))
@@ -98,6 +98,6 @@ def backward_bytes(run: Run, layout: Layout, layer: Layer) -> float:
     #    fp32; in bf16 the copy for the product with v has gone by then, 4 + 4 - 2.
     attention = layer.num_scores * (6 if run.bf16 else 8) - mlp_kept
     if layout.recompute == "selective":
-        attention += layer.num_scores * _score_size(run)
-    again = mlp_kept + attention_kept + layer.num_scores * _score_size(run) if layout.recompute == "full" else 0
+        attention += layer.num_scores * _get_score_size(run)
+    again = mlp_kept + attention_kept + layer.num_scores * _get_score_size(run) if layout.recompute == "full" else 0
     return again + max(mlp, attention)

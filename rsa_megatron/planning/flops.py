@@ -36,42 +36,48 @@ def training_flops(
         squared_lengths: the sum of the squares of the rows' lengths.
         num_image_tokens: tokens that go through the projector: all of a tile's, as packing comes after it; one of an embedding.
     """
-    learns = {part: part in trainable for part in ("vision", "projector", "embeddings", "language")}
+    is_trained = {part: part in trainable for part in ("vision", "projector", "embeddings", "language")}
     return {
-        "vision": _vision(architecture, num_tiles, learns["vision"]),
-        "projector": _projector(architecture, num_image_tokens, learns),
-        "language": _language(architecture, num_positions, squared_lengths, learns),
+        "vision": _count_vision(architecture, num_tiles, is_trained["vision"]),
+        "projector": _count_projector(architecture, num_image_tokens, is_trained),
+        "language": _count_language(architecture, num_positions, squared_lengths, is_trained),
     }
 
 
-def _passes(*, weights: bool, inputs: bool) -> int:
+def _count_passes(*, weights: bool, inputs: bool) -> int:
     """How many times its forward product a linear layer takes."""
     return 1 + weights + inputs
 
 
-def _vision(architecture: Architecture, num_tiles: float, learns: bool) -> float:
+def _count_vision(architecture: Architecture, num_tiles: float, is_trained: bool) -> float:
     vision = architecture.vision
     width, num_tokens = vision.hidden_size, vision.tokens_per_side**2
     # Nothing before the pixels learns: the patch embedding takes no gradient of its input.
-    patches = num_tokens * 2 * 3 * vision.patch_size**2 * width * _passes(weights=learns, inputs=False)
+    patches = num_tokens * 2 * 3 * vision.patch_size**2 * width * _count_passes(weights=is_trained, inputs=False)
     # q, k, v, out; two matrices of the MLP
     weights = 4 * width**2 + 2 * width * vision.ffn_hidden_size
     # Every token attends to every one: q k^T and its product with v, 2 tokens^2 width each.
     attention = 2 * 2 * num_tokens**2 * width
     # Within the tower all or nothing learns, from the patches on.
-    layer = num_tokens * 2 * weights * _passes(weights=learns, inputs=learns) + attention * (1 + 2 * learns)
+    layer = num_tokens * 2 * weights * _count_passes(weights=is_trained, inputs=is_trained) + attention * (
+        1 + 2 * is_trained
+    )
     return num_tiles * (patches + vision.num_layers * layer)
 
 
-def _projector(architecture: Architecture, num_image_tokens: float, learns: dict[str, bool]) -> float:
+def _count_projector(architecture: Architecture, num_image_tokens: float, is_trained: dict[str, bool]) -> float:
     width, hidden = architecture.projector_input_width, architecture.decoder.hidden_size
-    first = 2 * width * hidden * _passes(weights=learns["projector"], inputs=learns["vision"])
-    second = 2 * hidden**2 * _passes(weights=learns["projector"], inputs=learns["vision"] or learns["projector"])
+    first = 2 * width * hidden * _count_passes(weights=is_trained["projector"], inputs=is_trained["vision"])
+    second = (
+        2
+        * hidden**2
+        * _count_passes(weights=is_trained["projector"], inputs=is_trained["vision"] or is_trained["projector"])
+    )
     return num_image_tokens * (first + second)
 
 
-def _language(
-    architecture: Architecture, num_positions: float, squared_lengths: float, learns: dict[str, bool]
+def _count_language(
+    architecture: Architecture, num_positions: float, squared_lengths: float, is_trained: dict[str, bool]
 ) -> float:
     decoder = architecture.decoder
     hidden = decoder.hidden_size
@@ -82,10 +88,12 @@ def _language(
     # before it: of the 2 x 2 length^2 hidden of the two products, half.
     attention = 2 * hidden
     # The first norm learns with the layers: even where nothing before them learns, all products take their input's gradient.
-    inputs = any(learns.values())
-    layer = num_positions * 2 * weights * _passes(weights=learns["language"], inputs=inputs)
+    inputs = any(is_trained.values())
+    layer = num_positions * 2 * weights * _count_passes(weights=is_trained["language"], inputs=inputs)
     layer += squared_lengths * attention * (1 + 2 * inputs)
     # Tied, the output layer's weight is the word embeddings': one product, learnt with them.
-    output_learns = learns["embeddings" if decoder.tie_word_embeddings else "language"]
-    output = num_positions * 2 * hidden * architecture.vocab_size * _passes(weights=output_learns, inputs=inputs)
+    output_is_trained = is_trained["embeddings" if decoder.tie_word_embeddings else "language"]
+    output = (
+        num_positions * 2 * hidden * architecture.vocab_size * _count_passes(weights=output_is_trained, inputs=inputs)
+    )
     return decoder.num_layers * layer + output

@@ -47,7 +47,7 @@ class Run:
         """Bytes of an activation or parameter."""
         return 2 if self.bf16 else 4
 
-    def learns(self, *parts: str) -> bool:
+    def trains(self, *parts: str) -> bool:
         return any(part in self.trainable for part in parts)
 
     def makes_scores(self, part: str) -> bool:
@@ -55,6 +55,6 @@ class Run:
         return part in self.keeps_scores and not self.transformer_engine
 
     @property
-    def output_learns(self) -> bool:
+    def trains_output(self) -> bool:
         """Whether the output layer's weight does: tied, it is the word embeddings."""
-        return self.learns("embeddings" if self.architecture.decoder.tie_word_embeddings else "language")
+        return self.trains("embeddings" if self.architecture.decoder.tie_word_embeddings else "language")

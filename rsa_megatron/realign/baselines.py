@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.realign.frame import Frame
-from rsa_megatron.realign.moments import mean_of
+from rsa_megatron.realign.moments import compute_mean
 from rsa_megatron.realign.operator import EmbeddingOperator, project, read_manifest
 from rsa_megatron.realign.realign import ReAlign
 from rsa_megatron.realign.unit_rows import Embeddings, Progress
@@ -46,7 +46,7 @@ class NoAlignment(EmbeddingOperator):
         about=None,
     ):
         """One pass over each set; arguments and errors as for ReAlign.fit."""
-        _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
+        _, _, fields = cls._fit_moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields)
 
     def move(self, unit_bD: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class C3(EmbeddingOperator):
         """
         if not 0 <= sigma < float("inf"):
             raise ValueError(f"sigma={sigma} must be a standard deviation, 0 or above")
-        _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
+        _, _, fields = cls._fit_moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields, sigma=sigma, seed=seed)
 
     @torch.no_grad()
@@ -107,11 +107,11 @@ class C3(EmbeddingOperator):
         return self._transform(text_ND, dtype, lambda operator, unit_bD: operator.move(unit_bD, generator))
 
     def move(self, unit_bD: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise_bD = torch.randn(unit_bD.shape, generator=generator) if generator else self._noise_of(unit_bD)
+        noise_bD = torch.randn(unit_bD.shape, generator=generator) if generator else self._draw_noise(unit_bD)
         shifted_bD = unit_bD + (self.image_mean_D - self.text_mean_D)
         return project(shifted_bD.add_(noise_bD.to(shifted_bD), alpha=self.sigma))
 
-    def _noise_of(self, unit_bD: Tensor) -> Tensor:
+    def _draw_noise(self, unit_bD: Tensor) -> Tensor:
         noise_bD, generator = torch.empty(unit_bD.shape), torch.Generator()
         # Rounded to float16: the last bit of a row's length, which may depend on the batch, must not change its noise.
         for row, half_D in enumerate(unit_bD.half().cpu().numpy()):
@@ -167,48 +167,52 @@ class BlockwiseCovariance(EmbeddingOperator):
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage={shrinkage} must be a share, between 0 and 1")
         passes = dict(group=group, progress=progress)
-        image, text, fields = cls._moments(image_embeddings, text_embeddings, **passes, about=about, with_scatter=True)
+        image, text, fields = cls._fit_moments(
+            image_embeddings, text_embeddings, **passes, about=about, with_scatter=True
+        )
         image_DD, text_DD = image.covariance_DD, text.covariance_DD
         frame = Frame.of_covariance(image_DD + text_DD, energy=energy)
         bases = (frame.axes_DD[:, : frame.rank], frame.axes_DD[:, frame.rank :])
-        map_DD = sum(_matching(basis_DR, image_DD, text_DD, shrinkage) for basis_DR in bases)
+        map_DD = sum(_match_covariances(basis_DR, image_DD, text_DD, shrinkage) for basis_DR in bases)
         fields |= dict(map_DD=map_DD, rank=frame.rank, energy=energy, shrinkage=shrinkage)
         before = cls(**fields, mapped_mean_D=torch.zeros_like(fields["text_mean_D"]))
 
-        def mapped_sum(unit_bD: Tensor) -> Tensor:
-            return before.on(unit_bD.device).mapped(unit_bD).sum(0)
+        def sum_mapped(unit_bD: Tensor) -> Tensor:
+            return before.to(unit_bD.device).apply_map(unit_bD).sum(0)
 
-        mapped_mean_D = mean_of(mapped_sum, text_embeddings, "text embeddings, mapped", fields["num_texts"], **passes)
+        mapped_mean_D = compute_mean(
+            sum_mapped, text_embeddings, "text embeddings, mapped", fields["num_texts"], **passes
+        )
         return cls(**fields, mapped_mean_D=mapped_mean_D)
 
-    def mapped(self, unit_bD: Tensor) -> Tensor:
+    def apply_map(self, unit_bD: Tensor) -> Tensor:
         """e^, [b, D]."""
         return project(project(unit_bD + (self.image_mean_D - self.text_mean_D)) @ self.map_DD.T)
 
     def move(self, unit_bD: Tensor) -> Tensor:
-        return project(self.mapped(unit_bD).add_(self.image_mean_D - self.mapped_mean_D))
+        return project(self.apply_map(unit_bD).add_(self.image_mean_D - self.mapped_mean_D))
 
 
-def _matching(basis_DR: Tensor, image_DD: Tensor, text_DD: Tensor, shrinkage: float) -> Tensor:
+def _match_covariances(basis_DR: Tensor, image_DD: Tensor, text_DD: Tensor, shrinkage: float) -> Tensor:
     """T_W P_W of the block that the columns span, [D, D]."""
     if not basis_DR.shape[1]:
         return torch.zeros_like(image_DD)
     image_RR, text_RR = (
-        _shrunk(basis_DR.T @ covariance_DD @ basis_DR, shrinkage) for covariance_DD in (image_DD, text_DD)
+        _shrink_covariance(basis_DR.T @ covariance_DD @ basis_DR, shrinkage) for covariance_DD in (image_DD, text_DD)
     )
     return (
-        basis_DR @ _power(image_RR, 0.5) @ _power(text_RR, -0.5) @ basis_DR.T
+        basis_DR @ _raise_to_power(image_RR, 0.5) @ _raise_to_power(text_RR, -0.5) @ basis_DR.T
     ).contiguous()  # as it will be when loaded
 
 
-def _shrunk(covariance_RR: Tensor, shrinkage: float) -> Tensor:
+def _shrink_covariance(covariance_RR: Tensor, shrinkage: float) -> Tensor:
     mean_variance = covariance_RR.diagonal().mean()
     return (1 - shrinkage) * covariance_RR + shrinkage * mean_variance * torch.eye(
         len(covariance_RR), dtype=covariance_RR.dtype
     )
 
 
-def _power(covariance_RR: Tensor, exponent: float) -> Tensor:
+def _raise_to_power(covariance_RR: Tensor, exponent: float) -> Tensor:
     """Of a symmetric matrix, by its eigenvalues; those that are 0 stay 0, in inverses as well."""
     eigenvalues_R, axes_RR = torch.linalg.eigh(covariance_RR)
     is_zero_R = eigenvalues_R <= SMALLEST_SHARE * eigenvalues_R[-1]

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsa_megatron.realign.coupling import ridge_coupling
+from rsa_megatron.realign.coupling import fit_ridge_coupling
 from rsa_megatron.realign.frame import Frame
-from rsa_megatron.realign.moments import Moments, moments
-from rsa_megatron.realign.paired_rows import NAMES, check_widths, unit_pairs
+from rsa_megatron.realign.moments import Moments, compute_moments
+from rsa_megatron.realign.paired_rows import NAMES, check_widths, iterate_unit_pairs
 from rsa_megatron.realign.spectra import SHORTEST_MEAN, SpectrumFigures, eigenvalues, principal_angle, varies
 from rsa_megatron.realign.unit_rows import Embeddings
 
@@ -63,12 +63,12 @@ def decompose(frame: Frame, image_ND: Embeddings, text_ND: Embeddings) -> Terms:
     Raises:
         ValueError: when rows do not pair up, one of them has no direction, or the frame has another width.
     """
-    difference_ND = torch.cat([x_bD - y_bD for x_bD, y_bD in unit_pairs(image_ND, text_ND)])
+    difference_ND = torch.cat([x_bD - y_bD for x_bD, y_bD in iterate_unit_pairs(image_ND, text_ND)])
     mean_D = difference_ND.mean(0)
     frame.check_width(mean_D)
     residual_ND = difference_ND.sub_(mean_D)
-    delta_ND = frame.onto_u(residual_ND)
-    return Terms(frame.onto_u(mean_D), frame.onto_v(mean_D), delta_ND, residual_ND.sub_(delta_ND))
+    delta_ND = frame.project_onto_u(residual_ND)
+    return Terms(frame.project_onto_u(mean_D), frame.project_onto_v(mean_D), delta_ND, residual_ND.sub_(delta_ND))
 
 
 @torch.no_grad()
@@ -102,10 +102,10 @@ class TermMoments:
         u, v = slice(frame.rank), slice(frame.rank, None)
         mean_D = difference.mean_D
         total = (mean_D.square().sum() + difference.square_sum / difference.num_rows).item()
-        biases = frame.onto_u(mean_D), frame.onto_v(mean_D)
+        biases = frame.project_onto_u(mean_D), frame.project_onto_v(mean_D)
         return cls(difference.num_rows, total, *biases, turned_DD[u, u], turned_DD[v, v], turned_DD[v, u])
 
-    def budget(self) -> EnergyBudget:
+    def compute_budget(self) -> EnergyBudget:
         squares = (x_D.square().sum().item() for x_D in (self.beta_D, self.gamma_D))
         # Of a residual that is zero, rounding may leave a trace of -1e-17.
         traces = (max(x_DD.trace().item(), 0.0) for x_DD in (self.delta_RR, self.zeta_CC))
@@ -113,14 +113,14 @@ class TermMoments:
 
 
 @torch.no_grad()
-def term_moments(frame: Frame, image_ND: Embeddings, text_ND: Embeddings) -> TermMoments:
+def compute_term_moments(frame: Frame, image_ND: Embeddings, text_ND: Embeddings) -> TermMoments:
     """`decompose` of any number of pairs, in one pass and memory for three D x D matrices.
 
     Raises:
         ValueError: when rows do not pair up, one of them has no direction, or the frame has another width.
     """
-    difference = Moments.none()
-    for x_bD, y_bD in unit_pairs(image_ND, text_ND):
+    difference = Moments.empty()
+    for x_bD, y_bD in iterate_unit_pairs(image_ND, text_ND):
         _merge(difference, x_bD - y_bD)
     return TermMoments.of(frame, difference)
 
@@ -152,7 +152,7 @@ class GapFigures:
 
 
 @torch.no_grad()
-def gap_figures(
+def compute_gap_figures(
     image_ND: Embeddings, text_ND: Embeddings, *, energy: float = 0.99, rank: int | None = None
 ) -> GapFigures:
     """Frame, terms, spectra and coupling of paired embeddings: one pass over both, and a few D x D matrices.
@@ -160,13 +160,13 @@ def gap_figures(
     Raises:
         ValueError: when rows do not pair up, one of them has no direction, or nothing varies.
     """
-    image, text, difference = _pair_moments(image_ND, text_ND)
+    image, text, difference = _compute_pair_moments(image_ND, text_ND)
     frame = Frame.of_covariance(image.covariance_DD + text.covariance_DD, energy=energy, rank=rank)
     terms = TermMoments.of(frame, difference)
     delta_R, zeta_C = eigenvalues(terms.delta_RR), eigenvalues(terms.zeta_CC)
     coupled, gamma_angle = None, None
     if varies(delta_R) and varies(zeta_C):
-        coupled = ridge_coupling(terms.zeta_delta_CR, terms.delta_RR, terms.zeta_CC.trace())
+        coupled = fit_ridge_coupling(terms.zeta_delta_CR, terms.delta_RR, terms.zeta_CC.trace())
     if terms.gamma_D.norm() > SHORTEST_MEAN and varies(zeta_C):
         gamma_angle = principal_angle(terms.gamma_D @ frame.axes_DD[:, frame.rank :], terms.zeta_CC)
     return GapFigures(
@@ -177,7 +177,7 @@ def gap_figures(
         mean_norm=difference.mean_D.norm().item(),
         beta_norm=terms.beta_D.norm().item(),
         gamma_norm=terms.gamma_D.norm().item(),
-        budget=terms.budget(),
+        budget=terms.compute_budget(),
         image=SpectrumFigures.of(eigenvalues(image.covariance_DD)),
         text=SpectrumFigures.of(eigenvalues(text.covariance_DD)),
         delta=SpectrumFigures.of(delta_R),
@@ -191,7 +191,7 @@ def gap_figures(
 @torch.no_grad()
 def centroid_gap(image_ND: Embeddings, text_ND: Embeddings) -> float:
     """Distance between the means of the unit rows, 0 to 2; rows need not pair up."""
-    image, text = (moments(x, name) for x, name in zip((image_ND, text_ND), NAMES))
+    image, text = (compute_moments(x, name) for x, name in zip((image_ND, text_ND), NAMES))
     check_widths(image.mean_D, text.mean_D)
     return (image.mean_D - text.mean_D).norm().item()
 
@@ -215,10 +215,10 @@ def second_order_drift(mean_D: Tensor, covariance_DD: Tensor) -> Tensor:
     return (a_D * (1.5 * (a_D @ pulled_D) - 0.5 * covariance_DD.trace()) - pulled_D) / square
 
 
-def _pair_moments(image_ND: Embeddings, text_ND: Embeddings) -> tuple[Moments, Moments, Moments]:
+def _compute_pair_moments(image_ND: Embeddings, text_ND: Embeddings) -> tuple[Moments, Moments, Moments]:
     """Of images, texts and their differences."""
-    sums = Moments.none(), Moments.none(), Moments.none()
-    for x_bD, y_bD in unit_pairs(image_ND, text_ND):
+    sums = Moments.empty(), Moments.empty(), Moments.empty()
+    for x_bD, y_bD in iterate_unit_pairs(image_ND, text_ND):
         for found, rows_bD in zip(sums, (x_bD, y_bD, x_bD - y_bD)):
             _merge(found, rows_bD)
     return sums

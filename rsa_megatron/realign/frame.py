@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsa_megatron.realign.moments import moments
+from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.paired_rows import NAMES, check_widths
 from rsa_megatron.realign.spectra import leading_rank
 from rsa_megatron.realign.unit_rows import Embeddings
@@ -37,7 +37,7 @@ class Frame:
         Raises:
             ValueError: for rows that have no direction, widths that differ, or no variance.
         """
-        image, text = (moments(x, name, with_scatter=True) for x, name in zip((image_ND, text_ND), NAMES))
+        image, text = (compute_moments(x, name, with_scatter=True) for x, name in zip((image_ND, text_ND), NAMES))
         check_widths(image.mean_D, text.mean_D)
         return cls.of_covariance(image.covariance_DD + text.covariance_DD, energy=energy, rank=rank)
 
@@ -63,13 +63,13 @@ class Frame:
         """The share of the variance that U holds."""
         return (self.eigenvalues_D[: self.rank].sum() / self.eigenvalues_D.sum()).item()
 
-    def onto_u(self, x_ND: Tensor) -> Tensor:
+    def project_onto_u(self, x_ND: Tensor) -> Tensor:
         """P_U x of rows, or of one vector."""
         return (x_ND @ self.basis_DR) @ self.basis_DR.T
 
-    def onto_v(self, x_ND: Tensor) -> Tensor:
+    def project_onto_v(self, x_ND: Tensor) -> Tensor:
         """P_V x = x - P_U x."""
-        return x_ND - self.onto_u(x_ND)
+        return x_ND - self.project_onto_u(x_ND)
 
     def check_width(self, x_D: Tensor) -> None:
         """Raise ValueError unless the frame is one of this space."""

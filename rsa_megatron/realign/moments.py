@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, unit_blocks
+from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, iterate_unit_blocks
 
 # The sums of a pass err by some 1e-14. One zero row among N takes 1/N from the mean square length.
 INTEGRITY = 1e-10
@@ -33,7 +33,7 @@ class Moments:
     scatter_DD: Tensor | None = None
 
     @classmethod
-    def none(cls) -> "Moments":
+    def empty(cls) -> "Moments":
         return cls(0, torch.zeros(0, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
 
     @classmethod
@@ -82,7 +82,7 @@ class Moments:
         return trace
 
 
-def moments(
+def compute_moments(
     embeddings: Embeddings, name: str, *, group=None, progress: Progress | None = None, with_scatter=False
 ) -> Moments:
     """Mean and variance of the unit rows of a set, in one pass; over the ranks of `group`, each with its own rows.
@@ -95,18 +95,18 @@ def moments(
     """
 
     def read(faults: RowFaults) -> Moments:
-        total = Moments.none()
-        for unit_bD in unit_blocks(_pieces(embeddings, name, progress), faults):
+        total = Moments.empty()
+        for unit_bD in iterate_unit_blocks(_iterate_pieces(embeddings, name, progress), faults):
             total.merge(Moments.of_block(unit_bD, with_scatter=with_scatter, out=unit_bD))
         return total
 
-    total = merged_over_ranks(read, name, group)
+    total = merge_over_ranks(read, name, group)
     if total.num_rows < 2:
         raise ValueError(f"{name}: a mean and a variance need at least 2 rows, got {total.num_rows}")
     return total
 
 
-def mean_of(
+def compute_mean(
     block_sum: Callable[[Tensor], Tensor],
     embeddings: Embeddings,
     name: str,
@@ -123,13 +123,13 @@ def mean_of(
     """
 
     def read(faults: RowFaults) -> Moments:
-        total = Moments.none()
-        for unit_bD in unit_blocks(_pieces(embeddings, name, progress), faults):
+        total = Moments.empty()
+        for unit_bD in iterate_unit_blocks(_iterate_pieces(embeddings, name, progress), faults):
             mean_D = block_sum(unit_bD) / len(unit_bD)
             total.merge(Moments(len(unit_bD), mean_D, mean_D.new_zeros(())))
         return total
 
-    total = merged_over_ranks(read, name, group)
+    total = merge_over_ranks(read, name, group)
     if total.num_rows != num_rows:
         raise ValueError(
             f"{name}: the first pass read {num_rows} rows, the next one {total.num_rows}; pass a tensor, a list, or an object "
@@ -138,19 +138,19 @@ def mean_of(
     return total.mean_D
 
 
-def _pieces(embeddings: Embeddings, name: str, progress: Progress | None) -> Iterable[Tensor]:
+def _iterate_pieces(embeddings: Embeddings, name: str, progress: Progress | None) -> Iterable[Tensor]:
     pieces = [embeddings] if isinstance(embeddings, Tensor) else embeddings
     return progress(pieces, name) if progress else pieces
 
 
-def merged_over_ranks(read: Callable[[RowFaults], Moments], name: str, group) -> Moments:
+def merge_over_ranks(read: Callable[[RowFaults], Moments], name: str, group) -> Moments:
     """What all ranks have read, merged in the order of ranks; forward: one AG of objects a call, on every rank.
 
     Raises:
         ValueError: a rank could not read its rows, or some have no direction, or widths differ; the same on every rank.
     """
     faults = RowFaults()
-    part, failure = Moments.none(), None
+    part, failure = Moments.empty(), None
     try:
         part = read(faults)
     except Exception as error:
@@ -159,13 +159,13 @@ def merged_over_ranks(read: Callable[[RowFaults], Moments], name: str, group) ->
         failure = error  # the other ranks wait in the gather
     part.mean_D, part.square_sum = part.mean_D.cpu(), part.square_sum.cpu()
     part.scatter_DD = None if part.scatter_DD is None else part.scatter_DD.cpu()
-    parts = [(part, str(failure) if failure else faults.sentence(part.num_rows))]
+    parts = [(part, str(failure) if failure else faults.format_message(part.num_rows))]
     if group is not None:
         gathered = [None] * group.size()
         torch.distributed.all_gather_object(gathered, *parts, group=group)
         parts = gathered
     _check_ranks(parts, name, failure)
-    total = Moments.none()
+    total = Moments.empty()
     for part, _ in parts:
         total.merge(part)
     return total

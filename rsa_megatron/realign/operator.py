@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsa_megatron import atomic
-from rsa_megatron.realign.moments import Moments, moments
-from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, unit_blocks
+from rsa_megatron.realign.moments import Moments, compute_moments
+from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, iterate_unit_blocks
 
 MANIFEST = "manifest.json"
 # A sum of unit vectors shorter than this has no direction: its rounding errors of some 1e-16 turn it by more than 1e-6, and
@@ -74,22 +74,22 @@ class EmbeddingOperator(ABC):
                 f"the operator moves rows of width {len(self.text_mean_D)}, and the text embeddings are {list(text_ND.shape)}"
             )
         moved_ND = torch.empty_like(text_ND, dtype=dtype or text_ND.dtype, requires_grad=False)
-        operator, faults, row = self.on(text_ND.device), RowFaults(), 0
-        for unit_bD in unit_blocks([text_ND], faults):
+        operator, faults, row = self.to(text_ND.device), RowFaults(), 0
+        for unit_bD in iterate_unit_blocks([text_ND], faults):
             moved_bD = move(operator, unit_bD)
             if not faults.counts and (lost_b := moved_bD.abs().amax(1) == 0).any():
                 faults.add("land on zero", lost_b.nonzero()[:, 0], row)
             moved_ND[row : row + len(moved_bD)] = moved_bD
             row += len(moved_bD)
         if faults.counts:
-            raise ValueError(f"text embeddings: {faults.sentence(row)}")
+            raise ValueError(f"text embeddings: {faults.format_message(row)}")
         return moved_ND
 
-    def on(self, device: torch.device) -> "EmbeddingOperator":
+    def to(self, device: torch.device) -> "EmbeddingOperator":
         """The operator with its vectors there."""
         if self.text_mean_D.device == device:
             return self
-        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.to(device) for name, tensor in self._get_tensors().items()}
         return dataclasses.replace(self, **tensors)
 
     def save(self, folder: str | Path) -> None:
@@ -102,9 +102,9 @@ class EmbeddingOperator(ABC):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} already exists: name another folder, or remove it")
         with atomic.new_folder(folder) as unfinished:
-            tensors = {name: x.cpu().contiguous() for name, x in self._tensors().items()}
+            tensors = {name: x.cpu().contiguous() for name, x in self._get_tensors().items()}
             save_file(tensors, unfinished / f"{self.method}.safetensors")
-            manifest = {"method": self.method} | self._numbers()
+            manifest = {"method": self.method} | self._get_numbers()
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     @classmethod
@@ -132,7 +132,7 @@ class EmbeddingOperator(ABC):
         return operator
 
     @classmethod
-    def _moments(
+    def _fit_moments(
         cls,
         image_embeddings: Embeddings,
         text_embeddings: Embeddings,
@@ -147,8 +147,8 @@ class EmbeddingOperator(ABC):
         if not all(isinstance(text, str) for item in about.items() for text in item):
             raise ValueError(f"about must map strings to strings, not {about}")
         passes = dict(group=group, progress=progress, with_scatter=with_scatter)
-        image = moments(image_embeddings, "image embeddings", **passes)
-        text = moments(text_embeddings, "text embeddings", **passes)
+        image = compute_moments(image_embeddings, "image embeddings", **passes)
+        text = compute_moments(text_embeddings, "text embeddings", **passes)
         if len(image.mean_D) != len(text.mean_D):
             raise ValueError(
                 f"image embeddings have width {len(image.mean_D)} and text embeddings {len(text.mean_D)}: "
@@ -165,15 +165,15 @@ class EmbeddingOperator(ABC):
         )
         return image, text, fields
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _get_tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (Tensor, "Tensor")}
 
-    def _numbers(self) -> dict:
-        tensors = self._tensors()
+    def _get_numbers(self) -> dict:
+        tensors = self._get_tensors()
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors}
 
     def _check(self, path: Path) -> None:
-        for name, tensor in self._tensors().items():
+        for name, tensor in self._get_tensors().items():
             if (
                 tensor.dtype != torch.float64
                 or not tensor.isfinite().all()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsa_megatron.realign.moments import moments
+from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.unit_rows import Embeddings
 
 # Share of the variance that condition numbers and exponents look at.
@@ -40,7 +40,7 @@ def spectrum(x_ND: Embeddings) -> Tensor:
     Raises:
         ValueError: a row is zero or not finite, or there are fewer than two.
     """
-    return eigenvalues(moments(x_ND, "embeddings", with_scatter=True).covariance_DD)
+    return eigenvalues(compute_moments(x_ND, "embeddings", with_scatter=True).covariance_DD)
 
 
 def leading_rank(spectrum_D: Tensor, energy: float = LEADING_ENERGY) -> int:

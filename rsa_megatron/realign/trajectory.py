@@ -43,7 +43,7 @@ def rotation_sine(frame_t: Frame, frame: Frame) -> float:
     The residual itself has all its digits where the angle is small; sqrt(1 - sigma_min(Q^T Q_t)^2) loses half of them. The
     sine is 1 where U_t has more dimensions than U: one of them then lies in V.
     """
-    residual_DR = frame.onto_v(frame_t.basis_DR.T)
+    residual_DR = frame.project_onto_v(frame_t.basis_DR.T)
     return min(torch.linalg.matrix_norm(residual_DR, 2).item(), 1.0)
 
 
@@ -57,7 +57,7 @@ def leakage(gradient_ND: Tensor, frame: Frame) -> float:
     length = gradient_ND.norm().item()
     if not 0 < length < float("inf"):
         raise ValueError(f"the gradients' length is {length}: they have no share outside the frame")
-    return frame.onto_v(gradient_ND).norm().item() / length
+    return frame.project_onto_v(gradient_ND).norm().item() / length
 
 
 def leakage_bound(sine: float, coupling_norm: float = 0.0, remainder: float = 0.0) -> float:

@@ -39,21 +39,23 @@ class RowFaults:
         known += [first_row + row for row in rows.tolist()[: NAMED_ROWS - len(known)]]
         self.counts[kind] = self.counts.get(kind, 0) + len(rows)
 
-    def sentence(self, num_rows: int) -> str:
+    def format_message(self, num_rows: int) -> str:
         """Empty if nothing is wrong."""
         if not self.counts:
             return ""
-        found = ", ".join(f"{count} {kind} ({_named(self.rows[kind], count)})" for kind, count in self.counts.items())
+        found = ", ".join(
+            f"{count} {kind} ({_format_row_numbers(self.rows[kind], count)})" for kind, count in self.counts.items()
+        )
         return f"of {num_rows} rows {found}: they have no direction; remove them"
 
 
-def _named(rows: list[int], count: int) -> str:
+def _format_row_numbers(rows: list[int], count: int) -> str:
     names = ", ".join(map(str, rows))
     return f"row{'s' if count > 1 else ''} {names}{', ...' if count > len(rows) else ''}"
 
 
 @torch.no_grad()
-def unit_rows(x_ND: Tensor) -> Tensor:
+def normalise_rows(x_ND: Tensor) -> Tensor:
     """Rows divided by their length, [N, D], float64; any positive factor of a row leaves it as it is.
 
     Raises:
@@ -62,15 +64,15 @@ def unit_rows(x_ND: Tensor) -> Tensor:
     faults = RowFaults()
     u_ND = torch.empty(x_ND.shape, dtype=torch.float64, device=x_ND.device)
     row = 0
-    for unit_bD in unit_blocks([x_ND], faults):
+    for unit_bD in iterate_unit_blocks([x_ND], faults):
         u_ND[row : row + len(unit_bD)] = unit_bD
         row += len(unit_bD)
     if faults.counts:
-        raise ValueError(faults.sentence(row))
+        raise ValueError(faults.format_message(row))
     return u_ND
 
 
-def unit_blocks(pieces: Iterable[Tensor], faults: RowFaults) -> Iterator[Tensor]:
+def iterate_unit_blocks(pieces: Iterable[Tensor], faults: RowFaults) -> Iterator[Tensor]:
     """Blocks of unit rows in float64, [b, D], to be overwritten at will: the next block takes their memory.
 
     Rows that have no direction are 0, and `faults` names them.
@@ -85,7 +87,7 @@ def unit_blocks(pieces: Iterable[Tensor], faults: RowFaults) -> Iterator[Tensor]
         for raw_bD in piece_ND.detach().split(num_rows) if len(piece_ND) else ():
             # To float32 first: half the time of the direct way from float16, and exact.
             x_bD = scratch_bD[: len(raw_bD)].copy_(raw_bD if raw_bD.dtype == torch.float64 else raw_bD.float())
-            yield x_bD.mul_(_inverse_lengths(x_bD, faults, row)[:, None])
+            yield x_bD.mul_(_compute_inverse_lengths(x_bD, faults, row)[:, None])
             row += len(raw_bD)
 
 
@@ -105,7 +107,7 @@ def _check_piece(piece_ND, row: int, width: int | None) -> None:
         )
 
 
-def _inverse_lengths(x_bD: Tensor, faults: RowFaults, first_row: int) -> Tensor:
+def _compute_inverse_lengths(x_bD: Tensor, faults: RowFaults, first_row: int) -> Tensor:
     length_b = torch.linalg.vector_norm(x_bD, dim=1)
     is_usual_b = (length_b > SHORTEST) & (length_b < LONGEST)  # False for NaN
     if is_usual_b.all():

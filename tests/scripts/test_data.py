@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from rsa_megatron.cli import data as data_command
-from rsa_megatron.cli.show_sample import marked, picture
+from rsa_megatron.cli.show_sample import draw_tiles, mark_text
 from rsa_megatron.data import conversation
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loaders import TrainLoader
@@ -360,7 +360,7 @@ def test_the_tiles_lie_in_the_picture_as_in_the_image():
     image = Image.new("RGB", (56, 28), "red")
     image.paste("blue", (28, 0, 56, 28))
     tiler = ImageTiler(image_size=28, image_aspect_ratio="anyres", grid_pinpoints=[(28, 56)])
-    drawn = picture(tiler.tiles([image]), tiler.layouts([image]))
+    drawn = draw_tiles(tiler.tiles([image]), tiler.layouts([image]))
     assert drawn.size == (3 * 34 + 6, 34 + 6)
     middles = [drawn.getpixel((6 + 34 * column + 14, 20)) for column in (1, 2)]
     assert middles == [(255, 0, 0), (0, 0, 255)]
@@ -371,7 +371,7 @@ def test_the_tiles_lie_in_the_picture_as_in_the_image():
 def test_colour_is_added_to_the_marks(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     text = conversation.encode(tokenizer, turns("<image>", "A red boat."), "plain")
-    coloured, plain = (marked(tokenizer, text, colour=colour) for colour in (True, False))
+    coloured, plain = (mark_text(tokenizer, text, colour=colour) for colour in (True, False))
     assert "\033[32m«" in coloured and "\033[4m‹" in coloured and "\033" not in plain
     for code in ("\033[32m", "\033[4m", "\033[0m"):
         coloured = coloured.replace(code, "")

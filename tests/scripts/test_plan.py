@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from rsa_megatron.cli import plan as plan_command
-from rsa_megatron.cli.plan import flags_of, largest_grid, parse, read_run
+from rsa_megatron.cli.plan import count_most_tiles, format_flags, parse, read_run
 from rsa_megatron.models.architectures import ARCHITECTURES
-from rsa_megatron.planning.search import candidates, find_plans, refusal
+from rsa_megatron.planning.search import find_plans, find_rejection, list_layouts
 from rsa_megatron.recipes import recipe
 from tests.support import processes
 
@@ -51,9 +51,9 @@ def test_every_split_is_taken_or_refused_as_the_training_script_does(demo):
     args, run, cluster, _ = arguments(
         "demo", "1", 12, "--gpus-per-node", "4", "--global-batch-size", "48", "--seq-length", "162"
     )
-    layouts = [one for one in candidates(run, cluster) if one.micro_batch_size in (1, 8)]
-    reasons = [refusal(run, one, cluster) for one in layouts]
-    command_lines = [on_cpu(flags_of(one, args)) for one in layouts]
+    layouts = [one for one in list_layouts(run, cluster) if one.micro_batch_size in (1, 8)]
+    reasons = [find_rejection(run, one, cluster) for one in layouts]
+    command_lines = [on_cpu(format_flags(one, args)) for one in layouts]
     (actual,) = processes.run(accepted, 1, cluster.num_gpus, command_lines, demo)
     assert actual == [reason is None for reason in reasons]
     assert len(set(reasons)) == 5 and 5 < sum(actual) < len(actual) - 5  # four reasons, and none
@@ -73,15 +73,15 @@ def test_the_layouts_it_prints_are_taken(demo, model, stage, gpus):
     layouts = [plan.layout for plan in find_plans(run, cluster, assumed)[0]]
     # The fastest, the slowest, which recomputes, and one with the distributed optimizer.
     chosen = [layouts[0], layouts[-1], *[one for one in layouts if one.distributed_optimizer][:1]]
-    (actual,) = processes.run(accepted, 1, gpus, [on_cpu(flags_of(one, args)) for one in chosen], demo)
+    (actual,) = processes.run(accepted, 1, gpus, [on_cpu(format_flags(one, args)) for one in chosen], demo)
     assert all(actual)
 
 
 def test_a_sequence_length_that_tensor_parallelism_does_not_divide_is_refused(demo):
     args, run, cluster, _ = arguments("demo", "1", 2, "--seq-length", "161")
-    layout = next(one for one in candidates(run, cluster) if one.tensor == 2)
-    assert "--seq-length" in refusal(run, layout, cluster)
-    (actual,) = processes.run(accepted, 1, 2, [on_cpu(flags_of(layout, args))], demo)
+    layout = next(one for one in list_layouts(run, cluster) if one.tensor == 2)
+    assert "--seq-length" in find_rejection(run, layout, cluster)
+    (actual,) = processes.run(accepted, 1, 2, [on_cpu(format_flags(layout, args))], demo)
     assert actual == [False]
 
 
@@ -144,4 +144,4 @@ def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():
 def test_the_largest_image_is_that_of_the_recipe():
     architecture = ARCHITECTURES["llava-ov-7b"]
     # One tile; a base tile and 2 x 2; a base tile and 6 x 6.
-    assert [largest_grid(recipe("llava-ov-7b", stage), architecture) for stage in ("1", "1.5", "2")] == [1, 5, 37]
+    assert [count_most_tiles(recipe("llava-ov-7b", stage), architecture) for stage in ("1", "1.5", "2")] == [1, 5, 37]

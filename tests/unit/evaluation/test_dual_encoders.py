@@ -51,7 +51,7 @@ def test_texts_that_are_longer_than_the_model_reads_are_counted(folders, kind):
     backbone = TextEmbedder(open_model(folders[kind]))
     for caption in ("a", "a boat " * tiny_dual_encoders.LONGEST, "b"):
         backbone.prepare(CaptionedImage("x", caption, lambda: None))
-    assert backbone.num_cut == 1
+    assert backbone.num_truncated == 1
 
 
 @torch.no_grad()

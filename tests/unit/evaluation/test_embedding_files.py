@@ -70,13 +70,13 @@ def test_every_row_comes_back_each_time(source, monkeypatch):
 @pytest.mark.parametrize("size", [1, 2, 5, 30])
 def test_shares_of_ranks_are_all_rows_once(source, size):
     spec, expected_ND, keys = source
-    shares = [open_embeddings(spec).share(rank, size) for rank in range(size)]
+    shares = [open_embeddings(spec).take_share(rank, size) for rank in range(size)]
     pieces = [piece for share in shares for piece in share]
     assert torch.equal(torch.cat(pieces), expected_ND)
     assert max(share.num_rows for share in shares) - min(share.num_rows for share in shares) <= 1
     if keys:
         assert [key for share in shares for key in share.keys] == keys
-    again = [open_embeddings(spec).share(1, 2).share(rank, 2) for rank in range(2)]
+    again = [open_embeddings(spec).take_share(1, 2).take_share(rank, 2) for rank in range(2)]
     assert torch.equal(torch.cat([piece for share in again for piece in share]), expected_ND[23 // 2 :])
 
 
@@ -124,7 +124,7 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
         list(open_embeddings(tmp_path / "x.npy"))
     of_share = r"2 of 12 embeddings have no direction: 2 hold infinity \(row 20, row 21\);"  # by the file's numbers
     with pytest.raises(ValueError, match=of_share):
-        list(open_embeddings(tmp_path / "x.npy").share(1, 2))
+        list(open_embeddings(tmp_path / "x.npy").take_share(1, 2))
     x_ND = rows()
     x_ND[1:10] = 0
     keys = store(tmp_path / "made", x_ND)

@@ -89,7 +89,7 @@ def test_c3_is_mean_shift_with_noise():
 def test_c3s_noise_is_normal_and_belongs_to_the_row():
     rows = torch.cat([texts(4000), texts(4000) * 3])
     operator = C3.fit(images(), texts())
-    noise = operator._noise_of(unit(rows))
+    noise = operator._draw_noise(unit(rows))
     assert torch.equal(noise[:4000], noise[4000:])  # the same row, of another length
     sample = (
         noise[:4000].flatten().double()
@@ -117,7 +117,7 @@ def test_c3_gives_a_row_the_same_noise_in_any_batch_order_and_process():
 def test_c3s_gap_before_the_projection_is_that_of_finite_samples():
     """sigma sqrt(D / N): the mean of N rows of noise. What is reported as a bottleneck of 0.0023 may be this, and no gap."""
     operator = C3.fit(images(), texts(4000))
-    mean_of_noise = 0.04 * operator._noise_of(unit(texts(4000))).double().mean(0).norm()
+    mean_of_noise = 0.04 * operator._draw_noise(unit(texts(4000))).double().mean(0).norm()
     # D squares of standard normal numbers have a standard deviation of sqrt(2 D): 14 % of the root, three times that.
     assert abs(mean_of_noise / (0.04 * (24 / 4000) ** 0.5) - 1) < 0.45
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rsa_megatron.realign import unit_rows as embedding_rows
-from rsa_megatron.realign.moments import Moments, moments
+from rsa_megatron.realign.moments import Moments, compute_moments
 from rsa_megatron.realign.realign import ReAlign
-from rsa_megatron.realign.unit_rows import unit_rows
+from rsa_megatron.realign.unit_rows import normalise_rows
 from tests.support.embedding_sets import NUMBERS, images, texts
 
 
@@ -91,7 +91,7 @@ def test_moments_merge_to_those_of_all_rows():
     """Chan's formula with unequal parts far from each other; and without its last term it is seen."""
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(1000, 6, generator=generator, dtype=torch.float64) + torch.arange(1000)[:, None] / 100
-    whole, merged = Moments.of_block(x_ND, with_scatter=True), Moments.none()
+    whole, merged = Moments.of_block(x_ND, with_scatter=True), Moments.empty()
     without = 0.0
     for part in x_ND.split([1, 2, 500, 400, 97]):
         moments_of_part = Moments.of_block(part, with_scatter=True)
@@ -163,7 +163,7 @@ def test_bad_rows_to_be_moved_are_named(whole):
     with pytest.raises(ValueError, match=r"text embeddings: of 20 rows 1 hold NaN \(row 4\), 1 are zero \(row 6\)"):
         whole.transform(rows)
     with pytest.raises(ValueError, match=r"of 20 rows 1 hold NaN \(row 4\), 1 are zero \(row 6\)"):
-        unit_rows(rows)
+        normalise_rows(rows)
     with pytest.raises(ValueError, match=r"moves rows of width 24, and the text embeddings are \[20, 8\]"):
         whole.transform(rows[:, :8])
 
@@ -172,7 +172,7 @@ def test_rows_too_large_for_the_type_they_are_stored_in_are_infinite():
     x = images(20)
     x[3] *= 1e6
     with pytest.raises(ValueError, match=r"1 hold infinity \(row 3\)"):
-        moments(x.half(), "image embeddings")
+        compute_moments(x.half(), "image embeddings")
 
 
 def test_saved_and_loaded_bits_are_the_same(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from rsa_megatron.cli import realign
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.realign.baselines import load_operator
-from rsa_megatron.realign.realign import ReAlign, unit_rows
+from rsa_megatron.realign.realign import ReAlign, normalise_rows
 from tests.support import tiny_backbones, tiny_dual_encoders
 from tests.support.realign_runs import GIVEN, SAME, assert_same_operator, error, read_back, rows, run, write_rows
 
@@ -30,9 +30,9 @@ def test_fit_and_transform_are_the_operator_of_the_same_rows(capsys):
     )
     gaps = {name: float(gap) for name, gap in re.findall(r"^    (\S.*\S) +([\d.e-]+)$", printed, re.MULTILINE)}
     moved_ND = expected.transform(texts_ND.double())
-    mean_D = unit_rows(images_ND).mean(0)
+    mean_D = normalise_rows(images_ND).mean(0)
     by_hand = {
-        "as they are": unit_rows(texts_ND).mean(0),
+        "as they are": normalise_rows(texts_ND).mean(0),
         "after anchor": ReAlign.fit(images_ND, texts_ND, steps=("anchor",)).transform(texts_ND.double()).mean(0),
         "after anchor and trace": ReAlign.fit(images_ND, texts_ND, steps=("anchor", "trace"))
         .transform(texts_ND.double())
@@ -43,7 +43,7 @@ def test_fit_and_transform_are_the_operator_of_the_same_rows(capsys):
     for name, text_D in by_hand.items():
         assert gaps[name] == pytest.approx((text_D - mean_D).norm().item(), rel=1e-5)  # six digits are printed
     # T = 1 - |mean|^2 for unit rows.
-    floor = ((2 - mean_D.square().sum() - unit_rows(texts_ND).mean(0).square().sum()) / 37).sqrt().item()
+    floor = ((2 - mean_D.square().sum() - normalise_rows(texts_ND).mean(0).square().sum()) / 37).sqrt().item()
     assert f"on 37 other images and texts chance alone leaves about sqrt((Tx + Ty) / n) = {floor:.6g}" in printed
     run(
         "transform",

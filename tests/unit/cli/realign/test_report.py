@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from rsa_megatron.cli import plot, realign
-from rsa_megatron.cli.gap_splits import split, to_fit
+from rsa_megatron.cli.gap_splits import mark_fit_rows, split_sources
 from rsa_megatron.evaluation.embedding_files import open_embeddings
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.plots.gap import draw_gap
@@ -196,22 +196,22 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
     text_keys = [f"k{i}" for i in range(1, 41) if i % 3]
     images = stored(tmp_path, "image", image_keys, row_ND[[int(key[1:]) - 1 for key in image_keys]])
     texts = stored(tmp_path, "text", text_keys, row_ND[[int(key[1:]) - 1 for key in text_keys]])
-    parts = split(images, texts, 0.4)
-    assert parts.unpaired is None
+    splits = split_sources(images, texts, 0.4)
+    assert splits.unpaired is None
     both = [i for i in range(1, 41) if i % 5 and i % 3]
 
     def numbers(rows):
         return torch.cat(list(rows))[:, 0].int().tolist()
 
-    paired = numbers(parts.paired_images)
-    assert paired == numbers(parts.paired_texts) and set(paired) < set(both)
+    paired = numbers(splits.paired_images)
+    assert paired == numbers(splits.paired_texts) and set(paired) < set(both)
     assert (
-        set(numbers(parts.fit_images)) & set(both)
-        == set(numbers(parts.fit_texts)) & set(both)
+        set(numbers(splits.fit_images)) & set(both)
+        == set(numbers(splits.fit_texts)) & set(both)
         == set(both) - set(paired)
     )
-    assert sorted(numbers(parts.fit_images) + numbers(parts.held_images)) == [i for i in range(1, 41) if i % 5]
-    assert split(images, texts, 0.4, unpaired=True).paired_images is None
+    assert sorted(numbers(splits.fit_images) + numbers(splits.held_images)) == [i for i in range(1, 41) if i % 5]
+    assert split_sources(images, texts, 0.4, unpaired=True).paired_images is None
 
 
 @pytest.mark.parametrize(
@@ -229,21 +229,21 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
 def test_why_keys_do_not_pair_up_is_said(tmp_path, keys, reason):
     images = stored(tmp_path, "image", [f"k{i}" for i in range(8)], torch.eye(8))
     texts = stored(tmp_path, "text", keys, torch.eye(8))
-    assert split(images, texts, 0.5).unpaired == reason
+    assert split_sources(images, texts, 0.5).unpaired == reason
 
 
 def test_a_part_is_spread_evenly_over_its_source():
-    assert to_fit(8, 0.5).tolist() == [False, True] * 4
+    assert mark_fit_rows(8, 0.5).tolist() == [False, True] * 4
     for fraction in (0.1, 0.3, 0.8):
-        counts = to_fit(1000, fraction).view(10, 100).sum(1)
+        counts = mark_fit_rows(1000, fraction).view(10, 100).sum(1)
         assert (counts - 100 * fraction).abs().max() <= 1
 
 
 def test_a_sample_is_of_the_part_and_the_same_each_time(folder):
-    parts = split(*(open_embeddings(folder / f"{name}.npy") for name in ("images", "texts")), 0.5)
-    sample = parts.held_images.sample(10)
-    assert torch.equal(sample, parts.held_images.sample(10)) and len(sample) == 10
-    assert torch.equal(parts.held_images.sample(1000), torch.cat(list(parts.held_images)))
+    splits = split_sources(*(open_embeddings(folder / f"{name}.npy") for name in ("images", "texts")), 0.5)
+    sample = splits.held_images.sample(10)
+    assert torch.equal(sample, splits.held_images.sample(10)) and len(sample) == 10
+    assert torch.equal(splits.held_images.sample(1000), torch.cat(list(splits.held_images)))
 
 
 # The page
