@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None):
 
 
 def make(args) -> None:
-    """pack and link."""
+    """Run pack and link."""
     source = open_source(args.source, seed=args.seed)
     image_root = (args.images or source.image_root).resolve()
     if not image_root.is_dir():
@@ -111,7 +111,7 @@ def make(args) -> None:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
-    if not figures.parts["train"]:
+    if not figures.splits["train"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in figures.skipped.most_common())
         raise ValueError(
             f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
@@ -131,7 +131,7 @@ def make(args) -> None:
 
 
 def choose_held_out(num_records: int, val: str, seed: int) -> set[int]:
-    """Numbers of the records of the validation part. Those of them that cannot be used are not replaced by others."""
+    """Choose the records of the validation split, by number. Those that cannot be used are not replaced."""
     if not re.fullmatch(r"[0-9]+|0?\.[0-9]+", val):
         raise ValueError(f"--val {val} is neither a fraction below 1, such as 0.01, nor a number of samples")
     count = int(val) if val.isdigit() else round(float(val) * num_records)
@@ -150,7 +150,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
 
 
 def read_state(folder: Path, settings: dict) -> dict:
-    """What a run that was killed has noted last."""
+    """Read what a killed run wrote last."""
     path = folder / "state.json"
     if not path.is_file():
         write_state(folder, {"settings": settings})
@@ -172,7 +172,7 @@ def check_settings(folder: Path, then: dict, now: dict) -> None:
 def write(
     source: Source, held_out: set[int], folder: Path, settings: dict, state: dict, figures: Figures, num_workers: int
 ) -> None:
-    """All records from where `state` stands, into the files of `folder`."""
+    """Write all records from the position of `state` on into the files of `folder`."""
     packs = settings["command"] == "pack"
     image_root = Path(settings["images"])
     outputs = open_outputs(folder, settings, state.get("positions", {}))
@@ -198,13 +198,13 @@ def write(
             fault = {"record": record.number, "place": record.place, "id": get_id(record), "kind": found.kind}
             is_time = outputs["skipped"].write(fault | {"reason": str(found)})
         else:
-            part = "val" if record.number in held_out else "train"
+            split = "val" if record.number in held_out else "train"
             if not packs and any(image.path is None for image in found.images):
                 raise ValueError(
                     f"{record.place}: its images are stored in the file itself, so link has nothing to point to: use pack"
                 )
-            figures.add(part, found)
-            is_time = outputs[part].write(found if packs else found.as_line())
+            figures.add(split, found)
+            is_time = outputs[split].write(found if packs else found.as_line())
         if is_time:
             remember(record.number + 1)
         progress.update()
@@ -215,18 +215,18 @@ def write(
 
 
 def open_outputs(folder: Path, settings: dict, positions: dict) -> dict[str, TarShards | Lines]:
-    """The files of each part and of what is skipped, at their positions."""
+    """Open the files of each split and of skipped samples, at their positions."""
     outputs = {"skipped": Lines(folder / "skipped.jsonl", positions.get("skipped"))}
-    for part in ("train", "val"):
+    for split in ("train", "val"):
         if settings["command"] == "pack":
-            outputs[part] = TarShards(folder, part, settings["shard-size"], positions.get(part))
+            outputs[split] = TarShards(folder, split, settings["shard-size"], positions.get(split))
         else:
-            outputs[part] = Lines(folder / f"{part}.jsonl", positions.get(part))
+            outputs[split] = Lines(folder / f"{split}.jsonl", positions.get(split))
     return outputs
 
 
 def map_in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[tuple]:
-    """(item, function(item)) in the items' order, some ahead in threads: Pillow decodes without Python's lock."""
+    """Yield (item, function(item)) in the items' order, some ahead in threads: Pillow decodes without Python's lock."""
     with ThreadPoolExecutor(num_workers) as pool:
         ahead = deque()
         for item in items:
@@ -239,11 +239,11 @@ def map_in_order(function: Callable, items: Iterable, num_workers: int) -> Itera
 
 
 def get_id(record: Record) -> str | int | None:
-    """The id that it was given, for the list of what is skipped."""
+    """Return the record's own id, for the list of skipped samples."""
     found = record.content.get("id") if isinstance(record.content, dict) else None
     return found if isinstance(found, str | int | None) else str(found)
 
 
 def write_state(folder: Path, state: dict) -> None:
-    """Write state.json: the old or the new is there, never half of one."""
+    """Write state.json atomically."""
     atomic.write_text(folder / "state.json", json.dumps(state))

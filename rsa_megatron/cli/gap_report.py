@@ -60,7 +60,7 @@ MOST_POINTS = 300
 
 
 def add_arguments(parser) -> None:
-    """The two sources, and what is to be said of them."""
+    """Add the flags of the two sources and of the report."""
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="OUT.jsonl, OUT.png and OUT.svg are written")
     parser.add_argument("--label", help="what the page calls the pair of encoders; default: their sources")
@@ -116,7 +116,7 @@ def run(args) -> None:
 
 @torch.no_grad()
 def measure(images: Embeddings, texts: Embeddings, args) -> dict:
-    """The line."""
+    """Compute the line."""
     if images.width < 3:
         raise ValueError(f"rows of {images.width} numbers: the page needs at least three directions")
     splits = split_sources(images, texts, args.fit_fraction, unpaired=args.unpaired)
@@ -176,7 +176,7 @@ def check(args) -> None:
 
 
 class HeldOut:
-    """The held-out rows, and what there is to say of an operator's texts beside them."""
+    """The held-out rows, and the figures of an operator's texts beside them."""
 
     def __init__(self, splits: Splits, num_sampled: int):
         self.splits = splits
@@ -186,7 +186,7 @@ class HeldOut:
         self.image_cosines = cosine_histogram(self.images_nD)
 
     def compute_distance(self, operator: EmbeddingOperator) -> dict[str, float]:
-        """Of the means of images and moved texts, and the floor of sampling."""
+        """Measure the distance between the means of images and moved texts, and the floor of sampling."""
         fitted = compute_moments(self.splits.fit_texts.move_with(operator), "moved texts")
         texts = compute_moments(self.splits.held_texts.move_with(operator), "moved texts")
         noise = self.images.trace() / self.images.num_rows + texts.trace() / texts.num_rows
@@ -200,7 +200,7 @@ class HeldOut:
         return {"spectrum": asdict(describe_spectrum(self.images)), "cosines": self.image_cosines.tolist()}
 
     def describe_texts(self, operator: EmbeddingOperator) -> dict:
-        """The same of moved texts, and what a sample of them has in common with the images and with itself before."""
+        """Describe moved texts, and compare a sample of them with the images and with itself before."""
         texts = compute_moments(self.splits.held_texts.move_with(operator), "moved texts", with_scatter=True)
         moved_nD = operator.transform(self.texts_nD, dtype=torch.float64)
         cosines = cosine_histogram(moved_nD)
@@ -216,7 +216,7 @@ class HeldOut:
         }
 
     def compute_clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:
-        """Points along three directions, from the images' mean."""
+        """Project points onto three directions, from the images' mean."""
         texts = compute_moments(self.splits.held_texts, "texts", with_scatter=True)
         directions_D3 = find_three_directions(
             self.images.mean_D - texts.mean_D, self.images.covariance_DD + texts.covariance_DD
@@ -230,7 +230,7 @@ class HeldOut:
 
 
 def find_three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor:
-    """Unit columns at right angles, [D, 3]: the mean difference, and the first principal directions of what is across it."""
+    """Find orthonormal columns, [D, 3]: the mean difference, and the first principal directions of what is across it."""
     first_D = torch.nn.functional.normalize(difference_D, dim=0)
     across_DD = torch.eye(len(first_D), dtype=first_D.dtype) - torch.outer(first_D, first_D)
     leading_D2 = torch.linalg.eigh(across_DD @ covariance_DD @ across_DD).eigenvectors[:, -2:].flip(1)
@@ -240,7 +240,7 @@ def find_three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor
 
 
 def compute_frame_figures(splits: Splits, realign, *, energy: float, rank: int | None) -> dict:
-    """Of the held-out pairs, before ReAlign and after."""
+    """Compute the frame's figures on the held-out pairs, before ReAlign and after."""
     nothing = {"frame": None, "budget_after": None}
     if splits.unpaired:
         return nothing | {"left_out": f"energies and spectra in the fixed frame need pairs: {splits.unpaired}"}

@@ -1,7 +1,7 @@
-"""Two sources of embeddings in parts: rows that statistics are fitted on, rows held out for every other figure, and pairs.
+"""Two sources of embeddings in splits: rows that statistics are fitted on, rows held out for every other figure, and pairs.
 
-Rows are read piece by piece each time, and no part is held in memory; what is kept of a source is a mark for each row.
-A part is spread evenly over its source, so that one in the order of its data sets is represented in both.
+Rows are read piece by piece each time, and no split is held in memory; what is stored of a source is a mark for each row.
+A split is spread evenly over its source, so that one in the order of its datasets is represented in both.
 
 Shapes: N rows of a source, n of a piece; D width.
 """
@@ -20,7 +20,7 @@ class Rows:
     """Some rows of a source, in order: iterate for its pieces [n, D], as often as you like.
 
     Args:
-        pieces: of the source, an iterable that begins anew each time.
+        pieces: of the source, an iterable that starts from the beginning each time.
         chosen_N: which rows.
         operator: moves them on the way, in float64: rounded to float16 a row of width 1280 would be 2e-4 off.
     """
@@ -44,7 +44,7 @@ class Rows:
         return Rows(self._pieces, self._chosen_N, operator)
 
     def sample(self, most: int) -> Tensor:
-        """At most so many of them, spread evenly, in memory: the same ones at each call."""
+        """Read at most `most` of them, spread evenly, into memory: the same ones at each call."""
         chosen_n = self._chosen_N.nonzero()[:, 0]
         count = min(most, len(chosen_n))
         sampled_N = torch.zeros_like(self._chosen_N)
@@ -68,14 +68,14 @@ class Splits:
 
 
 def split_sources(images: Embeddings, texts: Embeddings, fraction: float, *, unpaired: bool = False) -> Splits:
-    """Part two sources; a pair is never torn apart.
+    """Split two sources; both rows of a pair go to the same split.
 
     Args:
         fraction: of the rows, to fit on.
         unpaired: equal keys, or numbers of rows, are no pairs.
 
     Raises:
-        ValueError: a part would have fewer than two rows.
+        ValueError: a split would have fewer than two rows.
     """
     pairs, reason = (([], []), "--unpaired was passed") if unpaired else match_rows(images, texts)
     with_partner = [torch.zeros(source.num_rows, dtype=torch.bool) for source in (images, texts)]
@@ -101,13 +101,13 @@ def split_sources(images: Embeddings, texts: Embeddings, fraction: float, *, unp
 
 
 def mark_fit_rows(num_rows: int, fraction: float) -> Tensor:
-    """Marks for that share of the rows, as evenly as it goes, [num_rows]."""
+    """Mark that share of the rows, as evenly as possible, [num_rows]."""
     before_N = torch.arange(num_rows + 1, dtype=torch.float64).mul(fraction).floor()
     return before_N[1:] > before_N[:-1]
 
 
 def match_rows(images: Embeddings, texts: Embeddings) -> tuple[tuple[list[int], list[int]], str | None]:
-    """The numbers of the rows that both sources have, in order; or none, and why."""
+    """Return the numbers of the rows that both sources have, in order; or none, and why."""
     none = ([], [])
     if images.keys is None or texts.keys is None:
         if images.num_rows != texts.num_rows:

@@ -43,7 +43,7 @@ from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_sto
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STANDARD_NORMAL = "standard normal"
-# Of the pairs that are left out so many are named.
+# Number of skipped pairs that are named.
 _NAMED = 5
 
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail("interrupted; the same command resumes from here")
 
 
-# Under torchrun, of --checkpoint: the first rank does all but its part of the model, in which the others serve.
+# Under torchrun, of --checkpoint: the first rank does everything; the others only run their shard of the model.
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -74,7 +74,7 @@ def fail(message: str) -> None:
 
 
 def fail_once(message: str) -> None:
-    """For what every rank finds."""
+    """Report, on the first rank, an error that every rank finds."""
     if RANK:
         sys.exit(2)
     fail(message)
@@ -164,7 +164,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What argparse cannot see; ends with one line."""
+    """Check what argparse cannot; fail with one line."""
     sides = len(args.vision) + len(args.language)
     if args.megatron_flags and not args.checkpoint:
         fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
@@ -207,7 +207,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError where there is none of that name."""
+    """Raise ValueError unless the device can be used."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -233,7 +233,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def make_progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
-    """Shows how many layers of the rows are done, in a terminal."""
+    """Make a progress bar over the rows' layers, in a terminal."""
     return lambda layers: tqdm(layers, desc=metric, unit="layer", leave=False) if sys.stderr.isatty() else layers
 
 
@@ -245,7 +245,7 @@ def report_skipped(rows: FeatureStore, columns: FeatureStore) -> None:
 
 
 def print_skipped(reasons: dict[str, str]) -> None:
-    """Samples and why they are left out; of many the first and how many more."""
+    """Print skipped samples with the reason; of many the first and how many more."""
     for key, reason in [*reasons.items()][:_NAMED]:
         print(f"skipped: {key}: {reason}", file=sys.stderr)
     if len(reasons) > _NAMED:
@@ -253,7 +253,7 @@ def print_skipped(reasons: dict[str, str]) -> None:
 
 
 def open_stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
-    """The features of rows and columns, computed where they are not on disk."""
+    """Open the features of rows and columns, computed where they are not on disk."""
     if args.features:
         return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
     if args.random:
@@ -279,7 +279,7 @@ def open_stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNorma
 
 
 def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
-    """That of the rows and that of the columns."""
+    """Open the backbones of rows and columns."""
     if not args.checkpoint:
         return nullcontext(make_hugging_face_backbones(args))
     from rsa_megatron.training.checkpoint_backbone import (
@@ -291,7 +291,7 @@ def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Back
 
 
 def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
-    """Weights are read only if their features are not on disk."""
+    """Make the backbones; weights are read only if their features are not on disk."""
 
     def model(name: str) -> HFModel:
         return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])
@@ -309,7 +309,7 @@ def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
 
 
 class StandardNormal:
-    """What is read of a FeatureStore, of random vectors: every seed its own N."""
+    """The interface of a FeatureStore for random vectors: every seed its own N."""
 
     def __init__(self, args: argparse.Namespace, number: int):
         self.folder, self.layers, self.left_out = Path("--random"), [STANDARD_NORMAL], {}

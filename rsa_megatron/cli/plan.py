@@ -2,10 +2,10 @@
 
     rsa-megatron plan --model llava-ov-7b --stage 1.5 --gpus 224 --gpu-memory 80
 
-The stage's recipe says what learns, the batch and --seq-length. Every layout that Megatron and the training script take is
-tried (search.py). Memory (rsa_megatron/planning/memory.py) is for the worst case: every row as long as --seq-length,
-every image cut into the most tiles. Time (step_time.py) is for an average sample. Neither has --rsa-text-source caption: it
-makes rows longer, and the decoder's plain layers keep scores (Run.keeps_scores). Needs no GPU and no Megatron.
+The stage's recipe specifies what is trained, the batch and --seq-length. Every layout that Megatron and the training script
+accept is tried (search.py). Memory (rsa_megatron/planning/memory.py) is for the worst case: every sequence as long as
+--seq-length, every image cut into the most tiles. Time (step_time.py) is for an average sample. Neither has --rsa-text-source
+caption: it makes sequences longer, and the decoder's local layers store scores (Run.keeps_scores). Needs no GPU and no Megatron.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from rsa_megatron.planning.step_time import Assumptions
 from rsa_megatron.recipes import STAGES, recipe
 
 GIB = 2**30
-# Positions and tiles of an average sample: what the recipes' hours are reckoned with, a tile being 729 positions of it; of an
-# image that comes as an embedding 576, and no tile (the one token in the projector is not reckoned with).
+# Positions and tiles of an average sample: what the recipes' hours are estimated with, a tile being 729 positions of it; of a
+# precomputed embedding 576, and no tile (the one token in the projector is not counted).
 AVERAGES = {"revision": (750, 0), "1": (900, 1), "1.5": (3200, 4), "2": (5000, 6)}
 
 
@@ -85,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_run(args) -> tuple[Run, Cluster, Assumptions]:
-    """What is trained, on what, and what is assumed of it; fills in the recipe's defaults."""
+    """Read run, cluster and assumptions from the flags; fill in the recipe's defaults."""
     settings, architecture = recipe(args.model, args.stage), read_architecture(args.model)
     length, tiles = AVERAGES[args.stage]
     for name, value in {
@@ -129,7 +129,7 @@ def read_architecture(model: str) -> Architecture:
 
 
 def count_most_tiles(settings: dict, architecture: Architecture) -> int:
-    """Tiles of the image that is cut into most, its base tile among them; 0 where images come as embeddings."""
+    """Count the tiles of the largest grid, with its base tile; 0 for precomputed embeddings."""
     if "image_positions" in settings:
         return 0
     if settings["image_aspect_ratio"] == "square":
@@ -142,7 +142,7 @@ def count_most_tiles(settings: dict, architecture: Architecture) -> int:
 
 
 def explain_no_fit(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
-    """The nearest that there is, and what it lacks."""
+    """Name the smallest layout, or the nearest number of GPUs."""
     if too_large:
         nearest = too_large[0]
         return (
@@ -163,7 +163,7 @@ def describe(layout: Layout) -> str:
 
 
 def format_flags(layout: Layout, args) -> str:
-    """The training script's command line."""
+    """Format the training script's command line."""
     flags = [f"--model {args.model} --stage {args.stage} --bf16 --transformer-impl {args.transformer_impl}"]
     flags += [f"--tensor-model-parallel-size {layout.tensor}"] * (layout.tensor > 1)
     flags += ["--sequence-parallel"] * layout.sequence_parallel

@@ -106,7 +106,7 @@ VERBS = {function.__name__: function for function in (heatmap, bars, stages, ste
 
 
 def select_arms(runs: list[Run], arms: list[str] | None, usual: tuple[str, ...] = ()) -> list[Run]:
-    """The runs of the arms asked for, arm by arm; without any asked for, of the usual ones if there are some, else all."""
+    """Select the runs of the requested arms, arm by arm; by default of the usual ones if present, else all."""
     present = style.unique(run.arm for run in runs)
     for arm in arms or ():
         if arm not in present:

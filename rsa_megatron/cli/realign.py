@@ -33,7 +33,7 @@ __all__ = ["add_source_arguments", "main", "open_sources"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what is wrong with its input is one line, and exit code 2."""
+    """Run a command; bad input is reported in one line, with exit code 2."""
     tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
     join_ranks()
     command = parse(arguments)
@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def join_ranks() -> None:
-    """Under torchrun, over gloo: what ranks exchange is a few vectors."""
+    """Join the ranks of torchrun over gloo: they exchange a few vectors."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         # As long as the first rank may embed.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def fail(message: str) -> None:
-    """Every rank finds the same; the first one says it."""
+    """Print, on the first rank, the error that every rank finds; exit."""
     if get_rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""`rsa-megatron realign fit`: from two sets of embeddings to an operator on disk, with the figures that say what it does."""
+"""`rsa-megatron realign fit`: from two sets of embeddings to an operator on disk, with figures of its effect."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.operator import EmbeddingOperator
 from rsa_megatron.realign.realign import NO_SPREAD, STEPS, ReAlign
 
-# Options that one method alone has.
+# Options of a single method.
 _OF_METHOD = {"sigma": "c3", "steps": "realign"}
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     images, texts = open_sources(args)
     shares = [embeddings.take_share(get_rank(), count_ranks()) for embeddings in (images, texts)]
     operator = METHODS[args.method].fit(
-        *shares, group=get_group(), progress=progress, about=about(images, texts), **options
+        *shares, group=get_group(), progress=progress, about=describe_sources(images, texts), **options
     )
     gaps = measure_gaps(operator, shares[1])
     run_on_first_rank(lambda: operator.save(args.out))
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_method_options(args: argparse.Namespace) -> dict:
-    """The method's own options, those that were given."""
+    """Return the method's own options that were passed."""
     options = {name: getattr(args, name) for name in _OF_METHOD if getattr(args, name) is not None}
     for name in options:
         if args.method != _OF_METHOD[name]:
@@ -70,21 +70,21 @@ def read_method_options(args: argparse.Namespace) -> dict:
     return options
 
 
-def about(images: Embeddings, texts: Embeddings) -> dict[str, str]:
-    """What an operator says of the sets that it was fitted on."""
+def describe_sources(images: Embeddings, texts: Embeddings) -> dict[str, str]:
+    """Describe the sets that an operator was fitted on, for its manifest."""
     found = {"images": images.description, "texts": texts.description}
     encoders = {"image_encoder": format_encoder(images), "text_encoder": format_encoder(texts)}
     return found | {name: encoder for name, encoder in encoders.items() if encoder}
 
 
 def format_encoder(embeddings: Embeddings) -> str | None:
-    """Model, revision and layer that gave the rows; None where the source does not know."""
+    """Format model, revision and layer that gave the rows; None where the source does not know."""
     parts = [embeddings.about.get(name) for name in ("model", "revision", "layer")]
     return " ".join(parts) if all(parts) else None
 
 
 def measure_gaps(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
-    """|mean - mu_x| of the texts that were fitted on: as they are, and after each step and its projection.
+    """Measure |mean - mu_x| of the fitted texts: as they are, and after each step and its projection.
 
     Args:
         texts: this rank's; all ranks call it.
@@ -108,7 +108,7 @@ def _measure_gap(operator: EmbeddingOperator, texts: Embeddings) -> float:
 
 
 def format_report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddings, texts: Embeddings) -> str:
-    """Counts, traces, scale, gaps."""
+    """Format counts, traces, scale and gaps."""
     n = min(operator.num_images, operator.num_texts)
     floor = math.sqrt((operator.image_trace + operator.text_trace) / n)
     lines = [
@@ -123,7 +123,7 @@ def format_report(operator: EmbeddingOperator, gaps: dict[str, float], images: E
 
 
 def format_scale(operator: EmbeddingOperator) -> str:
-    """s, also of a method that has none: near 1, the trace step would do nothing."""
+    """Format s, also of a method without it: near 1, the trace step would do nothing."""
     is_realign = isinstance(operator, ReAlign)
     if operator.text_trace <= NO_SPREAD:
         return "all texts are equal" + (f", s = {operator.scale:.6g} comes only from epsilon" if is_realign else "")

@@ -1,6 +1,6 @@
-"""What rsa-megatron realign works on: two sets of embeddings that are there, or those of an encoder for some data.
+"""What rsa-megatron realign works on: two existing sets of embeddings, or those of an encoder for some data.
 
-Under torchrun every rank opens the same two sets; what is not there is embedded by the first rank, the others wait.
+Under torchrun every rank opens the same two sets; what is not stored is embedded by the first rank, the others wait.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Found = TypeVar("Found")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags by which `sources` finds the images' and the texts' embeddings."""
+    """Add the flags of `open_sources`."""
     given = parser.add_argument_group("existing embeddings")
     given.add_argument(
         "--images", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]"
@@ -44,7 +44,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_encoder_arguments(group) -> None:
-    """Flags that name an encoder and data."""
+    """Add the flags that name an encoder and data."""
     group.add_argument("--encoder", metavar="HF", help="CLIP, SigLIP or SigLIP2: a folder, or a name on the hub")
     group.add_argument(
         "--data",
@@ -69,7 +69,7 @@ def add_encoder_arguments(group) -> None:
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how an encoder runs."""
+    """Add the flags that configure the encoder."""
     how = parser.add_argument_group("embedding")
     how.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
@@ -100,7 +100,7 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_sources(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raise ValueError for conflicting flags."""
     there, embedded = bool(args.images or args.texts), bool(args.encoder or args.data or args.text_data)
     if there == embedded or there != bool(args.images and args.texts) or embedded != bool(args.encoder and args.data):
         raise ValueError("name two sets of embeddings, --images and --texts, or an --encoder and its --data")
@@ -117,10 +117,10 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def open_sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
-    """The images' and the texts' embeddings; what an encoder gives is stored first, below --store.
+    """Open the images' and the texts' embeddings; an encoder's are stored first, below --store.
 
     Raises:
-        ValueError: they are not there, or of different widths; on all ranks of torchrun alike.
+        ValueError: not found, or of different widths; on all ranks of torchrun alike.
     """
     check_sources(args)
     if args.encoder:
@@ -135,14 +135,14 @@ def open_sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
 
 
 def check_sides(embeddings: Embeddings, side: str, flag: str) -> None:
-    """Raises ValueError for features that say they are of the other side; a file's rows say nothing."""
+    """Raise ValueError for features of the other side; a file's rows have no side."""
     found = embeddings.about.get("side", side)
     if found != side:
         raise ValueError(f"{flag} {embeddings.description}: these are of the side {found}; swap --images and --texts")
 
 
 def check_widths(images: Embeddings, texts: Embeddings) -> None:
-    """Raises ValueError unless both can lie in one space."""
+    """Raise ValueError unless both can lie in one space."""
     if images.width != texts.width:
         raise ValueError(
             f"{images.description} has {images.width} numbers a row and {texts.description} has {texts.width}: texts can be "
@@ -163,7 +163,7 @@ def embed_texts(args: argparse.Namespace) -> FeatureStore:
 
 
 def draw_split(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, images: Path | None = None) -> SampleSet:
-    """--num-samples of the pairs, or all of them; what the data has besides is said."""
+    """Draw --num-samples of the pairs, or all; print what was skipped."""
     source = {"language": args.language_code, "images": str(images and images.resolve())}
     chosen = draw_samples(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
     if pairs.left_out:
@@ -172,7 +172,7 @@ def draw_split(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, i
 
 
 def embed_samples(side: str, chosen: SampleSet, args: argparse.Namespace) -> FeatureStore:
-    """The embeddings of some samples, computed where they are not on disk."""
+    """Return the embeddings of some samples, computed where they are not on disk."""
     model = HFModel(args.encoder, device=torch.device(args.device), dtype=DTYPES[args.dtype])
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     embedder = EMBEDDERS[side](model)
@@ -188,7 +188,7 @@ def embed_samples(side: str, chosen: SampleSet, args: argparse.Namespace) -> Fea
 
 
 def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
-    """The pieces, with a bar of rows on the first rank's terminal."""
+    """Yield the pieces, with a progress bar of rows on the first rank's terminal."""
     disable = get_rank() > 0 or None  # None: where there is no terminal
     with tqdm(
         total=getattr(pieces, "num_rows", None), desc=what, unit="row", unit_scale=True, leave=False, disable=disable
@@ -199,7 +199,7 @@ def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
 
 
 def get_group() -> torch.distributed.ProcessGroup | None:
-    """Of all ranks of torchrun; None for one process."""
+    """Return the group of all ranks of torchrun; None for one process."""
     return torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
 
 
@@ -212,7 +212,7 @@ def count_ranks() -> int:
 
 
 def run_on_first_rank(function: Callable[[], Found]) -> Found:
-    """What the first rank's call gives, on all ranks; or its ValueError."""
+    """Return the first rank's result on all ranks, or raise its ValueError."""
     found = [None, None]
     if get_rank() == 0:
         try:
@@ -227,7 +227,7 @@ def run_on_first_rank(function: Callable[[], Found]) -> Found:
 
 
 def run_on_all_ranks(function: Callable[[], Found]) -> Found:
-    """What the call gives on each rank; or the ValueError of any of them on all: none waits for one that has ended."""
+    """Return each rank's own result, or raise any rank's ValueError on all: none waits for one that has ended."""
     found, fault = None, None
     try:
         found = function()

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together, and for what cannot be written."""
+    """Write rows or shards. Raises ValueError for conflicting flags, and for what cannot be written."""
     check(args)
     operator = load_operator(args.operator) if args.operator else None
     if args.data:
@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def get_side(args: argparse.Namespace) -> str:
-    """What is written: texts or images."""
+    """Return what is written: text or image."""
     given = [name for name in ("encoder", "texts", "images") if getattr(args, name)]
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
@@ -143,7 +143,7 @@ def get_side(args: argparse.Namespace) -> str:
 
 
 def write_rows(args: argparse.Namespace, operator: EmbeddingOperator) -> None:
-    """Rows to rows, in an .npy that appears when it is whole."""
+    """Move rows into an .npy that appears when it is complete."""
     texts = open_embeddings(args.texts)
     check_encoder(operator, texts)
     with atomic.new_file(args.out) as unfinished:
@@ -152,10 +152,10 @@ def write_rows(args: argparse.Namespace, operator: EmbeddingOperator) -> None:
 
 
 def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -> None:
-    """Data to shards; the rows lie in a file beside them until they are written."""
+    """Write data to shards; the rows are in a file beside them meanwhile."""
     chosen, left_out = draw_splits(args), Counter()
     stores = [embed_samples(args.side, of_part, args) for of_part in chosen.values()] if args.encoder else []
-    rows = KeyedRows.of(stores) if stores else given(args)
+    rows = KeyedRows.of(stores) if stores else open_given_rows(args)
     if operator:
         for texts in rows.sources:
             check_encoder(operator, texts)
@@ -182,7 +182,7 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
 
 
 def draw_splits(args: argparse.Namespace) -> dict[str, SampleSet]:
-    """The samples of each part of shards; of other data all of them."""
+    """Draw the samples of each split of shards; of other data all of them."""
     if is_prepared(args.data):
         if args.data.is_file():
             raise ValueError(
@@ -206,7 +206,7 @@ def draw_splits(args: argparse.Namespace) -> dict[str, SampleSet]:
 
 
 def assign_splits(args: argparse.Namespace, chosen: dict[str, SampleSet]) -> dict[str, list[CaptionedImage]]:
-    """What is written to each part; of data without parts, some are held out."""
+    """Assign samples to splits; of data without splits, some are held out."""
     if is_prepared(args.data):
         return {part: of_part.pairs for part, of_part in chosen.items()}
     pairs = chosen["train"].pairs
@@ -215,8 +215,8 @@ def assign_splits(args: argparse.Namespace, chosen: dict[str, SampleSet]) -> dic
     return parts | ({"val": [pairs[number] for number in sorted(held_out)]} if held_out else {})
 
 
-def given(args: argparse.Namespace) -> KeyedRows:
-    """Embeddings that are there, by their own keys or those of --keys."""
+def open_given_rows(args: argparse.Namespace) -> KeyedRows:
+    """Open existing embeddings, by their own keys or those of --keys."""
     source = open_embeddings(args.texts or args.images)
     if args.keys:
         keys = args.keys.read_text(encoding="utf-8").splitlines()
@@ -228,7 +228,7 @@ def given(args: argparse.Namespace) -> KeyedRows:
 
 
 def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
-    """Raises ValueError unless the operator was fitted on texts of this encoder, as far as both know."""
+    """Raise ValueError unless the operator was fitted on texts of this encoder, as far as both know."""
     check_sides(texts, "text", "--texts")
     fitted, found = operator.about.get("text_encoder"), format_encoder(texts)
     if fitted and found and fitted != found:
@@ -256,7 +256,7 @@ def _describe_pairs(
 
 
 def _write_npy(path: Path, sources: list[Embeddings], operator: EmbeddingOperator | None, dtype: type) -> numpy.ndarray:
-    """The rows of all sources, of unit length, moved where there is an operator, in one file; memory-mapped."""
+    """Write the unit rows of all sources, moved if there is an operator, to one memory-mapped file."""
     shape = sum(source.num_rows for source in sources), sources[0].width
     rows_ND, row = numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape), 0
     for source in sources:
@@ -268,6 +268,6 @@ def _write_npy(path: Path, sources: list[Embeddings], operator: EmbeddingOperato
 
 
 def _iterate_unit_pieces(source: Embeddings, operator: EmbeddingOperator | None) -> Iterator[Tensor]:
-    """Rows of unit length, moved where there is an operator, in float64."""
+    """Yield unit rows in float64, moved if there is an operator."""
     for piece_nD in progress(source, f"{source.description}, moved" if operator else source.description):
         yield operator.transform(piece_nD, dtype=torch.float64) if operator else normalise_rows(piece_nD)

@@ -1,4 +1,4 @@
-"""Shows one sample as training sees it: its tokens with what is learnt, and its images cut into tiles."""
+"""Show one sample as training sees it: its tokens with the targets marked, and its images cut into tiles."""
 
 import itertools
 import json
@@ -93,7 +93,7 @@ def show(args) -> None:
 
 
 def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
-    """As the stage reads images; those that are embeddings alone can be shown in any."""
+    """Make the stage's image reader; samples with only embeddings can be shown in any stage."""
     positions = settings.get("image_positions", 0)
     if positions or not has_pixels:
         return ImageEmbeddings(width=None, positions=positions or 1)
@@ -118,7 +118,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether Energon can read it: a folder that is indexed, or a mixture."""
+    """Return whether Energon can read it: an indexed folder, or a mixture."""
     if path.is_dir():
         return (path / ".nv-meta").is_dir()
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -141,7 +141,7 @@ def read_stored_sample(args) -> StoredSample:
 
 
 def read_source_sample(args) -> StoredSample:
-    """A record of a SOURCE, as pack would store it with --rsa."""
+    """Read a record of a SOURCE as pack would store it with --rsa."""
     source = open_source(args.path, seed=args.seed)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
@@ -157,7 +157,7 @@ def read_source_sample(args) -> StoredSample:
 
 
 def read_parts(sample: StoredSample) -> dict[str, bytes]:
-    """Its images' bytes; of a linked sample each may have been missing."""
+    """Return its images' bytes; of a linked sample each may be missing."""
     for part in sample.images.values():
         if isinstance(part, Exception):
             raise ValueError(f"an image of {sample.__key__} cannot be read: {part}") from part
@@ -165,14 +165,14 @@ def read_parts(sample: StoredSample) -> dict[str, bytes]:
 
 
 def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
-    """The text of the tokens, what is learnt between « and », the caption between ‹ and ›."""
+    """Decode the tokens, with targets between « and », the caption between ‹ and ›."""
     out = ""
     runs = itertools.groupby(zip(text.tokens, text.is_target, text.is_caption), key=lambda token: token[1])
     for is_target, run in runs:
         out += (_GREEN * colour + "«") if is_target else ""
         for is_caption, tokens in itertools.groupby(run, key=lambda token: token[2]):
             piece = tokenizer.decode([token for token, _, _ in tokens], clean_up_tokenization_spaces=False)
-            # An end of a line that is learnt would not be seen.
+            # A line end that is a target would not be seen.
             piece = piece.replace("\n", "↵\n") if is_target else piece
             if is_caption:
                 piece = f"{_UNDERLINE * colour}‹{piece}›{(_PLAIN + _GREEN * is_target) * colour}"
@@ -182,7 +182,7 @@ def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedTe
 
 
 def explain_no_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
-    """What keeps it out of the RSA loss; None if nothing does."""
+    """Explain why it is not in the RSA loss; None if it is."""
     if not (sample.__subflavors__ or {}).get("rsa"):
         return "no, its dataset has no subflavor rsa: true"
     if num_images != 1:
@@ -200,7 +200,7 @@ def describe_image(image: Image.Image | Tensor, layout: ImageLayout) -> str:
 
 
 def draw_tiles(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:
-    """Each image's base tile and, right of it, its grid; images one below the other."""
+    """Draw each image's base tile and, right of it, its grid; images one below the other."""
     pixels = ((tiles.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     step = pixels.shape[1] + _GAP
     rows = [max(1, layout.grid_rows) for layout in layouts]

@@ -1,8 +1,8 @@
 """The embeddings of transformers' dual encoders (CLIP, SigLIP, SigLIP2): of an image and of a text, in one space.
 
 Two backbones of extraction.py with one layer each, "embedding": what get_image_features and get_text_features give, each
-read as the model was trained. An image goes through the model's own processor. A caption is cut where the model's
-positions end (CLIP's 77 tokens, SigLIP's 64: of a dense caption that may be the first half). CLIP reads the state of
+read as the model was trained. An image goes through the model's own processor. A caption is truncated to the model's
+positions (CLIP's 77 tokens, SigLIP's 64: of a dense caption that may be the first half). CLIP reads the state of
 the end token, before which padding cannot be seen; SigLIP reads that of the last position, and was trained to see the
 padding up to there, without a mask, whatever its tokenizer gives.
 
@@ -46,12 +46,12 @@ class ImageEmbedder:
         self.identity = describe_model(model) | {"pooling": EMBEDDING, "image": "as its processor prepares it"}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
-        """The pixels of a pair's image; of SigLIP2's models for any shape of image also where its patches lie."""
+        """Return the pixels of a pair's image; for SigLIP2 models of any image shape also where its patches lie."""
         return self._processor([pair.image()], return_tensors="pt")
 
     @torch.inference_mode()
     def features(self, batch: list["BatchFeature"]) -> dict[str, Tensor]:
-        """[n, D], float32."""
+        """Return [n, D], float32."""
         inputs = {name: torch.cat([item[name] for item in batch]).to(self._model.device) for name in batch[0]}
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         with keep_float32_digits():
@@ -81,7 +81,7 @@ class TextEmbedder:
         self.identity = describe_model(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
 
     def prepare(self, pair: CaptionedImage) -> Any:
-        """The tokens of a pair's caption, [1, S], and for CLIP the mask. Raises ValueError where there are none."""
+        """Tokenize a pair's caption, [1, S], for CLIP with its mask. Raises ValueError where there are no tokens."""
         text = self._tokenize(pair.caption)
         if not set(text["input_ids"][0].tolist()) - set(self._tokenizer.all_special_ids):
             raise ValueError("its caption has no token")
@@ -89,7 +89,7 @@ class TextEmbedder:
 
     @torch.inference_mode()
     def features(self, batch: list[Any]) -> dict[str, Tensor]:
-        """[n, D], float32."""
+        """Return [n, D], float32."""
         length = max(item["input_ids"].shape[1] for item in batch)
         fillers = {"input_ids": self._tokenizer.pad_token_id or 0, "attention_mask": 0}
         inputs = {

@@ -1,11 +1,11 @@
 """Embeddings from anywhere, read piece by piece: however many rows a file has, one piece of them is in memory.
 
-    FOLDER, FOLDER:LAYER          features that rsa-megatron measure or realign has stored; their keys come with them
+    FOLDER, FOLDER:LAYER          features stored by rsa-megatron measure or realign, with their keys
     x.npy                         numpy's format, [N, D]
     x.safetensors, x.safetensors:TENSOR    a tensor of [N, D]
 
-Rows are given as they are stored, of any length. A row that has no direction (NaN, infinity, zero) is an error that
-counts such rows of each kind and names the first, by key where there are keys; alignment/ knows rows by their number alone.
+Rows are returned as stored, of any length. A row that has no direction (NaN, infinity, zero) is an error that counts
+such rows of each kind and names the first, by key where there are keys; alignment/ knows rows only by number.
 
 Shapes: N rows of a source, n of a piece; D width.
 """
@@ -29,7 +29,7 @@ _FORMS = "name a folder of stored features (FOLDER:LAYER), an .npy, or a .safete
 
 
 class Embeddings:
-    """Rows of a source, or a part of them. Iterate it, as often as you like, for its pieces, [n, D], in order.
+    """Rows of a source, or a shard of them. Iterate it, as often as you like, for its pieces, [n, D], in order.
 
     Args:
         description: the source and what of it, for messages.
@@ -67,7 +67,7 @@ class Embeddings:
             yield piece_nD
 
     def take_share(self, rank: int, size: int) -> "Embeddings":
-        """The rank's part of the rows, one after the other: all ranks' together are all rows, each once."""
+        """Take the rank's contiguous shard of the rows: all ranks' together are all rows, each once."""
         first, last = (self._rows.start + self.num_rows * number // size for number in (rank, rank + 1))
         return Embeddings(
             self.description,
@@ -107,7 +107,7 @@ def _has_direction(x_nD: Tensor) -> Tensor:
 
 
 def _find_largest(x_nD: Tensor) -> Tensor:
-    """A row's largest number without its sign; NaN where there is one."""
+    """Return each row's largest magnitude; NaN where there is one."""
     return torch.linalg.vector_norm(x_nD, torch.inf, dim=1)
 
 
@@ -135,7 +135,7 @@ def open_embeddings(source: str | Path) -> Embeddings:
 
 
 def open_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
-    """The features of a layer; of a store with one layer it need not be named.
+    """Open the features of a layer; of a store with one layer it need not be named.
 
     Raises:
         ValueError: there is no such layer, or none is named and there are several.

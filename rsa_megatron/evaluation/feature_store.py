@@ -1,12 +1,12 @@
 """Features of every layer of a backbone, on disk: written once, part by part, and read a layer at a time.
 
     FOLDER/manifest.json             what they are of: model, data, pooling, ..., the keys of the pairs and the layers' names
-    FOLDER/part-00000.safetensors    [n, D] of every layer for the next n pairs; in its header their keys, and what was left out
+    FOLDER/part-00000.safetensors    [n, D] of every layer for the next n pairs; in its header their keys, and which were skipped
     FOLDER/part-00001.safetensors    ...
 
 While they are written the folder is called FOLDER.unfinished. A part appears under its name when it is on disk as a
-whole, and says itself which pairs it deals with. So a run that was killed goes on after the last part, and ends with the
-bytes of a run that was not: nothing in them depends on the clock or on the machine's state.
+whole, and lists its own pairs. So a run that was killed resumes after the last part, and ends with the bytes of a run
+that was not: nothing in them depends on the clock or on the machine's state.
 
 Shapes: N pairs in a store, n of them in a part; D width of a layer.
 """
@@ -48,13 +48,13 @@ class FeatureStore:
 
     @classmethod
     def create(cls, folder: str | Path, manifest: dict) -> "FeatureStore":
-        """The store of that name: a finished one, or one to go on with, or an empty one.
+        """Open the store of that name: a finished one, or one to resume, or an empty one.
 
         Args:
             manifest: what can be written as JSON; `keys`, `layers` and `store_dtype` must be in it.
 
         Raises:
-            ValueError: there is one of another manifest (the message names what differs), or somebody is writing it.
+            ValueError: it exists with another manifest (the message names what differs), or is being written.
         """
         folder = Path(folder)
         manifest = json.loads(json.dumps(manifest))  # as it is read back: tuples are lists
@@ -79,10 +79,10 @@ class FeatureStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureStore":
-        """A finished store.
+        """Open a finished store.
 
         Raises:
-            ValueError: there is none.
+            ValueError: not found.
         """
         folder = Path(folder)
         if not folder.exists() and _get_unfinished_path(folder).exists():
@@ -101,7 +101,7 @@ class FeatureStore:
 
     @property
     def num_done(self) -> int:
-        """How many of the manifest's keys have been dealt with: they have features, or were left out."""
+        """Number of the manifest's keys that are done: they have features, or were skipped."""
         return len(self.keys) + len(self.left_out)
 
     @property
@@ -112,12 +112,12 @@ class FeatureStore:
         """Write the next part.
 
         Args:
-            keys: n of them, the next ones of the manifest but for those left out.
+            keys: n of them, the next ones of the manifest but for those skipped.
             features: [n, D] of every layer. With n = 0 it may be empty.
             left_out: keys among them that have no features, each with the reason.
 
         Raises:
-            ValueError: a feature is no number, or too large for the store's dtype.
+            ValueError: a feature is not finite, or too large for the store's dtype.
         """
         left_out = left_out or {}
         assert not self.finished, "a finished store is not written to"
@@ -142,7 +142,7 @@ class FeatureStore:
         self._unlock()
 
     def read_layer(self, name: str) -> Tensor:
-        """The features of one layer, [N, D], float32, in the order of `keys`; no other layer is read."""
+        """Read the features of one layer, [N, D], float32, in the order of `keys`; no other layer is read."""
         assert name in self.layers, name
         if not self.keys:
             raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
@@ -160,7 +160,7 @@ class FeatureStore:
         return x_ND
 
     def read_width(self, name: str) -> int:
-        """Of the features of one layer."""
+        """Read the width of one layer's features."""
         for part, size in self._parts:
             if size:
                 with safe_open(part, "pt") as file:
@@ -168,7 +168,7 @@ class FeatureStore:
         raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
 
     def read_pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """The features of one layer for the pairs from `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
+        """Yield the features of one layer for pairs `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
         assert name in self.layers, name
         stop = len(self.keys) if stop is None else stop
         first = 0
@@ -212,7 +212,7 @@ def _get_unfinished_path(folder: Path) -> Path:
 
 
 def _lock(folder: Path) -> int:
-    """Held until the process ends, or the store is finished: two that write the same parts get in each other's way."""
+    """Lock the folder until the process ends, or the store is finished: two writers would corrupt each other's parts."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

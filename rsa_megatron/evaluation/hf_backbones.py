@@ -1,13 +1,13 @@
 """The two sides of transformers' models as backbones: the mean over a sample's tokens after every layer.
 
-An image goes alone through the tower: whole, at one size. Its tokens count, class tokens do not; they are read as the
-layers leave them, before any last norm, pixel shuffle, merger or projector. A caption goes alone through the language
-model. Its own tokens count; what the tokenizer adds (Llama's <s>, BERT's [CLS] and [SEP]; Qwen's adds nothing) is in the
+An image goes through the tower by itself: whole, at one size. Its tokens count, class tokens do not; they are read as the
+layers leave them, before any last norm, pixel shuffle, merger or projector. A caption goes through the language
+model by itself. Its own tokens count; what the tokenizer adds (Llama's <s>, BERT's [CLS] and [SEP]; Qwen's adds nothing) is in the
 input, as the model was trained with it, and not in the mean. No chat template, and a caption that spells a special token
 is text. The last layer of a language model is read after its final norm, as transformers' hidden_states has it.
 
 `CaptionAfterImage` reads the caption in one pass with its image. Then its states have seen the image through attention,
-and share neighbours with it for free: 0.7 was seen where the caption alone gives 0.05. It is here to show just that.
+and share neighbours with it for free: 0.7 was measured where the caption alone gives 0.05. It is here to show just that.
 
 Layers are read by hooks and pooled at once, in float32: no more than one layer's tokens exist at a time.
 
@@ -39,7 +39,7 @@ TOKENIZER_IN_USE = threading.Lock()
 
 
 def make_text_backbone(model: HFModel, reading: str) -> "TextBackbone":
-    """The language model of a model, read in one of TEXT_READINGS."""
+    """Make the backbone of a model's language model, read in one of TEXT_READINGS."""
     return TextBackbone(model) if reading == "caption-alone" else CaptionAfterImage(model)
 
 
@@ -63,7 +63,7 @@ class VisionBackbone:
         self.identity = describe_model(model) | {"pooling": "mean of image tokens", "image": image}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
-        """The pixels of a pair's image: one tile, or the patches of one image."""
+        """Return the pixels of a pair's image: one tile, or the patches of one image."""
         options = {}
         if self._kind == "llava_onevision":
             # A grid of one tile: the tiles of larger ones would be made for nothing. The base image, the whole picture
@@ -78,7 +78,7 @@ class VisionBackbone:
 
     @torch.inference_mode()
     def features(self, batch: list["BatchFeature"]) -> dict[str, Tensor]:
-        """[n, D] of every layer, float32."""
+        """Return [n, D] of every layer, float32."""
         pixels = torch.cat([item["pixel_values"] for item in batch]).to(self._model.device, self._model.dtype)
         tower = self._model.tower
         if "image_grid_thw" in batch[0]:  # Qwen's: images of all sizes, one after the other
@@ -104,7 +104,7 @@ class Caption:
 
 
 def tokenize_caption(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
-    """A caption's tokens, at most `longest`, with those that the tokenizer adds; can be called from several threads.
+    """Tokenize a caption, to at most `longest` tokens with those that the tokenizer adds; thread-safe.
 
     Raises:
         ValueError: it has none.
@@ -135,19 +135,19 @@ class TextBackbone:
         self.identity = describe_model(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
 
     def prepare(self, pair: CaptionedImage) -> Caption:
-        """The tokens of a pair's caption, cut where the model's positions end."""
+        """Tokenize a pair's caption, truncated to the model's positions."""
         of_model = getattr(self._model.text_config, "max_position_embeddings", None) or _UNLIMITED
         return tokenize_caption(
             self._tokenizer, pair.caption, min(self._tokenizer.model_max_length, of_model, _UNLIMITED)
         )
 
     def features(self, batch: list[Caption]) -> dict[str, Tensor]:
-        """[n, D] of every layer, float32."""
+        """Return [n, D] of every layer, float32."""
         return self._average_states(batch, self._model.language_model.module)
 
     @torch.inference_mode()
     def _average_states(self, captions: list[Caption], module: Module, **inputs: Tensor) -> dict[str, Tensor]:
-        """Those of the language model while `module` runs, which is it or holds it."""
+        """Average the language model's states while `module` runs, which is it or holds it."""
         ids_nS, is_text_nS, counts_nS = (tensor.to(self._model.device) for tensor in _pad(captions))
         language_model, last = self._model.language_model, self.layers[-1]
         with (
@@ -169,7 +169,7 @@ class CaptionAfterImage(TextBackbone):
         self.identity = self.identity | {"text_reading": "multimodal", "image": "as its processor prepares it"}
 
     def prepare(self, pair: CaptionedImage) -> tuple[Caption, "BatchFeature"]:
-        """The tokens of image and caption, and what else the model takes."""
+        """Return the tokens of image and caption, and the model's other inputs."""
         caption, image = super().prepare(pair), pair.image()
         with TOKENIZER_IN_USE:
             inputs = self._processor(text=[self._format_placeholder()], images=[image], return_tensors="pt")
@@ -180,14 +180,14 @@ class CaptionAfterImage(TextBackbone):
         return Caption(ids, counts), inputs
 
     def features(self, batch: list[tuple[Caption, "BatchFeature"]]) -> dict[str, Tensor]:
-        """[n, D] of every layer, float32."""
+        """Return [n, D] of every layer, float32."""
         captions, inputs = zip(*batch)
         length = max(len(caption.ids) for caption in captions)
         joined = {name: self._join_inputs(name, [item[name] for item in inputs], length) for name in inputs[0]}
         return self._average_states(captions, self._model.module, **joined)
 
     def _join_inputs(self, name: str, parts: list[Tensor], length: int) -> Tensor:
-        """An input of the model for a batch, of those for one sample each, [1, ...] or [patches or tiles, ...]."""
+        """Join one input of several samples, [1, ...] or [patches or tiles, ...] each, to that of a batch."""
         if name == "mm_token_type_ids":  # one a token: 0 for text
             parts = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
         elif (
@@ -203,7 +203,7 @@ class CaptionAfterImage(TextBackbone):
 
 
 def describe_model(model: HFModel) -> dict:
-    """What of a backbone's identity is the model's."""
+    """Return the model's entries of a backbone's identity."""
     return {"model": model.title, "revision": model.revision, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
@@ -212,7 +212,7 @@ def _name_layers(count: int) -> list[str]:
 
 
 def _name_tower_layers(model: HFModel) -> list[str]:
-    """Up to the layer that the model's projector reads: LLaVA's -2, say, leaves the last one unused."""
+    """Name layers up to the one that the model's projector reads: LLaVA's -2, say, leaves the last one unused."""
     names = _name_layers(count_layers(model.tower_config))
     used = getattr(model.config, "vision_feature_layer", -1)
     return names[: len(names) + used + 1 if used < 0 else used + 1] if isinstance(used, int) else names
@@ -222,7 +222,7 @@ def _name_tower_layers(model: HFModel) -> list[str]:
 def _pool_layers(
     side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward pass leaves `pool` of every layer's output in the dictionary, and of the first one's input as "0".
+    """Collect `pool` of every layer's output in a forward pass, by name, and of the first one's input as "0".
 
     Args:
         last: the layer in whose place the whole module's output is read, after its final norm.
@@ -251,8 +251,8 @@ def _pool_layers(
 
 @contextmanager
 def keep_float32_digits() -> Iterator[None]:
-    """Within it, float32 arithmetic keeps its digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
-    convolution, were seen to cost 3e-4 of the features."""
+    """Keep float32's digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
+    convolution, cost a measured 3e-4 of the features."""
     cudnn = torch.backends.cudnn
     holder, name, exact = (
         (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
@@ -276,9 +276,9 @@ def _average_where(x_nSD: Tensor, counts_nS: Tensor) -> Tensor:
 
 
 def _pad(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens padded at the end, where they are, and which of them count, all [n, S].
+    """Pad tokens at the end; return them, where they are, and which of them count, all [n, S].
 
-    A causal model never looks at what comes after; an encoder is told by the mask.
+    A causal model never looks at what comes after; an encoder has the mask.
     """
     ids_nS = pad_sequence([caption.ids for caption in captions], batch_first=True)
     is_text_nS = pad_sequence([torch.ones_like(caption.ids) for caption in captions], batch_first=True)

@@ -1,7 +1,7 @@
 """Models of transformers, by folder or by name on the hub: what they are, where their two sides are, their weights.
 
-Nothing but the config is read until a side is asked for: features that are on disk already need no weights. Weights are
-read from safetensors alone, and every one must be there: a tower of random weights would give figures as well.
+Only the config is read until a side is requested: features that are on disk already need no weights. Weights are read
+only from safetensors, and every one must be present: a tower of random weights would give figures as well.
 """
 
 import hashlib
@@ -138,7 +138,7 @@ class HFModel:
         return self._prepare_for_inference(self._load(()))
 
     def check_dual_encoder(self) -> None:
-        """Raises ValueError, before weights are read, where images and texts have no embeddings in one space."""
+        """Raise ValueError, before weights are read, where images and texts have no embeddings in one space."""
         if self.model_type not in DUAL_ENCODERS:
             raise self._make_unsupported_error("embedding of images and texts", [*DUAL_ENCODERS])
         if not getattr(self.config.vision_config, "vision_use_head", True):
@@ -147,7 +147,7 @@ class HFModel:
             )
 
     def _load(self, unused: tuple[str, ...]) -> "PreTrainedModel":
-        """Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
+        """Load the model. Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
         auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
         model, loaded = self._read(
             "its weights (model.safetensors)",
@@ -229,12 +229,12 @@ def count_layers(config: "PreTrainedConfig") -> int:
 
 
 def count_class_tokens(config: "PreTrainedConfig") -> int:
-    """Tokens of one of TOWERS before those of the image."""
+    """Count the tokens of one of TOWERS before those of the image."""
     return TOWERS[config.model_type] + getattr(config, "num_register_tokens", 0)
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the files of a folder; its subfolders do not count. Some seconds for the 16 GB of a model of 7B."""
+    """Hash the files of a folder with SHA-256; subfolders do not count. Some seconds for the 16 GB of a model of 7B."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:

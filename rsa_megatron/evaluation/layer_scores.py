@@ -1,7 +1,7 @@
 """Every layer of one backbone against every layer of another, from features on disk (figures 3 and C.1 of the paper).
 
 Layers are read one at a time. For mutual-kNN each layer's neighbours are found once, and only those of the columns are
-kept: C lists of N * k indices for each seed, 29 * 100,000 * 10 * 8 bytes = 232 MB for N = 100,000. Other metrics read
+stored: C lists of N * k indices for each seed, 29 * 100,000 * 10 * 8 bytes = 232 MB for N = 100,000. Other metrics read
 each column's layer once for each row's; two layers are in memory.
 
 Shapes: S seeds, R layers of the rows, C of the columns; N samples of a seed, D and E widths.
@@ -62,7 +62,7 @@ class LayerScores:
 
 
 def find_common_samples(rows: FeatureStore, columns: FeatureStore, *, k: int) -> Samples:
-    """For each seed, where the samples are that have features in both stores.
+    """Find for each seed the rows of the samples that have features in both stores.
 
     Raises:
         ValueError: the stores are of other data or samples, or a seed has too few samples for k neighbours.
@@ -92,12 +92,12 @@ def score_layers(
     device: torch.device | str = "cpu",
     each: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> LayerScores:
-    """All pairs of layers of two stores.
+    """Score all pairs of layers of two stores.
 
     Args:
         metric: one of alignment.metrics.METRICS.
         k: neighbours, for the metrics that have some.
-        samples: of `samples_in_both`.
+        samples: of `find_common_samples`.
         device: where it is computed.
         each: wraps the rows' layers, to show how far it is.
 
@@ -119,7 +119,7 @@ def compute_cone_figures(
     samples: Samples,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict]:
-    """The figures of alignment.cones.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
+    """Compute alignment.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
     found = {}
     for name, (row, column) in {"best": scores.best, "last": scores.last}.items():
         a_ND, b_NE = (
@@ -133,7 +133,7 @@ def compute_cone_figures(
 
 
 def _average(figures: list) -> dict | float | None:
-    """Of each number in dictionaries of the same keys; None stays None."""
+    """Average each number in dictionaries of the same keys; None stays None."""
     if isinstance(figures[0], dict):
         return {name: _average([one[name] for one in figures]) for name in figures[0]}
     return None if figures[0] is None else sum(figures) / len(figures)

@@ -1,4 +1,4 @@
-"""How well the two backbones agree, on validation pairs and on the model as it trains.
+"""How well the two backbones agree, on validation pairs, while the model is trained.
 
 Shapes: N pairs, B samples a micro-batch, D and E widths of v and t.
 """
@@ -33,9 +33,9 @@ def read_pairs(
     micro_batch_size: int,
     base_tile: str = "first",
 ) -> list[Pairs | None]:
-    """What to measure on, micro-batch by micro-batch, in host memory: to be read once and used at every evaluation.
+    """Read what to measure on, micro-batch by micro-batch, into host memory: once, for every evaluation.
 
-    Every rank must call it. A micro-batch is None on the stages between the first and the last. Images are kept where the
+    Every rank must call it. A micro-batch is None on the stages between the first and the last. Images are stored where the
     tower is, in its type: 1000 of 384 x 384 in bfloat16 are 0.9 GB, divided by the data-parallel size, on each
     tensor-parallel rank.
 
@@ -50,7 +50,7 @@ def read_pairs(
     needs_data = any(chunk.pre_process or chunk.post_process for chunk in chunks)
     wanted = -(-num_samples // (micro_batch_size * groups.dp.size()))
     reads = needs_data and groups.tp.rank() == 0
-    # The captions and base images alone are kept: a batch's other tiles may be gigabytes.
+    # Only captions and base images are stored: a batch's other tiles may be gigabytes.
     own = [_separate(batch, base_tile) for batch in islice(batches, wanted)] if reads else []
     smallest = torch.tensor([len(own) if reads else wanted], device=torch.cuda.current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
@@ -74,7 +74,7 @@ def measure_mutual_knn(
     k: int,
     layer_pairs: Sequence[LayerPair] = ((-1, -1),),
 ) -> tuple[dict[LayerPair, float], int] | None:
-    """mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
+    """Measure mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
 
     Every rank must call it. Only eligible samples count: one image, one caption.
 
@@ -133,7 +133,7 @@ def _find_neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
         return None
     try:
         return nearest_neighbours(rows_ND, k)
-    except ValueError:  # a space that has collapsed into one point has none; a training run goes on
+    except ValueError:  # a space that has collapsed into one point has none; a training run continues
         return None
 
 
@@ -142,7 +142,7 @@ def _score(a_Nk: Tensor | None, b_Nk: Tensor | None) -> float:
 
 
 def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
-    """Take the captions out of their rows and the base images out of the tiles."""
+    """Take the captions out of their sequences and the base images out of the tiles."""
     captions = [row[mask > 0] for row, mask in zip(batch.tokens, batch.rsa.caption_mask)]
     images = torch.zeros(len(captions), *batch.images.shape[1:])
     has_image = batch.rsa.num_tiles > 0
@@ -153,7 +153,7 @@ def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
 
 
 def _compute_image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
-    """v after each layer, [n, D], on every stage."""
+    """Compute v after each layer, [n, D], on every stage."""
     device = torch.cuda.current_device()
     of_pairs = [image_vectors(first, pair.images.to(device), layers) for pair in pairs] if first else []
     vectors = {number: torch.cat([pair[number] for pair in of_pairs]) for number in layers} if first else {}

@@ -1,4 +1,4 @@
-"""The features of a backbone for the samples of several seeds: each pair's once, from disk as far as they are there."""
+"""The features of a backbone for the samples of several seeds: each pair's once, from disk where they are stored."""
 
 import hashlib
 import json
@@ -18,22 +18,22 @@ class SampleSet:
 
     #: each pair once
     pairs: list[CaptionedImage]
-    #: what says so in a store's manifest
+    #: their description in a store's manifest
     manifest: dict
 
 
 def draw_samples(
     pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, **source: str | None
 ) -> SampleSet:
-    """The samples of each seed.
+    """Draw the samples of each seed.
 
     Args:
         num_samples: None for all that have a caption.
         data: name of the data in manifests, and in the names of folders.
-        source: what else tells where the pairs come from, for the manifest.
+        source: what else specifies where the pairs come from, for the manifest.
 
     Raises:
-        ValueError: there are not so many pairs.
+        ValueError: there are fewer pairs.
     """
     samples = [sample(pairs, num_samples, seed) if num_samples is not None else every(pairs) for seed in seeds]
     num_samples = num_samples or len(samples[0])
@@ -55,7 +55,7 @@ def draw_samples(
 def extract_to_store(
     backbone: Backbone, chosen: SampleSet, folder: Path, *, store_dtype: str, batch_size: int, num_workers: int
 ) -> FeatureStore:
-    """A backbone's features of all samples. What is not on disk is computed and stored.
+    """Return a backbone's features of all samples. What is not on disk is computed and stored.
 
     Args:
         folder: stores lie below it, by data and samples, model, revision and side.

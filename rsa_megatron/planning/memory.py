@@ -1,18 +1,18 @@
-"""How much memory a rank needs, by part: arithmetic alone, checked against measured runs in tests/distributed/test_layout_memory.py.
+"""How much memory a rank needs, by component: only arithmetic, checked against measured runs in tests/distributed/test_layout_memory.py.
 
 What stays for the whole run is counted exactly: parameters, Megatron's gradient buffers and Adam's state. What comes and
-goes with a micro-batch is the sum of what each layer keeps for its backward pass, and "working memory": the most that
+goes with a micro-batch is the sum of what each layer stores for its backward pass, and "working memory": the most that
 comes on top of it at once. That is where the last stage makes its logits, or where one layer goes backward.
 
-Bytes a parameter, for Megatron with Adam; what is frozen has the first line alone (its gradient buffers hold what learns):
+Bytes a parameter, for Megatron with Adam; what is frozen has only the first line (its gradient buffers hold what is trained):
                                    bf16            fp32
     parameter                      2               4
     gradient buffer                4 (fp32)        4
     main parameter and moments     4 + 8           8
 The last line is divided over the data-parallel ranks by the distributed optimizer.
 
-What a layer keeps is in activation_memory.py. Not counted: the CUDA context, NCCL's buffers, what the allocator loses between
-blocks, and the forward pass of a frozen tower, which keeps nothing.
+What a layer stores is in activation_memory.py. Not counted: the CUDA context, NCCL's buffers, what the allocator loses between
+blocks, and the forward pass of a frozen tower, which stores nothing.
 """
 
 import torch
@@ -29,14 +29,14 @@ from rsa_megatron.planning.parallel_layout import Layout, Run
 
 
 def peak_memory(run: Run, layout: Layout) -> tuple[int, dict[str, float]]:
-    """The pipeline stage that needs most, and the bytes that a rank of it needs, by part; their sum is the peak."""
+    """Return the pipeline stage that needs most, and the bytes of a rank of it, by component; their sum is the peak."""
     stages = [stage_memory(run, layout, stage) for stage in range(layout.pipeline)]
     worst = max(range(layout.pipeline), key=lambda stage: sum(stages[stage].values()))
     return worst, stages[worst]
 
 
 def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, float]:
-    """Bytes that a rank of a pipeline stage needs, by part."""
+    """Count the bytes that a rank of a pipeline stage needs, by component."""
     counts = parameter_counts(run.architecture, layout, stage)
     num_trained = sum(count for part, count in counts.items() if part in run.trainable)
     state = (12 if run.bf16 else 8) / (layout.data if layout.distributed_optimizer else 1)
@@ -57,7 +57,7 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, float]:
 
 
 def parameter_counts(architecture: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    """Parameters that a rank of a pipeline stage holds, by part.
+    """Count the parameters that a rank of a pipeline stage holds, by module.
 
     Tensor parallelism divides matrices, and the biases of those whose output it divides; norms, other biases, the patch
     embedding, positions and image_newline are on every rank.
@@ -84,7 +84,7 @@ def parameter_counts(architecture: Architecture, layout: Layout, stage: int) -> 
 
 
 def _count_tower(run: Run, layout: Layout) -> float:
-    """Bytes that the tower keeps of one micro-batch."""
+    """Count the bytes that the tower stores of one micro-batch."""
     if not run.trains("vision"):
         return 0
     vision = run.architecture.vision
@@ -113,7 +113,7 @@ def _count_decoder(run: Run, layout: Layout, last: bool) -> float:
 
 
 def _count_working_memory(run: Run, layout: Layout, stage: int) -> float:
-    """The most that a stage needs for a moment, on top of what it keeps."""
+    """Count the most that a stage needs for a moment, on top of what it stores."""
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = [make_decoder_layer(run, layout)] if run.trainable else []
     layers += [make_tower_layer(run, layout)] if first and run.trains("vision") else []
@@ -127,7 +127,7 @@ def _count_working_memory(run: Run, layout: Layout, stage: int) -> float:
 
 
 def _count_logits(run: Run, layout: Layout) -> float:
-    """Logits; their fp32 copy, which becomes their softmax and its gradient in place; then the weight's gradient."""
+    """Count logits; their fp32 copy, which becomes their softmax and its gradient in place; then the weight's gradient."""
     columns = -(-run.architecture.vocab_size // layout.tensor)
     logits = layout.micro_batch_size * run.row_length * columns
     weight = run.trains_output * columns * run.architecture.decoder.hidden_size * run.number_size
@@ -137,14 +137,14 @@ def _count_logits(run: Run, layout: Layout) -> float:
 
 
 def _count_payload(run: Run, layout: Layout) -> float:
-    """The rows that take v from stage to stage (pipeline_payload.py), of one micro-batch."""
+    """Count the positions that take v from stage to stage (pipeline_payload.py), of one micro-batch."""
     hidden = run.architecture.decoder.hidden_size
     rows = num_rows(run.architecture.vision.hidden_size, hidden, torch.bfloat16 if run.bf16 else torch.float32)
     return rows * layout.micro_batch_size * hidden * run.number_size
 
 
 def _count_rsa(run: Run, layout: Layout) -> float:
-    """All ranks' v and t, gathered and centred, this rank's own and their gradients, and a dozen blocks of distances; fp32 (loss.py)."""
+    """Count all ranks' v and t, gathered and centred, this rank's own and their gradients, a dozen blocks of distances; fp32."""
     num_pairs = layout.micro_batch_size * layout.data
     width = run.architecture.vision.hidden_size + run.architecture.decoder.hidden_size
     return 4 * (2 * (num_pairs + layout.micro_batch_size) * width + 12 * min(num_pairs, 1024) ** 2)

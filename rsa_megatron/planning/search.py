@@ -1,4 +1,4 @@
-"""The layouts that a run may have on so many GPUs: which of them Megatron and the training script take, and which fit."""
+"""The layouts that a run may have on N GPUs: which of them Megatron and the training script accept, and which fit."""
 
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ class Plan:
     """A layout, and what it needs."""
 
     layout: Layout
-    #: bytes by part, on the pipeline stage that needs most
+    #: bytes by component, on the pipeline stage that needs most
     stage: int
     memory: dict[str, float]
     #: of a step
@@ -42,7 +42,7 @@ class Plan:
 def find_plans(
     run: Run, cluster: Cluster, assumed: Assumptions
 ) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
-    """The layouts that fit, the fastest first; those that do not, the smallest first; and those refused, with the reason."""
+    """Find the layouts that fit, fastest first; those that do not, smallest first; and those rejected, with the reason."""
     fitting, too_large, rejected = [], [], []
     for layout in list_layouts(run, cluster):
         reason = find_rejection(run, layout, cluster)
@@ -62,7 +62,7 @@ def find_plans(
 
 
 def list_layouts(run: Run, cluster: Cluster) -> list[Layout]:
-    """Every split over the GPUs, before anything is checked; `data` is rounded down where they do not divide."""
+    """List every split over the GPUs, unchecked; `data` is rounded down where they do not divide."""
     layouts = []
     for tensor in range(1, cluster.gpus_per_node + 1):
         for pipeline in range(1, run.architecture.decoder.num_layers + 1):
@@ -82,7 +82,7 @@ def list_layouts(run: Run, cluster: Cluster) -> list[Layout]:
 
 
 def find_rejection(run: Run, layout: Layout, cluster: Cluster) -> str | None:
-    """Why Megatron or the training script would not take a layout, a kind of reason; None where they do."""
+    """Return why Megatron or the training script would reject a layout, a kind of reason; None where they accept it."""
     tensor, pipeline = layout.tensor, layout.pipeline
     if cluster.num_gpus % (tensor * pipeline):
         return "TP x PP does not divide the GPUs"
@@ -100,7 +100,7 @@ def find_rejection(run: Run, layout: Layout, cluster: Cluster) -> str | None:
 
 
 def find_nearest_num_gpus(run: Run, cluster: Cluster) -> int:
-    """The number of GPUs nearest to this one over which a layout can be split; one alone always can."""
+    """Find the nearest number of GPUs over which a layout can be split; one always can."""
 
     def possible(num_gpus: int) -> bool:
         other = replace(cluster, num_gpus=num_gpus)
@@ -112,6 +112,6 @@ def find_nearest_num_gpus(run: Run, cluster: Cluster) -> int:
 
 
 def _make_plans(run: Run, layout: Layout, assumed: Assumptions) -> list[Plan]:
-    """Without the distributed optimizer and, where it has ranks to divide its state over, with it."""
+    """Make plans without the distributed optimizer and, where it has ranks to divide its state over, with it."""
     layouts = [replace(layout, distributed_optimizer=on) for on in ((False, True) if layout.data > 1 else (False,))]
     return [Plan(one, *peak_memory(run, one), step_time(run, one, assumed)) for one in layouts]

@@ -45,7 +45,7 @@ class NoAlignment(EmbeddingOperator):
         progress: Progress | None = None,
         about=None,
     ):
-        """One pass over each set; arguments and errors as for ReAlign.fit."""
+        """Fit in one pass over each set; arguments and errors as for ReAlign.fit."""
         _, _, fields = cls._fit_moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields)
 
@@ -88,7 +88,7 @@ class C3(EmbeddingOperator):
         progress: Progress | None = None,
         about=None,
     ) -> "C3":
-        """One pass over each set; arguments and errors as for ReAlign.fit.
+        """Fit in one pass over each set; arguments and errors as for ReAlign.fit.
 
         Args:
             sigma: noise of length sigma sqrt(D) on rows of length 1: with 0.04, 1.43 at D = 1280 and 0.9 at D = 512. The ReAlign
@@ -103,7 +103,7 @@ class C3(EmbeddingOperator):
     def transform(
         self, text_ND: Tensor, *, dtype: torch.dtype | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """As for the others; with a generator, of the CPU, the noise is drawn from it, and is another one each time."""
+        """Move texts as the others do; a CPU generator, if given, draws the noise instead, anew at each call."""
         return self._transform(text_ND, dtype, lambda operator, unit_bD: operator.move(unit_bD, generator))
 
     def move(self, unit_bD: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -158,7 +158,7 @@ class BlockwiseCovariance(EmbeddingOperator):
         progress: Progress | None = None,
         about=None,
     ) -> "BlockwiseCovariance":
-        """One pass over the images, two over the texts; memory for some matrices [D, D], over ranks for one of each rank.
+        """Fit in one pass over the images, two over the texts; memory for some matrices [D, D], over ranks one of each rank.
 
         Args:
             energy: share of the variance that U holds at least. The paper gives none.
@@ -186,7 +186,7 @@ class BlockwiseCovariance(EmbeddingOperator):
         return cls(**fields, mapped_mean_D=mapped_mean_D)
 
     def apply_map(self, unit_bD: Tensor) -> Tensor:
-        """e^, [b, D]."""
+        """Compute e^, [b, D]."""
         return project(project(unit_bD + (self.image_mean_D - self.text_mean_D)) @ self.map_DD.T)
 
     def move(self, unit_bD: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class BlockwiseCovariance(EmbeddingOperator):
 
 
 def _match_covariances(basis_DR: Tensor, image_DD: Tensor, text_DD: Tensor, shrinkage: float) -> Tensor:
-    """T_W P_W of the block that the columns span, [D, D]."""
+    """Compute T_W P_W of the block that the columns span, [D, D]."""
     if not basis_DR.shape[1]:
         return torch.zeros_like(image_DD)
     image_RR, text_RR = (
@@ -213,7 +213,7 @@ def _shrink_covariance(covariance_RR: Tensor, shrinkage: float) -> Tensor:
 
 
 def _raise_to_power(covariance_RR: Tensor, exponent: float) -> Tensor:
-    """Of a symmetric matrix, by its eigenvalues; those that are 0 stay 0, in inverses as well."""
+    """Raise a symmetric matrix to a power by its eigenvalues; those that are 0 stay 0, in inverses as well."""
     eigenvalues_R, axes_RR = torch.linalg.eigh(covariance_RR)
     is_zero_R = eigenvalues_R <= SMALLEST_SHARE * eigenvalues_R[-1]
     return (axes_RR * torch.where(is_zero_R, 0.0, eigenvalues_R.clamp_min(0).pow(exponent))) @ axes_RR.T
@@ -225,7 +225,7 @@ METHODS: dict[str, type[EmbeddingOperator]] = {
 
 
 def load_operator(folder: str | Path) -> EmbeddingOperator:
-    """The operator that was saved there, whatever its method.
+    """Load the operator saved in a folder, whatever its method.
 
     Raises:
         ValueError: there is none, or its files are broken.

@@ -28,7 +28,7 @@ class Coupling:
 
 @torch.no_grad()
 def fit_coupling(delta_NR: Tensor, zeta_NC: Tensor, ridge: float = RIDGE) -> Coupling:
-    """Of residuals of the same samples, rows in any coordinates, in float64.
+    """Fit L on residuals of the same samples, rows in any coordinates, in float64.
 
     Args:
         ridge: lambda as a share of the largest eigenvalue of D D^T.
@@ -45,7 +45,7 @@ def fit_coupling(delta_NR: Tensor, zeta_NC: Tensor, ridge: float = RIDGE) -> Cou
 
 
 def fit_ridge_coupling(zeta_delta_CR: Tensor, delta_RR: Tensor, zeta_energy: Tensor, ridge: float = RIDGE) -> Coupling:
-    """The same from Z D^T, D D^T and |Z|^2, or from all three divided by N."""
+    """Fit L from Z D^T, D D^T and |Z|^2, or from all three divided by N."""
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be above 0: Cov delta may have no inverse")
     penalty = ridge * torch.linalg.matrix_norm(delta_RR, 2)

@@ -58,7 +58,7 @@ class EnergyBudget:
 
 @torch.no_grad()
 def decompose(frame: Frame, image_ND: Embeddings, text_ND: Embeddings) -> Terms:
-    """The four terms of paired embeddings (eq. 1, Lemma B.3), two float64 matrices of N rows among them.
+    """Split paired embeddings into the four terms (eq. 1, Lemma B.3), two float64 matrices of N rows among them.
 
     Raises:
         ValueError: when rows do not pair up, one of them has no direction, or the frame has another width.
@@ -73,7 +73,7 @@ def decompose(frame: Frame, image_ND: Embeddings, text_ND: Embeddings) -> Terms:
 
 @torch.no_grad()
 def energy_budget(terms: Terms) -> EnergyBudget:
-    """Squared lengths of beta and gamma, traces of Cov delta and Cov zeta, and E|Delta|^2 computed by itself."""
+    """Compute squared lengths of beta and gamma, traces of Cov delta and Cov zeta, and independently E|Delta|^2."""
     difference_ND = terms.delta_ND + terms.zeta_ND + terms.mean_D
     means = (x_ND.square().sum(1).mean().item() for x_ND in (terms.delta_ND, terms.zeta_ND))
     total = difference_ND.square().sum(1).mean().item()
@@ -96,7 +96,7 @@ class TermMoments:
 
     @classmethod
     def of(cls, frame: Frame, difference: Moments) -> "TermMoments":
-        """Delta's covariance, turned into the frame's axes, has that of delta in one corner, that of zeta in another."""
+        """Rotate Delta's covariance into the frame's axes: that of delta is one corner, that of zeta the other."""
         frame.check_width(difference.mean_D)
         turned_DD = frame.axes_DD.T @ difference.covariance_DD @ frame.axes_DD
         u, v = slice(frame.rank), slice(frame.rank, None)
@@ -114,7 +114,7 @@ class TermMoments:
 
 @torch.no_grad()
 def compute_term_moments(frame: Frame, image_ND: Embeddings, text_ND: Embeddings) -> TermMoments:
-    """`decompose` of any number of pairs, in one pass and memory for three D x D matrices.
+    """Decompose any number of pairs in one pass, with memory for three D x D matrices.
 
     Raises:
         ValueError: when rows do not pair up, one of them has no direction, or the frame has another width.
@@ -127,7 +127,7 @@ def compute_term_moments(frame: Frame, image_ND: Embeddings, text_ND: Embeddings
 
 @dataclass(frozen=True)
 class GapFigures:
-    """What there is to say of a pair of encoders on paired samples; `dataclasses.asdict` of it fits a JSON line."""
+    """All figures of a pair of encoders on paired samples; `dataclasses.asdict` of it fits a JSON line."""
 
     num_pairs: int
     width: int
@@ -155,7 +155,7 @@ class GapFigures:
 def compute_gap_figures(
     image_ND: Embeddings, text_ND: Embeddings, *, energy: float = 0.99, rank: int | None = None
 ) -> GapFigures:
-    """Frame, terms, spectra and coupling of paired embeddings: one pass over both, and a few D x D matrices.
+    """Compute frame, terms, spectra and coupling of paired embeddings: one pass over both, and a few D x D matrices.
 
     Raises:
         ValueError: when rows do not pair up, one of them has no direction, or nothing varies.
@@ -190,14 +190,14 @@ def compute_gap_figures(
 
 @torch.no_grad()
 def centroid_gap(image_ND: Embeddings, text_ND: Embeddings) -> float:
-    """Distance between the means of the unit rows, 0 to 2; rows need not pair up."""
+    """Measure the distance between the means of the unit rows, 0 to 2; rows need not pair up."""
     image, text = (compute_moments(x, name) for x, name in zip((image_ND, text_ND), NAMES))
     check_widths(image.mean_D, text.mean_D)
     return (image.mean_D - text.mean_D).norm().item()
 
 
 def second_order_drift(mean_D: Tensor, covariance_DD: Tensor) -> Tensor:
-    """E[pi(z)] - pi(mu), [D], to second order in z - mu, for z of this mean and covariance and pi(z) = z / |z| (Thm B.14).
+    """Expand E[pi(z)] - pi(mu), [D], to second order in z - mu, z of this mean and covariance, pi(z) = z / |z| (Thm B.14).
 
     With r = |mu| and a = mu / r:   -S a / r^2 - a tr S / (2 r^2) + (3 / (2 r^2)) a (a^T S a).
     Third and fourth moments enter with (|z - mu| / r)^3 and ^4; for CLIP's embeddings, where tr S / r^2 is about 1 or
@@ -216,7 +216,7 @@ def second_order_drift(mean_D: Tensor, covariance_DD: Tensor) -> Tensor:
 
 
 def _compute_pair_moments(image_ND: Embeddings, text_ND: Embeddings) -> tuple[Moments, Moments, Moments]:
-    """Of images, texts and their differences."""
+    """Compute the moments of images, texts and their differences."""
     sums = Moments.empty(), Moments.empty(), Moments.empty()
     for x_bD, y_bD in iterate_unit_pairs(image_ND, text_ND):
         for found, rows_bD in zip(sums, (x_bD, y_bD, x_bD - y_bD)):

@@ -27,7 +27,7 @@ class Frame:
     @classmethod
     @torch.no_grad()
     def of(cls, image_ND: Embeddings, text_ND: Embeddings, *, energy: float = 0.99, rank: int | None = None) -> "Frame":
-        """The leading eigenvectors of Cov(e_x) + Cov(e_y), each centred on its own mean: the gap itself is not in it.
+        """Take the leading eigenvectors of Cov(e_x) + Cov(e_y), each centred on its own mean: the gap itself is not in it.
 
         Args:
             image_ND: need not pair up with text_ND, nor be as many.
@@ -43,7 +43,7 @@ class Frame:
 
     @classmethod
     def of_covariance(cls, covariance_DD: Tensor, *, energy: float = 0.99, rank: int | None = None) -> "Frame":
-        """The same of the sum of the two covariances of unit rows."""
+        """Take them from the sum of the two covariances of unit rows."""
         width = len(covariance_DD)
         if rank is not None and not 0 < rank <= width:
             raise ValueError(f"rank={rank}: a frame in {width} dimensions has a rank of 1 to {width}")
@@ -64,11 +64,11 @@ class Frame:
         return (self.eigenvalues_D[: self.rank].sum() / self.eigenvalues_D.sum()).item()
 
     def project_onto_u(self, x_ND: Tensor) -> Tensor:
-        """P_U x of rows, or of one vector."""
+        """Compute P_U x of rows, or of one vector."""
         return (x_ND @ self.basis_DR) @ self.basis_DR.T
 
     def project_onto_v(self, x_ND: Tensor) -> Tensor:
-        """P_V x = x - P_U x."""
+        """Compute P_V x = x - P_U x."""
         return x_ND - self.project_onto_u(x_ND)
 
     def check_width(self, x_D: Tensor) -> None:

@@ -44,7 +44,7 @@ class Fidelity:
 
 @torch.no_grad()
 def mixing_rate(x_ND: Tensor, y_MD: Tensor, k: int = 20) -> float:
-    """Share of a row's k nearest neighbours in both clouds together that are of the other cloud, over all N + M rows.
+    """Return the share of a row's k nearest neighbours in both clouds that are of the other cloud, over all N + M rows.
 
     0 where the clouds lie apart. Where both are draws of one cloud each neighbour is any of the N + M - 1 others
     (`chance_of_mixing`): about 1/2 for N = M. Neighbours are by cosine and exact; of equally near ones the smaller index.
@@ -65,14 +65,14 @@ def mixing_rate(x_ND: Tensor, y_MD: Tensor, k: int = 20) -> float:
 
 
 def chance_of_mixing(num_rows: int, num_others: int) -> float:
-    """`mixing_rate` to expect where N and M rows are draws of one cloud: N sees M others of N + M - 1, M sees N."""
+    """Return the expected `mixing_rate` of N and M samples of one cloud: N sees M others of N + M - 1, M sees N."""
     total = num_rows + num_others
     return 2 * num_rows * num_others / (total * (total - 1))
 
 
 @torch.no_grad()
 def cosine_histogram(x_ND: Tensor, *, num_bins: int = NUM_BINS) -> Tensor:
-    """How many of the N (N - 1) / 2 pairs of rows have a cosine in each bin, [B] in int64.
+    """Count the N (N - 1) / 2 pairs of rows by their cosine's bin, [B] in int64.
 
     Bins are equally wide from -1 to 1, closed below, the last one above as well.
 
@@ -89,7 +89,7 @@ def cosine_histogram(x_ND: Tensor, *, num_bins: int = NUM_BINS) -> Tensor:
 
 
 def js_divergence(count_B: Tensor, other_B: Tensor) -> float:
-    """Jensen-Shannon divergence of two histograms in bits (logarithm to base 2): 0 where equal, 1 where disjoint.
+    """Compute the Jensen-Shannon divergence of two histograms in bits (log to base 2): 0 where equal, 1 where disjoint.
 
     JS = H((p + q) / 2) - (H(p) + H(q)) / 2 with the entropy H, p and q the shares of each bin. The divergence itself,
     not its root. Finer bins give more: compare figures of the same bins and numbers of rows only.
@@ -123,7 +123,7 @@ def fidelity(source_ND: Tensor, moved_ND: Tensor, k: int = 10) -> Fidelity:
 
 
 def _cosine_correlation(a_ND: Tensor, b_ND: Tensor) -> float:
-    """Pearson's, over the pairs i < j."""
+    """Compute Pearson's correlation over the pairs i < j."""
     centre_a, centre_b = _mean_cosine(a_ND), _mean_cosine(b_ND)
     square_a = square_b = product = 0.0
     for a_P, b_P in zip(_pair_cosines(a_ND, "the source"), _pair_cosines(b_ND, "the moved rows")):
@@ -135,14 +135,14 @@ def _cosine_correlation(a_ND: Tensor, b_ND: Tensor) -> float:
 
 
 def _mean_cosine(x_ND: Tensor) -> float:
-    """Of all pairs i < j at once: |sum_i u_i|^2 = N + 2 sum_{i<j} u_i.u_j."""
+    """Average over all pairs i < j at once: |sum_i u_i|^2 = N + 2 sum_{i<j} u_i.u_j."""
     n = len(x_ND)
     total_D = sum(unit_rows(x_bD.double()).sum(0) for x_bD in x_ND.split(_BLOCK_ROWS))
     return ((total_D @ total_D - n) / (n * (n - 1))).item()
 
 
 def _pair_cosines(x_ND: Tensor, name: str) -> Iterator[Tensor]:
-    """The cosines of all pairs i < j, [P] in float64, a block of them after the other."""
+    """Yield the cosines of all pairs i < j block by block, [P] in float64."""
     _check_rows(x_ND, name)
     if len(x_ND) < 2:
         raise ValueError(f"{name}: a pair needs two rows, got {len(x_ND)}")

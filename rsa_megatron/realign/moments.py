@@ -38,14 +38,14 @@ class Moments:
 
     @classmethod
     def of_block(cls, x_bD: Tensor, *, with_scatter: bool = False, out: Tensor | None = None) -> "Moments":
-        """Of rows in float64, from their differences to their mean, which go into `out`; that may be the rows' own memory."""
+        """Compute them of float64 rows, from differences to the mean, which go into `out`; that may be the rows' own memory."""
         mean_D = x_bD.sum(0) / len(x_bD)
         difference_bD = torch.sub(x_bD, mean_D, out=out)
         square_sum = torch.linalg.vector_norm(difference_bD).square()
         return cls(len(x_bD), mean_D, square_sum, difference_bD.T @ difference_bD if with_scatter else None)
 
     def merge(self, other: "Moments") -> None:
-        """Take in other rows. Chan, Golub and LeVeque 1979: M2 = M2_a + M2_b + |mean_a - mean_b|^2 N_a N_b / N."""
+        """Add other rows. Chan, Golub and LeVeque 1979: M2 = M2_a + M2_b + |mean_a - mean_b|^2 N_a N_b / N."""
         if not other.num_rows:
             return
         if not self.num_rows:
@@ -68,7 +68,7 @@ class Moments:
         return self.scatter_DD / self.num_rows
 
     def trace(self) -> float:
-        """T = mean |e - mean|^2 of N unit rows: the trace of their covariance, divided by N and not by N - 1.
+        """Return T = mean |e - mean|^2 of N unit rows: the trace of their covariance, divided by N and not by N - 1.
 
         mean |e|^2 = |mean|^2 + T holds for any rows, and unit rows have mean |e|^2 = 1: T = 1 - |mean|^2. So both are computed
         and compared: a row that is not of unit length, a mean and a count that do not belong together are seen.
@@ -85,7 +85,7 @@ class Moments:
 def compute_moments(
     embeddings: Embeddings, name: str, *, group=None, progress: Progress | None = None, with_scatter=False
 ) -> Moments:
-    """Mean and variance of the unit rows of a set, in one pass; over the ranks of `group`, each with its own rows.
+    """Compute mean and variance of a set's unit rows in one pass; over the ranks of `group`, each with its own rows.
 
     Args:
         name: what messages and the progress call the set, such as "image embeddings".
@@ -115,7 +115,7 @@ def compute_mean(
     group=None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Mean over a set, [D], of a row that is made from each: one more pass.
+    """Average over a set, [D], a row made from each of its rows: one more pass.
 
     Args:
         block_sum: the sum over a block of the rows made, [D], from the block's unit rows, [b, D].
@@ -144,7 +144,7 @@ def _iterate_pieces(embeddings: Embeddings, name: str, progress: Progress | None
 
 
 def merge_over_ranks(read: Callable[[RowFaults], Moments], name: str, group) -> Moments:
-    """What all ranks have read, merged in the order of ranks; forward: one AG of objects a call, on every rank.
+    """Merge what all ranks have read, in the order of ranks; forward: one AG of objects a call, on every rank.
 
     Raises:
         ValueError: a rank could not read its rows, or some have no direction, or widths differ; the same on every rank.

@@ -50,11 +50,11 @@ class EmbeddingOperator(ABC):
 
     @abstractmethod
     def move(self, unit_bD: Tensor) -> Tensor:
-        """Where unit rows of text go, [b, D], float64; rows of the result have length 1, or 0 if they have no direction."""
+        """Move unit rows of text, [b, D], float64; rows of the result have length 1, or 0 if they have no direction."""
 
     @torch.no_grad()
     def transform(self, text_ND: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Text embeddings moved, [N, D], of length 1. Each row depends on itself and the fitted constants alone.
+        """Move text embeddings, [N, D], to length 1. Each row depends only on itself and the fitted constants.
 
         Args:
             text_ND: rows of any length.
@@ -86,14 +86,14 @@ class EmbeddingOperator(ABC):
         return moved_ND
 
     def to(self, device: torch.device) -> "EmbeddingOperator":
-        """The operator with its vectors there."""
+        """Return the operator with its vectors on `device`."""
         if self.text_mean_D.device == device:
             return self
         tensors = {name: tensor.to(device) for name, tensor in self._get_tensors().items()}
         return dataclasses.replace(self, **tensors)
 
     def save(self, folder: str | Path) -> None:
-        """Write the operator into a folder that is there as a whole or not at all. Over ranks: call it on one.
+        """Write the operator into a folder, atomically. Over ranks: call it on one.
 
         Raises:
             ValueError: there is such a folder and something in it.
@@ -109,7 +109,7 @@ class EmbeddingOperator(ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddingOperator":
-        """The operator that `save` wrote there.
+        """Load the operator that `save` wrote.
 
         Raises:
             ValueError: there is none, or one of another method, or its files are broken.
@@ -142,7 +142,7 @@ class EmbeddingOperator(ABC):
         about,
         with_scatter=False,
     ) -> tuple[Moments, Moments, dict]:
-        """Of images and texts, and the fields that all operators have."""
+        """Fit the moments of images and texts, and the fields that all operators have."""
         about = dict(about or {})
         if not all(isinstance(text, str) for item in about.items() for text in item):
             raise ValueError(f"about must map strings to strings, not {about}")
@@ -185,7 +185,7 @@ class EmbeddingOperator(ABC):
 
 
 def project(x_bD: Tensor) -> Tensor:
-    """Rows divided by their length, in place. A row shorter than NO_DIRECTION becomes zero."""
+    """Divide rows by their length, in place. A row shorter than NO_DIRECTION becomes zero."""
     length_b = torch.linalg.vector_norm(x_bD, dim=1)
     return x_bD.mul_(torch.where(length_b < NO_DIRECTION, 0.0, 1 / length_b)[:, None])
 

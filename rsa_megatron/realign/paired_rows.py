@@ -18,7 +18,7 @@ NAMES = "image embeddings", "text embeddings"
 
 
 def iterate_unit_pairs(image_ND: Embeddings, text_ND: Embeddings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unit rows of both in float64 and in step, [b, D] and [b, D].
+    """Yield unit rows of both in float64 and in step, [b, D] and [b, D].
 
     Raises:
         ValueError: at the end, when rows are zero or not finite, numbers of rows differ or are below 2; at once for widths.

@@ -64,7 +64,7 @@ class ReAlign(EmbeddingOperator):
         progress: Progress | None = None,
         about: dict[str, str] | None = None,
     ) -> "ReAlign":
-        """One pass over the images, two over the texts; memory for some vectors and a block.
+        """Fit in one pass over the images, two over the texts; memory for some vectors and a block.
 
         Args:
             image_embeddings: [N, D], or an iterable of pieces [n, D] that begins anew each time; rows of any length.
@@ -100,11 +100,11 @@ class ReAlign(EmbeddingOperator):
         return cls(**fields, projected_mean_D=projected_mean_D)
 
     def shift_and_project(self, unit_bD: Tensor) -> Tensor:
-        """e', [b, D]: anchor, trace, project. A row that lands on zero has no direction and stays there."""
+        """Compute e', [b, D]: anchor, trace, project. A row that lands on zero has no direction and stays there."""
         return project(torch.add(self._shift_D, unit_bD, alpha=self.scale))
 
     def sum_projected(self, unit_bD: Tensor) -> Tensor:
-        """The sum of e' over the rows, [D], in half the time: no row of e' is written down.
+        """Sum e' over the rows, [D], in half the time: no row of e' is stored.
 
         With e~ = c + s e, |e~|^2 = |c|^2 + 2 s c.e + s^2. Its rounding errors are some 1e-16 of numbers near 1, so that rows near
         zero, where that counts, are computed as they stand.
@@ -129,7 +129,7 @@ class ReAlign(EmbeddingOperator):
 
 
 def compute_trace_scale(image_trace: float, text_trace: float, epsilon: float) -> float:
-    """s = sqrt(T_x / (T_y + epsilon)): a factor of lengths, hence the root. Its square takes T_y to T_x.
+    """Compute s = sqrt(T_x / (T_y + epsilon)): a factor of lengths, hence the root. Its square takes T_y to T_x.
 
     Raises:
         ValueError: all texts are equal and epsilon is 0, or all images are equal.

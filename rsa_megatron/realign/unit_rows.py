@@ -29,7 +29,7 @@ NAMED_ROWS = 5
 
 @dataclass
 class RowFaults:
-    """What is wrong with the rows that a rank has read, in words once they are all read."""
+    """What is wrong with the rows that a rank has read; reported once all are read."""
 
     rows: dict[str, list[int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class RowFaults:
         self.counts[kind] = self.counts.get(kind, 0) + len(rows)
 
     def format_message(self, num_rows: int) -> str:
-        """Empty if nothing is wrong."""
+        """Count and name the faults; empty if there are none."""
         if not self.counts:
             return ""
         found = ", ".join(
@@ -56,7 +56,7 @@ def _format_row_numbers(rows: list[int], count: int) -> str:
 
 @torch.no_grad()
 def normalise_rows(x_ND: Tensor) -> Tensor:
-    """Rows divided by their length, [N, D], float64; any positive factor of a row leaves it as it is.
+    """Divide rows by their length, [N, D], float64; a positive factor of a row changes nothing.
 
     Raises:
         ValueError: a row is zero or holds NaN or infinity; the message counts and names them.
@@ -73,7 +73,7 @@ def normalise_rows(x_ND: Tensor) -> Tensor:
 
 
 def iterate_unit_blocks(pieces: Iterable[Tensor], faults: RowFaults) -> Iterator[Tensor]:
-    """Blocks of unit rows in float64, [b, D], to be overwritten at will: the next block takes their memory.
+    """Yield blocks of unit rows in float64, [b, D], to be overwritten at will: the next block takes their memory.
 
     Rows that have no direction are 0, and `faults` names them.
     """

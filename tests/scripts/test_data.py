@@ -262,7 +262,7 @@ def test_the_number_of_workers_does_not_matter_and_the_seed_does(tmp_path):
     assert files(tmp_path / "one")["val-00000.tar"] != files(tmp_path / "other")["val-00000.tar"]
 
 
-def test_what_is_finished_stays_and_other_settings_are_refused(tmp_path, capsys):
+def test_what_is_finished_stays_and_other_settings_are_rejected(tmp_path, capsys):
     source, _ = write_source(tmp_path, 6)
     flags = ("--images", tmp_path / "images", "--val", 0)
     run("link", source, tmp_path / "out", *flags)
@@ -321,16 +321,16 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
     ):
         capsys.readouterr()
         data_command.main([*map(str, ["show", path, *show, "--stage", "2", "--label-style", "answer_only"])])
-        said = capsys.readouterr().out
-        assert "What is it?<|im_end|>\n<|im_start|>assistant\n«‹A red boat.›<|im_end|>»" in said
-        assert f"RSA: {rsa}" in said and "id 2" in said and "tokens, of which" in said
-        assert "image of 90 x 60 pixels: a base tile and a grid of 3 x 4 (rows x columns)" in said
+        printed = capsys.readouterr().out
+        assert "What is it?<|im_end|>\n<|im_start|>assistant\n«‹A red boat.›<|im_end|>»" in printed
+        assert f"RSA: {rsa}" in printed and "id 2" in printed and "tokens, of which" in printed
+        assert "image of 90 x 60 pixels: a base tile and a grid of 3 x 4 (rows x columns)" in printed
         drawn = Image.open(tmp_path / "sample.png")
         assert drawn.size == (5 * 34 + 6, 3 * 34 + 6)
         (tmp_path / "sample.png").unlink()
     data_command.main([*map(str, ["show", tmp_path / "packed", *show])])
-    said = capsys.readouterr().out
-    assert "<image>«‹A red boat.›↵\n»" in said and "RSA: yes\n" in said
+    printed = capsys.readouterr().out
+    assert "<image>«‹A red boat.›↵\n»" in printed and "RSA: yes\n" in printed
     data_command.main([*map(str, ["show", tmp_path / "d.jsonl", *show])])
     assert "RSA: yes, if it is packed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--index 7: .*packed has 3 samples in its split train"):
@@ -343,10 +343,10 @@ def test_show_says_what_an_embedding_is(demo, tmp_path, capsys):
     shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", 20, keep_images=True)
     show = ["--tokenizer", demo / "tokenizer", "--image-size", 28, "--out", tmp_path / "sample.png"]
     data_command.main([*map(str, ["show", shards, *show, "--stage", "revision"])])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in said
-        and "RSA: no, stage revision trains without it" in said
+        "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in printed
+        and "RSA: no, stage revision trains without it" in printed
     )
     assert not (tmp_path / "sample.png").exists()
     data_command.main([*map(str, ["show", shards, *show, "--stage", "1"])])  # of the same sample the pixels

@@ -77,7 +77,7 @@ def test_the_layouts_it_prints_are_taken(demo, model, stage, gpus):
     assert all(actual)
 
 
-def test_a_sequence_length_that_tensor_parallelism_does_not_divide_is_refused(demo):
+def test_a_sequence_length_that_tensor_parallelism_does_not_divide_is_rejected(demo):
     args, run, cluster, _ = arguments("demo", "1", 2, "--seq-length", "161")
     layout = next(one for one in list_layouts(run, cluster) if one.tensor == 2)
     assert "--seq-length" in find_rejection(run, layout, cluster)
@@ -99,7 +99,7 @@ def test_what_it_prints_and_in_how_little_time_to_load(capsys):
     assert result.stdout.strip() == "[]"
 
 
-def test_refused_layouts_are_counted_and_printed(capsys):
+def test_rejected_layouts_are_counted_and_printed(capsys):
     assert plan_command.main("--model demo --stage 1 --gpus 8 --show-refused".split()) == 0
     printed = capsys.readouterr().out
     counted = int(re.search(r"(\d+) are rejected", printed)[1])
@@ -109,7 +109,7 @@ def test_refused_layouts_are_counted_and_printed(capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         ("--model llava-ov-8b --stage 1 --gpus 8", "llava-ov-8b"),
         ("--model demo --stage 3 --gpus 8", "--stage 3"),
@@ -120,10 +120,10 @@ def test_refused_layouts_are_counted_and_printed(capsys):
         ("--model llava-ov-7b --stage 2 --gpus 1", "the smallest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
     ],
 )
-def test_what_is_wrong_is_one_line(capsys, flags, said):
+def test_what_is_wrong_is_one_line(capsys, flags, message):
     assert plan_command.main(flags.split()) == 2
     printed, error = capsys.readouterr()
-    assert not printed and error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not printed and error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():

@@ -153,7 +153,7 @@ def test_half_precision_runs_and_gives_float32(folders):
     assert cosine_N.min() > 0.99
 
 
-def test_what_has_no_embeddings_is_refused(folders, tmp_path):
+def test_what_has_no_embeddings_is_rejected(folders, tmp_path):
     bert = tiny_backbones.bert(tmp_path / "bert")
     with pytest.raises(ValueError, match="bert has no embedding of images and texts .* clip, siglip"):
         TextEmbedder(open_model(bert))
@@ -172,7 +172,7 @@ def test_what_has_no_embeddings_is_refused(folders, tmp_path):
         ImageEmbedder(open_model(copy))
 
 
-def test_a_head_that_is_missing_is_refused(folders, tmp_path):
+def test_a_head_that_is_missing_is_rejected(folders, tmp_path):
     """The tower alone may lack it (rsa-megatron measure reads layers); the embedding is made by it."""
     copy = tmp_path / "siglip"
     copy.mkdir()
@@ -183,5 +183,5 @@ def test_a_head_that_is_missing_is_refused(folders, tmp_path):
     assert len(kept) < len(weights)
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
     assert open_model(copy).tower.layers
-    with pytest.raises(ValueError, match="lacks .* weights of a siglip, vision_model.head"):
+    with pytest.raises(ValueError, match="lacks .* weights of a siglip, such as vision_model.head"):
         embeddings(ImageEmbedder(open_model(copy)))

@@ -139,7 +139,7 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "make, spec, said",
+    "make, spec, message",
     [
         (lambda f: None, "none.npy", "none.npy not found; name a folder of stored features"),
         (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt has an unsupported format"),
@@ -175,8 +175,8 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
         (lambda f: (f / "made").mkdir(), "made:0", "made holds no features"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_that_says_why(make, spec, said, tmp_path):
+def test_what_cannot_be_read_is_one_line_that_says_why(make, spec, message, tmp_path):
     make(tmp_path)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         open_embeddings(tmp_path / spec)
     assert "\n" not in str(error.value)

@@ -128,7 +128,7 @@ def test_the_gap_is_the_mean_over_the_seeds(tmp_path):
     assert narrow["last"]["distance"] is None and narrow["last"]["first"]["mean_angle"] > 0
 
 
-def test_stores_of_other_samples_are_refused(tmp_path):
+def test_stores_of_other_samples_are_rejected(tmp_path):
     vision = make_store(tmp_path / "v", "vision")
     for name, value in (("data", "e"), ("seeds", [0, 1, 3]), ("samples", SAMPLES[::-1])):
         other = make_store(tmp_path / name, "text", **{name: value})

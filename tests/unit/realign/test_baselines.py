@@ -48,7 +48,7 @@ def test_all_are_fitted_applied_and_saved_alike(method, tmp_path):
         operator.transform(rows)
 
 
-def test_an_operator_of_no_method_is_told(tmp_path):
+def test_an_operator_of_an_unknown_method_is_reported(tmp_path):
     MeanShift.fit(images(), texts()).save(tmp_path / "operator")
     manifest = tmp_path / "operator" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("mean-shift", "mean-shaft"))

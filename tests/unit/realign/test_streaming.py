@@ -128,15 +128,15 @@ def bad(kind):
 
 
 SAYS = {
-    "NaN and infinity": "of 20 rows 4 hold NaN (rows 2, 5, 6, 7), 1 hold infinity (row 11): they have no direction; leave them out",
-    "zero": "of 20 rows 7 are zero (rows 0, 1, 3, 5, 7, ...): they have no direction; leave them out",
-    "width": "embeddings of a set have one width, but it is 24 before row 5 and 20 from there on",
-    "one row": "a mean and a variance need at least 2 rows, and there are 1",
-    "no row": "a mean and a variance need at least 2 rows, and there are 0",
-    "no piece": "a mean and a variance need at least 2 rows, and there are 0",
-    "integers": "embeddings are rows [N, D] of floating point numbers, but from row 0 on they are int32 [20, 24]",
-    "array": "embeddings come as tensors [N, D], but from row 3 on there is a ndarray",
-    "one vector": "embeddings are rows [N, D] of floating point numbers, but from row 0 on they are float64 [24]",
+    "NaN and infinity": "of 20 rows 4 hold NaN (rows 2, 5, 6, 7), 1 hold infinity (row 11): they have no direction; remove them",
+    "zero": "of 20 rows 7 are zero (rows 0, 1, 3, 5, 7, ...): they have no direction; remove them",
+    "width": "embeddings of a set must have one width, but it is 24 before row 5 and 20 from there on",
+    "one row": "a mean and a variance need at least 2 rows, got 1",
+    "no row": "a mean and a variance need at least 2 rows, got 0",
+    "no piece": "a mean and a variance need at least 2 rows, got 0",
+    "integers": "embeddings must be rows [N, D] of floating-point numbers, but from row 0 on they are int32 [20, 24]",
+    "array": "embeddings must be tensors [N, D], but from row 3 on there is a ndarray",
+    "one vector": "embeddings must be rows [N, D] of floating-point numbers, but from row 0 on they are float64 [24]",
 }
 
 
@@ -150,7 +150,7 @@ def test_bad_input_is_counted_and_named(kind):
     assert str(of_texts.value) == f"text embeddings: {SAYS[kind]}"
 
 
-def test_an_iterator_that_is_used_up_is_told():
+def test_an_iterator_that_is_used_up_is_reported():
     with pytest.raises(
         ValueError, match="the first pass read 420 rows, the next one 0; pass a tensor, a list, or an object"
     ):
@@ -249,7 +249,7 @@ def spoil(folder, kind):
         ("NaN", "image_mean_D is not float64 of width 24 and finite"),
     ],
 )
-def test_a_spoilt_folder_is_told(kind, says, whole, tmp_path):
+def test_a_spoilt_folder_is_reported(kind, says, whole, tmp_path):
     whole.save(tmp_path / "operator")
     spoil(tmp_path / "operator", kind)
     with pytest.raises(ValueError, match=says):

@@ -165,13 +165,13 @@ def test_of_fresh_rows_the_gap_is_that_of_sampling_and_in_sample_far_below(tmp_p
     assert before["held_out"] > 10 * before["floor"]
 
 
-def test_sets_that_do_not_pair_up_get_all_other_figures_and_are_told(tmp_path, capsys):
+def test_sets_that_do_not_pair_up_get_all_other_figures_and_are_reported(tmp_path, capsys):
     images, texts = normal_sets()
     line = report(tmp_path, *saved(tmp_path, images=images, texts=texts), "--methods", "c3", "blockwise")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert line["frame"] is None and line["budget_after"] is None
     assert "need pairs: without keys 900 images and 700 texts do not pair up" in line["left_out"]
-    assert f"left out: {line['left_out']}" in said
+    assert f"left out: {line['left_out']}" in printed
     assert list(by_name(line, "methods", "method")) == ["none", "c3", "blockwise", "realign"]
     assert (line["fit_images"], line["fit_texts"], line["num_sampled"]) == (450, 350, 350)
     assert line["left_out"] in texts_of(draw_gap(read_gap([tmp_path / "page.jsonl"]))).replace("\n", " ")
@@ -219,14 +219,14 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
     [
         (
             ["k3", "k2", "k1", "k0", "k4", "k5", "k6", "k7"],
-            "the 8 common keys of images and texts come in another order",
+            "the 8 common keys of images and texts are in a different order",
         ),
         (["k0", "k1", "a", "b", "c", "d", "e", "f"], "1 of 2 pairs are held out"),
         (["a", "b", "c", "d", "e", "f", "g", "h"], "images and texts have no key in common"),
-        (["k0", "k1", "k2", "k3", "k4", "k5", "k1", "k0"], "2 keys of the texts come more than once"),
+        (["k0", "k1", "k2", "k3", "k4", "k5", "k1", "k0"], "2 keys of the texts are duplicates"),
     ],
 )
-def test_why_keys_do_not_pair_up_is_said(tmp_path, keys, reason):
+def test_why_keys_do_not_pair_up_is_reported(tmp_path, keys, reason):
     images = stored(tmp_path, "image", [f"k{i}" for i in range(8)], torch.eye(8))
     texts = stored(tmp_path, "text", keys, torch.eye(8))
     assert split_sources(images, texts, 0.5).unpaired == reason
@@ -273,9 +273,9 @@ def test_the_page_shows_the_numbers_of_the_line(folder, line):
     np.testing.assert_allclose(spectra.get_lines()[0].get_ydata(), shares)
     areas = [(patch.get_data().values * np.diff(patch.get_data().edges)).sum() for patch in cosines.patches]
     assert len(areas) == 4 and areas == pytest.approx([1] * 4)  # images, texts, C3, ReAlign
-    said = texts_of(figure)
-    assert "planted: images and texts in one space (128 images, 128 texts, D = 16)" in said.replace("\n", " ")
-    assert f"r = {planted.RANK} directions hold {planted.ENERGY:.2%}" in said
+    printed = texts_of(figure)
+    assert "planted: images and texts in one space (128 images, 128 texts, D = 16)" in printed.replace("\n", " ")
+    assert f"r = {planted.RANK} directions hold {planted.ENERGY:.2%}" in printed
 
 
 def test_clouds_lie_apart_along_the_mean_difference_and_together_afterwards(line):
@@ -343,8 +343,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(pairs, tmp_path, capsys, c
     sets = saved(tmp_path, images=images, texts=texts)
     with pytest.raises(SystemExit) as stopped:
         report(tmp_path, *sets, *flags)
-    said = [text for text in capsys.readouterr().err.splitlines() if "error: " in text]
-    assert stopped.value.code == 2 and len(said) == 1 and message in said[0]
+    errors = [text for text in capsys.readouterr().err.splitlines() if "error: " in text]
+    assert stopped.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npy", "texts.npy"]
 
 
@@ -389,8 +389,8 @@ def test_a_broken_line_is_one_message_with_file_line_and_key(line, tmp_path, cap
     file.write_text(json.dumps(changed(line, path, value)) + "\n")
     with pytest.raises(SystemExit):
         plot.main(["gap", str(file), "--out", str(tmp_path / "page")])
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {file}, {message}") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {file}, {message}") and printed.count("\n") == 1
     assert not (tmp_path / "page.png").exists()
 
 
