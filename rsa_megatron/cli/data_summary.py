@@ -41,7 +41,7 @@ class Figures:
         self.histograms[self.length_name][self._length("\n".join(sample.texts))] += 1
         self.histograms["images of a sample"][len(sample.images)] += 1
         for image in sample.images:
-            # Under anyres only an image alone is cut into a grid.
+            # Under anyres only a single image is cut into a grid.
             alone = len(sample.images) == 1
             rows, columns = choose_grid(image.height, image.width, PINPOINTS, TILE_SIZE) if alone else (0, 0)
             self.histograms["tiles of an image"][1 + rows * columns] += 1

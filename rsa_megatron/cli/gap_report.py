@@ -3,7 +3,7 @@
     OUT.jsonl          a line of kind "gap" with everything that is drawn; `rsa-megatron plot gap` draws it again
     OUT.png, OUT.svg   the page (rsa_megatron/plots/gap.py)
 
-Operators are fitted on a part of the rows. All figures but those called in_sample are of the rows held out, and of moved
+Operators are fitted on some of the rows. All figures but those called in_sample are of the rows held out, and of moved
 texts as `transform` gives them, of unit length. Keys of the line:
 
     label, images, texts     names: of the encoder, and of the two sources
@@ -18,7 +18,7 @@ texts as `transform` gives them, of unit length. Keys of the line:
                from -1 to 1), js against the images' in bits, phi, psi and overlap (k_overlap) with the texts as they were
     image      spectrum and cosines of the images
     frame      figures in the fixed frame (rsa_megatron.realign.decomposition.GapFigures) of the held-out pairs, and budget_after,
-               the energies with the texts that ReAlign has moved, in the same frame; null without pairs: left_out says why
+               the energies with the texts that ReAlign has moved, in the same frame; null without pairs: left_out gives the reason
     clouds     at most 300 points each of image, text and realigned, from the images' mean: along the mean difference, and
                along the first and second principal direction of both modalities across it
 """
@@ -204,15 +204,15 @@ class HeldOut:
         texts = compute_moments(self.splits.held_texts.move_with(operator), "moved texts", with_scatter=True)
         moved_nD = operator.transform(self.texts_nD, dtype=torch.float64)
         cosines = cosine_histogram(moved_nD)
-        kept = fidelity(self.texts_nD, moved_nD, K_OVERLAP)
+        preserved = fidelity(self.texts_nD, moved_nD, K_OVERLAP)
         return {
             "spectrum": asdict(describe_spectrum(texts)),
             "cosines": cosines.tolist(),
             "mixing": mixing_rate(self.images_nD, moved_nD, K_MIXING),
             "js": js_divergence(self.image_cosines, cosines),
-            "phi": kept.mean_cosine,
-            "psi": None if math.isnan(kept.cosine_correlation) else kept.cosine_correlation,
-            "overlap": kept.neighbour_overlap,
+            "phi": preserved.mean_cosine,
+            "psi": None if math.isnan(preserved.cosine_correlation) else preserved.cosine_correlation,
+            "overlap": preserved.neighbour_overlap,
         }
 
     def compute_clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:

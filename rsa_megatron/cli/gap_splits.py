@@ -72,7 +72,7 @@ def split_sources(images: Embeddings, texts: Embeddings, fraction: float, *, unp
 
     Args:
         fraction: of the rows, to fit on.
-        unpaired: equal keys, or numbers of rows, are no pairs.
+        unpaired: equal keys, or numbers of rows, do not make pairs.
 
     Raises:
         ValueError: a split would have fewer than two rows.

@@ -137,7 +137,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("measurement")
     how.add_argument("--k", type=int, default=10, help="number of neighbours")
     how.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=[MUTUAL_KNN], metavar="NAME", help=f"of {', '.join(METRICS)}"
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=[MUTUAL_KNN],
+        metavar="NAME",
+        help=f"one or more of {', '.join(METRICS)}",
     )
     how.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"

@@ -91,8 +91,8 @@ def read_lines(path: Path) -> list[dict]:
 
 def write_lines(path: Path, lines: list[dict]) -> None:
     """Add lines to a file atomically, each replacing an earlier one of the same measurement."""
-    kept = [line for line in read_lines(path) if not any(_get_identity(line) == _get_identity(one) for one in lines)]
-    atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, *lines]))
+    others = [line for line in read_lines(path) if not any(_get_identity(line) == _get_identity(one) for one in lines)]
+    atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*others, *lines]))
 
 
 def _get_identity(line: dict) -> list:

@@ -154,7 +154,7 @@ def write_rows(args: argparse.Namespace, operator: EmbeddingOperator) -> None:
 def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -> None:
     """Write data to shards; the rows are in a file beside them meanwhile."""
     chosen, left_out = draw_splits(args), Counter()
-    stores = [embed_samples(args.side, of_part, args) for of_part in chosen.values()] if args.encoder else []
+    stores = [embed_samples(args.side, samples, args) for samples in chosen.values()] if args.encoder else []
     rows = KeyedRows.of(stores) if stores else open_given_rows(args)
     if operator:
         for texts in rows.sources:
@@ -164,12 +164,12 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     try:
         table = EmbeddingTable(rows.keys, _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype]))
         not_embedded = {key for store in stores for key in store.left_out}
-        told = {
+        described = {
             part: _describe_pairs(pairs, not_embedded, bool(args.keys), left_out)
             for part, pairs in assign_splits(args, chosen).items()
         }
         rsa = is_rsa(args.data) if is_prepared(args.data) else args.rsa
-        counts = write_embedding_shards(args.out, told, table, rsa=rsa, shard_size=args.shard_size)
+        counts = write_embedding_shards(args.out, described, table, rsa=rsa, shard_size=args.shard_size)
     finally:
         temporary.unlink(missing_ok=True)
     what = f"texts, {operator.method}" if operator else "images"
@@ -208,7 +208,7 @@ def draw_splits(args: argparse.Namespace) -> dict[str, SampleSet]:
 def assign_splits(args: argparse.Namespace, chosen: dict[str, SampleSet]) -> dict[str, list[CaptionedImage]]:
     """Assign samples to splits; of data without splits, some are held out."""
     if is_prepared(args.data):
-        return {part: of_part.pairs for part, of_part in chosen.items()}
+        return {part: samples.pairs for part, samples in chosen.items()}
     pairs = chosen["train"].pairs
     held_out = choose_held_out(len(pairs), args.val or "0.01", 0)
     parts = {"train": [pair for number, pair in enumerate(pairs) if number not in held_out]}

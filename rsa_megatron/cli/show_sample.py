@@ -24,7 +24,7 @@ from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
 from rsa_megatron.recipes import STAGES
 
-if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
 _MODEL = get_architecture("llava-ov-7b")  # all of LLaVA-OneVision's cut images alike

@@ -20,7 +20,7 @@ from rsa_megatron.data.sources.pairs import CaptionedImage
 from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, describe_model, keep_float32_digits
 from rsa_megatron.evaluation.hf_models import HFModel
 
-if TYPE_CHECKING:  # for annotations alone
+if TYPE_CHECKING:  # only for annotations
     from transformers import BatchFeature
 
 #: The name of the one layer.

@@ -22,7 +22,7 @@ from rsa_megatron.evaluation.feature_store import FeatureStore
 
 # A piece of 1280 numbers a row in float32 is 3276 rows; what is made of it in float64 is twice as much.
 _PIECE_BYTES = 16 * 2**20
-# Why a row has no direction, seen from its largest number; of each kind so many rows are named.
+# Why a row has no direction, seen from its largest number; at most _NAMED rows of each kind are named.
 _FAULTS = {"hold NaN": torch.isnan, "hold infinity": torch.isinf, "are zero": torch.logical_not}
 _NAMED = 5
 _FORMS = "name a folder of stored features (FOLDER:LAYER), an .npy, or a .safetensors (FILE:TENSOR)"
@@ -33,7 +33,7 @@ class Embeddings:
 
     Args:
         description: the source and what of it, for messages.
-        keys: of all rows of the source, where it has any.
+        keys: of all rows of the source, if it has any.
         about: what is known of the rows: "model", "revision", "data", ...
         read: the rows from one number to before another, in pieces.
     """
@@ -138,7 +138,7 @@ def open_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
     """Open the features of a layer; of a store with one layer it need not be named.
 
     Raises:
-        ValueError: there is no such layer, or none is named and there are several.
+        ValueError: no such layer, or none is named and there are several.
     """
     layers = ", ".join(store.layers)
     if layer is None and len(store.layers) > 1:

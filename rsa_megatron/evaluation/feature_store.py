@@ -121,8 +121,8 @@ class FeatureStore:
         """
         left_out = left_out or {}
         assert not self.finished, "a finished store is not written to"
-        asked = self.manifest["keys"][self.num_done : self.num_done + len(keys) + len(left_out)]
-        assert [key for key in asked if key not in left_out] == list(keys), "pairs come in the order of the manifest"
+        expected = self.manifest["keys"][self.num_done : self.num_done + len(keys) + len(left_out)]
+        assert [key for key in expected if key not in left_out] == list(keys), "pairs come in the order of the manifest"
         assert not keys or list(features) == self.layers, "features of every layer, in the manifest's order"
         dtype = STORE_DTYPES[self.manifest["store_dtype"]]
         tensors = {name: _convert(name, rows_nD, dtype) for name, rows_nD in features.items()} if keys else {}

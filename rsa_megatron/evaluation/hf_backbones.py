@@ -7,7 +7,8 @@ input, as the model was trained with it, and not in the mean. No chat template, 
 is text. The last layer of a language model is read after its final norm, as transformers' hidden_states has it.
 
 `CaptionAfterImage` reads the caption in one pass with its image. Then its states have seen the image through attention,
-and share neighbours with it for free: 0.7 was measured where the caption alone gives 0.05. It is here to show just that.
+and share neighbours with it for free: 0.7 was measured where the
+caption alone gives 0.05. It is here only to show that.
 
 Layers are read by hooks and pooled at once, in float32: no more than one layer's tokens exist at a time.
 
@@ -29,11 +30,11 @@ from rsa_megatron.alignment.distances import float32_products
 from rsa_megatron.data.sources.pairs import CaptionedImage
 from rsa_megatron.evaluation.hf_models import HFModel, Side, count_class_tokens, count_layers
 
-if TYPE_CHECKING:  # for annotations alone
+if TYPE_CHECKING:  # only for annotations
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
 TEXT_READINGS = ("caption-alone", "multimodal")
-_UNLIMITED = 10**9  # tokenizers without a limit say 10^30
+_UNLIMITED = 10**9  # tokenizers without a limit report 10^30
 #: Each call sets the options of the Rust tokenizer, which refuses that while another thread is using it.
 TOKENIZER_IN_USE = threading.Lock()
 
@@ -44,7 +45,7 @@ def make_text_backbone(model: HFModel, reading: str) -> "TextBackbone":
 
 
 class VisionBackbone:
-    """The tower of a vision-language model, or one for itself.
+    """The tower of a vision-language model, or a separate one.
 
     Raises:
         ValueError: the model has none that is supported.
@@ -120,7 +121,7 @@ def tokenize_caption(tokenizer: "PreTrainedTokenizerBase", caption: str, longest
 
 
 class TextBackbone:
-    """The language model of a vision-language model, or one for itself, or an encoder; it reads captions alone.
+    """The language model of a vision-language model, or a separate one, or an encoder; it reads captions by themselves.
 
     Raises:
         ValueError: the model has none that is supported.

@@ -16,12 +16,12 @@ from torch.nn import Module, ModuleList
 
 if (
     TYPE_CHECKING
-):  # for annotations alone: transformers takes seconds to import, which a run on stored features is spared
+):  # only for annotations: transformers takes seconds to import, which a run on stored features is spared
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 #: The vision-language models whose two sides can be measured, and the name of the module of each that is the tower.
 VISION_LANGUAGE = {"llava_onevision": "vision_tower", "internvl": "vision_tower", "qwen2_5_vl": "visual"}
-#: Towers, and how many of their first tokens are no part of the image: class, distillation and register tokens.
+#: Towers, and how many of their first tokens are not of the image: class, distillation and register tokens.
 TOWERS = {
     "siglip_vision_model": 0,
     "internvl_vision": 1,
@@ -78,7 +78,7 @@ class HFModel:
 
     @property
     def tower_config(self) -> "PreTrainedConfig":
-        """Raises ValueError where there is no tower that can be measured."""
+        """The tower's config. Raises ValueError where no tower can be measured."""
         if self.is_vision_language or self.model_type in _WITH_TEXT_TOWER:
             return self.config.vision_config
         if self.model_type in TOWERS:
@@ -87,7 +87,7 @@ class HFModel:
 
     @property
     def text_config(self) -> "PreTrainedConfig":
-        """Raises ValueError where there is no language model that can be measured."""
+        """The language model's config. Raises ValueError where none can be measured."""
         if self.is_vision_language:
             return self.config.text_config
         from transformers.models.auto.modeling_auto import (

@@ -1,4 +1,4 @@
-"""How much memory a rank needs, by component: only arithmetic, checked against measured runs in tests/distributed/test_layout_memory.py.
+"""How much memory a rank needs, by component: only arithmetic, checked in tests/distributed/test_layout_memory.py.
 
 What stays for the whole run is counted exactly: parameters, Megatron's gradient buffers and Adam's state. What comes and
 goes with a micro-batch is the sum of what each layer stores for its backward pass, and "working memory": the most that
@@ -40,7 +40,7 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, float]:
     counts = parameter_counts(run.architecture, layout, stage)
     num_trained = sum(count for part, count in counts.items() if part in run.trainable)
     state = (12 if run.bf16 else 8) / (layout.data if layout.distributed_optimizer else 1)
-    # One forward, one backward: a stage begins as many micro-batches as there are stages from it on, and then ends one.
+    # One forward, one backward: a stage starts as many micro-batches as there are stages from it on, and then ends one.
     in_flight = min(layout.num_micro_batches, layout.pipeline - stage)
     first, last = stage == 0, stage == layout.pipeline - 1
     return {
@@ -88,7 +88,7 @@ def _count_tower(run: Run, layout: Layout) -> float:
     if not run.trains("vision"):
         return 0
     vision = run.architecture.vision
-    # as they are read, fp32, and what the patch embedding keeps of them
+    # as they are read, fp32, and what the patch embedding stores of them
     pixels = layout.micro_batch_size * run.num_tiles * 3 * vision.image_size**2 * (6 if run.bf16 else 4)
     return pixels + vision.num_layers * count_stored_bytes(run, layout, make_tower_layer(run, layout))
 
@@ -96,9 +96,9 @@ def _count_tower(run: Run, layout: Layout) -> float:
 def _count_projector(run: Run, layout: Layout) -> float:
     if not run.trains("vision", "projector"):
         return 0
-    vision, hidden, learns = run.architecture.vision, run.architecture.decoder.hidden_size, run.trains("projector")
+    vision, hidden, is_trained = run.architecture.vision, run.architecture.decoder.hidden_size, run.trains("projector")
     # its input, what goes into GELU and what comes out
-    numbers = learns * vision.hidden_size + (1 + learns) * hidden / layout.tensor
+    numbers = is_trained * vision.hidden_size + (1 + is_trained) * hidden / layout.tensor
     return layout.micro_batch_size * run.num_tiles * vision.tokens_per_side**2 * numbers * run.number_size
 
 
@@ -106,10 +106,10 @@ def _count_decoder(run: Run, layout: Layout, last: bool) -> float:
     if not run.trainable:
         return 0
     layer = make_decoder_layer(run, layout)
-    kept = run.architecture.decoder.num_layers / layout.pipeline * count_stored_bytes(run, layout, layer)
-    # the final norm's input, and the output layer's where its weight learns
+    stored = run.architecture.decoder.num_layers / layout.pipeline * count_stored_bytes(run, layout, layer)
+    # the final norm's input, and the output layer's where its weight is trained
     after = last * (1 + run.trains_output) * layer.num_positions * layer.input_width * run.number_size
-    return kept + after
+    return stored + after
 
 
 def _count_working_memory(run: Run, layout: Layout, stage: int) -> float:

@@ -24,7 +24,7 @@ from rsa_megatron.realign.operator import EmbeddingOperator, project, read_manif
 from rsa_megatron.realign.realign import ReAlign
 from rsa_megatron.realign.unit_rows import Embeddings, Progress
 
-# Eigenvalues below this share of the largest are rounding errors of a covariance: its pseudo-inverse leaves them out.
+# Eigenvalues below this share of the largest are rounding errors of a covariance: its pseudo-inverse omits them.
 SMALLEST_SHARE = 1e-12
 
 
@@ -55,7 +55,7 @@ class NoAlignment(EmbeddingOperator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeanShift(NoAlignment):
-    """The texts' mean to the images', then to the sphere: ReAlign's first step alone."""
+    """The texts' mean to the images', then to the sphere: only ReAlign's first step."""
 
     method: ClassVar[str] = "mean-shift"
 
@@ -65,7 +65,7 @@ class MeanShift(NoAlignment):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class C3(EmbeddingOperator):
-    """Mean shift with isotropic noise, which stands for what a translation cannot close.
+    """Mean shift with isotropic noise, in place of what a translation cannot close.
 
     The noise of a row is a function of the seed and of the row itself: the same in any batch, order, shard or process.
     """
@@ -103,7 +103,7 @@ class C3(EmbeddingOperator):
     def transform(
         self, text_ND: Tensor, *, dtype: torch.dtype | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Move texts as the others do; a CPU generator, if given, draws the noise instead, anew at each call."""
+        """Move texts as the others do; a CPU generator, if given, draws the noise instead, different at each call."""
         return self._transform(text_ND, dtype, lambda operator, unit_bD: operator.move(unit_bD, generator))
 
     def move(self, unit_bD: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -228,7 +228,7 @@ def load_operator(folder: str | Path) -> EmbeddingOperator:
     """Load the operator saved in a folder, whatever its method.
 
     Raises:
-        ValueError: there is none, or its files are broken.
+        ValueError: not found, or its files are broken.
     """
     method = read_manifest(folder)["method"]
     if method not in METHODS:

@@ -1,7 +1,7 @@
 """The modality gap in a fixed frame: what of it is a shift, and what a residual (arXiv 2602.07026, section 3, app. A to C).
 
-The frame is the span U of the directions in which images and texts vary most, taken once at a reference step and kept; V is
-all that is left. The difference of a pair's embeddings splits into four terms without a remainder (eq. 1):
+The frame is the span U of the directions in which images and texts vary most, taken once at a reference step and fixed; V is
+its complement. The difference of a pair's embeddings splits into four terms without a remainder (eq. 1):
 
     Delta = e_x - e_y = beta + gamma + delta + zeta,        m = E[Delta]
     beta = P_U m      gamma = P_V m      delta = P_U (Delta - m)      zeta = P_V (Delta - m)
@@ -9,9 +9,9 @@ all that is left. The difference of a pair's embeddings splits into four terms w
 beta and gamma are first order, and a translation removes them; delta and zeta are what it leaves. As U and V are
 orthogonal, and delta and zeta have mean zero, E|Delta|^2 = |beta|^2 + |gamma|^2 + tr Cov delta + tr Cov zeta: the energy budget.
 
-Embeddings are one tensor [N, D] or its pieces in order; rows are brought to length 1 and to float64. Pairs are needed for
-Delta alone: row i of both is the same sample there. `decompose` holds delta and zeta of every pair; `term_moments` and
-`gap_figures` get by with their covariances, and go over the pieces once. How the gap moves over training steps is in
+Embeddings are one tensor [N, D] or its pieces in order; rows are brought to length 1 and to float64. Pairs are needed only
+for Delta: row i of both is the same sample there. `decompose` holds delta and zeta of every pair; `compute_term_moments` and
+`compute_gap_figures` need only their covariances, and go over the pieces once. How the gap moves over training steps is in
 trajectory.py.
 
 Shapes: N pairs, D width, R rank of the frame, C = D - R; b rows of a block.
@@ -201,7 +201,7 @@ def second_order_drift(mean_D: Tensor, covariance_DD: Tensor) -> Tensor:
 
     With r = |mu| and a = mu / r:   -S a / r^2 - a tr S / (2 r^2) + (3 / (2 r^2)) a (a^T S a).
     Third and fourth moments enter with (|z - mu| / r)^3 and ^4; for CLIP's embeddings, where tr S / r^2 is about 1 or
-    more, the expansion says nothing.
+    more, the expansion does not hold.
 
     Raises:
         ValueError: the mean is zero, or not finite.

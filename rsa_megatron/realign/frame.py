@@ -32,7 +32,7 @@ class Frame:
         Args:
             image_ND: need not pair up with text_ND, nor be as many.
             energy: share of the variance that U holds at least, by as few directions as possible. The paper gives none.
-            rank: R itself, in the place of energy.
+            rank: R itself, instead of energy.
 
         Raises:
             ValueError: for rows that have no direction, widths that differ, or no variance.
@@ -51,7 +51,7 @@ class Frame:
             raise ValueError(f"energy={energy} must be a share of the variance, above 0 and at most 1")
         rising_D, axes_DD = torch.linalg.eigh(covariance_DD)
         eigenvalues_D = rising_D.flip(0).clamp_min(0.0)
-        least = leading_rank(eigenvalues_D, energy)  # refuses a spectrum of zeros, whatever the rank
+        least = leading_rank(eigenvalues_D, energy)  # rejects a spectrum of zeros, whatever the rank
         return cls(axes_DD.flip(1), eigenvalues_D, rank or least)
 
     @property

@@ -1,10 +1,10 @@
 """How far two clouds of unit rows have become one, and what a map between them did to its source.
 
 The figures that modality-gap-subspace-alignment.txt and its successor report of text embeddings moved onto images:
-    mixing rate         do both modalities stand among a row's nearest neighbours? (section 4.3)
+    mixing rate         are both modalities among a row's nearest neighbours? (section 4.3)
     JS divergence       are the rows of one cloud spread as those of the other, whatever place it has?
     Phi, Psi, overlap   is a moved row near its source, and are the same rows alike as before?
-The paper leaves details open; what is taken here stands at each function. Rows of any length count by their direction.
+The paper leaves details open; the choices made are at each function. Rows of any length count by their direction.
 
 Cosines are float64 and taken a block at a time: beside the features there are some blocks of 1024 x 1024 pairs, and for
 neighbours a copy of the features in the dtype of their first pass. Histograms count cosines in steps of 2^-30 (those of
@@ -46,11 +46,11 @@ class Fidelity:
 def mixing_rate(x_ND: Tensor, y_MD: Tensor, k: int = 20) -> float:
     """Return the share of a row's k nearest neighbours in both clouds that are of the other cloud, over all N + M rows.
 
-    0 where the clouds lie apart. Where both are draws of one cloud each neighbour is any of the N + M - 1 others
+    0 where the clouds lie apart. Where both are samples of one cloud each neighbour is any of the N + M - 1 others
     (`chance_of_mixing`): about 1/2 for N = M. Neighbours are by cosine and exact; of equally near ones the smaller index.
 
     Raises:
-        ValueError: when widths differ, rows hold NaN, infinity or zeros alone, or there are no k others.
+        ValueError: when widths differ, rows hold NaN, infinity or only zeros, or there are no k others.
     """
     _check_rows(x_ND, "the first rows")
     _check_rows(y_MD, "the second rows")
@@ -77,7 +77,7 @@ def cosine_histogram(x_ND: Tensor, *, num_bins: int = NUM_BINS) -> Tensor:
     Bins are equally wide from -1 to 1, closed below, the last one above as well.
 
     Raises:
-        ValueError: when rows hold NaN, infinity or zeros alone, or there are fewer than two.
+        ValueError: when rows hold NaN, infinity or only zeros, or there are fewer than two.
     """
     count_B = torch.zeros(num_bins, dtype=torch.int64, device=x_ND.device)
     for cosine_P in _pair_cosines(x_ND, "rows"):
@@ -110,7 +110,7 @@ def fidelity(source_ND: Tensor, moved_ND: Tensor, k: int = 10) -> Fidelity:
     """Compare rows with what a map made of them, row by row and pair of rows by pair.
 
     Raises:
-        ValueError: when shapes differ, rows hold NaN, infinity or zeros alone, or there are no k others.
+        ValueError: when shapes differ, rows hold NaN, infinity or only zeros, or there are no k others.
     """
     if source_ND.shape != moved_ND.shape:
         shapes = f"{tuple(source_ND.shape)} and {tuple(moved_ND.shape)}"

@@ -1,8 +1,8 @@
 """Passes over embeddings that need not fit in memory: mean and variance of their unit rows, over pieces and ranks.
 
-A pass keeps a few vectors, whatever the size of the set. Each rank of a process group reads its own share; the ranks' results are
-gathered once a pass and merged in the order of ranks on every one, so that all have the same bits. Of bad rows, too, all ranks
-learn in that gather, and all raise the same error: one that raised at once would leave the others waiting.
+A pass stores a few vectors, whatever the size of the set. Each rank of a process group reads its own shard; the ranks' results are
+gathered once a pass and merged in the order of ranks on every one, so that all have the same bits. Bad rows, too, are
+reported in that gather, and all ranks raise the same error: one that raised at once would leave the others waiting.
 
 Shapes: N rows in all, b in a block; D width.
 """
@@ -29,7 +29,7 @@ class Moments:
     mean_D: Tensor
     #: sum of |row - mean|^2, float64, one number
     square_sum: Tensor
-    #: sum of (row - mean) (row - mean)^T, [D, D], where it was asked for
+    #: sum of (row - mean) (row - mean)^T, [D, D], if requested
     scatter_DD: Tensor | None = None
 
     @classmethod
@@ -119,7 +119,7 @@ def compute_mean(
 
     Args:
         block_sum: the sum over a block of the rows made, [D], from the block's unit rows, [b, D].
-        num_rows: that the set has; a set that can be iterated over only once is told by it.
+        num_rows: that the set has; detects a set that can be iterated over only once.
     """
 
     def read(faults: RowFaults) -> Moments:
@@ -172,9 +172,9 @@ def merge_over_ranks(read: Callable[[RowFaults], Moments], name: str, group) -> 
 
 
 def _check_ranks(parts: list[tuple[Moments, str]], name: str, failure: Exception | None) -> None:
-    said = [f"rank {rank}: {text}" if len(parts) > 1 else text for rank, (_, text) in enumerate(parts) if text]
-    if said:
-        raise ValueError(f"{name}: {'; '.join(said)}") from failure
+    messages = [f"rank {rank}: {text}" if len(parts) > 1 else text for rank, (_, text) in enumerate(parts) if text]
+    if messages:
+        raise ValueError(f"{name}: {'; '.join(messages)}") from failure
     width_of = {rank: len(part.mean_D) for rank, (part, _) in enumerate(parts) if part.num_rows}
     if len(set(width_of.values())) > 1:
         texts = ", ".join(f"{width} on rank {rank}" for rank, width in width_of.items())

@@ -45,7 +45,7 @@ class EmbeddingOperator(ABC):
     text_trace: float
     num_images: int
     num_texts: int
-    #: what it was fitted on, as the user said it: encoder, data, ...
+    #: what it was fitted on, as the user specified it: encoder, data, ...
     about: dict[str, str] = field(default_factory=dict)
 
     @abstractmethod
@@ -96,7 +96,7 @@ class EmbeddingOperator(ABC):
         """Write the operator into a folder, atomically. Over ranks: call it on one.
 
         Raises:
-            ValueError: there is such a folder and something in it.
+            ValueError: the folder exists and is not empty.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -112,7 +112,7 @@ class EmbeddingOperator(ABC):
         """Load the operator that `save` wrote.
 
         Raises:
-            ValueError: there is none, or one of another method, or its files are broken.
+            ValueError: not found, or of another method, or its files are broken.
         """
         manifest = read_manifest(folder)
         if manifest["method"] != cls.method:

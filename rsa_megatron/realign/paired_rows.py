@@ -1,7 +1,7 @@
 """Rows of two sets of embeddings in pairs, of unit length, a block at a time.
 
 Each set is a tensor or its pieces in order, and the two may be cut differently. Rows that have no direction, and rows without
-a partner, are told after the last row, with their counts.
+a partner, are reported after the last row, with their counts.
 
 Shapes: N pairs, D width; b rows of a block.
 """

@@ -41,7 +41,7 @@ NO_SPREAD = 1e-28
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReAlign(EmbeddingOperator):
-    """The paper's operator, fitted; `steps` leaves some of it out for ablations."""
+    """The paper's operator, fitted; `steps` omits some of it for ablations."""
 
     method: ClassVar[str] = "realign"
     #: mu', the mean after the first projection of the texts it was fitted on, [D], float64
@@ -67,7 +67,7 @@ class ReAlign(EmbeddingOperator):
         """Fit in one pass over the images, two over the texts; memory for some vectors and a block.
 
         Args:
-            image_embeddings: [N, D], or an iterable of pieces [n, D] that begins anew each time; rows of any length.
+            image_embeddings: [N, D], or an iterable of pieces [n, D] that starts from the beginning each time; rows of any length.
             text_embeddings: the same, [M, D]. The sets need not pair up, nor be equally large.
             epsilon: added to T_y, which is 0 if all texts are equal (1e-10 in the authors' code; the paper gives none).
             steps: those of STEPS to take, in this order. The projections are always taken.
@@ -107,7 +107,7 @@ class ReAlign(EmbeddingOperator):
         """Sum e' over the rows, [D], in half the time: no row of e' is stored.
 
         With e~ = c + s e, |e~|^2 = |c|^2 + 2 s c.e + s^2. Its rounding errors are some 1e-16 of numbers near 1, so that rows near
-        zero, where that counts, are computed as they stand.
+        zero, where that counts, are computed directly.
         """
         shift_D = self._shift_D
         square_b = torch.mv(unit_bD, shift_D).mul_(2 * self.scale).add_(shift_D @ shift_D + self.scale**2)

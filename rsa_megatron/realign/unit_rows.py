@@ -3,8 +3,8 @@
 A set of embeddings is a tensor, or anything that gives its pieces one after another each time it is iterated over. A piece is
 taken in blocks that stay in the processor's cache and are converted there: memory does not grow with the set or its pieces.
 
-Rows that have no direction (NaN, infinity, zeros) are never replaced: who reads a set reads it to its end, and then raises what
-RowFaults says of it.
+Rows that have no direction (NaN, infinity, zeros) are never replaced: a reader reads a set to its end, and then raises the
+message of RowFaults.
 
 Shapes: N rows in all, b in a block; D width.
 """
