@@ -30,7 +30,7 @@ import numpy
 import torch
 
 from rsa_megatron.realign.realign import ReAlign
-from rsa_megatron.realign.unit_rows import RowFaults, unit_blocks
+from rsa_megatron.realign.unit_rows import RowFaults, iterate_unit_blocks
 
 # Copies of a piece in float64 are 21 MB. Above 32 MB the C library maps memory anew for each, which costs plain more than its sums.
 PIECE_ROWS = 2048
@@ -79,7 +79,7 @@ def read(images: Rows, texts: Rows) -> None:
 
 
 def means(images: Rows, texts: Rows) -> list[torch.Tensor]:
-    return [sum(unit_bD.sum(0) for unit_bD in unit_blocks(rows, RowFaults())) for rows in (images, texts)]
+    return [sum(unit_bD.sum(0) for unit_bD in iterate_unit_blocks(rows, RowFaults())) for rows in (images, texts)]
 
 
 def plain(images: Rows, texts: Rows) -> dict:

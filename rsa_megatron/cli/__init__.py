@@ -1,14 +1,14 @@
 """The command `rsa-megatron` (also `python -m rsa_megatron`; with several processes `torchrun ... -m rsa_megatron`).
 
     rsa-megatron data pack|link|show            training data from data as people have it
-    rsa-megatron plan                           which parallel layouts fit so many GPUs, and which is fastest
+    rsa-megatron plan                           which parallel layouts fit N GPUs, and which is fastest
     rsa-megatron measure                        alignment of every layer with every layer
     rsa-megatron plot                           figures of what was measured
     rsa-megatron realign fit|transform|report   text embeddings moved onto image embeddings
     rsa-megatron convert                        checkpoints from and to Hugging Face (python -m checkpoint_conversion)
     rsa-megatron examples                       copies the training script, mixtures and Slurm scripts into a folder
 
-Each says more with --help. Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
+See --help of each. Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
 """
 
 import importlib
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command; return its exit status."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip())

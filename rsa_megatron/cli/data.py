@@ -8,8 +8,8 @@
 SOURCE: LLaVA's JSON or JSONL, LLaVA-OneVision's YAML of such files, Hugging Face's parquet files (one, or a folder of
 them), or a folder of images with a text file beside each. PATH is a SOURCE, a folder that pack has written, or a mixture.
 
-A sample that cannot be used is left out; DIR/skipped.jsonl says which and why. A run that was killed goes on where it
-was; DIR appears under its name when it is whole. DIR/summary.json and summary.png show what is in it.
+A sample that cannot be used is skipped; DIR/skipped.jsonl lists each with the reason. A run that was killed resumes where
+it stopped; DIR appears under its name when it is complete. DIR/summary.json and summary.png show what is in it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rsa_megatron import atomic
-from rsa_megatron.cli.data_summary import Figures, in_words, write_summary
+from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("interrupted; the same command resumes from here")
 
 
 def parse(arguments: list[str] | None):
@@ -60,19 +60,21 @@ def parse(arguments: list[str] | None):
         command.add_argument("source", type=Path, metavar="SOURCE", help="the data: see above")
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument(
-            "--images", type=Path, help="folder that the paths of images are relative to; SOURCE's own folder"
+            "--images", type=Path, help="folder that the paths of images are relative to; default: SOURCE's own"
         )
-        command.add_argument("--rsa", action="store_true", help="its samples of one image take part in the RSA loss")
+        command.add_argument("--rsa", action="store_true", help="samples with one image enter the RSA loss")
         command.add_argument(
-            "--val", default="0.01", help="held out for validation: a part below 1, or a number of samples"
+            "--val", default="0.01", help="held out for validation: a fraction below 1, or a number of samples"
         )
-        command.add_argument("--num-workers", type=int, default=2, help="images that are decoded at the same time")
-        command.add_argument("--seed", type=int, default=0, help="of what is held out, and of sampling_strategy random")
+        command.add_argument("--num-workers", type=int, default=2, help="images decoded in parallel")
         command.add_argument(
-            "--tokenizer", type=Path, help="Hugging Face folder; counts tokens, not words, in the summary"
+            "--seed", type=int, default=0, help="seed of the validation split and of sampling_strategy random"
+        )
+        command.add_argument(
+            "--tokenizer", type=Path, help="Hugging Face folder; the summary then counts tokens, not words"
         )
         if name == "pack":
-            command.add_argument("--shard-size", type=int, default=1000, help="samples of a tar")
+            command.add_argument("--shard-size", type=int, default=1000, help="samples per tar")
     add_show_arguments(commands.add_parser("show", help="show one sample as training sees it"))
     args = parser.parse_args(arguments)
     if args.command != "show" and args.num_workers < 1:
@@ -83,11 +85,11 @@ def parse(arguments: list[str] | None):
 
 
 def make(args) -> None:
-    """pack and link."""
+    """Run pack and link."""
     source = open_source(args.source, seed=args.seed)
     image_root = (args.images or source.image_root).resolve()
     if not image_root.is_dir():
-        raise ValueError(f"--images {image_root} is no folder")
+        raise ValueError(f"--images {image_root} is not a folder")
     settings = {
         "command": args.command,
         "source": str(args.source.resolve()),
@@ -101,7 +103,7 @@ def make(args) -> None:
     }
     held_out = choose_held_out(len(source), args.val, args.seed)
     if is_finished(args.out, settings):
-        print(f"{args.out}: there already")
+        print(f"{args.out}: already complete")
         return
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def make(args) -> None:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
-    if not figures.parts["train"]:
+    if not figures.splits["train"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in figures.skipped.most_common())
         raise ValueError(
             f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
@@ -123,15 +125,15 @@ def make(args) -> None:
     write_summary(unfinished, settings, figures, num_shards)
     (unfinished / "state.json").unlink()
     unfinished.rename(args.out)
-    print(f"{args.out}: {in_words(figures, num_shards)}")
-    print(f"    each that was skipped: {args.out / 'skipped.jsonl'}")
+    print(f"{args.out}: {format_summary(figures, num_shards)}")
+    print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
     print(f"    train with --data-path {args.out if args.command == 'pack' else args.out / 'mixture.yaml'}")
 
 
 def choose_held_out(num_records: int, val: str, seed: int) -> set[int]:
-    """Numbers of the records of the validation part. Those of them that cannot be used are not replaced by others."""
+    """Choose the records of the validation split, by number. Those that cannot be used are not replaced."""
     if not re.fullmatch(r"[0-9]+|0?\.[0-9]+", val):
-        raise ValueError(f"--val {val} is neither a part below 1, as 0.01, nor a number of samples")
+        raise ValueError(f"--val {val} is neither a fraction below 1, such as 0.01, nor a number of samples")
     count = int(val) if val.isdigit() else round(float(val) * num_records)
     if count >= num_records:
         raise ValueError(f"--val {val} leaves nothing of {num_records} samples to train on")
@@ -142,16 +144,16 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / "summary.json").is_file():
-        raise ValueError(f"--out {folder} is there already, and not written by this command: name another folder")
+        raise ValueError(f"--out {folder} already exists and was not written by this command: name another folder")
     check_settings(folder, json.loads((folder / "summary.json").read_text())["settings"], settings)
     return True
 
 
 def read_state(folder: Path, settings: dict) -> dict:
-    """What a run that was killed has noted last."""
+    """Read what a killed run wrote last."""
     path = folder / "state.json"
     if not path.is_file():
-        note(folder, {"settings": settings})
+        write_state(folder, {"settings": settings})
         return {}
     state = json.loads(path.read_text())
     check_settings(folder, state["settings"], settings)
@@ -162,7 +164,7 @@ def check_settings(folder: Path, then: dict, now: dict) -> None:
     for name, value in now.items():
         if then.get(name) != value:
             raise ValueError(
-                f"{folder} was begun with {name} {then.get(name)}, this run has {value}: "
+                f"{folder} was started with {name} {then.get(name)}, this run has {value}: "
                 "name another --out, or remove it"
             )
 
@@ -170,7 +172,7 @@ def check_settings(folder: Path, then: dict, now: dict) -> None:
 def write(
     source: Source, held_out: set[int], folder: Path, settings: dict, state: dict, figures: Figures, num_workers: int
 ) -> None:
-    """All records from where `state` stands, into the files of `folder`."""
+    """Write all records from the position of `state` on into the files of `folder`."""
     packs = settings["command"] == "pack"
     image_root = Path(settings["images"])
     outputs = open_outputs(folder, settings, state.get("positions", {}))
@@ -183,24 +185,26 @@ def write(
 
     def remember(next_record: int) -> None:
         positions = {name: output.position() for name, output in outputs.items()}
-        note(folder, {"settings": settings, "next": next_record, "positions": positions, "figures": figures.state()})
+        write_state(
+            folder, {"settings": settings, "next": next_record, "positions": positions, "figures": figures.get_state()}
+        )
 
     start = state.get("next", 0)
     tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
     progress = tqdm(total=len(source), initial=start, desc=str(folder), unit="sample", mininterval=1)
-    for record, found in in_order(check, source.records(start), num_workers):
+    for record, found in map_in_order(check, source.records(start), num_workers):
         if isinstance(found, Unusable):
             figures.skipped[found.kind] += 1
-            fault = {"record": record.number, "place": record.place, "id": id_of(record), "kind": found.kind}
+            fault = {"record": record.number, "place": record.place, "id": get_id(record), "kind": found.kind}
             is_time = outputs["skipped"].write(fault | {"reason": str(found)})
         else:
-            part = "val" if record.number in held_out else "train"
+            split = "val" if record.number in held_out else "train"
             if not packs and any(image.path is None for image in found.images):
                 raise ValueError(
-                    f"{record.place}: its images lie in the file itself, link has nothing to point to: use pack"
+                    f"{record.place}: its images are stored in the file itself, so link has nothing to point to: use pack"
                 )
-            figures.add(part, found)
-            is_time = outputs[part].write(found if packs else found.as_line())
+            figures.add(split, found)
+            is_time = outputs[split].write(found if packs else found.as_line())
         if is_time:
             remember(record.number + 1)
         progress.update()
@@ -211,18 +215,18 @@ def write(
 
 
 def open_outputs(folder: Path, settings: dict, positions: dict) -> dict[str, TarShards | Lines]:
-    """The files of each part and of what is skipped, at their positions."""
+    """Open the files of each split and of skipped samples, at their positions."""
     outputs = {"skipped": Lines(folder / "skipped.jsonl", positions.get("skipped"))}
-    for part in ("train", "val"):
+    for split in ("train", "val"):
         if settings["command"] == "pack":
-            outputs[part] = TarShards(folder, part, settings["shard-size"], positions.get(part))
+            outputs[split] = TarShards(folder, split, settings["shard-size"], positions.get(split))
         else:
-            outputs[part] = Lines(folder / f"{part}.jsonl", positions.get(part))
+            outputs[split] = Lines(folder / f"{split}.jsonl", positions.get(split))
     return outputs
 
 
-def in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[tuple]:
-    """(item, function(item)) in the items' order, some ahead in threads: Pillow decodes without Python's lock."""
+def map_in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[tuple]:
+    """Yield (item, function(item)) in the items' order, some ahead in threads: Pillow decodes without Python's lock."""
     with ThreadPoolExecutor(num_workers) as pool:
         ahead = deque()
         for item in items:
@@ -234,12 +238,12 @@ def in_order(function: Callable, items: Iterable, num_workers: int) -> Iterator[
             yield item, future.result()
 
 
-def id_of(record: Record) -> str | int | None:
-    """The id that it was given, for the list of what is skipped."""
+def get_id(record: Record) -> str | int | None:
+    """Return the record's own id, for the list of skipped samples."""
     found = record.content.get("id") if isinstance(record.content, dict) else None
     return found if isinstance(found, str | int | None) else str(found)
 
 
-def note(folder: Path, state: dict) -> None:
-    """Write state.json: the old or the new is there, never half of one."""
+def write_state(folder: Path, state: dict) -> None:
+    """Write state.json atomically."""
     atomic.write_text(folder / "state.json", json.dumps(state))

@@ -1,4 +1,4 @@
-"""Figures of a data set while it is made: counts, what was left out and why, and three histograms."""
+"""Figures of a dataset while it is made: counts, what was skipped and why, and three histograms."""
 
 import bisect
 import json
@@ -17,7 +17,7 @@ TILE_SIZE, PINPOINTS = _MODEL.vision.image_size, _MODEL.grid_pinpoints
 
 
 class Figures:
-    """Counts of what has been written and skipped; they can be kept in JSON and taken up again.
+    """Counts of what has been written and skipped; they can be stored in JSON and resumed.
 
     Args:
         tokenizer: lengths of texts are counted in its tokens; None counts words.
@@ -27,7 +27,7 @@ class Figures:
         self._tokenizer = tokenizer
         self.length_name = "words of text" if tokenizer is None else "tokens of text"
         state = state or {}
-        self.parts = Counter(state.get("parts"))
+        self.splits = Counter(state.get("parts"))
         self.skipped = Counter(state.get("skipped"))
         stored = state.get("histograms", {})
         # JSON's keys are strings.
@@ -36,19 +36,19 @@ class Figures:
             for name in (self.length_name, "tiles of an image", "images of a sample")
         }
 
-    def add(self, part: str, sample: ImportedSample) -> None:
-        self.parts[part] += 1
+    def add(self, split: str, sample: ImportedSample) -> None:
+        self.splits[split] += 1
         self.histograms[self.length_name][self._length("\n".join(sample.texts))] += 1
         self.histograms["images of a sample"][len(sample.images)] += 1
         for image in sample.images:
-            # Under anyres only an image alone is cut into a grid.
+            # Under anyres only a single image is cut into a grid.
             alone = len(sample.images) == 1
             rows, columns = choose_grid(image.height, image.width, PINPOINTS, TILE_SIZE) if alone else (0, 0)
             self.histograms["tiles of an image"][1 + rows * columns] += 1
 
-    def state(self) -> dict:
+    def get_state(self) -> dict:
         histograms = {name: dict(sorted(counts.items())) for name, counts in self.histograms.items()}
-        return {"parts": dict(self.parts), "skipped": dict(self.skipped), "histograms": histograms}
+        return {"parts": dict(self.splits), "skipped": dict(self.skipped), "histograms": histograms}
 
     def _length(self, text: str) -> int:
         if self._tokenizer is None:
@@ -56,29 +56,29 @@ class Figures:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def in_words(figures: Figures, num_shards: int) -> str:
-    """The counts and each histogram's middle and ends, a line each."""
-    counts = ", ".join(f"{figures.parts[part]} {part}" for part in ("train", "val"))
+def format_summary(figures: Figures, num_shards: int) -> str:
+    """Format the counts and each histogram's quantiles, a line each."""
+    counts = ", ".join(f"{figures.splits[split]} {split}" for split in ("train", "val"))
     counts += f", in {num_shards} shards" if num_shards else ""
-    lines = [f"{sum(figures.parts.values())} samples: {counts}; {sum(figures.skipped.values())} skipped"]
+    lines = [f"{sum(figures.splits.values())} samples: {counts}; {sum(figures.skipped.values())} skipped"]
     lines += [f"    skipped  {count:>7}  {kind}" for kind, count in figures.skipped.most_common()]
     for name, counts in figures.histograms.items():
         if counts:
-            middle, most, largest = (quantile(counts, part) for part in (0.5, 0.99, 1))
+            middle, most, largest = (quantile(counts, share) for share in (0.5, 0.99, 1))
             lines.append(f"    {name:<20} half up to {middle}, 99% up to {most}, all up to {largest}")
     return "\n".join(lines)
 
 
-def quantile(counts: Counter, part: float) -> int:
-    """The least value that at least this part of all do not exceed."""
+def quantile(counts: Counter, share: float) -> int:
+    """Return the least value that at least this share of all do not exceed."""
     values = sorted(counts)
     up_to = list(accumulate(counts[value] for value in values))
-    return values[bisect.bisect_left(up_to, part * up_to[-1])]
+    return values[bisect.bisect_left(up_to, share * up_to[-1])]
 
 
 def write_summary(folder: Path, settings: dict, figures: Figures, num_shards: int) -> None:
-    """summary.json, and summary.png where matplotlib is installed."""
-    summary = {"settings": settings, "shards": num_shards, **figures.state()}
+    """Write summary.json, and summary.png where matplotlib is installed."""
+    summary = {"settings": settings, "shards": num_shards, **figures.get_state()}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     try:
         import matplotlib

@@ -3,7 +3,7 @@
     OUT.jsonl          a line of kind "gap" with everything that is drawn; `rsa-megatron plot gap` draws it again
     OUT.png, OUT.svg   the page (rsa_megatron/plots/gap.py)
 
-Operators are fitted on a part of the rows. All figures but those called in_sample are of the rows held out, and of moved
+Operators are fitted on some of the rows. All figures but those called in_sample are of the rows held out, and of moved
 texts as `transform` gives them, of unit length. Keys of the line:
 
     label, images, texts     names: of the encoder, and of the two sources (never a path of this machine)
@@ -18,7 +18,7 @@ texts as `transform` gives them, of unit length. Keys of the line:
                from -1 to 1), js against the images' in bits, phi, psi and overlap (k_overlap) with the texts as they were
     image      spectrum and cosines of the images
     frame      figures in the fixed frame (rsa_megatron.realign.decomposition.GapFigures) of the held-out pairs, and budget_after,
-               the energies with the texts that ReAlign has moved, in the same frame; null without pairs: left_out says why
+               the energies with the texts that ReAlign has moved, in the same frame; null without pairs: left_out gives the reason
     clouds     at most 300 points each of image, text and realigned, from the images' mean: along the mean difference, and
                along the first and second principal direction of both modalities across it
 """
@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from rsa_megatron import atomic
-from rsa_megatron.cli.gap_splits import Parts, split
-from rsa_megatron.cli.realign_sources import add_source_arguments, num_ranks, progress, sources
+from rsa_megatron.cli.gap_splits import Splits, split_sources
+from rsa_megatron.cli.realign_sources import add_source_arguments, count_ranks, open_sources, progress
 from rsa_megatron.evaluation.embedding_files import Embeddings
 from rsa_megatron.json_lines import Line
 from rsa_megatron.plots import style
@@ -42,7 +42,7 @@ from rsa_megatron.plots.gap import draw_gap
 from rsa_megatron.plots.gap_records import STEPS, parse_gap
 from rsa_megatron.plots.gap_table import format_summary
 from rsa_megatron.realign.baselines import METHODS
-from rsa_megatron.realign.decomposition import gap_figures, term_moments
+from rsa_megatron.realign.decomposition import compute_gap_figures, compute_term_moments
 from rsa_megatron.realign.frame import Frame
 from rsa_megatron.realign.mixing import (
     chance_of_mixing,
@@ -51,9 +51,9 @@ from rsa_megatron.realign.mixing import (
     js_divergence,
     mixing_rate,
 )
-from rsa_megatron.realign.moments import Moments, moments
+from rsa_megatron.realign.moments import Moments, compute_moments
 from rsa_megatron.realign.operator import EmbeddingOperator
-from rsa_megatron.realign.realign import ReAlign, unit_rows
+from rsa_megatron.realign.realign import ReAlign, normalise_rows
 from rsa_megatron.realign.spectra import SpectrumFigures, eigenvalues
 
 K_MIXING, K_OVERLAP = 20, 10
@@ -61,7 +61,7 @@ MOST_POINTS = 300
 
 
 def add_arguments(parser) -> None:
-    """The two sources, and what is to be said of them."""
+    """Add the flags of the two sources and of the report."""
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="OUT.jsonl, OUT.png and OUT.svg are written")
     parser.add_argument("--label", help="what the page calls the pair of encoders; default: their sources")
@@ -69,13 +69,13 @@ def add_arguments(parser) -> None:
         "--fit-fraction",
         type=float,
         default=0.5,
-        help="share of the rows to fit operators on; figures are of the others; default: %(default)s",
+        help="share of the rows to fit operators on; the others are measured; default: %(default)s",
     )
     parser.add_argument(
         "--num-pairs",
         type=int,
         default=2000,
-        help="rows a side for figures of pairs of rows: neighbours, cosines; default: %(default)s",
+        help="rows per side for neighbours and cosines; default: %(default)s",
     )
     parser.add_argument(
         "--methods",
@@ -83,18 +83,18 @@ def add_arguments(parser) -> None:
         choices=METHODS,
         metavar="METHOD",
         default=["none", "mean-shift", "c3", "realign"],
-        help=f"of {', '.join(METHODS)}; none and realign are always there; default: none mean-shift c3 realign",
+        help=f"of {', '.join(METHODS)}; none and realign are always included; default: none mean-shift c3 realign",
     )
     parser.add_argument(
         "--unpaired",
         action="store_true",
-        help="images and texts are no pairs, even where keys or numbers of rows are equal",
+        help="images and texts are not pairs, even where keys or numbers of rows are equal",
     )
     frame = parser.add_mutually_exclusive_group()
     frame.add_argument(
         "--energy", type=float, default=0.99, help="share of the variance in the fixed frame; default: %(default)s"
     )
-    frame.add_argument("--rank", type=int, help="of the fixed frame, in the place of --energy")
+    frame.add_argument("--rank", type=int, help="rank of the fixed frame, instead of --energy")
 
 
 def run(args) -> None:
@@ -104,7 +104,7 @@ def run(args) -> None:
         ValueError: what is wrong with the sources or the arguments; nothing is written.
     """
     check(args)
-    text = json.dumps(measure(*sources(args), args), allow_nan=False)
+    text = json.dumps(measure(*open_sources(args), args), allow_nan=False)
     stem = args.out.with_suffix("") if args.out.suffix in (".jsonl", ".png", ".svg") else args.out
     path = Path(f"{stem}.jsonl")
     gap = parse_gap(Line(str(path), json.loads(text)))  # what is drawn is what is in the file
@@ -117,25 +117,25 @@ def run(args) -> None:
 
 @torch.no_grad()
 def measure(images: Embeddings, texts: Embeddings, args) -> dict:
-    """The line."""
+    """Compute the line."""
     if images.width < 3:
-        raise ValueError(f"rows of {images.width} numbers: the page shows three directions and needs three at least")
-    parts = split(images, texts, args.fit_fraction, unpaired=args.unpaired)
-    num_sampled = min(args.num_pairs, parts.held_images.num_rows, parts.held_texts.num_rows)
+        raise ValueError(f"rows of {images.width} numbers: the page needs at least three directions")
+    splits = split_sources(images, texts, args.fit_fraction, unpaired=args.unpaired)
+    num_sampled = min(args.num_pairs, splits.held_images.num_rows, splits.held_texts.num_rows)
     if num_sampled <= K_OVERLAP:
         raise ValueError(
-            f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows a side, and there are {num_sampled}: "
-            "give more rows, a smaller --fit-fraction or a larger --num-pairs"
+            f"{K_OVERLAP} neighbours need {K_OVERLAP + 1} held-out rows per side, and there are {num_sampled}: "
+            "pass more rows, a smaller --fit-fraction or a larger --num-pairs"
         )
-    fit = [parts.fit_images, parts.fit_texts]
+    fit = [splits.fit_images, splits.fit_texts]
     names = dict.fromkeys(["none", *args.methods, "realign"])
     operators = {name: METHODS[name].fit(*fit, progress=progress) for name in names}
     realign = operators["realign"]
     first_steps = [ReAlign.fit(*fit, steps=steps, progress=progress) for steps in (STEPS[1:2], STEPS[1:3])]
     steps = dict(zip(STEPS, (operators["none"], *first_steps, realign)))
-    held = Held(parts, num_sampled)
+    held = HeldOut(splits, num_sampled)
     distances = {
-        operator: held.distance(operator) for operator in dict.fromkeys([*steps.values(), *operators.values()])
+        operator: held.compute_distance(operator) for operator in dict.fromkeys([*steps.values(), *operators.values()])
     }
     return {
         "kind": "gap",
@@ -155,13 +155,15 @@ def measure(images: Embeddings, texts: Embeddings, args) -> dict:
         "text_trace": realign.text_trace,
         "steps": [{"step": name} | distances[operator] for name, operator in steps.items()],
         "methods": [
-            {"method": name, "sigma": getattr(operator, "sigma", None)} | distances[operator] | held.of_texts(operator)
+            {"method": name, "sigma": getattr(operator, "sigma", None)}
+            | distances[operator]
+            | held.describe_texts(operator)
             for name, operator in operators.items()
         ],
         "chance_of_mixing": chance_of_mixing(num_sampled, num_sampled),
-        "image": held.of_images(),
-        **frame_figures(parts, realign, energy=args.energy, rank=args.rank),
-        "clouds": held.clouds(realign),
+        "image": held.describe_images(),
+        **compute_frame_figures(splits, realign, energy=args.energy, rank=args.rank),
+        "clouds": held.compute_clouds(realign),
     }
 
 
@@ -174,28 +176,28 @@ def name_source(embeddings: Embeddings) -> str:
 
 
 def check(args) -> None:
-    if num_ranks() > 1:
-        raise ValueError("report is one process's work: run it without torchrun")
+    if count_ranks() > 1:
+        raise ValueError("report runs as one process: run it without torchrun")
     if not 0 < args.fit_fraction < 1:
         raise ValueError(f"--fit-fraction {args.fit_fraction:g} must lie between 0 and 1, as some rows are held out")
     if args.num_pairs <= K_OVERLAP:
         raise ValueError(f"--num-pairs {args.num_pairs} must be above {K_OVERLAP}, the number of neighbours compared")
 
 
-class Held:
-    """The held-out rows, and what there is to say of an operator's texts beside them."""
+class HeldOut:
+    """The held-out rows, and the figures of an operator's texts beside them."""
 
-    def __init__(self, parts: Parts, num_sampled: int):
-        self.parts = parts
-        self.fit_mean_D = moments(parts.fit_images, "images").mean_D
-        self.images = moments(parts.held_images, "images", with_scatter=True)
-        self.images_nD, self.texts_nD = (rows.sample(num_sampled) for rows in (parts.held_images, parts.held_texts))
+    def __init__(self, splits: Splits, num_sampled: int):
+        self.splits = splits
+        self.fit_mean_D = compute_moments(splits.fit_images, "images").mean_D
+        self.images = compute_moments(splits.held_images, "images", with_scatter=True)
+        self.images_nD, self.texts_nD = (rows.sample(num_sampled) for rows in (splits.held_images, splits.held_texts))
         self.image_cosines = cosine_histogram(self.images_nD)
 
-    def distance(self, operator: EmbeddingOperator) -> dict[str, float]:
-        """Of the means of images and moved texts, and the floor of sampling."""
-        fitted = moments(self.parts.fit_texts.moved(operator), "moved texts")
-        texts = moments(self.parts.held_texts.moved(operator), "moved texts")
+    def compute_distance(self, operator: EmbeddingOperator) -> dict[str, float]:
+        """Measure the distance between the means of images and moved texts, and the floor of sampling."""
+        fitted = compute_moments(self.splits.fit_texts.move_with(operator), "moved texts")
+        texts = compute_moments(self.splits.held_texts.move_with(operator), "moved texts")
         noise = self.images.trace() / self.images.num_rows + texts.trace() / texts.num_rows
         return {
             "in_sample": (self.fit_mean_D - fitted.mean_D).norm().item(),
@@ -203,41 +205,41 @@ class Held:
             "floor": noise**0.5,
         }
 
-    def of_images(self) -> dict:
-        return {"spectrum": asdict(spectrum(self.images)), "cosines": self.image_cosines.tolist()}
+    def describe_images(self) -> dict:
+        return {"spectrum": asdict(describe_spectrum(self.images)), "cosines": self.image_cosines.tolist()}
 
-    def of_texts(self, operator: EmbeddingOperator) -> dict:
-        """The same of moved texts, and what a sample of them has in common with the images and with itself before."""
-        texts = moments(self.parts.held_texts.moved(operator), "moved texts", with_scatter=True)
+    def describe_texts(self, operator: EmbeddingOperator) -> dict:
+        """Describe moved texts, and compare a sample of them with the images and with itself before."""
+        texts = compute_moments(self.splits.held_texts.move_with(operator), "moved texts", with_scatter=True)
         moved_nD = operator.transform(self.texts_nD, dtype=torch.float64)
         cosines = cosine_histogram(moved_nD)
-        kept = fidelity(self.texts_nD, moved_nD, K_OVERLAP)
+        preserved = fidelity(self.texts_nD, moved_nD, K_OVERLAP)
         return {
-            "spectrum": asdict(spectrum(texts)),
+            "spectrum": asdict(describe_spectrum(texts)),
             "cosines": cosines.tolist(),
             "mixing": mixing_rate(self.images_nD, moved_nD, K_MIXING),
             "js": js_divergence(self.image_cosines, cosines),
-            "phi": kept.mean_cosine,
-            "psi": None if math.isnan(kept.cosine_correlation) else kept.cosine_correlation,
-            "overlap": kept.neighbour_overlap,
+            "phi": preserved.mean_cosine,
+            "psi": None if math.isnan(preserved.cosine_correlation) else preserved.cosine_correlation,
+            "overlap": preserved.neighbour_overlap,
         }
 
-    def clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:
-        """Points along three directions, from the images' mean."""
-        texts = moments(self.parts.held_texts, "texts", with_scatter=True)
-        directions_D3 = three_directions(
+    def compute_clouds(self, operator: EmbeddingOperator) -> dict[str, list[list[float]]]:
+        """Project points onto three directions, from the images' mean."""
+        texts = compute_moments(self.splits.held_texts, "texts", with_scatter=True)
+        directions_D3 = find_three_directions(
             self.images.mean_D - texts.mean_D, self.images.covariance_DD + texts.covariance_DD
         )
         images_pD, texts_pD = (x_nD[:: -(-len(x_nD) // MOST_POINTS)] for x_nD in (self.images_nD, self.texts_nD))
         clouds = {"image": images_pD, "text": texts_pD, "realigned": operator.transform(texts_pD, dtype=torch.float64)}
         return {
-            name: ((unit_rows(x_pD) - self.images.mean_D) @ directions_D3).mul(1e4).round().div(1e4).tolist()
+            name: ((normalise_rows(x_pD) - self.images.mean_D) @ directions_D3).mul(1e4).round().div(1e4).tolist()
             for name, x_pD in clouds.items()
         }
 
 
-def three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor:
-    """Unit columns at right angles, [D, 3]: the mean difference, and the first principal directions of what is across it."""
+def find_three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor:
+    """Find orthonormal columns, [D, 3]: the mean difference, and the first principal directions of what is across it."""
     first_D = torch.nn.functional.normalize(difference_D, dim=0)
     across_DD = torch.eye(len(first_D), dtype=first_D.dtype) - torch.outer(first_D, first_D)
     leading_D2 = torch.linalg.eigh(across_DD @ covariance_DD @ across_DD).eigenvectors[:, -2:].flip(1)
@@ -246,17 +248,17 @@ def three_directions(difference_D: Tensor, covariance_DD: Tensor) -> Tensor:
     return torch.cat([first_D[:, None], leading_D2 * largest_2.sign()], dim=1)
 
 
-def frame_figures(parts: Parts, realign, *, energy: float, rank: int | None) -> dict:
-    """Of the held-out pairs, before ReAlign and after."""
+def compute_frame_figures(splits: Splits, realign, *, energy: float, rank: int | None) -> dict:
+    """Compute the frame's figures on the held-out pairs, before ReAlign and after."""
     nothing = {"frame": None, "budget_after": None}
-    if parts.unpaired:
-        return nothing | {"left_out": f"energies and spectra in the fixed frame need pairs: {parts.unpaired}"}
-    images, texts = parts.paired_images, parts.paired_texts
-    before = gap_figures(images, texts, energy=energy, rank=rank)
+    if splits.unpaired:
+        return nothing | {"left_out": f"energies and spectra in the fixed frame need pairs: {splits.unpaired}"}
+    images, texts = splits.paired_images, splits.paired_texts
+    before = compute_gap_figures(images, texts, energy=energy, rank=rank)
     frame = Frame.of(images, texts, rank=before.rank)
-    after = term_moments(frame, images, texts.moved(realign)).budget()
+    after = compute_term_moments(frame, images, texts.move_with(realign)).compute_budget()
     return {"frame": asdict(before), "budget_after": asdict(after), "left_out": None}
 
 
-def spectrum(found: Moments) -> SpectrumFigures:
+def describe_spectrum(found: Moments) -> SpectrumFigures:
     return SpectrumFigures.of(eigenvalues(found.covariance_DD))

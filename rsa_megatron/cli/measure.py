@@ -9,15 +9,15 @@
     rsa-megatron measure --random --out ...                                  the random baseline
     rsa-megatron measure --features FOLDER FOLDER --out ...                  features stored before
 
-HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, for --vision also a tower for itself
+HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, for --vision also a separate tower
 (SigLIP, CLIP, ViT, DINOv2), for --language any causal language model, or an encoder such as BERT. DATA: Energon shards
 or a mixture of them, COCO's captions .json, a .csv, .tsv or .parquet with captions, a folder of images with a .txt each.
 
-Image and caption go alone through tower and language model; the mean of the image's or caption's tokens is taken after
-every layer. mutual-kNN is averaged over seeds, each of which draws its own --num-samples pairs.
+Image and caption go separately through tower and language model; the mean of the image's or caption's tokens is taken after
+every layer. mutual-kNN is averaged over seeds, each with its own sample of --num-samples pairs.
 
-Features are stored below --store and used again by any run on the same samples; a run that was killed goes on where it
-was. Of each metric a line is written to --out. It takes the place of an earlier one of the same label, data and settings.
+Features are stored below --store and reused by any run on the same samples; a run that was killed resumes where it
+stopped. --out gets one line per metric, which replaces an earlier one of the same label, data and settings.
 """
 
 import argparse
@@ -32,18 +32,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rsa_megatron.alignment.metrics import METRICS
-from rsa_megatron.cli.measure_results import make_line, read_lines, table, write_lines
+from rsa_megatron.cli.measure_results import format_table, make_line, read_lines, write_lines
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.evaluation.extraction import Backbone
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
-from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, text_backbone
+from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, make_text_backbone
 from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
-from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, cone_figures, samples_in_both, score_layers
-from rsa_megatron.evaluation.stored_features import draw, stored_features
+from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, compute_cone_figures, find_common_samples, score_layers
+from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STANDARD_NORMAL = "standard normal"
-# Of the pairs that are left out so many are named.
+# Number of skipped pairs that are named.
 _NAMED = 5
 
 
@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         fail(f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        fail("interrupted; the same command resumes from here")
 
 
-# Under torchrun, of --checkpoint: the first rank does all but its part of the model, in which the others serve.
+# Under torchrun, of --checkpoint: the first rank does everything; the others only run their shard of the model.
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -74,7 +74,7 @@ def fail(message: str) -> None:
 
 
 def fail_once(message: str) -> None:
-    """For what every rank finds."""
+    """Report, on the first rank, an error that every rank finds."""
     if RANK:
         sys.exit(2)
     fail(message)
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="rsa-megatron measure", description=__doc__, formatter_class=style, allow_abbrev=False)
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("models")
     what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
     what.add_argument(
         "--checkpoint", metavar="DIR", type=Path, help="a Megatron checkpoint: its tower against its decoder"
@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--projected",
         action="store_true",
-        help="of a checkpoint the images after the projector, one layer in the decoder's space, not the tower's layers",
+        help="of a checkpoint: measure images after the projector, one layer in the decoder's space, not the tower's layers",
     )
     what.add_argument(
         "--vision", metavar="HF", action="append", default=[], help="a tower, or that of a vision-language model"
@@ -106,7 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="HF",
         action="append",
         default=[],
-        help="a language model, or that of a vision-language model; captions are cut where its positions end",
+        help="a language model, or that of a vision-language model; captions are truncated to its maximum length",
     )
     what.add_argument(
         "--features", metavar="FOLDER", type=Path, nargs=2, help="two folders below --store: rows and columns"
@@ -117,40 +117,59 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--text-reading",
         choices=TEXT_READINGS,
         default=TEXT_READINGS[0],
-        help="multimodal: the caption after its image in one pass. It has seen the image through attention, and "
-        "shares neighbours with it for free: 0.7 was seen where the caption alone gives 0.05",
+        help="multimodal: the caption after its image in one pass. It attends to the image and so "
+        "shares its neighbours: 0.7 was measured where caption-alone gives 0.05",
     )
-    data = parser.add_argument_group("on what")
+    data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, metavar="DATA", help="image-caption pairs: see above")
     data.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder that the paths of images are relative to; DATA's own"
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that the paths of images are relative to; default: DATA's own",
     )
-    data.add_argument("--split", default="val", help="part of shards, and of tables with a column `split`")
-    data.add_argument("--language-code", default="en", help="of tables with a column `language`")
-    data.add_argument("--num-samples", type=int, default=1000, help="pairs of each seed")
-    data.add_argument("--seeds", type=int, default=3, help="how many draws of pairs; seeds 0, 1, ...")
-    how = parser.add_argument_group("how")
-    how.add_argument("--k", type=int, default=10, help="neighbours")
+    data.add_argument("--split", default="val", help="split of shards, and of tables with a column `split`")
+    data.add_argument("--language-code", default="en", help="language to select in tables with a column `language`")
+    data.add_argument("--num-samples", type=int, default=1000, help="pairs per seed")
+    data.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds (0, 1, ...), each with its own sample of pairs"
+    )
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--k", type=int, default=10, help="number of neighbours")
     how.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=[MUTUAL_KNN], metavar="NAME", help=f"of {', '.join(METRICS)}"
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=[MUTUAL_KNN],
+        metavar="NAME",
+        help=f"one or more of {', '.join(METRICS)}",
     )
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; means are float32")
-    how.add_argument("--batch-size", type=int, default=32, help="images or captions that go through a model together")
+    how.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
+    )
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and arithmetic; means are float32"
+    )
+    how.add_argument("--batch-size", type=int, default=32, help="images or captions per forward pass")
     how.add_argument("--num-workers", type=int, default=2, help="threads that open images")
-    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="features are kept below it")
-    how.add_argument("--store-dtype", choices=STORE_DTYPES, default="float32", help="float16 takes half the room")
-    names = parser.add_argument_group("the result")
-    names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="a line a metric")
-    names.add_argument("--label", help="name in tables and figures; the model's")
-    names.add_argument("--data-name", help="name of the data there; DATA's own")
+    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="folder for stored features")
+    how.add_argument(
+        "--store-dtype",
+        choices=STORE_DTYPES,
+        default="float32",
+        help="dtype of stored features; float16 takes half the space",
+    )
+    names = parser.add_argument_group("output")
+    names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="one line per metric")
+    names.add_argument("--label", help="name in tables and figures; default: the model's")
+    names.add_argument("--data-name", help="name of the data in them; default: DATA's own")
     args, args.megatron_flags = parser.parse_known_args(arguments)
     check(args)
     return args
 
 
 def check(args: argparse.Namespace) -> None:
-    """What argparse cannot see; ends with one line."""
+    """Check what argparse cannot; fail with one line."""
     sides = len(args.vision) + len(args.language)
     if args.megatron_flags and not args.checkpoint:
         fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
@@ -158,21 +177,23 @@ def check(args: argparse.Namespace) -> None:
         "vision and --language"
     ] * bool(sides)
     if args.projected and not args.checkpoint:
-        fail_once("--projected is of a --checkpoint, whose projector it reads")
+        fail_once("--projected needs a --checkpoint, whose projector it reads")
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
         fail_once(
             f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}"
         )
     if sides not in (0, 2):
-        fail_once(f"--vision and --language name two backbones between them, not {sides}")
+        fail_once(f"--vision and --language must name two backbones in total, not {sides}")
     needs_data = bool(args.model or args.checkpoint or sides)
     if needs_data != bool(args.data):
         fail_once(
-            "--data is needed: image-caption pairs" if needs_data else f"--data goes with models, not with --{given[0]}"
+            "--data is needed: image-caption pairs"
+            if needs_data
+            else f"--data needs models; it cannot be used with --{given[0]}"
         )
     if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
-        fail_once(f"--text-reading {args.text_reading} needs a language model that is read")
+        fail_once(f"--text-reading {args.text_reading} needs --model or --language")
     for name in ("num_samples", "seeds", "k", "batch_size", "num_workers"):
         if getattr(args, name) < 1:
             fail_once(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -191,7 +212,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError where there is none of that name."""
+    """Raise ValueError unless the device can be used."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -200,54 +221,54 @@ def check_device(device: str) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     read_lines(args.out)  # what is wrong with it shows before the hours, not after
-    rows, columns = stores(args)
-    report_left_out(rows, columns)
-    samples = samples_in_both(rows, columns, k=args.k)
+    rows, columns = open_stores(args)
+    report_skipped(rows, columns)
+    samples = find_common_samples(rows, columns, k=args.k)
     lines = []
     for metric in dict.fromkeys(args.metrics):
         scores = score_layers(
-            rows, columns, metric, k=args.k, samples=samples, device=args.device, each=progress(metric)
+            rows, columns, metric, k=args.k, samples=samples, device=args.device, each=make_progress(metric)
         )
-        gap = cone_figures(rows, columns, scores, samples=samples, device=args.device)
+        gap = compute_cone_figures(rows, columns, scores, samples=samples, device=args.device)
         lines.append(make_line(rows, columns, scores, gap, k=args.k, label=args.label, data=args.data_name))
         write_lines(
             args.out, lines[-1:]
         )  # a metric that has no value for a layer ends the run, and takes no other with it
-    print(table(lines))
+    print(format_table(lines))
 
 
-def progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
-    """Shows how many layers of the rows are done, in a terminal."""
+def make_progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Make a progress bar over the rows' layers, in a terminal."""
     return lambda layers: tqdm(layers, desc=metric, unit="layer", leave=False) if sys.stderr.isatty() else layers
 
 
-def report_left_out(rows: FeatureStore, columns: FeatureStore) -> None:
+def report_skipped(rows: FeatureStore, columns: FeatureStore) -> None:
     reasons = {key: reason for store in (rows, columns) for key, reason in store.left_out.items()}
-    say_left_out(reasons)
+    print_skipped(reasons)
     if reasons:
-        print(f"left out: to try these again, remove {rows.folder} and {columns.folder}", file=sys.stderr)
+        print(f"skipped: to retry these, remove {rows.folder} and {columns.folder}", file=sys.stderr)
 
 
-def say_left_out(reasons: dict[str, str]) -> None:
-    """Samples and why they are left out; of many the first and how many more."""
+def print_skipped(reasons: dict[str, str]) -> None:
+    """Print skipped samples with the reason; of many the first and how many more."""
     for key, reason in [*reasons.items()][:_NAMED]:
-        print(f"left out: {key}: {reason}", file=sys.stderr)
+        print(f"skipped: {key}: {reason}", file=sys.stderr)
     if len(reasons) > _NAMED:
-        print(f"left out: {len(reasons) - _NAMED} more", file=sys.stderr)
+        print(f"skipped: {len(reasons) - _NAMED} more", file=sys.stderr)
 
 
-def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
-    """The features of rows and columns, computed where they are not on disk."""
+def open_stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:
+    """Open the features of rows and columns, computed where they are not on disk."""
     if args.features:
         return FeatureStore.open(args.features[0]), FeatureStore.open(args.features[1])
     if args.random:
         return StandardNormal(args, 0), StandardNormal(args, 1)
-    opened = backbones(args)
+    opened = open_backbones(args)
     if RANK:
         with opened:
             raise AssertionError("the other ranks serve in there, and end")
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)
-    drawn = draw(
+    chosen = draw_samples(
         pairs,
         args.num_samples,
         list(range(args.seeds)),
@@ -259,13 +280,13 @@ def stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", .
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     with opened as waiting:
         # Popped, the first model leaves its memory to the second.
-        return tuple(stored_features(waiting.pop(0), drawn, args.store, **options) for _ in (0, 1))
+        return tuple(extract_to_store(waiting.pop(0), chosen, args.store, **options) for _ in (0, 1))
 
 
-def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
-    """That of the rows and that of the columns."""
+def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]]:
+    """Open the backbones of rows and columns."""
     if not args.checkpoint:
-        return nullcontext(hugging_face_backbones(args))
+        return nullcontext(make_hugging_face_backbones(args))
     from rsa_megatron.training.checkpoint_backbone import (
         checkpoint_backbones,  # loads Megatron, which nothing else here needs
     )
@@ -274,8 +295,8 @@ def backbones(args: argparse.Namespace) -> AbstractContextManager[list[Backbone]
     return checkpoint_backbones(args.checkpoint, args.megatron_flags, **options)
 
 
-def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
-    """Weights are read only if their features are not on disk."""
+def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
+    """Make the backbones; weights are read only if their features are not on disk."""
 
     def model(name: str) -> HFModel:
         return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])
@@ -284,16 +305,16 @@ def hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
         both = model(args.model)
         if not both.is_vision_language:
             raise ValueError(
-                f"--model {args.model}: model_type {both.model_type} is not supported: {', '.join(VISION_LANGUAGE)} "
-                "are; separate models are named with --vision and --language"
+                f"--model {args.model}: model_type {both.model_type} is not supported; supported: "
+                f"{', '.join(VISION_LANGUAGE)}; name separate models with --vision and --language"
             )
-        return [VisionBackbone(both), text_backbone(both, args.text_reading)]
+        return [VisionBackbone(both), make_text_backbone(both, args.text_reading)]
     towers = [VisionBackbone(model(name)) for name in args.vision]
-    return towers + [text_backbone(model(name), args.text_reading) for name in args.language]
+    return towers + [make_text_backbone(model(name), args.text_reading) for name in args.language]
 
 
 class StandardNormal:
-    """What is read of a FeatureStore, of random vectors: every seed its own N."""
+    """The interface of a FeatureStore for random vectors: every seed its own N."""
 
     def __init__(self, args: argparse.Namespace, number: int):
         self.folder, self.layers, self.left_out = Path("--random"), [STANDARD_NORMAL], {}
@@ -312,6 +333,6 @@ class StandardNormal:
             "samples": [list(range(start, start + args.num_samples)) for start in range(0, total, args.num_samples)],
         }
 
-    def layer(self, name: str) -> Tensor:
+    def read_layer(self, name: str) -> Tensor:
         seeds = [torch.Generator().manual_seed(2 * seed + self._number) for seed in self.manifest["seeds"]]
         return torch.cat([torch.randn(self._num_samples, self._width, generator=generator) for generator in seeds])

@@ -11,7 +11,7 @@ from rsa_megatron import atomic
 from rsa_megatron.evaluation.layer_scores import LayerScores
 from rsa_megatron.json_lines import json_object
 
-# What tells measurements apart. A line takes the place of one with the same of all.
+# What identifies a measurement. A line replaces one that agrees in all of these.
 _IDENTITY = (
     "kind",
     "label",
@@ -29,11 +29,11 @@ _IDENTITY = (
 
 
 def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: str | None, data: str | None) -> dict:
-    """The line of one metric.
+    """Make the line of one metric.
 
     Args:
         rows, columns: the stores of features.
-        gap: of layer_scores.cone_figures.
+        gap: of layer_scores.compute_cone_figures.
         label: None for the models' names; data: None for the data's own.
     """
     manifests = [store.manifest for store in (rows, columns)]
@@ -60,8 +60,8 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
         "scores": scores.scores_SRC.tolist(),
         "mean": scores.mean_RC.tolist(),
         "std": None if scores.std_RC is None else scores.std_RC.tolist(),
-        "best": _pair(scores, *scores.best),
-        "last": _pair(scores, *scores.last),
+        "best": _describe_pair(scores, *scores.best),
+        "last": _describe_pair(scores, *scores.last),
         "chance": scores.chance,
         "gap": gap,
         "revision": None if None in revisions else ", ".join(revisions),
@@ -69,7 +69,7 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
     }
 
 
-def _pair(scores: LayerScores, row: int, column: int) -> dict:
+def _describe_pair(scores: LayerScores, row: int, column: int) -> dict:
     std = None if scores.std_RC is None else scores.std_RC[row, column].item()
     return {
         "row": scores.row_layers[row],
@@ -80,40 +80,38 @@ def _pair(scores: LayerScores, row: int, column: int) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Those of a file, of whatever kind; none if it is not there.
+    """Read the lines of a file, of whatever kind; none if it does not exist.
 
     Raises:
-        ValueError: a line is no JSON object.
+        ValueError: a line is not a JSON object.
     """
     texts = path.read_text().split("\n") if path.exists() else []
     return [json_object(text, f"{path}, line {number}") for number, text in enumerate(texts, 1) if text.strip()]
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    """Add lines to a file, each in the place of an earlier one of the same measurement; all at once or not at all."""
-    kept = [line for line in read_lines(path) if not any(_identity(line) == _identity(one) for one in lines)]
-    atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*kept, *lines]))
+    """Add lines to a file atomically, each replacing an earlier one of the same measurement."""
+    others = [line for line in read_lines(path) if not any(_get_identity(line) == _get_identity(one) for one in lines)]
+    atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*others, *lines]))
 
 
-def _identity(line: dict) -> list:
+def _get_identity(line: dict) -> list:
     return [line.get(name) for name in _IDENTITY]
 
 
-def table(lines: list[dict]) -> str:
-    """Best and last pair of each metric, all of one measurement."""
+def format_table(lines: list[dict]) -> str:
+    """Format best and last pair of each metric, all of one measurement."""
     first = lines[0]
     seeds = ", ".join(map(str, first["seeds"]))
     what = f"{first['label']}, {first['rows']} x {first['columns']} layers, on {first['data']}: {first['num_samples']} pairs"
-    what += f", seeds {seeds}, k = {first['k']}" + (
-        f", {first['left_out']} pairs left out" if first["left_out"] else ""
-    )
+    what += f", seeds {seeds}, k = {first['k']}" + (f", {first['left_out']} pairs skipped" if first["left_out"] else "")
     what += ", each caption read AFTER ITS IMAGE" if first["text_reading"] == "multimodal" else ""
     header = ["metric", "best pair", "score", "last pair", "score", "chance"]
     body = [
         [
             line["metric"],
-            *_cells(line["best"]),
-            *_cells(line["last"]),
+            *_format_cells(line["best"]),
+            *_format_cells(line["last"]),
             "" if line["chance"] is None else f"{line['chance']:.4f}",
         ]
         for line in lines
@@ -123,6 +121,6 @@ def table(lines: list[dict]) -> str:
     return "\n".join([what, *rows])
 
 
-def _cells(pair: dict) -> list[str]:
+def _format_cells(pair: dict) -> list[str]:
     spread = "" if pair["std"] is None else f" ± {pair['std']:.4f}"
     return [f"{pair['row']} x {pair['column']}", f"{pair['mean']:.4f}{spread}"]

@@ -2,10 +2,10 @@
 
     rsa-megatron plan --model llava-ov-7b --stage 1.5 --gpus 224 --gpu-memory 80
 
-The stage's recipe says what learns, the batch and --seq-length. Every layout that Megatron and the training script take is
-tried (search.py). Memory (rsa_megatron/planning/memory.py) is for the worst case: every row as long as --seq-length,
-every image cut into the most tiles. Time (step_time.py) is for an average sample. Neither has --rsa-text-source caption: it
-makes rows longer, and the decoder's plain layers keep scores (Run.keeps_scores). Needs no GPU and no Megatron.
+The stage's recipe specifies what is trained, the batch and --seq-length. Every layout that Megatron and the training script
+accept is tried (search.py). Memory (rsa_megatron/planning/memory.py) is for the worst case: every sequence as long as
+--seq-length, every image cut into the most tiles. Time (step_time.py) is for an average sample. Neither has --rsa-text-source
+caption: it makes sequences longer, and the decoder's local layers store scores (Run.keeps_scores). Needs no GPU and no Megatron.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from rsa_megatron.models.architectures import Architecture, get_architecture
 from rsa_megatron.planning.parallel_layout import Layout, Run
-from rsa_megatron.planning.search import DOES_NOT_FIT, Cluster, Plan, find_plans, nearest_number_of_gpus
+from rsa_megatron.planning.search import DOES_NOT_FIT, Cluster, Plan, find_nearest_num_gpus, find_plans
 from rsa_megatron.planning.step_time import Assumptions
 from rsa_megatron.recipes import STAGES, recipe
 
 GIB = 2**30
-# Positions and tiles of an average sample: what the recipes' hours are reckoned with, a tile being 729 positions of it; of an
-# image that comes as an embedding 576, and no tile (the one token in the projector is not reckoned with).
+# Positions and tiles of an average sample: what the recipes' hours are estimated with, a tile being 729 positions of it; of a
+# precomputed embedding 576, and no tile (the one token in the projector is not counted).
 AVERAGES = {"revision": (750, 0), "1": (900, 1), "1.5": (3200, 4), "2": (5000, 6)}
 
 
@@ -30,15 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         run, cluster, assumed = read_run(args)
-        fitting, too_large, refused = find_plans(run, cluster, assumed)
+        fitting, too_large, rejected = find_plans(run, cluster, assumed)
         if not fitting:
-            raise ValueError(why_none(run, cluster, too_large, args))
+            raise ValueError(explain_no_fit(run, cluster, too_large, args))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    refused += [(plan.layout, f"{DOES_NOT_FIT}: needs {plan.total / GIB:.0f} GiB") for plan in too_large]
+    rejected += [(plan.layout, f"{DOES_NOT_FIT}: needs {plan.total / GIB:.0f} GiB") for plan in too_large]
     print_assumptions(run, assumed, args)
-    print_layouts(fitting, refused, run, args)
+    print_layouts(fitting, rejected, run, args)
     print_best(fitting[0], args)
     return 0
 
@@ -47,49 +47,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="rsa-megatron plan", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="architecture, or a Hugging Face folder")
     parser.add_argument("--stage", required=True, help=f"training stage: {', '.join(STAGES)}")
-    parser.add_argument("--gpus", type=int, required=True, help="how many, in all")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="of one, GiB (default: 80)")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs in total")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="memory of one GPU, GiB (default: 80)")
     parser.add_argument(
         "--reserved",
         type=float,
         default=6,
-        help="of it, GiB for the CUDA context, NCCL and the allocator's losses (default: 6)",
+        help="GiB of it for the CUDA context, NCCL and fragmentation (default: 6)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="the most for tensor parallelism (default: 8)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="limits tensor parallelism (default: 8)")
     parser.add_argument("--global-batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--seq-length", type=int, help="default: the recipe's")
-    parser.add_argument("--most-tiles", type=int, help="of one sample; default: of the recipe's largest grid")
+    parser.add_argument("--most-tiles", type=int, help="most tiles of one sample; default: the recipe's largest grid")
     parser.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
         default="transformer_engine",
-        help="local: plain layers, which keep more of each MLP",
+        help="local: Megatron's local layers, which store more of each MLP",
     )
     parser.add_argument(
-        "--gpu-tflops", type=float, default=989, help="of bf16 products at best (default: 989, an H100's)"
-    )
-    parser.add_argument("--utilisation", type=float, default=0.4, help="which part of it is reached (default: 0.4)")
-    parser.add_argument(
-        "--node-bandwidth", type=float, default=300, help="of a GPU within its node, GB/s (default: 300)"
+        "--gpu-tflops", type=float, default=989, help="peak bf16 rate of one GPU (default: 989, an H100's)"
     )
     parser.add_argument(
-        "--network-bandwidth", type=float, default=40, help="of a GPU to other nodes, GB/s (default: 40)"
+        "--utilisation", type=float, default=0.4, help="fraction of the peak that is reached (default: 0.4)"
+    )
+    parser.add_argument(
+        "--node-bandwidth", type=float, default=300, help="GB/s of a GPU within its node (default: 300)"
+    )
+    parser.add_argument(
+        "--network-bandwidth", type=float, default=40, help="GB/s of a GPU to other nodes (default: 40)"
     )
     parser.add_argument("--mean-length", type=float, help="positions of an average sample; default: the stage's")
     parser.add_argument("--mean-tiles", type=float, help="tiles of an average sample; default: the stage's")
-    parser.add_argument("--show", type=int, default=10, help="how many layouts to print (default: 10)")
-    parser.add_argument("--show-refused", action="store_true", help="print each layout that was refused, and why")
+    parser.add_argument("--show", type=int, default=10, help="number of layouts to print (default: 10)")
+    parser.add_argument("--show-refused", action="store_true", help="print each rejected layout with the reason")
     return parser.parse_args(argv)
 
 
 def read_run(args) -> tuple[Run, Cluster, Assumptions]:
-    """What is trained, on what, and what is assumed of it; fills in the recipe's defaults."""
+    """Read run, cluster and assumptions from the flags; fill in the recipe's defaults."""
     settings, architecture = recipe(args.model, args.stage), read_architecture(args.model)
     length, tiles = AVERAGES[args.stage]
     for name, value in {
         "global_batch_size": settings["global_batch_size"],
         "seq_length": settings["seq_length"],
-        "most_tiles": largest_grid(settings, architecture),
+        "most_tiles": count_most_tiles(settings, architecture),
     }.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -104,7 +106,7 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
             or (value == 0 and name in may_be_0)
         ):
             continue
-        raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+        raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0")
     run = Run(
         architecture,
         tuple(settings["trainable"]),
@@ -126,8 +128,8 @@ def read_architecture(model: str) -> Architecture:
     return find_architecture(model)
 
 
-def largest_grid(settings: dict, architecture: Architecture) -> int:
-    """Tiles of the image that is cut into most, its base tile among them; 0 where images come as embeddings."""
+def count_most_tiles(settings: dict, architecture: Architecture) -> int:
+    """Count the tiles of the largest grid, with its base tile; 0 for precomputed embeddings."""
     if "image_positions" in settings:
         return 0
     if settings["image_aspect_ratio"] == "square":
@@ -139,17 +141,17 @@ def largest_grid(settings: dict, architecture: Architecture) -> int:
     return 1 + max(rows * columns for rows, columns in grids)
 
 
-def why_none(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
-    """The nearest that there is, and what it lacks."""
+def explain_no_fit(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
+    """Name the smallest layout, or the nearest number of GPUs."""
     if too_large:
         nearest = too_large[0]
         return (
-            f"nothing fits into {args.gpu_memory:g} GiB less {args.reserved:g} reserved; the nearest is "
-            f"{describe(nearest.layout)}, which needs {nearest.total / GIB:.1f}: take larger GPUs or a smaller --seq-length"
+            f"no layout fits into {args.gpu_memory:g} GiB less {args.reserved:g} reserved; the smallest is "
+            f"{describe(nearest.layout)}, which needs {nearest.total / GIB:.1f}: use larger GPUs or a smaller --seq-length"
         )
     return (
-        f"--gpus {args.gpus} goes with no layout of {args.model} and a global batch of {args.global_batch_size}; "
-        f"--gpus {nearest_number_of_gpus(run, cluster)} does, or name another --global-batch-size"
+        f"--gpus {args.gpus} matches no layout of {args.model} with a global batch of {args.global_batch_size}; "
+        f"--gpus {find_nearest_num_gpus(run, cluster)} does, or pass another --global-batch-size"
     )
 
 
@@ -160,8 +162,8 @@ def describe(layout: Layout) -> str:
     )
 
 
-def flags_of(layout: Layout, args) -> str:
-    """The training script's command line."""
+def format_flags(layout: Layout, args) -> str:
+    """Format the training script's command line."""
     flags = [f"--model {args.model} --stage {args.stage} --bf16 --transformer-impl {args.transformer_impl}"]
     flags += [f"--tensor-model-parallel-size {layout.tensor}"] * (layout.tensor > 1)
     flags += ["--sequence-parallel"] * layout.sequence_parallel
@@ -175,20 +177,20 @@ def flags_of(layout: Layout, args) -> str:
 
 
 def print_assumptions(run: Run, assumed: Assumptions, args) -> None:
-    said = ", ".join(f"{field.name.replace('_', ' ')} {getattr(assumed, field.name):g}" for field in fields(assumed))
-    print(f"{args.model}, stage {args.stage}, bf16, {args.transformer_impl}; learns: {', '.join(run.trainable)}")
-    print(f"{args.gpus} GPUs of {args.gpu_memory:g} GiB, {args.reserved:g} of them reserved")
-    print(f"memory: every row {run.row_length} positions, every sample {run.num_tiles} tile(s)")
-    print(f"time: {said}; under PP every row is filled up to {run.row_length}")
-    print(
-        "Nothing of this has been measured at this size: memory is arithmetic that small runs with plain layers bear out"
+    assumptions = ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(assumed, field.name):g}" for field in fields(assumed)
     )
-    print("to 10 %, time is those assumptions' and no more. N: pairs that one RSA kernel compares, micro-batch x DP.\n")
+    print(f"{args.model}, stage {args.stage}, bf16, {args.transformer_impl}; trained: {', '.join(run.trainable)}")
+    print(f"{args.gpus} GPUs of {args.gpu_memory:g} GiB, {args.reserved:g} of them reserved")
+    print(f"memory: every sequence {run.row_length} positions, every sample {run.num_tiles} tile(s)")
+    print(f"time: {assumptions}; under PP every sequence is padded to {run.row_length}")
+    print("None of this has been measured at this size: memory estimates agree with small runs on local layers")
+    print("to 10 %, times follow from the assumptions. N: pairs that one RSA kernel compares, micro-batch x DP.\n")
 
 
-def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: Run, args) -> None:
+def print_layouts(fitting: list[Plan], rejected: list[tuple[Layout, str]], run: Run, args) -> None:
     print(
-        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s a step':>10}"
+        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s/step':>10}"
     )
     for plan in fitting[: args.show]:
         one = plan.layout
@@ -196,21 +198,21 @@ def print_layouts(fitting: list[Plan], refused: list[tuple[Layout, str]], run: R
         num_pairs = one.micro_batch_size * one.data if run.rsa else "-"
         print(
             f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
-            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{two_digits(plan.seconds):>10}"
+            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{format_two_digits(plan.seconds):>10}"
         )
-    print(f"\n{len(fitting)} layouts fit, {len(refused)} are refused")
-    for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in refused).most_common():
+    print(f"\n{len(fitting)} layouts fit, {len(rejected)} are rejected")
+    for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in rejected).most_common():
         print(f"{count:>6}  {reason}")
-    for layout, reason in refused if args.show_refused else ():
+    for layout, reason in rejected if args.show_refused else ():
         print(f"        {describe(layout)}: {reason}")
 
 
 def print_best(best: Plan, args) -> None:
-    print(f"\nthe first of them, GiB by part, on pipeline stage {best.stage}:")
+    print(f"\nmemory of the fastest layout in GiB, on pipeline stage {best.stage}:")
     for part, num_bytes in best.memory.items():
         print(f"    {part:<16}{num_bytes / GIB:>7.2f}")
-    print(f"    {'all':<16}{best.total / GIB:>7.2f}\n\n{flags_of(best.layout, args)}")
+    print(f"    {'total':<16}{best.total / GIB:>7.2f}\n\n{format_flags(best.layout, args)}")
 
 
-def two_digits(number: float) -> str:
+def format_two_digits(number: float) -> str:
     return f"{float(f'{number:.2g}'):g}"

@@ -9,8 +9,8 @@
 
 In the paper: figures 3 and C.1; figure 1(b); figure E.1; figure 4, with alignment or a loss; tables F.1 and G.1 as dots. The
 last is the page of `rsa-megatron realign report`, for one pair of encoders.
-Each writes OUT.png and OUT.svg, the same bytes each time. What is wrong with a file is one line `error: ...` with its
-name, the line and the key (exit status 2), and nothing is written.
+Each writes OUT.png and OUT.svg, the same bytes each time. A bad file is reported in one line `error: ...` with its name,
+the line and the key (exit status 2), and nothing is written.
 """
 
 import argparse
@@ -49,26 +49,26 @@ def parse(arguments: list[str] | None):
         command.add_argument("records", type=Path, nargs="+", metavar="JSONL", help="files with the lines to draw")
         command.add_argument("--out", type=Path, required=True, help="OUT.png and OUT.svg are written")
         if name in ("heatmap", "bars"):
-            command.add_argument("--metric", help="the metric to draw, where there are several")
+            command.add_argument("--metric", help="metric to draw, if the files hold several")
         elif name != "gap":
             command.add_argument(
                 "--figure",
                 default="mutual-knn",
-                help='what to draw: "lm loss", "accuracy on questions", ...; %(default)s',
+                help='what to draw: "lm loss", "accuracy on questions", ...; default: %(default)s',
             )
             command.add_argument(
                 "--arms",
                 nargs="+",
                 metavar="ARM",
-                help="which arms, in this order; all of them, or in stages and steps those with and without RSA",
+                help="arms to draw, in this order; default: all, or in stages and steps those with and without RSA",
             )
     commands["heatmap"].add_argument(
         "--scale",
         choices=("shared", "panel"),
         default="shared",
-        help="one colour scale for all panels, or each its own; %(default)s",
+        help="one colour scale for all panels, or one for each; default: %(default)s",
     )
-    commands["ablation"].add_argument("--stage", choices=STAGES, default="1", help="after which stage; %(default)s")
+    commands["ablation"].add_argument("--stage", choices=STAGES, default="1", help="stage; default: %(default)s")
     return parser.parse_args(arguments)
 
 
@@ -84,17 +84,17 @@ def bars(args):
 
 def stages(args):
     """after each stage of training"""
-    return draw_stages(of_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
+    return draw_stages(select_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
 
 
 def steps(args):
     """against the training step"""
-    return draw_steps(of_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
+    return draw_steps(select_arms(read_runs(args.records), args.arms, MAIN_ARMS), figure=args.figure)
 
 
 def ablation(args):
     """before and after a stage, arm by arm"""
-    return draw_ablation(of_arms(read_runs(args.records), args.arms), figure=args.figure, stage=args.stage)
+    return draw_ablation(select_arms(read_runs(args.records), args.arms), figure=args.figure, stage=args.stage)
 
 
 def gap(args):
@@ -105,11 +105,11 @@ def gap(args):
 VERBS = {function.__name__: function for function in (heatmap, bars, stages, steps, ablation, gap)}
 
 
-def of_arms(runs: list[Run], arms: list[str] | None, usual: tuple[str, ...] = ()) -> list[Run]:
-    """The runs of the arms asked for, arm by arm; without any asked for, of the usual ones if there are some, else all."""
-    there = style.unique(run.arm for run in runs)
+def select_arms(runs: list[Run], arms: list[str] | None, usual: tuple[str, ...] = ()) -> list[Run]:
+    """Select the runs of the requested arms, arm by arm; by default of the usual ones if present, else all."""
+    present = style.unique(run.arm for run in runs)
     for arm in arms or ():
-        if arm not in there:
-            raise ValueError(f"--arms {arm!r}: no run is of that arm; there are {', '.join(map(repr, there))}")
-    chosen = arms or [arm for arm in usual if arm in there] or there
+        if arm not in present:
+            raise ValueError(f"--arms {arm!r}: no run is of that arm; arms: {', '.join(map(repr, present))}")
+    chosen = arms or [arm for arm in usual if arm in present] or present
     return [run for arm in chosen for run in runs if run.arm == arm]

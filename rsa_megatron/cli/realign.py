@@ -1,6 +1,6 @@
 """ReAlign: text embeddings moved onto the distribution of image embeddings, so that text can stand in for images.
 
-    rsa-megatron realign fit --images SOURCE --texts SOURCE --out FOLDER              from embeddings that are there
+    rsa-megatron realign fit --images SOURCE --texts SOURCE --out FOLDER              from existing embeddings
     rsa-megatron realign fit --encoder HF --data DATA [--text-data DATA] --out FOLDER      embedded and stored first
     torchrun --nproc-per-node N -m rsa_megatron realign fit ...                                 ranks share the rows
     rsa-megatron realign transform --operator FOLDER --texts SOURCE --out x.npy       rows to rows
@@ -9,13 +9,13 @@
     rsa-megatron realign transform [--operator FOLDER] --texts|--images SOURCE [--keys IDS] --data DATA --out SHARDS2
     rsa-megatron realign report ...                                                   a page of figures of two sets
 
-SOURCE: FOLDER[:LAYER] of features that this or rsa-megatron measure has stored, x.npy, x.safetensors[:TENSOR]. HF: a CLIP,
-SigLIP or SigLIP2 model. DATA: as for rsa-megatron measure; for texts also LLaVA's records without images, or a .txt of a
-caption a line. SHARDS2 is what pretrain_llava_rsa.py --stage revision trains on: each sample's image is its embedding,
-of unit length; records, parts and `rsa` stay as they are.
+SOURCE: FOLDER[:LAYER] of features stored by this command or rsa-megatron measure, x.npy, x.safetensors[:TENSOR]. HF: a CLIP,
+SigLIP or SigLIP2 model. DATA: as for rsa-megatron measure; for texts also LLaVA's records without images, or a .txt with
+one caption per line. SHARDS2 is what pretrain_llava_rsa.py --stage revision trains on: each sample's image is its embedding,
+of unit length; records, splits and `rsa` are unchanged.
 
-Images and texts need not pair up. Embed with the same encoder, on the same kind of data, what an operator was fitted on
-and what it moves. Embeddings are kept below --store: a run that was killed goes on where it was.
+Images and texts need not pair up. Use the same encoder and the same kind of data for fitting an operator and for
+applying it. Embeddings are stored below --store: a run that was killed resumes where it stopped.
 """
 
 import argparse
@@ -27,13 +27,13 @@ import torch
 from tqdm import tqdm
 
 from rsa_megatron.cli import realign_fit, realign_transform
-from rsa_megatron.cli.realign_sources import add_source_arguments, rank, sources
+from rsa_megatron.cli.realign_sources import add_source_arguments, get_rank, open_sources
 
-__all__ = ["add_source_arguments", "main", "sources"]
+__all__ = ["add_source_arguments", "main", "open_sources"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what is wrong with its input is one line, and exit code 2."""
+    """Run a command; bad input is reported in one line, with exit code 2."""
     tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
     join_ranks()
     command = parse(arguments)
@@ -49,19 +49,19 @@ def main(arguments: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         fail(f"--batch-size {command.batch_size} is too large for the device: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        fail("interrupted; the same command resumes from here")
 
 
 def join_ranks() -> None:
-    """Under torchrun, over gloo: what ranks exchange is a few vectors."""
+    """Join the ranks of torchrun over gloo: they exchange a few vectors."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         # As long as the first rank may embed.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def fail(message: str) -> None:
-    """Every rank finds the same; the first one says it."""
-    if rank() == 0:
+    """Print, on the first rank, the error that every rank finds; exit."""
+    if get_rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""`rsa-megatron realign fit`: from two sets of embeddings to an operator on disk, with the figures that say what it does."""
+"""`rsa-megatron realign fit`: from two sets of embeddings to an operator on disk, with figures of its effect."""
 
 import argparse
 import dataclasses
@@ -10,81 +10,81 @@ import torch
 from rsa_megatron.cli.gap_splits import Rows
 from rsa_megatron.cli.realign_sources import (
     add_source_arguments,
-    group,
-    num_ranks,
-    on_first_rank,
+    count_ranks,
+    get_group,
+    get_rank,
+    open_sources,
     progress,
-    rank,
-    sources,
+    run_on_first_rank,
 )
 from rsa_megatron.data.prepare.embedding_shards import check_free
 from rsa_megatron.evaluation.embedding_files import Embeddings
 from rsa_megatron.realign.baselines import METHODS
-from rsa_megatron.realign.moments import moments
+from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.operator import EmbeddingOperator
 from rsa_megatron.realign.realign import NO_SPREAD, STEPS, ReAlign
 
-# Options that one method alone has.
+# Options of a single method.
 _OF_METHOD = {"sigma": "c3", "steps": "realign"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the operator is written")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write the operator to")
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="realign",
-        help="the paper's operator, realign (the default), or what it is compared with",
+        help="the paper's operator, realign (the default), or a baseline",
     )
     parser.add_argument(
-        "--sigma", type=float, help="of c3: standard deviation of the noise in each coordinate; default: 0.04"
+        "--sigma", type=float, help="for c3: standard deviation of the noise in each coordinate; default: 0.04"
     )
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, help="of realign: the steps to take, in this order; default: all"
+        "--steps", nargs="+", choices=STEPS, help="for realign: the steps to take, in this order; default: all"
     )
     add_source_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Fit, save, print. Raises ValueError for what cannot be fitted on."""
-    options = method_options(args)
-    on_first_rank(lambda: check_free(args.out))
-    images, texts = sources(args)
-    shares = [embeddings.share(rank(), num_ranks()) for embeddings in (images, texts)]
+    options = read_method_options(args)
+    run_on_first_rank(lambda: check_free(args.out))
+    images, texts = open_sources(args)
+    shares = [embeddings.take_share(get_rank(), count_ranks()) for embeddings in (images, texts)]
     operator = METHODS[args.method].fit(
-        *shares, group=group(), progress=progress, about=about(images, texts), **options
+        *shares, group=get_group(), progress=progress, about=describe_sources(images, texts), **options
     )
-    gaps = gaps_by_step(operator, shares[1])
-    on_first_rank(lambda: operator.save(args.out))
-    if rank() == 0:
-        print(report(operator, gaps, images, texts))
+    gaps = measure_gaps(operator, shares[1])
+    run_on_first_rank(lambda: operator.save(args.out))
+    if get_rank() == 0:
+        print(format_report(operator, gaps, images, texts))
         print(f"{args.out}: written")
 
 
-def method_options(args: argparse.Namespace) -> dict:
-    """The method's own options, those that were given."""
+def read_method_options(args: argparse.Namespace) -> dict:
+    """Return the method's own options that were passed."""
     options = {name: getattr(args, name) for name in _OF_METHOD if getattr(args, name) is not None}
     for name in options:
         if args.method != _OF_METHOD[name]:
-            raise ValueError(f"--{name} is an option of --method {_OF_METHOD[name]}; leave it out with {args.method}")
+            raise ValueError(f"--{name} is an option of --method {_OF_METHOD[name]}; omit it with {args.method}")
     return options
 
 
-def about(images: Embeddings, texts: Embeddings) -> dict[str, str]:
-    """What an operator says of the sets that it was fitted on."""
+def describe_sources(images: Embeddings, texts: Embeddings) -> dict[str, str]:
+    """Describe the sets that an operator was fitted on, for its manifest."""
     found = {"images": images.description, "texts": texts.description}
-    encoders = {"image_encoder": encoder_of(images), "text_encoder": encoder_of(texts)}
+    encoders = {"image_encoder": format_encoder(images), "text_encoder": format_encoder(texts)}
     return found | {name: encoder for name, encoder in encoders.items() if encoder}
 
 
-def encoder_of(embeddings: Embeddings) -> str | None:
-    """Model, revision and layer that gave the rows; None where the source does not know."""
+def format_encoder(embeddings: Embeddings) -> str | None:
+    """Format model, revision and layer that gave the rows; None where the source does not know."""
     parts = [embeddings.about.get(name) for name in ("model", "revision", "layer")]
     return " ".join(parts) if all(parts) else None
 
 
-def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
-    """|mean - mu_x| of the texts that were fitted on: as they are, and after each step and its projection.
+def measure_gaps(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, float]:
+    """Measure |mean - mu_x| of the fitted texts: as they are, and after each step and its projection.
 
     Args:
         texts: this rank's; all ranks call it.
@@ -95,38 +95,38 @@ def gaps_by_step(operator: EmbeddingOperator, texts: Embeddings) -> dict[str, fl
             steps = operator.steps[:taken]
             # Each with its own constants: without the trace step the scale is 1.
             before = dataclasses.replace(operator, steps=steps, scale=operator.scale if "trace" in steps else 1.0)
-            gaps[f"after {' and '.join(steps)}"] = _gap(before, texts)
+            gaps[f"after {' and '.join(steps)}"] = _measure_gap(before, texts)
     if operator.method != "none":
-        gaps[f"after {operator.method}"] = _gap(operator, texts)
+        gaps[f"after {operator.method}"] = _measure_gap(operator, texts)
     return gaps
 
 
-def _gap(operator: EmbeddingOperator, texts: Embeddings) -> float:
+def _measure_gap(operator: EmbeddingOperator, texts: Embeddings) -> float:
     moved = Rows(texts, torch.ones(texts.num_rows, dtype=torch.bool), operator)
-    mean_D = moments(moved, "moved texts", group=group(), progress=progress).mean_D
+    mean_D = compute_moments(moved, "moved texts", group=get_group(), progress=progress).mean_D
     return (mean_D - operator.image_mean_D).norm().item()
 
 
-def report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddings, texts: Embeddings) -> str:
-    """Counts, traces, scale, gaps."""
+def format_report(operator: EmbeddingOperator, gaps: dict[str, float], images: Embeddings, texts: Embeddings) -> str:
+    """Format counts, traces, scale and gaps."""
     n = min(operator.num_images, operator.num_texts)
     floor = math.sqrt((operator.image_trace + operator.text_trace) / n)
     lines = [
         f"images: {operator.num_images} of {images.description}; trace of the covariance {operator.image_trace:.6f}",
         f"texts:  {operator.num_texts} of {texts.description}; trace of the covariance {operator.text_trace:.6f}",
-        f"method {operator.method}; {scale_in_words(operator)}",
-        "distance of the means of images and texts, on the rows that were fitted on:",
+        f"method {operator.method}; {format_scale(operator)}",
+        "distance between the means of images and texts, on the rows used for fitting:",
         *(f"    {name:32} {gap:.6g}" for name, gap in gaps.items()),
-        f"on {n} other images and texts chance alone leaves about sqrt((Tx + Ty) / n) = {floor:.6g}",
+        f"for {n} other images and texts expect about sqrt((Tx + Ty) / n) = {floor:.6g} by chance",
     ]
     return "\n".join(lines)
 
 
-def scale_in_words(operator: EmbeddingOperator) -> str:
-    """s, also of a method that has none: near 1, the trace step would do nothing."""
+def format_scale(operator: EmbeddingOperator) -> str:
+    """Format s, also of a method without it: near 1, the trace step would do nothing."""
     is_realign = isinstance(operator, ReAlign)
     if operator.text_trace <= NO_SPREAD:
-        return "all texts are equal" + (f", s = {operator.scale:.6g} comes from epsilon alone" if is_realign else "")
+        return "all texts are equal" + (f", s = {operator.scale:.6g} comes only from epsilon" if is_realign else "")
     if is_realign:
         return f"s = {operator.scale:.6f}"
-    return f"s = {math.sqrt(operator.image_trace / operator.text_trace):.6f} of the traces, not used"
+    return f"s = {math.sqrt(operator.image_trace / operator.text_trace):.6f} from the traces, not used"

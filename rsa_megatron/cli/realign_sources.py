@@ -1,6 +1,6 @@
-"""What rsa-megatron realign works on: two sets of embeddings that are there, or those of an encoder for some data.
+"""What rsa-megatron realign works on: two existing sets of embeddings, or those of an encoder for some data.
 
-Under torchrun every rank opens the same two sets; what is not there is embedded by the first rank, the others wait.
+Under torchrun every rank opens the same two sets; what is not stored is embedded by the first rank, the others wait.
 """
 
 import argparse
@@ -13,40 +13,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rsa_megatron.cli.measure import DTYPES, check_device, say_left_out
+from rsa_megatron.cli.measure import DTYPES, check_device, print_skipped
 from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.data.sources.pairs import Pairs, in_words
 from rsa_megatron.evaluation.dual_encoders import ImageEmbedder, TextEmbedder
-from rsa_megatron.evaluation.embedding_files import Embeddings, of_store, open_embeddings
+from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings, open_store
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
 from rsa_megatron.evaluation.hf_models import HFModel
-from rsa_megatron.evaluation.stored_features import Drawn, draw, stored_features
+from rsa_megatron.evaluation.stored_features import SampleSet, draw_samples, extract_to_store
 
 EMBEDDERS = {"image": ImageEmbedder, "text": TextEmbedder}
 Found = TypeVar("Found")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags by which `sources` finds the images' and the texts' embeddings."""
-    given = parser.add_argument_group("embeddings that are there")
+    """Add the flags of `open_sources`."""
+    given = parser.add_argument_group("existing embeddings")
     given.add_argument(
         "--images", metavar="SOURCE", help="FOLDER[:LAYER] of stored features, x.npy or x.safetensors[:TENSOR]"
     )
-    given.add_argument("--texts", metavar="SOURCE", help="the same, of texts; the two sets need not pair up")
-    data = parser.add_argument_group("or those of an encoder")
+    given.add_argument("--texts", metavar="SOURCE", help="the same for texts; the two sets need not pair up")
+    data = parser.add_argument_group("or an encoder and data")
     add_encoder_arguments(data)
+    data.add_argument("--text-data", type=Path, metavar="DATA", help="data to take the texts from; default: --data")
     data.add_argument(
-        "--text-data", type=Path, metavar="DATA", help="texts of other data than the images; default: those of --data"
-    )
-    data.add_argument(
-        "--split", default="train", help="part of shards, and of tables with a column `split`; default: %(default)s"
+        "--split", default="train", help="split of shards, and of tables with a column `split`; default: %(default)s"
     )
     add_embedding_arguments(parser)
 
 
 def add_encoder_arguments(group) -> None:
-    """Flags that name an encoder and data."""
+    """Add the flags that name an encoder and data."""
     group.add_argument("--encoder", metavar="HF", help="CLIP, SigLIP or SigLIP2: a folder, or a name on the hub")
     group.add_argument(
         "--data",
@@ -54,7 +52,7 @@ def add_encoder_arguments(group) -> None:
         metavar="DATA",
         help="image-caption pairs: Energon shards, .json, .jsonl, .yaml, "
         ".parquet, or a folder of images with texts; for texts also LLaVA's records without images, "
-        "or a .txt of a caption a line",
+        "or a .txt with one caption per line",
     )
     group.add_argument(
         "--image-folder",
@@ -62,24 +60,28 @@ def add_encoder_arguments(group) -> None:
         metavar="DIR",
         help="folder that the paths of images are relative to; default: DATA's own",
     )
-    group.add_argument("--language-code", default="en", help="of tables with a column `language`; default: %(default)s")
-    group.add_argument("--num-samples", type=int, help="so many of each part of the data; default: all of it")
+    group.add_argument(
+        "--language-code",
+        default="en",
+        help="language to select in tables with a column `language`; default: %(default)s",
+    )
+    group.add_argument("--num-samples", type=int, help="samples per split; default: all")
 
 
 def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how an encoder runs."""
-    how = parser.add_argument_group("how it embeds")
+    """Add the flags that configure the encoder."""
+    how = parser.add_argument_group("embedding")
     how.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
     )
     how.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic; default: %(default)s"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and arithmetic; default: %(default)s"
     )
     how.add_argument(
         "--batch-size",
         type=int,
         default=32,
-        help="images or captions that go through the encoder together; default: %(default)s",
+        help="images or captions per forward pass; default: %(default)s",
     )
     how.add_argument("--num-workers", type=int, default=2, help="threads that open images; default: %(default)s")
     how.add_argument(
@@ -87,23 +89,23 @@ def add_embedding_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("features"),
         metavar="DIR",
-        help="embeddings are kept below it; default: %(default)s",
+        help="folder for stored embeddings; default: %(default)s",
     )
     how.add_argument(
         "--store-dtype",
         choices=STORE_DTYPES,
         default="float32",
-        help="of the embeddings that are kept; float16 takes half the room; default: %(default)s",
+        help="dtype of stored embeddings; float16 takes half the space; default: %(default)s",
     )
 
 
 def check_sources(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raise ValueError for conflicting flags."""
     there, embedded = bool(args.images or args.texts), bool(args.encoder or args.data or args.text_data)
     if there == embedded or there != bool(args.images and args.texts) or embedded != bool(args.encoder and args.data):
         raise ValueError("name two sets of embeddings, --images and --texts, or an --encoder and its --data")
     if there and args.num_samples is not None:
-        raise ValueError("--num-samples goes with --encoder; of embeddings that are there all are read")
+        raise ValueError("--num-samples needs --encoder; existing embeddings are read whole")
     check_numbers(args)
 
 
@@ -114,18 +116,18 @@ def check_numbers(args: argparse.Namespace) -> None:
     check_device(args.device)
 
 
-def sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
-    """The images' and the texts' embeddings; what an encoder gives is stored first, below --store.
+def open_sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
+    """Open the images' and the texts' embeddings; an encoder's are stored first, below --store.
 
     Raises:
-        ValueError: they are not there, or of different widths; on all ranks of torchrun alike.
+        ValueError: not found, or of different widths; on all ranks of torchrun alike.
     """
     check_sources(args)
     if args.encoder:
-        folders = on_first_rank(lambda: [str(store.folder) for store in (embed_images(args), embed_texts(args))])
-        images, texts = (of_store(FeatureStore.open(folder)) for folder in folders)
+        folders = run_on_first_rank(lambda: [str(store.folder) for store in (embed_images(args), embed_texts(args))])
+        images, texts = (open_store(FeatureStore.open(folder)) for folder in folders)
     else:
-        images, texts = on_all_ranks(lambda: (open_embeddings(args.images), open_embeddings(args.texts)))
+        images, texts = run_on_all_ranks(lambda: (open_embeddings(args.images), open_embeddings(args.texts)))
     check_sides(images, "vision", "--images")
     check_sides(texts, "text", "--texts")
     check_widths(images, texts)
@@ -133,63 +135,61 @@ def sources(args: argparse.Namespace) -> tuple[Embeddings, Embeddings]:
 
 
 def check_sides(embeddings: Embeddings, side: str, flag: str) -> None:
-    """Raises ValueError for features that say they are of the other side; a file's rows say nothing."""
+    """Raise ValueError for features of the other side; a file's rows have no side."""
     found = embeddings.about.get("side", side)
     if found != side:
-        raise ValueError(
-            f"{flag} {embeddings.description}: these are of the side {found}; images and texts are the other way round"
-        )
+        raise ValueError(f"{flag} {embeddings.description}: these are of the side {found}; swap --images and --texts")
 
 
 def check_widths(images: Embeddings, texts: Embeddings) -> None:
-    """Raises ValueError unless both can lie in one space."""
+    """Raise ValueError unless both can lie in one space."""
     if images.width != texts.width:
         raise ValueError(
             f"{images.description} has {images.width} numbers a row and {texts.description} has {texts.width}: texts can be "
-            "moved onto images within one space alone; embed both with a dual encoder (--encoder: CLIP, SigLIP), or take "
+            "moved onto images only within one space; embed both with a dual encoder (--encoder: CLIP, SigLIP), or take "
             "both after a layer that projects them to one width"
         )
 
 
 def embed_images(args: argparse.Namespace) -> FeatureStore:
     pairs = open_pairs(args.data, images=args.image_folder, split=args.split, language=args.language_code)
-    return stored("image", drawn(args, args.data, pairs, args.split, images=args.image_folder), args)
+    return embed_samples("image", draw_split(args, args.data, pairs, args.split, images=args.image_folder), args)
 
 
 def embed_texts(args: argparse.Namespace) -> FeatureStore:
     data = args.text_data or args.data
     pairs = open_captions(data, split=args.split, language=args.language_code)
-    return stored("text", drawn(args, data, pairs, args.split), args)
+    return embed_samples("text", draw_split(args, data, pairs, args.split), args)
 
 
-def drawn(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, images: Path | None = None) -> Drawn:
-    """--num-samples of the pairs, or all of them; what the data has besides is said."""
+def draw_split(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, images: Path | None = None) -> SampleSet:
+    """Draw --num-samples of the pairs, or all; print what was skipped."""
     source = {"language": args.language_code, "images": str(images and images.resolve())}
-    chosen = draw(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
+    chosen = draw_samples(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
     if pairs.left_out:
-        print(f"left out: of {data}, part {split}: {in_words(pairs.left_out)}", file=sys.stderr)
+        print(f"skipped: of {data}, split {split}: {in_words(pairs.left_out)}", file=sys.stderr)
     return chosen
 
 
-def stored(side: str, chosen: Drawn, args: argparse.Namespace) -> FeatureStore:
-    """The embeddings of some samples, computed where they are not on disk."""
+def embed_samples(side: str, chosen: SampleSet, args: argparse.Namespace) -> FeatureStore:
+    """Return the embeddings of some samples, computed where they are not on disk."""
     model = HFModel(args.encoder, device=torch.device(args.device), dtype=DTYPES[args.dtype])
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     embedder = EMBEDDERS[side](model)
-    store = stored_features(embedder, chosen, args.store, **options)
-    say_left_out(store.left_out)
-    if embedder.num_cut:
+    store = extract_to_store(embedder, chosen, args.store, **options)
+    print_skipped(store.left_out)
+    if embedder.num_truncated:
         print(
-            f"{embedder.num_cut} of {len(chosen.pairs)} texts are longer than {args.encoder} reads; what it does not read is not in "
-            "their embeddings, and texts that begin alike may have equal ones",
+            f"{embedder.num_truncated} of {len(chosen.pairs)} texts are longer than {args.encoder} reads and were truncated; "
+            "texts with the same beginning may have equal embeddings",
             file=sys.stderr,
         )
     return store
 
 
 def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
-    """The pieces, with a bar of rows on the first rank's terminal."""
-    disable = rank() > 0 or None  # None: where there is no terminal
+    """Yield the pieces, with a progress bar of rows on the first rank's terminal."""
+    disable = get_rank() > 0 or None  # None: where there is no terminal
     with tqdm(
         total=getattr(pieces, "num_rows", None), desc=what, unit="row", unit_scale=True, leave=False, disable=disable
     ) as bar:
@@ -198,44 +198,44 @@ def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
             bar.update(len(piece_ND))
 
 
-def group() -> torch.distributed.ProcessGroup | None:
-    """Of all ranks of torchrun; None for one process."""
+def get_group() -> torch.distributed.ProcessGroup | None:
+    """Return the group of all ranks of torchrun; None for one process."""
     return torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
 
 
-def rank() -> int:
-    return torch.distributed.get_rank() if group() else 0
+def get_rank() -> int:
+    return torch.distributed.get_rank() if get_group() else 0
 
 
-def num_ranks() -> int:
-    return torch.distributed.get_world_size() if group() else 1
+def count_ranks() -> int:
+    return torch.distributed.get_world_size() if get_group() else 1
 
 
-def on_first_rank(function: Callable[[], Found]) -> Found:
-    """What the first rank's call gives, on all ranks; or its ValueError."""
+def run_on_first_rank(function: Callable[[], Found]) -> Found:
+    """Return the first rank's result on all ranks, or raise its ValueError."""
     found = [None, None]
-    if rank() == 0:
+    if get_rank() == 0:
         try:
             found = [function(), None]
         except (ValueError, OSError) as error:
             found = [None, str(error)]
-    if group():
+    if get_group():
         torch.distributed.broadcast_object_list(found, src=0)
     if found[1]:
         raise ValueError(found[1])
     return found[0]
 
 
-def on_all_ranks(function: Callable[[], Found]) -> Found:
-    """What the call gives on each rank; or the ValueError of any of them on all: none waits for one that has ended."""
+def run_on_all_ranks(function: Callable[[], Found]) -> Found:
+    """Return each rank's own result, or raise any rank's ValueError on all: none waits for one that has ended."""
     found, fault = None, None
     try:
         found = function()
     except (ValueError, OSError) as error:
         fault = str(error)
     faults = [fault]
-    if group():
-        faults = [None] * num_ranks()
+    if get_group():
+        faults = [None] * count_ranks()
         torch.distributed.all_gather_object(faults, fault)
     if any(faults):
         raise ValueError(next(fault for fault in faults if fault))

@@ -1,4 +1,4 @@
-"""Shows one sample as training sees it: its tokens with what is learnt, and its images cut into tiles."""
+"""Show one sample as training sees it: its tokens with the targets marked, and its images cut into tiles."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
 from rsa_megatron.recipes import STAGES
 
-if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
 _MODEL = get_architecture("llava-ov-7b")  # all of LLaVA-OneVision's cut images alike
@@ -36,13 +36,15 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
     parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--part", choices=["train", "val"], default="train", help="of shards or a mixture")
-    parser.add_argument("--images", type=Path, help="folder that a SOURCE's paths of images are relative to; its own")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling_strategy random, as for pack")
-    parser.add_argument("--stage", choices=list(STAGES), default="1", help="as this stage's recipe has it")
-    parser.add_argument("--template", choices=conversation.TEMPLATES, help="in the place of the stage's")
-    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="in the place of the stage's")
-    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="in the place of the stage's")
+    parser.add_argument("--part", choices=["train", "val"], default="train", help="split of shards or a mixture")
+    parser.add_argument(
+        "--images", type=Path, help="folder that a SOURCE's paths of images are relative to; default: its own"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling_strategy random, as for pack")
+    parser.add_argument("--stage", choices=list(STAGES), default="1", help="use the settings of this stage's recipe")
+    parser.add_argument("--template", choices=conversation.TEMPLATES, help="instead of the stage's")
+    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="instead of the stage's")
+    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="instead of the stage's")
     parser.add_argument("--image-size", type=int, default=_MODEL.vision.image_size, help="side of a tile, pixels")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
 
@@ -55,11 +57,11 @@ def show(args) -> None:
     if args.index < 0:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
-    sample = stored_sample(args) if prepared else source_sample(args)
+    sample = read_stored_sample(args) if prepared else read_source_sample(args)
     record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     parts = read_parts(sample)
-    reader = image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
+    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
     parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
@@ -71,29 +73,27 @@ def show(args) -> None:
         layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts
     )
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
-    print(marked(tokenizer, text, colour=sys.stdout.isatty()))
+    print(mark_text(tokenizer, text, colour=sys.stdout.isatty()))
     num_positions = len(text.tokens) - len(images) + num_image_tokens
     print(
-        f"\n«learnt» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are learnt and "
-        f"{sum(text.is_caption)} the caption's; {num_positions} with the images' own"
+        f"\n«target» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are targets and "
+        f"{sum(text.is_caption)} the caption's; {num_positions} with the image tokens"
     )
     if num_positions > settings["seq_length"]:
-        print(
-            f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is cut at its end to fit"
-        )
-    takes_part = "yes, it takes part" if prepared else "yes, if it is packed or linked with --rsa"
+        print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is truncated")
+    takes_part = "yes" if prepared else "yes, if it is packed or linked with --rsa"
     if settings.get("rsa_weight") == 0:
         takes_part = f"no, stage {args.stage} trains without it"
-    print(f"RSA: {why_not_rsa(sample, len(images), text) or takes_part}")
+    print(f"RSA: {explain_no_rsa(sample, len(images), text) or takes_part}")
     for image, layout in zip(images, layouts):
-        print(in_words(image, layout))
+        print(describe_image(image, layout))
     if images and isinstance(reader, ImageTiler):
-        picture(reader.tiles(images), layouts).save(args.out)
+        draw_tiles(reader.tiles(images), layouts).save(args.out)
         print(f"tiles: {args.out}")
 
 
-def image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
-    """As the stage reads images; those that are embeddings alone can be shown in any."""
+def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
+    """Make the stage's image reader; samples with only embeddings can be shown in any stage."""
     positions = settings.get("image_positions", 0)
     if positions or not has_pixels:
         return ImageEmbeddings(width=None, positions=positions or 1)
@@ -108,7 +108,7 @@ def image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEm
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not folder.is_dir():
-        raise ValueError(f"--tokenizer {folder} is no folder; name one with a Hugging Face tokenizer")
+        raise ValueError(f"--tokenizer {folder} is not a folder; name one with a Hugging Face tokenizer")
     from transformers import AutoTokenizer
 
     try:
@@ -118,7 +118,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether Energon can read it: a folder that is indexed, or a mixture."""
+    """Return whether Energon can read it: an indexed folder, or a mixture."""
     if path.is_dir():
         return (path / ".nv-meta").is_dir()
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -130,18 +130,18 @@ def is_prepared(path: Path) -> bool:
     return isinstance(content, dict) and "__class__" in content
 
 
-def stored_sample(args) -> StoredSample:
+def read_stored_sample(args) -> StoredSample:
     check_data(str(args.path), [args.part], num_readers=1, micro_batch_size=1)
     num_samples = 0
     for sample in stored_samples(args.path, args.part):
         if num_samples == args.index:
             return sample
         num_samples += 1
-    raise ValueError(f"--index {args.index}: {args.path} has {num_samples} samples in its part {args.part}")
+    raise ValueError(f"--index {args.index}: {args.path} has {num_samples} samples in its split {args.part}")
 
 
-def source_sample(args) -> StoredSample:
-    """A record of a SOURCE, as pack would store it with --rsa."""
+def read_source_sample(args) -> StoredSample:
+    """Read a record of a SOURCE as pack would store it with --rsa."""
     source = open_source(args.path, seed=args.seed)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
@@ -157,22 +157,22 @@ def source_sample(args) -> StoredSample:
 
 
 def read_parts(sample: StoredSample) -> dict[str, bytes]:
-    """Its images' bytes; of a linked sample each may have been missing."""
+    """Return its images' bytes; of a linked sample each may be missing."""
     for part in sample.images.values():
         if isinstance(part, Exception):
             raise ValueError(f"an image of {sample.__key__} cannot be read: {part}") from part
     return sample.images
 
 
-def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
-    """The text of the tokens, what is learnt between « and », the caption between ‹ and ›."""
+def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:
+    """Decode the tokens, with targets between « and », the caption between ‹ and ›."""
     out = ""
     runs = itertools.groupby(zip(text.tokens, text.is_target, text.is_caption), key=lambda token: token[1])
     for is_target, run in runs:
         out += (_GREEN * colour + "«") if is_target else ""
         for is_caption, tokens in itertools.groupby(run, key=lambda token: token[2]):
             piece = tokenizer.decode([token for token, _, _ in tokens], clean_up_tokenization_spaces=False)
-            # An end of a line that is learnt would not be seen.
+            # A line end that is a target would not be seen.
             piece = piece.replace("\n", "↵\n") if is_target else piece
             if is_caption:
                 piece = f"{_UNDERLINE * colour}‹{piece}›{(_PLAIN + _GREEN * is_target) * colour}"
@@ -181,26 +181,26 @@ def marked(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText,
     return out
 
 
-def why_not_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
-    """What keeps it out of the RSA loss; None if nothing does."""
+def explain_no_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
+    """Explain why it is not in the RSA loss; None if it is."""
     if not (sample.__subflavors__ or {}).get("rsa"):
-        return "no, its data set has no subflavor rsa: true"
+        return "no, its dataset has no subflavor rsa: true"
     if num_images != 1:
         return f"no, it has {num_images} images, not one"
     return None if any(text.is_caption) else "no, it has no caption"
 
 
-def in_words(image: Image.Image | Tensor, layout: ImageLayout) -> str:
+def describe_image(image: Image.Image | Tensor, layout: ImageLayout) -> str:
     if layout.positions:
         return f"image as an embedding: {len(image)} numbers, of length {image.norm():.4g}, in {layout.positions} position(s)"
     grid = (
-        f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " alone"
+        f" and a grid of {layout.grid_rows} x {layout.grid_columns} (rows x columns)" if layout.grid_rows else " only"
     )
     return f"image of {image.width} x {image.height} pixels: a base tile{grid}"
 
 
-def picture(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:
-    """Each image's base tile and, right of it, its grid; images one below the other."""
+def draw_tiles(tiles: Tensor, layouts: list[ImageLayout]) -> Image.Image:
+    """Draw each image's base tile and, right of it, its grid; images one below the other."""
     pixels = ((tiles.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     step = pixels.shape[1] + _GAP
     rows = [max(1, layout.grid_rows) for layout in layouts]

@@ -1,8 +1,8 @@
 """The embeddings of transformers' dual encoders (CLIP, SigLIP, SigLIP2): of an image and of a text, in one space.
 
 Two backbones of extraction.py with one layer each, "embedding": what get_image_features and get_text_features give, each
-read as the model was trained. An image goes through the model's own processor. A caption is cut where the model's
-positions end (CLIP's 77 tokens, SigLIP's 64: of a dense caption that may be the first half). CLIP reads the state of
+read as the model was trained. An image goes through the model's own processor. A caption is truncated to the model's
+positions (CLIP's 77 tokens, SigLIP's 64: of a dense caption that may be the first half). CLIP reads the state of
 the end token, before which padding cannot be seen; SigLIP reads that of the last position, and was trained to see the
 padding up to there, without a mask, whatever its tokenizer gives.
 
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.data.sources.pairs import CaptionedImage
-from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, all_digits, identity_of
+from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, describe_model, keep_float32_digits
 from rsa_megatron.evaluation.hf_models import HFModel
 
-if TYPE_CHECKING:  # for annotations alone
+if TYPE_CHECKING:  # only for annotations
     from transformers import BatchFeature
 
 #: The name of the one layer.
 EMBEDDING = "embedding"
 # CLIP's configs from before transformers named the right token; such models read the state of the highest token id.
-_END_TOKEN_UNTOLD = 2
+_LEGACY_END_TOKEN = 2
 
 
 class ImageEmbedder:
@@ -38,23 +38,23 @@ class ImageEmbedder:
 
     side = "vision"
     layers = [EMBEDDING]
-    num_cut = 0
+    num_truncated = 0
 
     def __init__(self, model: HFModel):
         model.check_dual_encoder()
         self._model, self._processor = model, model.image_processor
-        self.identity = identity_of(model) | {"pooling": EMBEDDING, "image": "as its processor prepares it"}
+        self.identity = describe_model(model) | {"pooling": EMBEDDING, "image": "as its processor prepares it"}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
-        """The pixels of a pair's image; of SigLIP2's models for any shape of image also where its patches lie."""
+        """Return the pixels of a pair's image; for SigLIP2 models of any image shape also where its patches lie."""
         return self._processor([pair.image()], return_tensors="pt")
 
     @torch.inference_mode()
     def features(self, batch: list["BatchFeature"]) -> dict[str, Tensor]:
-        """[n, D], float32."""
+        """Return [n, D], float32."""
         inputs = {name: torch.cat([item[name] for item in batch]).to(self._model.device) for name in batch[0]}
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        with all_digits():
+        with keep_float32_digits():
             found = self._model.dual_encoder.get_image_features(**inputs)
         return {EMBEDDING: found.pooler_output.float().cpu()}
 
@@ -75,32 +75,32 @@ class TextEmbedder:
         self._longest = min(model.config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
         self._is_clip = model.model_type == "clip"
         #: texts so far that were longer than the model reads
-        self.num_cut = 0
+        self.num_truncated = 0
         if self._is_clip:
             self._check_end()
-        self.identity = identity_of(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
+        self.identity = describe_model(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
 
     def prepare(self, pair: CaptionedImage) -> Any:
-        """The tokens of a pair's caption, [1, S], and for CLIP the mask. Raises ValueError where there are none."""
-        text = self._tokens(pair.caption)
+        """Tokenize a pair's caption, [1, S], for CLIP with its mask. Raises ValueError where there are no tokens."""
+        text = self._tokenize(pair.caption)
         if not set(text["input_ids"][0].tolist()) - set(self._tokenizer.all_special_ids):
             raise ValueError("its caption has no token")
         return text
 
     @torch.inference_mode()
     def features(self, batch: list[Any]) -> dict[str, Tensor]:
-        """[n, D], float32."""
+        """Return [n, D], float32."""
         length = max(item["input_ids"].shape[1] for item in batch)
         fillers = {"input_ids": self._tokenizer.pad_token_id or 0, "attention_mask": 0}
         inputs = {
-            name: torch.cat([_padded(item[name], length, fillers[name]) for item in batch]).to(self._model.device)
+            name: torch.cat([_pad(item[name], length, fillers[name]) for item in batch]).to(self._model.device)
             for name in batch[0]
         }
-        with all_digits():
+        with keep_float32_digits():
             found = self._model.dual_encoder.get_text_features(**inputs)
         return {EMBEDDING: found.pooler_output.float().cpu()}
 
-    def _tokens(self, caption: str) -> dict[str, Tensor]:
+    def _tokenize(self, caption: str) -> dict[str, Tensor]:
         padding = {} if self._is_clip else {"padding": "max_length", "padding_side": "right"}
         with TOKENIZER_IN_USE:
             found = self._tokenizer(
@@ -113,7 +113,7 @@ class TextEmbedder:
             )
             # Before the last token, which ends every text: where the row is not full, padding, or another text's length.
             if (ids_S := found["input_ids"][0]).numel() == self._longest and ids_S[-2] != self._tokenizer.pad_token_id:
-                self.num_cut += (
+                self.num_truncated += (
                     len(self._tokenizer([caption], split_special_tokens=True)["input_ids"][0]) > self._longest
                 )
         names = ("input_ids", "attention_mask") if self._is_clip else ("input_ids",)
@@ -121,12 +121,12 @@ class TextEmbedder:
 
     def _check_end(self) -> None:
         end = self._model.config.text_config.eos_token_id
-        if end != _END_TOKEN_UNTOLD and end not in self._tokens("a")["input_ids"]:
+        if end != _LEGACY_END_TOKEN and end not in self._tokenize("a")["input_ids"]:
             raise ValueError(
-                f"{self._model.name}: its embedding of a text is the state of token {end}, with which its tokenizer ends "
-                "no text; save it with a tokenizer that adds that token"
+                f"{self._model.name}: its embedding of a text is the state of token {end}, which its tokenizer does "
+                "not append; save it with a tokenizer that adds that token"
             )
 
 
-def _padded(x_1S: Tensor, length: int, filler: int) -> Tensor:
+def _pad(x_1S: Tensor, length: int, filler: int) -> Tensor:
     return torch.nn.functional.pad(x_1S, (0, length - x_1S.shape[1]), value=filler)

@@ -1,11 +1,11 @@
 """Embeddings from anywhere, read piece by piece: however many rows a file has, one piece of them is in memory.
 
-    FOLDER, FOLDER:LAYER          features that rsa-megatron measure or realign has stored; their keys come with them
+    FOLDER, FOLDER:LAYER          features stored by rsa-megatron measure or realign, with their keys
     x.npy                         numpy's format, [N, D]
     x.safetensors, x.safetensors:TENSOR    a tensor of [N, D]
 
-Rows are given as they are stored, of any length. A row that has no direction (NaN, infinity, zero) is an error that
-counts such rows of each kind and names the first, by key where there are keys; alignment/ knows rows by their number alone.
+Rows are returned as stored, of any length. A row that has no direction (NaN, infinity, zero) is an error that counts
+such rows of each kind and names the first, by key where there are keys; alignment/ knows rows only by number.
 
 Shapes: N rows of a source, n of a piece; D width.
 """
@@ -22,18 +22,18 @@ from rsa_megatron.evaluation.feature_store import FeatureStore
 
 # A piece of 1280 numbers a row in float32 is 3276 rows; what is made of it in float64 is twice as much.
 _PIECE_BYTES = 16 * 2**20
-# Why a row has no direction, seen from its largest number; of each kind so many rows are named.
+# Why a row has no direction, seen from its largest number; at most _NAMED rows of each kind are named.
 _FAULTS = {"hold NaN": torch.isnan, "hold infinity": torch.isinf, "are zero": torch.logical_not}
 _NAMED = 5
 _FORMS = "name a folder of stored features (FOLDER:LAYER), an .npy, or a .safetensors (FILE:TENSOR)"
 
 
 class Embeddings:
-    """Rows of a source, or a part of them. Iterate it, as often as you like, for its pieces, [n, D], in order.
+    """Rows of a source, or a shard of them. Iterate it, as often as you like, for its pieces, [n, D], in order.
 
     Args:
         description: the source and what of it, for messages.
-        keys: of all rows of the source, where it has any.
+        keys: of all rows of the source, if it has any.
         about: what is known of the rows: "model", "revision", "data", ...
         read: the rows from one number to before another, in pieces.
     """
@@ -66,8 +66,8 @@ class Embeddings:
                 self._raise_for_rows()
             yield piece_nD
 
-    def share(self, rank: int, size: int) -> "Embeddings":
-        """The rank's part of the rows, one after the other: all ranks' together are all rows, each once."""
+    def take_share(self, rank: int, size: int) -> "Embeddings":
+        """Take the rank's contiguous shard of the rows: all ranks' together are all rows, each once."""
         first, last = (self._rows.start + self.num_rows * number // size for number in (rank, rank + 1))
         return Embeddings(
             self.description,
@@ -81,17 +81,17 @@ class Embeddings:
     def _raise_for_rows(self) -> None:
         bad, first = {kind: [] for kind in _FAULTS}, self._rows.start
         for piece_nD in self._read(self._rows.start, self._rows.stop):
-            largest_n = _largest(piece_nD)
+            largest_n = _find_largest(piece_nD)
             for kind, is_bad in _FAULTS.items():
                 bad[kind] += (first + is_bad(largest_n).nonzero()[:, 0]).tolist()
             first += len(piece_nD)
-        kinds = ", ".join(f"{len(rows)} {kind} ({self._named(rows)})" for kind, rows in bad.items() if rows)
+        kinds = ", ".join(f"{len(rows)} {kind} ({self._format_names(rows)})" for kind, rows in bad.items() if rows)
         raise ValueError(
             f"{self.description}: {sum(map(len, bad.values()))} of {self.num_rows} embeddings have no direction: {kinds}; "
-            "leave them out, or embed them again"
+            "remove them, or embed them again"
         )
 
-    def _named(self, rows: list[int]) -> str:
+    def _format_names(self, rows: list[int]) -> str:
         names = ", ".join(self._all_keys[number] if self._all_keys else f"row {number}" for number in rows[:_NAMED])
         return names + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
 
@@ -102,12 +102,12 @@ def _has_direction(x_nD: Tensor) -> Tensor:
     is_usual_n = length_n.isfinite() & (length_n > 0)
     if is_usual_n.all():
         return is_usual_n
-    largest_n = _largest(x_nD)
+    largest_n = _find_largest(x_nD)
     return largest_n.isfinite() & (largest_n > 0)
 
 
-def _largest(x_nD: Tensor) -> Tensor:
-    """A row's largest number without its sign; NaN where there is one."""
+def _find_largest(x_nD: Tensor) -> Tensor:
+    """Return each row's largest magnitude; NaN where there is one."""
     return torch.linalg.vector_norm(x_nD, torch.inf, dim=1)
 
 
@@ -122,23 +122,23 @@ def open_embeddings(source: str | Path) -> Embeddings:
         before, _, name = str(source).rpartition(":")
         path = Path(before)
     if path.is_dir() or path.with_name(path.name + ".unfinished").is_dir():
-        return of_store(FeatureStore.open(path), name)
+        return open_store(FeatureStore.open(path), name)
     if not path.is_file():
-        raise ValueError(f"{path} is not there; {_FORMS}")
+        raise ValueError(f"{path} not found; {_FORMS}")
     if path.suffix == ".npy":
         if name is not None:
-            raise ValueError(f"{source}: an .npy holds one array; leave out :{name}")
-        return _npy(path)
+            raise ValueError(f"{source}: an .npy holds one array; omit :{name}")
+        return _open_npy(path)
     if path.suffix == ".safetensors":
-        return _safetensors(path, name)
-    raise ValueError(f"{path} is none of the forms that are read; {_FORMS}")
+        return _open_safetensors(path, name)
+    raise ValueError(f"{path} has an unsupported format; {_FORMS}")
 
 
-def of_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
-    """The features of a layer; of a store with one layer it need not be named.
+def open_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
+    """Open the features of a layer; of a store with one layer it need not be named.
 
     Raises:
-        ValueError: there is no such layer, or none is named and there are several.
+        ValueError: no such layer, or none is named and there are several.
     """
     layers = ", ".join(store.layers)
     if layer is None and len(store.layers) > 1:
@@ -154,19 +154,19 @@ def of_store(store: FeatureStore, layer: str | None = None) -> Embeddings:
     return Embeddings(
         f"{store.folder}, layer {layer}",
         rows=range(len(store.keys)),
-        width=store.width(layer),
+        width=store.read_width(layer),
         keys=store.keys,
         about=about | {"layer": layer},
-        read=lambda start, stop: store.pieces(layer, start, stop),
+        read=lambda start, stop: store.read_pieces(layer, start, stop),
     )
 
 
-def _npy(path: Path) -> Embeddings:
+def _open_npy(path: Path) -> Embeddings:
     try:
         x_ND = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path} cannot be read as numpy's array of numbers: {error}; write it with numpy.save"
+            f"{path} cannot be read as a numpy array of numbers: {error}; write it with numpy.save"
         ) from error
     if x_ND.dtype.kind != "f" or x_ND.dtype.itemsize > 8:
         raise ValueError(f"{path} holds {x_ND.dtype}: save it as float32, float16 or float64")
@@ -174,15 +174,15 @@ def _npy(path: Path) -> Embeddings:
     def read(start: int, stop: int) -> Iterator[Tensor]:
         # Opened for each pass: pages that have been read leave the memory with it.
         rows_ND = numpy.load(path, mmap_mode="r", allow_pickle=False)
-        step = _piece_rows(rows_ND.shape[1], rows_ND.itemsize)
+        step = _count_piece_rows(rows_ND.shape[1], rows_ND.itemsize)
         for first in range(start, stop, step):
             piece_nD = rows_ND[first : min(first + step, stop)]
             yield torch.from_numpy(numpy.array(piece_nD, dtype=rows_ND.dtype.newbyteorder("="), order="C"))
 
-    return _of_file(path, None, x_ND.shape, read)
+    return _make_embeddings(path, None, x_ND.shape, read)
 
 
-def _safetensors(path: Path, name: str | None) -> Embeddings:
+def _open_safetensors(path: Path, name: str | None) -> Embeddings:
     try:
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
@@ -200,25 +200,25 @@ def _safetensors(path: Path, name: str | None) -> Embeddings:
         raise ValueError(f"{path}, tensor {name} holds {dtype}: save it as float32, float16, bfloat16 or float64")
 
     def read(start: int, stop: int) -> Iterator[Tensor]:
-        step = _piece_rows(shape[1], 8)
+        step = _count_piece_rows(shape[1], 8)
         with safe_open(path, "pt") as file:
             rows_ND = file.get_slice(name)
             for first in range(start, stop, step):
                 yield rows_ND[first : min(first + step, stop)]
 
-    return _of_file(path, name, shape, read)
+    return _make_embeddings(path, name, shape, read)
 
 
-def _of_file(path: Path, name: str | None, shape: tuple[int, ...], read: Callable) -> Embeddings:
+def _make_embeddings(path: Path, name: str | None, shape: tuple[int, ...], read: Callable) -> Embeddings:
     description = f"{path}, tensor {name}" if name else str(path)
     if len(shape) != 2 or not all(shape):
         raise ValueError(
-            f"{description} has the shape {list(shape)}: it must be rows of embeddings, [N, D], at least one"
+            f"{description} has the shape {list(shape)}: it must be at least one row of embeddings, [N, D]"
         )
     return Embeddings(
         description, rows=range(shape[0]), width=shape[1], keys=None, about={"file": path.name}, read=read
     )
 
 
-def _piece_rows(width: int, itemsize: int) -> int:
+def _count_piece_rows(width: int, itemsize: int) -> int:
     return max(1, _PIECE_BYTES // (width * itemsize))

@@ -1,7 +1,7 @@
 """Takes the features of pairs from a backbone into a store: prepared ahead in threads, in batches, part by part.
 
-What can be wrong with a pair (an image that does not open, a caption without a token) shows when it is prepared; it is
-left out then, and the store says why.
+A pair that fails (an image that does not open, a caption without a token) fails when it is prepared; it is then skipped,
+and the store records the reason.
 
 Shapes: n pairs of a batch, D width of a layer.
 """
@@ -36,10 +36,10 @@ class Backbone(Protocol):
     identity: dict[str, Any]
 
     def prepare(self, pair: CaptionedImage) -> Any:
-        """A pair's pixels or tokens; called from several threads. Raises ValueError, with the reason, to leave it out."""
+        """Return a pair's pixels or tokens; called from several threads. Raises ValueError, with the reason, to skip it."""
 
     def features(self, batch: list[Any]) -> dict[str, Tensor]:
-        """[n, D] of every layer for n pairs that `prepare` has returned, each the same as it would be alone."""
+        """Return [n, D] of every layer for n prepared pairs, each independent of the others."""
 
 
 def extract(
@@ -56,8 +56,8 @@ def extract(
     Args:
         pairs: of the keys of the store's manifest, in their order.
         num_workers: threads that prepare pairs.
-        part_size: pairs of a part. Batches do not reach from one part into the next, so that a run that is taken up
-            again makes the same ones.
+        part_size: pairs of a part. Batches do not reach from one part into the next, so that a resumed run makes the
+            same ones.
 
     Raises:
         ValueError: not one pair of the first part can be used.
@@ -68,7 +68,7 @@ def extract(
         for start in range(store.num_done, len(pairs), part_size):
             part = pairs[start : start + part_size]
             keys, left_out, batches = [], {}, []
-            for prepared in _ahead(backbone.prepare, part, batch_size, pool):
+            for prepared in _prepare_ahead(backbone.prepare, part, batch_size, pool):
                 good = {key: item for key, item in prepared.items() if not isinstance(item, ValueError)}
                 left_out |= {key: str(item) for key, item in prepared.items() if isinstance(item, ValueError)}
                 if good:
@@ -85,21 +85,21 @@ def extract(
     store.finish()
 
 
-def _ahead(
+def _prepare_ahead(
     prepare: Callable[[CaptionedImage], Any], pairs: Sequence[CaptionedImage], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[dict[str, Any]]:
-    """Batches of prepared pairs by key, or why one cannot be; the next batch is prepared while one is used."""
+    """Yield batches of prepared pairs, or their errors, by key; the next batch is prepared while one is used."""
     waiting: dict[str, Future] = {}
     for start in range(0, len(pairs), batch_size):
         submitted = {pair.key: pool.submit(prepare, pair) for pair in pairs[start : start + batch_size]}
         if waiting:
-            yield _results(waiting)
+            yield _collect_results(waiting)
         waiting = submitted
     if waiting:
-        yield _results(waiting)
+        yield _collect_results(waiting)
 
 
-def _results(futures: dict[str, Future]) -> dict[str, Any]:
+def _collect_results(futures: dict[str, Future]) -> dict[str, Any]:
     found = {}
     for key, future in futures.items():
         error = future.exception()

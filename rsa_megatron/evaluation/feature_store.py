@@ -1,12 +1,12 @@
 """Features of every layer of a backbone, on disk: written once, part by part, and read a layer at a time.
 
     FOLDER/manifest.json             what they are of: model, data, pooling, ..., the keys of the pairs and the layers' names
-    FOLDER/part-00000.safetensors    [n, D] of every layer for the next n pairs; in its header their keys, and what was left out
+    FOLDER/part-00000.safetensors    [n, D] of every layer for the next n pairs; in its header their keys, and which were skipped
     FOLDER/part-00001.safetensors    ...
 
 While they are written the folder is called FOLDER.unfinished. A part appears under its name when it is on disk as a
-whole, and says itself which pairs it deals with. So a run that was killed goes on after the last part, and ends with the
-bytes of a run that was not: nothing in them depends on the clock or on the machine's state.
+whole, and lists its own pairs. So a run that was killed resumes after the last part, and ends with the bytes of a run
+that was not: nothing in them depends on the clock or on the machine's state.
 
 Shapes: N pairs in a store, n of them in a part; D width of a layer.
 """
@@ -44,17 +44,17 @@ class FeatureStore:
         #: each part and how many pairs have features in it
         self._parts: list[tuple[Path, int]] = []
         for part in sorted(folder.glob("part-*.safetensors")):
-            self._count(part, *_contents(part))
+            self._count(part, *_read_contents(part))
 
     @classmethod
     def create(cls, folder: str | Path, manifest: dict) -> "FeatureStore":
-        """The store of that name: a finished one, or one to go on with, or an empty one.
+        """Open the store of that name: a finished one, or one to resume, or an empty one.
 
         Args:
             manifest: what can be written as JSON; `keys`, `layers` and `store_dtype` must be in it.
 
         Raises:
-            ValueError: there is one of another manifest (the message names what differs), or somebody is writing it.
+            ValueError: it exists with another manifest (the message names what differs), or is being written.
         """
         folder = Path(folder)
         manifest = json.loads(json.dumps(manifest))  # as it is read back: tuples are lists
@@ -62,7 +62,7 @@ class FeatureStore:
             store = cls.open(folder)
             _check_same(folder, store.manifest, manifest)
             return store
-        unfinished = _unfinished(folder)
+        unfinished = _get_unfinished_path(folder)
         unfinished.mkdir(parents=True, exist_ok=True)
         lock = _lock(unfinished)
         try:
@@ -80,18 +80,16 @@ class FeatureStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureStore":
-        """A finished store.
+        """Open a finished store.
 
         Raises:
-            ValueError: there is none.
+            ValueError: not found.
         """
         folder = Path(folder)
-        if not folder.exists() and _unfinished(folder).exists():
-            raise ValueError(f"{_unfinished(folder)} is not finished: run the command that makes it once more")
+        if not folder.exists() and _get_unfinished_path(folder).exists():
+            raise ValueError(f"{_get_unfinished_path(folder)} is not finished: rerun the command that writes it")
         if not (folder / _MANIFEST).is_file():
-            raise ValueError(
-                f"{folder} holds no features ({_MANIFEST} is missing); name a folder that they were stored in"
-            )
+            raise ValueError(f"{folder} holds no features ({_MANIFEST} is missing); name a folder of stored features")
         store = cls(folder, _read_manifest(folder), final=None)
         if store.num_done != len(store.manifest["keys"]):
             total = len(store.manifest["keys"])
@@ -104,7 +102,7 @@ class FeatureStore:
 
     @property
     def num_done(self) -> int:
-        """How many of the manifest's keys have been dealt with: they have features, or were left out."""
+        """Number of the manifest's keys that are done: they have features, or were skipped."""
         return len(self.keys) + len(self.left_out)
 
     @property
@@ -115,20 +113,20 @@ class FeatureStore:
         """Write the next part.
 
         Args:
-            keys: n of them, the next ones of the manifest but for those left out.
+            keys: n of them, the next ones of the manifest but for those skipped.
             features: [n, D] of every layer. With n = 0 it may be empty.
             left_out: keys among them that have no features, each with the reason.
 
         Raises:
-            ValueError: a feature is no number, or too large for the store's dtype.
+            ValueError: a feature is not finite, or too large for the store's dtype.
         """
         left_out = left_out or {}
         assert not self.finished, "a finished store is not written to"
-        asked = self.manifest["keys"][self.num_done : self.num_done + len(keys) + len(left_out)]
-        assert [key for key in asked if key not in left_out] == list(keys), "pairs come in the order of the manifest"
+        expected = self.manifest["keys"][self.num_done : self.num_done + len(keys) + len(left_out)]
+        assert [key for key in expected if key not in left_out] == list(keys), "pairs come in the order of the manifest"
         assert not keys or list(features) == self.layers, "features of every layer, in the manifest's order"
         dtype = STORE_DTYPES[self.manifest["store_dtype"]]
-        tensors = {name: _stored(name, rows_nD, dtype) for name, rows_nD in features.items()} if keys else {}
+        tensors = {name: _convert(name, rows_nD, dtype) for name, rows_nD in features.items()} if keys else {}
         # One entry: safetensors writes several in any order, and the bytes would differ from run to run.
         metadata = {"pairs": json.dumps({"keys": list(keys), "left_out": left_out})}
         part = self.folder / f"part-{len(self._parts):05d}.safetensors"
@@ -144,11 +142,11 @@ class FeatureStore:
         self.folder, self._final = self._final, None
         self._unlock()
 
-    def layer(self, name: str) -> Tensor:
-        """The features of one layer, [N, D], float32, in the order of `keys`; no other layer is read."""
+    def read_layer(self, name: str) -> Tensor:
+        """Read the features of one layer, [N, D], float32, in the order of `keys`; no other layer is read."""
         assert name in self.layers, name
         if not self.keys:
-            raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was left out")
+            raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
         x_ND = None
         row = 0
         for part, size in self._parts:
@@ -162,16 +160,16 @@ class FeatureStore:
             row += size
         return x_ND
 
-    def width(self, name: str) -> int:
-        """Of the features of one layer."""
+    def read_width(self, name: str) -> int:
+        """Read the width of one layer's features."""
         for part, size in self._parts:
             if size:
                 with safe_open(part, "pt") as file:
                     return file.get_slice(name).get_shape()[1]
-        raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was left out")
+        raise ValueError(f"{self.folder} holds no features: each of its {len(self.left_out)} pairs was skipped")
 
-    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """The features of one layer for the pairs from `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
+    def read_pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield the features of one layer for pairs `start` to before `stop`, [n, D] of a part at a time, in the store's dtype."""
         assert name in self.layers, name
         stop = len(self.keys) if stop is None else stop
         first = 0
@@ -188,7 +186,7 @@ class FeatureStore:
         self.left_out |= left_out
 
 
-def _contents(part: Path) -> tuple[list[str], dict[str, str]]:
+def _read_contents(part: Path) -> tuple[list[str], dict[str, str]]:
     try:
         with safe_open(part, "pt") as file:
             metadata = file.metadata()
@@ -198,10 +196,10 @@ def _contents(part: Path) -> tuple[list[str], dict[str, str]]:
     return pairs["keys"], pairs["left_out"]
 
 
-def _stored(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
     stored_nD = rows_nD.to("cpu", dtype).contiguous()
     if not rows_nD.isfinite().all():
-        raise ValueError(f"layer {name} gives a feature that is no finite number; with --dtype bfloat16, try float32")
+        raise ValueError(f"layer {name} gives a feature that is not finite; with --dtype bfloat16, try float32")
     if not stored_nD.isfinite().all():
         largest = rows_nD.abs().max().item()
         raise ValueError(
@@ -210,12 +208,12 @@ def _stored(name: str, rows_nD: Tensor, dtype: torch.dtype) -> Tensor:
     return stored_nD
 
 
-def _unfinished(folder: Path) -> Path:
+def _get_unfinished_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".unfinished")
 
 
 def _lock(folder: Path) -> int:
-    """Held until the process ends, or the store is finished: two that write the same parts get in each other's way."""
+    """Lock the folder until the process ends, or the store is finished: two writers would corrupt each other's parts."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,11 +240,11 @@ def _read_manifest(folder: Path) -> dict:
 def _check_same(folder: Path, then: dict, now: dict) -> None:
     for name in [*now, *then]:
         if name not in then or name not in now or then[name] != now[name]:
-            before, here = (_in_words(manifest.get(name)) for manifest in (then, now))
+            before, here = (_format_value(manifest.get(name)) for manifest in (then, now))
             differs = f"{name} {before}, this run has {here}" if before != here else f"other {name}"
             raise ValueError(f"{folder} has features with {differs}: name another --store, or remove that folder")
 
 
-def _in_words(value) -> str:
+def _format_value(value) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."

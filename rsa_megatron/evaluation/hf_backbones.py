@@ -1,13 +1,14 @@
 """The two sides of transformers' models as backbones: the mean over a sample's tokens after every layer.
 
-An image goes alone through the tower: whole, at one size. Its tokens count, class tokens do not; they are read as the
-layers leave them, before any last norm, pixel shuffle, merger or projector. A caption goes alone through the language
-model. Its own tokens count; what the tokenizer adds (Llama's <s>, BERT's [CLS] and [SEP]; Qwen's adds nothing) is in the
+An image goes through the tower by itself: whole, at one size. Its tokens count, class tokens do not; they are read as the
+layers leave them, before any last norm, pixel shuffle, merger or projector. A caption goes through the language
+model by itself. Its own tokens count; what the tokenizer adds (Llama's <s>, BERT's [CLS] and [SEP]; Qwen's adds nothing) is in the
 input, as the model was trained with it, and not in the mean. No chat template, and a caption that spells a special token
 is text. The last layer of a language model is read after its final norm, as transformers' hidden_states has it.
 
 `CaptionAfterImage` reads the caption in one pass with its image. Then its states have seen the image through attention,
-and share neighbours with it for free: 0.7 was seen where the caption alone gives 0.05. It is here to show just that.
+and share neighbours with it for free: 0.7 was measured where the
+caption alone gives 0.05. It is here only to show that.
 
 Layers are read by hooks and pooled at once, in float32: no more than one layer's tokens exist at a time.
 
@@ -27,24 +28,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rsa_megatron.alignment.pairwise_kernel import float32_products
 from rsa_megatron.data.sources.pairs import CaptionedImage
-from rsa_megatron.evaluation.hf_models import HFModel, Side, num_class_tokens, num_layers
+from rsa_megatron.evaluation.hf_models import HFModel, Side, count_class_tokens, count_layers
 
-if TYPE_CHECKING:  # for annotations alone
+if TYPE_CHECKING:  # only for annotations
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
 TEXT_READINGS = ("caption-alone", "multimodal")
-_UNLIMITED = 10**9  # tokenizers without a limit say 10^30
+_UNLIMITED = 10**9  # tokenizers without a limit report 10^30
 #: Each call sets the options of the Rust tokenizer, which refuses that while another thread is using it.
 TOKENIZER_IN_USE = threading.Lock()
 
 
-def text_backbone(model: HFModel, reading: str) -> "TextBackbone":
-    """The language model of a model, read in one of TEXT_READINGS."""
+def make_text_backbone(model: HFModel, reading: str) -> "TextBackbone":
+    """Make the backbone of a model's language model, read in one of TEXT_READINGS."""
     return TextBackbone(model) if reading == "caption-alone" else CaptionAfterImage(model)
 
 
 class VisionBackbone:
-    """The tower of a vision-language model, or one for itself.
+    """The tower of a vision-language model, or a separate one.
 
     Raises:
         ValueError: the model has none that is supported.
@@ -59,11 +60,11 @@ class VisionBackbone:
         image = {"llava_onevision": "base image", "internvl_vision": "one tile"}.get(
             self._kind, "as its processor prepares it"
         )
-        self.layers = _tower_layers(model)
-        self.identity = identity_of(model) | {"pooling": "mean of image tokens", "image": image}
+        self.layers = _name_tower_layers(model)
+        self.identity = describe_model(model) | {"pooling": "mean of image tokens", "image": image}
 
     def prepare(self, pair: CaptionedImage) -> "BatchFeature":
-        """The pixels of a pair's image: one tile, or the patches of one image."""
+        """Return the pixels of a pair's image: one tile, or the patches of one image."""
         options = {}
         if self._kind == "llava_onevision":
             # A grid of one tile: the tiles of larger ones would be made for nothing. The base image, the whole picture
@@ -78,17 +79,17 @@ class VisionBackbone:
 
     @torch.inference_mode()
     def features(self, batch: list["BatchFeature"]) -> dict[str, Tensor]:
-        """[n, D] of every layer, float32."""
+        """Return [n, D] of every layer, float32."""
         pixels = torch.cat([item["pixel_values"] for item in batch]).to(self._model.device, self._model.dtype)
         tower = self._model.tower
         if "image_grid_thw" in batch[0]:  # Qwen's: images of all sizes, one after the other
             grid = torch.cat([item["image_grid_thw"] for item in batch]).to(self._model.device)
             lengths = grid.prod(1).tolist()
-            with _pooled(tower, lambda x_TD: _mean_of_each(x_TD, lengths)) as found, all_digits():
+            with _pool_layers(tower, lambda x_TD: _average_each(x_TD, lengths)) as found, keep_float32_digits():
                 tower.module(pixels, grid_thw=grid)
         else:
-            skip = num_class_tokens(self._config)
-            with _pooled(tower, lambda x_nTD: x_nTD[:, skip:].float().mean(1)) as found, all_digits():
+            skip = count_class_tokens(self._config)
+            with _pool_layers(tower, lambda x_nTD: x_nTD[:, skip:].float().mean(1)) as found, keep_float32_digits():
                 tower.module(pixels)
         return {name: found[name].cpu() for name in self.layers}
 
@@ -103,8 +104,8 @@ class Caption:
     counts: Tensor
 
 
-def caption_tokens(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
-    """A caption's tokens, at most `longest`, with those that the tokenizer adds; can be called from several threads.
+def tokenize_caption(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
+    """Tokenize a caption, to at most `longest` tokens with those that the tokenizer adds; thread-safe.
 
     Raises:
         ValueError: it has none.
@@ -120,7 +121,7 @@ def caption_tokens(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: 
 
 
 class TextBackbone:
-    """The language model of a vision-language model, or one for itself, or an encoder; it reads captions alone.
+    """The language model of a vision-language model, or a separate one, or an encoder; it reads captions by themselves.
 
     Raises:
         ValueError: the model has none that is supported.
@@ -130,27 +131,30 @@ class TextBackbone:
 
     def __init__(self, model: HFModel):
         self._model = model
-        self.layers = _names(num_layers(model.text_config))
+        self.layers = _name_layers(count_layers(model.text_config))
         self._tokenizer = model.tokenizer
-        self.identity = identity_of(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
+        self.identity = describe_model(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
 
     def prepare(self, pair: CaptionedImage) -> Caption:
-        """The tokens of a pair's caption, cut where the model's positions end."""
+        """Tokenize a pair's caption, truncated to the model's positions."""
         of_model = getattr(self._model.text_config, "max_position_embeddings", None) or _UNLIMITED
-        return caption_tokens(
+        return tokenize_caption(
             self._tokenizer, pair.caption, min(self._tokenizer.model_max_length, of_model, _UNLIMITED)
         )
 
     def features(self, batch: list[Caption]) -> dict[str, Tensor]:
-        """[n, D] of every layer, float32."""
-        return self._mean_states(batch, self._model.language_model.module)
+        """Return [n, D] of every layer, float32."""
+        return self._average_states(batch, self._model.language_model.module)
 
     @torch.inference_mode()
-    def _mean_states(self, captions: list[Caption], module: Module, **inputs: Tensor) -> dict[str, Tensor]:
-        """Those of the language model while `module` runs, which is it or holds it."""
-        ids_nS, is_text_nS, counts_nS = (tensor.to(self._model.device) for tensor in _padded(captions))
+    def _average_states(self, captions: list[Caption], module: Module, **inputs: Tensor) -> dict[str, Tensor]:
+        """Average the language model's states while `module` runs, which is it or holds it."""
+        ids_nS, is_text_nS, counts_nS = (tensor.to(self._model.device) for tensor in _pad(captions))
         language_model, last = self._model.language_model, self.layers[-1]
-        with _pooled(language_model, lambda x_nSD: _mean_where(x_nSD, counts_nS), last=last) as found, all_digits():
+        with (
+            _pool_layers(language_model, lambda x_nSD: _average_where(x_nSD, counts_nS), last=last) as found,
+            keep_float32_digits(),
+        ):
             module(input_ids=ids_nS, attention_mask=is_text_nS, **inputs)
         return {name: found[name].cpu() for name in self.layers}
 
@@ -166,10 +170,10 @@ class CaptionAfterImage(TextBackbone):
         self.identity = self.identity | {"text_reading": "multimodal", "image": "as its processor prepares it"}
 
     def prepare(self, pair: CaptionedImage) -> tuple[Caption, "BatchFeature"]:
-        """The tokens of image and caption, and what else the model takes."""
+        """Return the tokens of image and caption, and the model's other inputs."""
         caption, image = super().prepare(pair), pair.image()
         with TOKENIZER_IN_USE:
-            inputs = self._processor(text=[self._placeholder()], images=[image], return_tensors="pt")
+            inputs = self._processor(text=[self._format_placeholder()], images=[image], return_tensors="pt")
         image_ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask")
         ids = torch.cat([image_ids, caption.ids[caption.counts]])
@@ -177,14 +181,14 @@ class CaptionAfterImage(TextBackbone):
         return Caption(ids, counts), inputs
 
     def features(self, batch: list[tuple[Caption, "BatchFeature"]]) -> dict[str, Tensor]:
-        """[n, D] of every layer, float32."""
+        """Return [n, D] of every layer, float32."""
         captions, inputs = zip(*batch)
         length = max(len(caption.ids) for caption in captions)
-        joined = {name: self._joined(name, [item[name] for item in inputs], length) for name in inputs[0]}
-        return self._mean_states(captions, self._model.module, **joined)
+        joined = {name: self._join_inputs(name, [item[name] for item in inputs], length) for name in inputs[0]}
+        return self._average_states(captions, self._model.module, **joined)
 
-    def _joined(self, name: str, parts: list[Tensor], length: int) -> Tensor:
-        """An input of the model for a batch, of those for one sample each, [1, ...] or [patches or tiles, ...]."""
+    def _join_inputs(self, name: str, parts: list[Tensor], length: int) -> Tensor:
+        """Join one input of several samples, [1, ...] or [patches or tiles, ...] each, to that of a batch."""
         if name == "mm_token_type_ids":  # one a token: 0 for text
             parts = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
         elif (
@@ -194,30 +198,32 @@ class CaptionAfterImage(TextBackbone):
             parts = [part.to(self._model.dtype) for part in parts]
         return torch.cat(parts).to(self._model.device)
 
-    def _placeholder(self) -> str:
+    def _format_placeholder(self) -> str:
         token = self._processor.image_token
         return f"<|vision_start|>{token}<|vision_end|>" if self._model.model_type == "qwen2_5_vl" else token
 
 
-def identity_of(model: HFModel) -> dict:
-    """What of a backbone's identity is the model's."""
+def describe_model(model: HFModel) -> dict:
+    """Return the model's entries of a backbone's identity."""
     return {"model": model.title, "revision": model.revision, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def _names(count: int) -> list[str]:
+def _name_layers(count: int) -> list[str]:
     return [str(number) for number in range(count + 1)]
 
 
-def _tower_layers(model: HFModel) -> list[str]:
-    """Up to the layer that the model's projector reads: LLaVA's -2, say, leaves the last one unused."""
-    names = _names(num_layers(model.tower_config))
+def _name_tower_layers(model: HFModel) -> list[str]:
+    """Name layers up to the one that the model's projector reads: LLaVA's -2, say, leaves the last one unused."""
+    names = _name_layers(count_layers(model.tower_config))
     used = getattr(model.config, "vision_feature_layer", -1)
     return names[: len(names) + used + 1 if used < 0 else used + 1] if isinstance(used, int) else names
 
 
 @contextmanager
-def _pooled(side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = None) -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward pass leaves `pool` of every layer's output in the dictionary, and of the first one's input as "0".
+def _pool_layers(
+    side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Collect `pool` of every layer's output in a forward pass, by name, and of the first one's input as "0".
 
     Args:
         last: the layer in whose place the whole module's output is read, after its final norm.
@@ -245,9 +251,9 @@ def _pooled(side: Side, pool: Callable[[Tensor], Tensor], *, last: str | None = 
 
 
 @contextmanager
-def all_digits() -> Iterator[None]:
-    """Within it, float32 arithmetic keeps its digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
-    convolution, were seen to cost 3e-4 of the features."""
+def keep_float32_digits() -> Iterator[None]:
+    """Keep float32's digits on GPUs too: TF32's 10 bits, cuDNN's default for the patches'
+    convolution, cost a measured 3e-4 of the features."""
     cudnn = torch.backends.cudnn
     holder, name, exact = (
         (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
@@ -261,19 +267,19 @@ def all_digits() -> Iterator[None]:
         setattr(holder, name, before)
 
 
-def _mean_of_each(x_TD: Tensor, lengths: list[int]) -> Tensor:
+def _average_each(x_TD: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([tokens.float().mean(0) for tokens in x_TD.split(lengths)])
 
 
-def _mean_where(x_nSD: Tensor, counts_nS: Tensor) -> Tensor:
+def _average_where(x_nSD: Tensor, counts_nS: Tensor) -> Tensor:
     counts_nS1 = counts_nS[..., None]
     return x_nSD.float().masked_fill(~counts_nS1, 0).sum(1) / counts_nS1.sum(1)
 
 
-def _padded(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens padded at the end, where they are, and which of them count, all [n, S].
+def _pad(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad tokens at the end; return them, where they are, and which of them count, all [n, S].
 
-    A causal model never looks at what comes after; an encoder is told by the mask.
+    A causal model never looks at what comes after; an encoder has the mask.
     """
     ids_nS = pad_sequence([caption.ids for caption in captions], batch_first=True)
     is_text_nS = pad_sequence([torch.ones_like(caption.ids) for caption in captions], batch_first=True)

@@ -1,7 +1,7 @@
 """Models of transformers, by folder or by name on the hub: what they are, where their two sides are, their weights.
 
-Nothing but the config is read until a side is asked for: features that are on disk already need no weights. Weights are
-read from safetensors alone, and every one must be there: a tower of random weights would give figures as well.
+Only the config is read until a side is requested: features that are on disk already need no weights. Weights are read
+only from safetensors, and every one must be present: a tower of random weights would give figures as well.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from torch.nn import Module, ModuleList
 
 if (
     TYPE_CHECKING
-):  # for annotations alone: transformers takes seconds to import, which a run on stored features is spared
+):  # only for annotations: transformers takes seconds to import, which a run on stored features is spared
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 #: The vision-language models whose two sides can be measured, and the name of the module of each that is the tower.
 VISION_LANGUAGE = {"llava_onevision": "vision_tower", "internvl": "vision_tower", "qwen2_5_vl": "visual"}
-#: Towers, and how many of their first tokens are no part of the image: class, distillation and register tokens.
+#: Towers, and how many of their first tokens are not of the image: class, distillation and register tokens.
 TOWERS = {
     "siglip_vision_model": 0,
     "internvl_vision": 1,
@@ -78,16 +78,16 @@ class HFModel:
 
     @property
     def tower_config(self) -> "PreTrainedConfig":
-        """Raises ValueError where there is no tower that can be measured."""
+        """The tower's config. Raises ValueError where no tower can be measured."""
         if self.is_vision_language or self.model_type in _WITH_TEXT_TOWER:
             return self.config.vision_config
         if self.model_type in TOWERS:
             return self.config
-        raise self._unsupported("vision tower", [*VISION_LANGUAGE, *_WITH_TEXT_TOWER, *TOWERS])
+        raise self._make_unsupported_error("vision tower", [*VISION_LANGUAGE, *_WITH_TEXT_TOWER, *TOWERS])
 
     @property
     def text_config(self) -> "PreTrainedConfig":
-        """Raises ValueError where there is no language model that can be measured."""
+        """The language model's config. Raises ValueError where none can be measured."""
         if self.is_vision_language:
             return self.config.text_config
         from transformers.models.auto.modeling_auto import (
@@ -103,7 +103,7 @@ class HFModel:
         ):
             return self.config
         others = "causal language models and encoders such as gpt2, llama, qwen2, bert, roberta"
-        raise self._unsupported("language model", [*VISION_LANGUAGE, others])
+        raise self._make_unsupported_error("language model", [*VISION_LANGUAGE, others])
 
     @cached_property
     def tower(self) -> Side:
@@ -112,42 +112,42 @@ class HFModel:
             module = getattr(module, VISION_LANGUAGE[self.model_type])
         elif self.model_type in _WITH_TEXT_TOWER:
             module = module.vision_model
-        return Side(module, self._layers(module, num_layers(config)), config)
+        return Side(module, self._find_layers(module, count_layers(config)), config)
 
     @cached_property
     def language_model(self) -> Side:
         config, module = self.text_config, self.module
         if self.is_vision_language:
             module = module.language_model
-        return Side(module, self._layers(module, num_layers(config)), config)
+        return Side(module, self._find_layers(module, count_layers(config)), config)
 
     @cached_property
     def module(self) -> "PreTrainedModel":
         """The whole model without the layer that gives logits, with its weights, for inference."""
-        model = self._loaded(_UNUSED)
+        model = self._load(_UNUSED)
         model = model.model if self.is_vision_language else model
         model.config.use_cache = False
         if self.is_vision_language:
             model.language_model.config.use_cache = False
-        return self._for_inference(model)
+        return self._prepare_for_inference(model)
 
     @cached_property
     def dual_encoder(self) -> "PreTrainedModel":
         """The whole model, its heads included: what gives embeddings."""
         self.check_dual_encoder()
-        return self._for_inference(self._loaded(()))
+        return self._prepare_for_inference(self._load(()))
 
     def check_dual_encoder(self) -> None:
-        """Raises ValueError, before weights are read, where images and texts have no embeddings in one space."""
+        """Raise ValueError, before weights are read, where images and texts have no embeddings in one space."""
         if self.model_type not in DUAL_ENCODERS:
-            raise self._unsupported("embedding of images and texts", [*DUAL_ENCODERS])
+            raise self._make_unsupported_error("embedding of images and texts", [*DUAL_ENCODERS])
         if not getattr(self.config.vision_config, "vision_use_head", True):
             raise ValueError(
                 f"{self.name}: its vision_use_head is false, so its images have no embedding; name a model with the head"
             )
 
-    def _loaded(self, unused: tuple[str, ...]) -> "PreTrainedModel":
-        """Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
+    def _load(self, unused: tuple[str, ...]) -> "PreTrainedModel":
+        """Load the model. Raises ValueError where a weight is missing, unless its name has one of `unused` in it."""
         auto_class = "AutoModelForImageTextToText" if self.is_vision_language else "AutoModel"
         model, loaded = self._read(
             "its weights (model.safetensors)",
@@ -158,10 +158,10 @@ class HFModel:
         )
         missing = sorted(name for name in loaded["missing_keys"] if not any(part in name for part in unused))
         if missing:
-            raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, {missing[0]} for one")
+            raise ValueError(f"{self.name} lacks {len(missing)} weights of a {self.model_type}, such as {missing[0]}")
         return model
 
-    def _for_inference(self, model: "PreTrainedModel") -> "PreTrainedModel":
+    def _prepare_for_inference(self, model: "PreTrainedModel") -> "PreTrainedModel":
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -169,7 +169,7 @@ class HFModel:
         """One of the library tokenizers. Raises ValueError where it is none."""
         if not self.any_tokenizer.is_fast:
             raise ValueError(
-                f"{self.name}: its tokenizer is none of the library tokenizers (tokenizer.json); save it as one"
+                f"{self.name}: its tokenizer is not one of the library tokenizers (tokenizer.json); save it as one"
             )
         return self.any_tokenizer
 
@@ -180,7 +180,7 @@ class HFModel:
         if not tokenizer.get_vocab().keys() - set(
             tokenizer.all_special_tokens
         ):  # what transformers makes of no file at all
-            raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of the model it comes from")
+            raise ValueError(f"{self.name}: it has no tokenizer (tokenizer.json); copy that of its base model")
         return tokenizer
 
     @cached_property
@@ -198,41 +198,43 @@ class HFModel:
         import transformers
 
         if not Path(self.name).is_dir() and (Path(self.name).is_absolute() or self.name.startswith(".")):
-            raise ValueError(f"{self.name} is no folder")
+            raise ValueError(f"{self.name} is not a folder")
         if hasattr(self, "config"):  # of the same commit, should the name move meanwhile
             options["revision"] = getattr(self.config, "_commit_hash", None)
         try:
             return getattr(transformers, auto_class).from_pretrained(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
-            raise ValueError(f"{self.name}: {what} cannot be had{self._where()}: {_one_line(error)}") from error
+            raise ValueError(
+                f"{self.name}: {what} cannot be loaded{self._describe_origin()}: {_join_lines(error)}"
+            ) from error
 
-    def _where(self) -> str:
-        return "" if Path(self.name).is_dir() else " from the hub (there is no folder of that name)"
+    def _describe_origin(self) -> str:
+        return "" if Path(self.name).is_dir() else " from the hub (no folder of that name)"
 
-    def _layers(self, module: Module, count: int) -> ModuleList:
+    def _find_layers(self, module: Module, count: int) -> ModuleList:
         for child in module.modules():
             if isinstance(child, ModuleList) and len(child) == count:
                 return child
         raise ValueError(f"{self.name}: its model_type {self.model_type} has no list of {count} layers to read")
 
-    def _unsupported(self, what: str, supported: list[str]) -> ValueError:
+    def _make_unsupported_error(self, what: str, supported: list[str]) -> ValueError:
         return ValueError(
             f"{self.name}: model_type {self.model_type} has no {what} that can be measured; "
             f"supported: {', '.join(supported)}"
         )
 
 
-def num_layers(config: "PreTrainedConfig") -> int:
+def count_layers(config: "PreTrainedConfig") -> int:
     return config.depth if config.model_type == "qwen2_5_vl_vision" else config.num_hidden_layers
 
 
-def num_class_tokens(config: "PreTrainedConfig") -> int:
-    """Tokens of one of TOWERS before those of the image."""
+def count_class_tokens(config: "PreTrainedConfig") -> int:
+    """Count the tokens of one of TOWERS before those of the image."""
     return TOWERS[config.model_type] + getattr(config, "num_register_tokens", 0)
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the files of a folder; its subfolders do not count. Some seconds for the 16 GB of a model of 7B."""
+    """Hash the files of a folder with SHA-256; subfolders do not count. Some seconds for the 16 GB of a model of 7B."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:
@@ -240,5 +242,5 @@ def fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _one_line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

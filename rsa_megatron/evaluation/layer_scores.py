@@ -1,7 +1,7 @@
 """Every layer of one backbone against every layer of another, from features on disk (figures 3 and C.1 of the paper).
 
 Layers are read one at a time. For mutual-kNN each layer's neighbours are found once, and only those of the columns are
-kept: C lists of N * k indices for each seed, 29 * 100,000 * 10 * 8 bytes = 232 MB for N = 100,000. Other metrics read
+stored: C lists of N * k indices for each seed, 29 * 100,000 * 10 * 8 bytes = 232 MB for N = 100,000. Other metrics read
 each column's layer once for each row's; two layers are in memory.
 
 Shapes: S seeds, R layers of the rows, C of the columns; N samples of a seed, D and E widths.
@@ -61,8 +61,8 @@ class LayerScores:
         return len(self.row_layers) - 1, len(self.column_layers) - 1
 
 
-def samples_in_both(rows: FeatureStore, columns: FeatureStore, *, k: int) -> Samples:
-    """For each seed, where the samples are that have features in both stores.
+def find_common_samples(rows: FeatureStore, columns: FeatureStore, *, k: int) -> Samples:
+    """Find for each seed the rows of the samples that have features in both stores.
 
     Raises:
         ValueError: the stores are of other data or samples, or a seed has too few samples for k neighbours.
@@ -92,26 +92,26 @@ def score_layers(
     device: torch.device | str = "cpu",
     each: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> LayerScores:
-    """All pairs of layers of two stores.
+    """Score all pairs of layers of two stores.
 
     Args:
         metric: one of alignment.metrics.METRICS.
         k: neighbours, for the metrics that have some.
-        samples: of `samples_in_both`.
+        samples: of `find_common_samples`.
         device: where it is computed.
         each: wraps the rows' layers, to show how far it is.
 
     Raises:
         ValueError: a layer's features do not allow the metric; names the layer.
     """
-    compute = _mutual_knn if metric == MUTUAL_KNN else _any_metric
+    compute = _score_mutual_knn if metric == MUTUAL_KNN else _score_any_metric
     scores_SRC = torch.zeros(len(samples), len(rows.layers), len(columns.layers), dtype=torch.float64)
     compute(scores_SRC, rows, columns, metric, k, samples, device, each)
     chance = sum(k / (len(of_rows) - 1) for of_rows, _ in samples) / len(samples) if metric == MUTUAL_KNN else None
     return LayerScores(metric, rows.layers, columns.layers, scores_SRC, chance)
 
 
-def cone_figures(
+def compute_cone_figures(
     rows: FeatureStore,
     columns: FeatureStore,
     scores: LayerScores,
@@ -119,53 +119,55 @@ def cone_figures(
     samples: Samples,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict]:
-    """The figures of alignment.cones.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
+    """Compute alignment.modality_gap for the "best" and the "last" pair of layers, means over the seeds."""
     found = {}
     for name, (row, column) in {"best": scores.best, "last": scores.last}.items():
         a_ND, b_NE = (
-            rows.layer(scores.row_layers[row]).to(device),
-            columns.layer(scores.column_layers[column]).to(device),
+            rows.read_layer(scores.row_layers[row]).to(device),
+            columns.read_layer(scores.column_layers[column]).to(device),
         )
-        found[name] = _mean([asdict(modality_gap(a_ND[of_rows], b_NE[of_columns])) for of_rows, of_columns in samples])
+        found[name] = _average(
+            [asdict(modality_gap(a_ND[of_rows], b_NE[of_columns])) for of_rows, of_columns in samples]
+        )
     return found
 
 
-def _mean(figures: list) -> dict | float | None:
-    """Of each number in dictionaries of the same keys; None stays None."""
+def _average(figures: list) -> dict | float | None:
+    """Average each number in dictionaries of the same keys; None stays None."""
     if isinstance(figures[0], dict):
-        return {name: _mean([one[name] for one in figures]) for name in figures[0]}
+        return {name: _average([one[name] for one in figures]) for name in figures[0]}
     return None if figures[0] is None else sum(figures) / len(figures)
 
 
-def _mutual_knn(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
+def _score_mutual_knn(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
     of_rows, of_columns = zip(*samples)
-    in_columns = [_neighbours(columns, name, of_columns, k, device) for name in columns.layers]
+    in_columns = [_find_neighbours(columns, name, of_columns, k, device) for name in columns.layers]
     for row, name in enumerate(each(rows.layers)):
-        in_row = _neighbours(rows, name, of_rows, k, device)
+        in_row = _find_neighbours(rows, name, of_rows, k, device)
         for column, lists in enumerate(in_columns):
             found = [shared_neighbours(a_Nk, b_Nk) for a_Nk, b_Nk in zip(in_row, lists, strict=True)]
             scores_SRC[:, row, column] = torch.tensor(found, dtype=torch.float64)
 
 
-def _neighbours(store: FeatureStore, name: str, chosen: Sequence[Tensor], k: int, device) -> list[Tensor]:
-    x_ND = store.layer(name).to(device)
+def _find_neighbours(store: FeatureStore, name: str, chosen: Sequence[Tensor], k: int, device) -> list[Tensor]:
+    x_ND = store.read_layer(name).to(device)
     try:
         return [nearest_neighbours(x_ND[rows], k).cpu() for rows in chosen]
     except ValueError as error:
         raise ValueError(f"{store.folder}, layer {name}: {error}") from error
 
 
-def _any_metric(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
+def _score_any_metric(scores_SRC, rows, columns, metric, k, samples, device, each) -> None:
     function = metrics.METRICS[metric]
     for row, row_name in enumerate(each(rows.layers)):
-        a_ND = rows.layer(row_name).to(device)
+        a_ND = rows.read_layer(row_name).to(device)
         in_row = [a_ND[of_rows] for of_rows, _ in samples]
         for column, column_name in enumerate(columns.layers):
-            b_NE = columns.layer(column_name).to(device)
+            b_NE = columns.read_layer(column_name).to(device)
             try:
                 found = [function(a_ND, b_NE[of_columns], k) for a_ND, (_, of_columns) in zip(in_row, samples)]
             except ValueError as error:
                 raise ValueError(f"--metrics {metric}, layers {row_name} and {column_name}: {error}") from error
             scores_SRC[:, row, column] = torch.tensor(found, dtype=torch.float64)
             if not scores_SRC[:, row, column].isfinite().all():
-                raise ValueError(f"--metrics {metric}, layers {row_name} and {column_name}: it has no value there")
+                raise ValueError(f"--metrics {metric}, layers {row_name} and {column_name}: it has no finite value")

@@ -1,8 +1,8 @@
 """The vector of an image, or of a caption, after any layer of either backbone, on a model in whatever layout it trains.
 
-An image goes alone through the tower, its caption alone through the decoder. In the training pass the caption's
-states have seen the image through attention: they share neighbours with it whether or not anything was learnt, so
-nothing is read there.
+An image goes through the tower by itself, its caption through the decoder by itself. In the training pass the caption's
+states have seen the image through attention: they share neighbours with it without any training, so nothing is read
+there.
 
 Layers are numbered as in layer_hooks.py. Hooks pool each layer's states as they come: no more than one layer's tokens are held.
 
@@ -28,7 +28,7 @@ from rsa_megatron.hooks.layer_hooks import on_decoder_layers, on_tower_layers
 
 @dataclass
 class Pairs:
-    """One micro-batch: images and captions, each for itself. A sample that is not eligible keeps a dummy's place."""
+    """One micro-batch: images and captions, each by itself. A sample that is not eligible has a dummy's place."""
 
     #: the whole picture of each sample in one tile, [B, 3, height, width], or its embedding, [B, D]
     images: Tensor
@@ -39,38 +39,38 @@ class Pairs:
 
     @classmethod
     def of(cls, images: Tensor, captions: Sequence[Tensor], eligible_B: Tensor) -> "Pairs":
-        """From the token ids of each caption."""
+        """Make a micro-batch from the token ids of each caption."""
         tokens = torch.zeros(len(captions), max(1, *map(len, captions)), dtype=torch.int64)
         mask = torch.zeros_like(tokens)
         for row, caption in enumerate(captions):
             tokens[row, : len(caption)], mask[row, : len(caption)] = caption, 1
         return cls(images, tokens, mask, eligible_B)
 
-    def not_counted(self) -> "Pairs":
-        """The same micro-batch, none of whose samples is eligible."""
+    def mark_ineligible(self) -> "Pairs":
+        """Return the same micro-batch with no sample eligible."""
         return Pairs(self.images, self.tokens, self.mask, torch.zeros_like(self.eligible_B))
 
-    def kept(self, dtype: torch.dtype | None) -> "Pairs":
-        """In host memory; the images in `dtype`, or none of them."""
+    def to_host(self, dtype: torch.dtype | None) -> "Pairs":
+        """Copy to host memory; the images in `dtype`, or none of them."""
         images = self.images[:0] if dtype is None else self.images.to(dtype)
         return Pairs(*(tensor.cpu() for tensor in (images, self.tokens, self.mask, self.eligible_B)))
 
-    def share(self: "Pairs | None", tp_group) -> "Pairs":
-        """On every tensor-parallel rank of a stage what its first has; None on the others."""
+    def broadcast(self: "Pairs | None", tp_group) -> "Pairs":
+        """Give every tensor-parallel rank of a stage the first one's micro-batch; `self` is None on the others."""
         integers = self and dict(tokens=self.tokens, mask=self.mask, eligible=self.eligible_B)
         integers = broadcast_tensors(["tokens", "mask", "eligible"], integers, torch.int64, tp_group)
         images = broadcast_tensors(["images"], self and dict(images=self.images), torch.float32, tp_group)["images"]
         return Pairs(images, integers["tokens"], integers["mask"], integers["eligible"])
 
 
-def chunks_of(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
-    """The LLaVAModels within what Megatron has wrapped around them."""
+def unwrap_chunks(model: Iterable[torch.nn.Module]) -> list[LLaVAModel]:
+    """Return the LLaVAModels within Megatron's wrappers."""
     return [get_attr_wrapped_model(chunk, "image_token_index", return_model_obj=True) for chunk in model]
 
 
 @torch.no_grad()
 def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """v of each image after each of `layers`, [B, D] in float32: the mean of its tokens (paper, eq. 1)."""
+    """Compute v of each image after each of `layers`, [B, D] in float32: the mean of its tokens (paper, eq. 1)."""
     tower, pooled = first.vision_model, {}
     if images.dim() == 2:  # embeddings, which are what the tower would give
         return {number: images.float() for number in layers}
@@ -89,7 +89,7 @@ def image_vectors(first: LLaVAModel, images: Tensor, layers: Sequence[int]) -> d
 
 @torch.no_grad()
 def projected_vectors(first: LLaVAModel, images: Tensor) -> Tensor:
-    """The mean of each image's tokens as the projector hands them to the decoder, [B, E] in float32.
+    """Average each image's tokens as the projector hands them to the decoder, [B, E] in float32.
 
     The one image vector that lies in the same space as the captions': among the word embeddings, the decoder's layer 0.
     """
@@ -109,7 +109,7 @@ def caption_vectors_of_layers(
     micro_batch_size: int,
     seq_length: int,
 ) -> dict[int, Tensor]:
-    """t of each caption after each of `layers`, [n, E] in float32, on every rank: the mean of its tokens (paper, eq. 2).
+    """Compute t of each caption after each of `layers`, [n, E] in float32, on every rank: its tokens' mean (paper, eq. 2).
 
     Every rank of the pipeline must call it. Through Megatron's own forward-only schedule.
 
@@ -118,25 +118,25 @@ def caption_vectors_of_layers(
         pairs: the micro-batches, on any device; None on stages between the first and the last.
         seq_length: as the model was made for; the pipeline's shapes.
     """
-    chunks = chunks_of(model)
+    chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
-    masks = [_mask_on_every_stage(pair, groups.pp) for pair in pairs]
+    masks = [_broadcast_mask(pair, groups.pp) for pair in pairs]
     pooled: dict[int, list[Tensor]] = {number: [] for number in layers}
-    in_hand = {}
+    current = {}
 
     def keep(number, state_LBE):
-        mask_BL = _own_part(masks[in_hand["number"]].float(), len(state_LBE), chunks[0])
+        mask_BL = _shard_mask(masks[current["number"]].float(), len(state_LBE), chunks[0])
         pooled[number].append(caption_vectors(state_LBE, mask_BL, chunks[0].config, groups)[0])
 
     counts = {chunk: iter(range(len(pairs))) for chunk in chunks}
 
     def forward_step(data_iterator, wrapped):
-        (chunk,) = chunks_of([wrapped])
-        in_hand["number"] = next(counts[chunk])
+        (chunk,) = unwrap_chunks([wrapped])
+        current["number"] = next(counts[chunk])
         if not (chunk.pre_process or chunk.post_process):
             output, _ = wrapped(None, None, None, None)
         else:
-            output = _through_decoder(wrapped, pairs[in_hand["number"]])
+            output = _run_decoder(wrapped, pairs[current["number"]])
         return output, lambda output, non_loss_data: None
 
     hooks = [hook for chunk in chunks for hook in on_decoder_layers(chunk, layers, keep)]
@@ -162,10 +162,10 @@ def caption_vectors_of_layers(
         for chunk, before in zip(chunks, has_output):
             chunk.language_model.post_process = before
     num_rows, width = sum(len(mask) for mask in masks), chunks[0].config.hidden_size
-    return {number: _from_its_stage(parts, num_rows, width, groups.pp) for number, parts in pooled.items()}
+    return {number: _reduce_from_stage(parts, num_rows, width, groups.pp) for number, parts in pooled.items()}
 
 
-def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
+def _run_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
     device = torch.cuda.current_device()
     tokens = pair.tokens.to(device)
     output, _ = chunk(
@@ -180,19 +180,19 @@ def _through_decoder(chunk: torch.nn.Module, pair: Pairs) -> Tensor:
     return output
 
 
-def _own_part(mask_BS: Tensor, num_states: int, chunk: LLaVAModel) -> Tensor:
-    """A whole row's mask for this context-parallel rank, whose tensor-parallel ranks have so many states each."""
+def _shard_mask(mask_BS: Tensor, num_states: int, chunk: LLaVAModel) -> Tensor:
+    """Shard a sequence's mask to this context-parallel rank, whose tensor-parallel ranks have `num_states` states each."""
     cp, shards = chunk.pg_collection.cp, sequence_shards(chunk.config, chunk.pg_collection.tp)
     whole = torch.nn.functional.pad(mask_BS, (0, num_states * shards * cp.size() - mask_BS.shape[1]))
     return token_positions.context_parallel_part(whole, cp.size(), cp.rank())
 
 
-def _mask_on_every_stage(pair: Pairs | None, pp_group) -> Tensor:
-    # Captions stand at the beginning of their rows, with no image before them: their mask is the row's.
+def _broadcast_mask(pair: Pairs | None, pp_group) -> Tensor:
+    # Captions start their sequences, with no image before them: their mask is the sequence's.
     return broadcast_tensors(["mask"], pair and dict(mask=pair.mask), torch.int64, pp_group)["mask"]
 
 
-def _from_its_stage(parts: list[Tensor], num_rows: int, width: int, pp_group) -> Tensor:
+def _reduce_from_stage(parts: list[Tensor], num_rows: int, width: int, pp_group) -> Tensor:
     own = torch.cat(parts) if parts else torch.zeros(num_rows, width, device=torch.cuda.current_device())
     if pp_group.size() > 1:
         torch.distributed.all_reduce(own, group=pp_group)  # zeros from all stages but one

@@ -1,4 +1,4 @@
-"""How well the two backbones agree, on validation pairs and on the model as it trains.
+"""How well the two backbones agree, on validation pairs, while the model is trained.
 
 Shapes: N pairs, B samples a micro-batch, D and E widths of v and t.
 """
@@ -16,8 +16,8 @@ from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.evaluation.megatron_features import (
     Pairs,
     caption_vectors_of_layers,
-    chunks_of,
     image_vectors,
+    unwrap_chunks,
 )
 from rsa_megatron.hooks.layer_hooks import layer_number
 
@@ -33,9 +33,9 @@ def read_pairs(
     micro_batch_size: int,
     base_tile: str = "first",
 ) -> list[Pairs | None]:
-    """What to measure on, micro-batch by micro-batch, in host memory: to be read once and used at every evaluation.
+    """Read what to measure on, micro-batch by micro-batch, into host memory: once, for every evaluation.
 
-    Every rank must call it. A micro-batch is None on the stages between the first and the last. Images are kept where the
+    Every rank must call it. A micro-batch is None on the stages between the first and the last. Images are stored where the
     tower is, in its type: 1000 of 384 x 384 in bfloat16 are 0.9 GB, divided by the data-parallel size, on each
     tensor-parallel rank.
 
@@ -44,24 +44,24 @@ def read_pairs(
         num_samples: how many to read, over all data-parallel ranks; fewer where there are fewer.
         base_tile: which tile of an image is the whole picture, "first" or "last" (RSAConfig.base_tile).
     """
-    chunks = chunks_of(model)
+    chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     needs_data = any(chunk.pre_process or chunk.post_process for chunk in chunks)
     wanted = -(-num_samples // (micro_batch_size * groups.dp.size()))
     reads = needs_data and groups.tp.rank() == 0
-    # The captions and base images alone are kept: a batch's other tiles may be gigabytes.
+    # Only captions and base images are stored: a batch's other tiles may be gigabytes.
     own = [_separate(batch, base_tile) for batch in islice(batches, wanted)] if reads else []
     smallest = torch.tensor([len(own) if reads else wanted], device=torch.cuda.current_device())
     torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
     own = own[: int(smallest)] if reads else [None] * int(smallest)
     if len(model) > 1 and own:
         # Interleaved schedules take a multiple of the pipeline's size: what is missing is made up, and does not count.
-        own += [own[0] and own[0].not_counted()] * (-len(own) % groups.pp.size())
+        own += [own[0] and own[0].mark_ineligible()] * (-len(own) % groups.pp.size())
     if not needs_data:
         return own
     dtype = next(first.vision_model.parameters()).dtype if first else None
-    return [Pairs.share(pair, groups.tp).kept(dtype) for pair in own]
+    return [Pairs.broadcast(pair, groups.tp).to_host(dtype) for pair in own]
 
 
 def measure_mutual_knn(
@@ -74,7 +74,7 @@ def measure_mutual_knn(
     k: int,
     layer_pairs: Sequence[LayerPair] = ((-1, -1),),
 ) -> tuple[dict[LayerPair, float], int] | None:
-    """mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
+    """Measure mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
 
     Every rank must call it. Only eligible samples count: one image, one caption.
 
@@ -90,7 +90,7 @@ def measure_mutual_knn(
         The score of each pair of layers and the number of samples they were taken over, on ranks of the last pipeline
         stage; else None. With k samples or fewer, or where all of a layer's vectors are equal, there is no score: nan.
     """
-    chunks = chunks_of(model)
+    chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     last = next((chunk for chunk in chunks if chunk.post_process), None)
@@ -103,9 +103,11 @@ def measure_mutual_knn(
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
     )
-    num_vision_layers = _from_first_stage(len(first.vision_model.decoder.layers) if first else None, groups.pp)
+    num_vision_layers = _broadcast_from_first_stage(
+        len(first.vision_model.decoder.layers) if first else None, groups.pp
+    )
     numbers = sorted({layer_number(vision, num_vision_layers) for vision, _ in layer_pairs})
-    v_ND = _image_vectors(first, pairs, numbers, len(pairs) * micro_batch_size, groups.pp)
+    v_ND = _compute_image_vectors(first, pairs, numbers, len(pairs) * micro_batch_size, groups.pp)
     if last is None:
         return None
     valid_N = torch.cat([(pair.eligible_B > 0) & (pair.mask.sum(dim=1) > 0) for pair in pairs])
@@ -115,7 +117,7 @@ def measure_mutual_knn(
         for number, vectors_nW in vectors.items():
             gathered, _ = gather_rows(vectors_nW, valid_N, groups.dp)
             rows = gathered[:num_samples]
-            neighbours[side, number] = _neighbours(rows, k)
+            neighbours[side, number] = _find_neighbours(rows, k)
     num_pairs = rows.shape[0]
     return {
         (vision, text): _score(
@@ -126,12 +128,12 @@ def measure_mutual_knn(
     }, num_pairs
 
 
-def _neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
+def _find_neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
     if rows_ND.shape[0] <= k:
         return None
     try:
         return nearest_neighbours(rows_ND, k)
-    except ValueError:  # a space that has collapsed into one point has none; a training run goes on
+    except ValueError:  # a space that has collapsed into one point has none; a training run continues
         return None
 
 
@@ -140,7 +142,7 @@ def _score(a_Nk: Tensor | None, b_Nk: Tensor | None) -> float:
 
 
 def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
-    """Take the captions out of their rows and the base images out of the tiles."""
+    """Take the captions out of their sequences and the base images out of the tiles."""
     captions = [row[mask > 0] for row, mask in zip(batch.tokens, batch.rsa.caption_mask)]
     images = torch.zeros(len(captions), *batch.images.shape[1:])
     has_image = batch.rsa.num_tiles > 0
@@ -150,14 +152,14 @@ def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:
     return Pairs.of(images, captions, batch.rsa.eligible)
 
 
-def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
-    """v after each layer, [n, D], on every stage."""
+def _compute_image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> dict[int, Tensor]:
+    """Compute v after each layer, [n, D], on every stage."""
     device = torch.cuda.current_device()
     of_pairs = [image_vectors(first, pair.images.to(device), layers) for pair in pairs] if first else []
     vectors = {number: torch.cat([pair[number] for pair in of_pairs]) for number in layers} if first else {}
     if pp_group.size() == 1:
         return vectors
-    width = _from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
+    width = _broadcast_from_first_stage(vectors[layers[0]].shape[1] if first else None, pp_group)
     for number in layers:
         vectors.setdefault(number, torch.empty(num_rows, width, device=device))
         torch.distributed.broadcast(
@@ -166,9 +168,9 @@ def _image_vectors(first, pairs, layers: list[int], num_rows: int, pp_group) -> 
     return vectors
 
 
-def _from_first_stage(number: int | None, pp_group) -> int:
+def _broadcast_from_first_stage(number: int | None, pp_group) -> int:
     if pp_group.size() == 1:
         return number
-    told = torch.tensor([number or 0], device=torch.cuda.current_device())
-    torch.distributed.broadcast(told, torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
-    return int(told)
+    value = torch.tensor([number or 0], device=torch.cuda.current_device())
+    torch.distributed.broadcast(value, torch.distributed.get_process_group_ranks(pp_group)[0], group=pp_group)
+    return int(value)

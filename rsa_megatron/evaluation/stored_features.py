@@ -1,4 +1,4 @@
-"""The features of a backbone for the samples of several seeds: each pair's once, from disk as far as they are there."""
+"""The features of a backbone for the samples of several seeds: each pair's once, from disk where they are stored."""
 
 import hashlib
 import json
@@ -13,25 +13,27 @@ from rsa_megatron.evaluation.feature_store import FeatureStore
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleSet:
     """The samples of all seeds."""
 
     #: each pair once
     pairs: list[CaptionedImage]
-    #: what says so in a store's manifest
+    #: their description in a store's manifest
     manifest: dict
 
 
-def draw(pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, **source: str | None) -> Drawn:
-    """The samples of each seed.
+def draw_samples(
+    pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, **source: str | None
+) -> SampleSet:
+    """Draw the samples of each seed.
 
     Args:
         num_samples: None for all that have a caption.
         data: name of the data in manifests, and in the names of folders.
-        source: what else tells where the pairs come from, for the manifest.
+        source: what else specifies where the pairs come from, for the manifest.
 
     Raises:
-        ValueError: there are not so many pairs.
+        ValueError: there are fewer pairs.
     """
     samples = [sample(pairs, num_samples, seed) if num_samples is not None else every(pairs) for seed in seeds]
     num_samples = num_samples or len(samples[0])
@@ -47,13 +49,13 @@ def draw(pairs: Pairs, num_samples: int | None, seeds: list[int], *, data: str, 
         "samples": [[place[pair.key] for pair in chosen] for chosen in samples],
         "keys": list(union),
     }
-    return Drawn(list(union.values()), manifest)
+    return SampleSet(list(union.values()), manifest)
 
 
-def stored_features(
-    backbone: Backbone, drawn: Drawn, folder: Path, *, store_dtype: str, batch_size: int, num_workers: int
+def extract_to_store(
+    backbone: Backbone, chosen: SampleSet, folder: Path, *, store_dtype: str, batch_size: int, num_workers: int
 ) -> FeatureStore:
-    """A backbone's features of all samples. What is not on disk is computed and stored.
+    """Return a backbone's features of all samples. What is not on disk is computed and stored.
 
     Args:
         folder: stores lie below it, by data and samples, model, revision and side.
@@ -62,15 +64,15 @@ def stored_features(
         ValueError: the store of that name was made otherwise; names what differs.
     """
     manifest = backbone.identity | {"side": backbone.side, "layers": backbone.layers, "store_dtype": store_dtype}
-    store = FeatureStore.create(folder / _store_name(backbone, drawn), manifest | drawn.manifest)
+    store = FeatureStore.create(folder / _format_store_name(backbone, chosen), manifest | chosen.manifest)
     if store.finished:
-        print(f"{store.folder}: there already", file=sys.stderr)
-    extract(backbone, drawn.pairs, store, batch_size=batch_size, num_workers=num_workers)
+        print(f"{store.folder}: already complete", file=sys.stderr)
+    extract(backbone, chosen.pairs, store, batch_size=batch_size, num_workers=num_workers)
     return store
 
 
-def _store_name(backbone: Backbone, drawn: Drawn) -> Path:
-    identity, samples = backbone.identity, drawn.manifest
+def _format_store_name(backbone: Backbone, chosen: SampleSet) -> Path:
+    identity, samples = backbone.identity, chosen.manifest
     reading = "-multimodal" if identity.get("text_reading") == "multimodal" else ""
     if not backbone.layers[0].isdecimal():  # one that has a name: a model's own embedding, what a projector gives
         reading = f"-{backbone.layers[0]}"

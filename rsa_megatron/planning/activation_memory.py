@@ -1,28 +1,28 @@
-"""What one layer of the tower or the decoder keeps for its backward pass, and needs while that runs. Arithmetic alone.
+"""What one layer of the tower or the decoder stores for its backward pass, and needs while that runs. Only arithmetic.
 
-What a layer keeps, in numbers a position ("learns": only where weights do; a linear layer needs its input for them alone):
-                                                        decoder, plain        decoder, TE      tower
+What a layer stores, in numbers a position ("trained": only if its weights are; a linear layer needs its input only for them):
+                                                        decoder, local        decoder, TE      tower
     inputs of the two norms                             2 H                   2 H              2 D
-    their outputs, inputs of linear layers (learns)     2 H                   2 H              2 D
+    their outputs, inputs of linear layers (trained)    2 H                   2 H              2 D
     q, k, v                                             2 H + 3 G             2 H + 3 G        3 D
     what attention gives                                H                     H                D
     MLP: gate and up, activation, up once more          2 M + M + M           2 M              F
-    input of its second layer (learns)                  M                     M                F
+    input of its second layer (trained)                 M                     M                F
 The first two lines are on every tensor-parallel rank, unless sequence parallelism divides the decoder's; the others are
-divided. q and k are kept once as rotated (H + G), and v within the projection that it is a view of (H + 2 G). Under TE
-(Transformer Engine) SwiGLU is one kernel. On the CPU RMSNorm is no single kernel and keeps more. Not counted: the 4 bytes
-that attention keeps of each position and head. The numbers of the plain layers, Megatron's "local" ones with the
-attention of local_attention.py, are read off measured runs; those of TE are what its kernels should have to save, and no
-run has been measured with them.
+divided. q and k are stored once as rotated (H + G), and v within the projection that it is a view of (H + 2 G). Under TE
+(Transformer Engine) SwiGLU is one kernel. On the CPU RMSNorm is not a single kernel and stores more. Not counted: the 4 bytes
+that attention stores of each position and head. The numbers of the local layers, Megatron's with the attention of
+local_attention.py, are from measured runs; those of TE are what its kernels should have to store, and no run has been
+measured with them.
 
-Plain layers with Megatron's own attention (Run.keeps_scores) differ. They keep scores, L^2 a row and head (P^2 a tile and
-head), as softmax's fp32 output and as bf16. The decoder's have k and v repeated for all heads, so that q, k and v are
-3 H; and keep what attention gives only where weights learn.
+Local layers with Megatron's own attention (Run.keeps_scores) differ. They store scores, L^2 a sequence and head (P^2 a tile
+and head), as softmax's fp32 output and as bf16. The decoder's have k and v repeated for all heads, so that q, k and v are
+3 H; and store what attention gives only where weights are trained.
 
-Recomputation "full" keeps the first input of each layer, and makes the rest again as working memory. "selective" makes
-attention again: it saves the scores. Where there are none it saves what attention gives, where no weight learns.
+Recomputation "full" stores the first input of each layer, and recomputes the rest as working memory. "selective" recomputes
+attention: it saves the scores. Where there are none it saves what attention gives, where no weight is trained.
 
-Shapes: L positions of a row, P tokens of a tile; D, F width and FFN width of the tower; H, M, G width, FFN width and width
+Shapes: L positions of a sequence, P tokens of a tile; D, F width and FFN width of the tower; H, M, G width, FFN width and width
 of k of the decoder.
 """
 
@@ -38,17 +38,17 @@ class Layer:
     num_positions: float
     #: numbers a position: of the layer's input
     input_width: float
-    #: of what attention keeps but scores, and of what the MLP keeps
+    #: of what attention stores but scores, and of what the MLP stores
     attention: float
     mlp: float
     #: of the MLP's width
     ffn: float
-    #: heads x length^2, over all rows or tiles; 0 where attention makes none
+    #: heads x length^2, over all sequences or tiles; 0 where attention makes none
     num_scores: float
 
 
-def tower_layer(run: Run, layout: Layout) -> Layer:
-    """A layer of a tower that learns."""
+def make_tower_layer(run: Run, layout: Layout) -> Layer:
+    """Make a layer of a tower that is trained."""
     vision, t = run.architecture.vision, layout.tensor
     width, ffn, num_tokens = vision.hidden_size, vision.ffn_hidden_size / t, vision.tokens_per_side**2
     num_tiles = layout.micro_batch_size * run.num_tiles
@@ -56,48 +56,48 @@ def tower_layer(run: Run, layout: Layout) -> Layer:
     return Layer(num_tiles * num_tokens, width, 2 * width + 4 * width / t, 2 * width + 2 * ffn, ffn, num_scores)
 
 
-def decoder_layer(run: Run, layout: Layout) -> Layer:
-    """A layer of the decoder, where something in or before it learns."""
-    decoder, t, learns = run.architecture.decoder, layout.tensor, run.learns("language")
+def make_decoder_layer(run: Run, layout: Layout) -> Layer:
+    """Make a layer of the decoder, where something in or before it is trained."""
+    decoder, t, is_trained = run.architecture.decoder, layout.tensor, run.trains("language")
     hidden, ffn = decoder.hidden_size, decoder.ffn_hidden_size / t
     keys = hidden // decoder.num_attention_heads * decoder.num_query_groups
     input_width = hidden / t if layout.sequence_parallel else hidden
-    norm = (1 + learns) * input_width
+    norm = (1 + is_trained) * input_width
     mlp = (2 if run.transformer_engine else 4) * ffn
     if layout.recompute == "selective":
-        heads = 2 * hidden + 3 * keys + learns * hidden
+        heads = 2 * hidden + 3 * keys + is_trained * hidden
     elif run.makes_scores("language"):
-        heads = 3 * hidden + learns * hidden
+        heads = 3 * hidden + is_trained * hidden
     else:
         heads = 3 * hidden + 3 * keys
     num_positions = layout.micro_batch_size * run.row_length
     num_scores = run.makes_scores("language") * num_positions * decoder.num_attention_heads / t * run.row_length
-    return Layer(num_positions, input_width, norm + heads / t, norm + mlp + learns * ffn, ffn, num_scores)
+    return Layer(num_positions, input_width, norm + heads / t, norm + mlp + is_trained * ffn, ffn, num_scores)
 
 
-def kept_bytes(run: Run, layout: Layout, layer: Layer) -> float:
-    """Bytes that a layer keeps from its forward to its backward pass."""
+def count_stored_bytes(run: Run, layout: Layout, layer: Layer) -> float:
+    """Count the bytes that a layer stores from its forward to its backward pass."""
     if layout.recompute == "full":
         return layer.num_positions * layer.input_width * run.number_size
-    scores = 0 if layout.recompute == "selective" else layer.num_scores * _score_size(run)
+    scores = 0 if layout.recompute == "selective" else layer.num_scores * _get_score_size(run)
     return layer.num_positions * (layer.attention + layer.mlp) * run.number_size + scores
 
 
-def _score_size(run: Run) -> int:
-    # The softmax is taken in fp32 and kept, and kept again as bf16 for the product with v.
+def _get_score_size(run: Run) -> int:
+    # The softmax is taken in fp32 and stored, and stored again as bf16 for the product with v.
     return 6 if run.bf16 else 4
 
 
-def backward_bytes(run: Run, layout: Layout, layer: Layer) -> float:
-    """Bytes that come on top of it while one layer goes backward: gradients, and what is made again."""
+def count_backward_bytes(run: Run, layout: Layout, layer: Layer) -> float:
+    """Count the bytes on top of it while one layer goes backward: gradients, and what is recomputed."""
     size = run.number_size
     mlp_kept, attention_kept = (layer.num_positions * numbers * size for numbers in (layer.mlp, layer.attention))
     # 1. The MLP: gradients of its product, of gate and up, and of the layer's output and input.
     mlp = layer.num_positions * (3 * layer.ffn + 2 * layer.input_width) * size
-    # 2. Attention, when the MLP has let go of what it kept. Of the scores: the softmax's gradient and that of its input, in
+    # 2. Attention, when the MLP has freed what it stored. Of the scores: the softmax's gradient and that of its input, in
     #    fp32; in bf16 the copy for the product with v has gone by then, 4 + 4 - 2.
     attention = layer.num_scores * (6 if run.bf16 else 8) - mlp_kept
     if layout.recompute == "selective":
-        attention += layer.num_scores * _score_size(run)
-    again = mlp_kept + attention_kept + layer.num_scores * _score_size(run) if layout.recompute == "full" else 0
+        attention += layer.num_scores * _get_score_size(run)
+    again = mlp_kept + attention_kept + layer.num_scores * _get_score_size(run) if layout.recompute == "full" else 0
     return again + max(mlp, attention)

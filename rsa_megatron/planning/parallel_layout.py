@@ -1,4 +1,4 @@
-"""What a plan is about: a run, and its layout over ranks. Sizes alone; memory.py and step_time.py reckon with them."""
+"""What a plan is about: a run, and its layout over ranks. Only sizes; memory.py and step_time.py estimate from them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ class Run:
     """What is trained, and on what."""
 
     architecture: Architecture
-    #: as --trainable names the parts
+    #: as --trainable names the modules
     trainable: Collection[str]
-    #: positions of the longest row; under pipeline parallelism --seq-length, to which every row is filled up
+    #: positions of the longest sequence; under pipeline parallelism --seq-length, to which every one is padded
     row_length: int
-    #: tiles of the row with most
+    #: tiles of the sequence with most
     num_tiles: int = 1
     bf16: bool = True
-    #: Transformer Engine's layers, with flash attention; else the plain ones
+    #: Transformer Engine's layers, with flash attention; else Megatron's local ones
     transformer_engine: bool = True
-    #: parts ("vision", "language") whose plain layers have Megatron's own attention, which makes a matrix of scores and
-    #: keeps it, and not that of local_attention.py: the decoder's do with --rsa-text-source caption
+    #: modules ("vision", "language") whose local layers have Megatron's own attention, which stores a matrix of scores,
+    #: not that of local_attention.py: the decoder's do with --rsa-text-source caption
     keeps_scores: Collection[str] = ()
     #: whether the RSA loss is on
     rsa: bool = True
@@ -47,14 +47,14 @@ class Run:
         """Bytes of an activation or parameter."""
         return 2 if self.bf16 else 4
 
-    def learns(self, *parts: str) -> bool:
-        return any(part in self.trainable for part in parts)
+    def trains(self, *modules: str) -> bool:
+        return any(module in self.trainable for module in modules)
 
-    def makes_scores(self, part: str) -> bool:
-        """Whether a layer of this part has a matrix of attention scores; those of Transformer Engine never do."""
-        return part in self.keeps_scores and not self.transformer_engine
+    def makes_scores(self, module: str) -> bool:
+        """Return whether a layer of this module has a matrix of attention scores; Transformer Engine's never do."""
+        return module in self.keeps_scores and not self.transformer_engine
 
     @property
-    def output_learns(self) -> bool:
-        """Whether the output layer's weight does: tied, it is the word embeddings."""
-        return self.learns("embeddings" if self.architecture.decoder.tie_word_embeddings else "language")
+    def trains_output(self) -> bool:
+        """Whether the output layer's weight is trained: tied, it is the word embeddings."""
+        return self.trains("embeddings" if self.architecture.decoder.tie_word_embeddings else "language")

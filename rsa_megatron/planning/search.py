@@ -1,4 +1,4 @@
-"""The layouts that a run may have on so many GPUs: which of them Megatron and the training script take, and which fit."""
+"""The layouts that a run may have on N GPUs: which of them Megatron and the training script accept, and which fit."""
 
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ class Plan:
     """A layout, and what it needs."""
 
     layout: Layout
-    #: bytes by part, on the pipeline stage that needs most
+    #: bytes by component, on the pipeline stage that needs most
     stage: int
     memory: dict[str, float]
     #: of a step
@@ -42,15 +42,15 @@ class Plan:
 def find_plans(
     run: Run, cluster: Cluster, assumed: Assumptions
 ) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
-    """The layouts that fit, the fastest first; those that do not, the smallest first; and those refused, with the reason."""
-    fitting, too_large, refused = [], [], []
-    for layout in candidates(run, cluster):
-        reason = refusal(run, layout, cluster)
+    """Find the layouts that fit, fastest first; those that do not, smallest first; and those rejected, with the reason."""
+    fitting, too_large, rejected = [], [], []
+    for layout in list_layouts(run, cluster):
+        reason = find_rejection(run, layout, cluster)
         if reason:
-            refused.append((layout, reason))
+            rejected.append((layout, reason))
             continue
         for recompute in ("none", "full"):  # "selective" has next to nothing to save without scores
-            made = _plans(run, replace(layout, recompute=recompute), assumed)
+            made = _make_plans(run, replace(layout, recompute=recompute), assumed)
             fits = [plan for plan in made if plan.total <= cluster.usable_bytes]
             if fits:
                 fitting.append(min(fits, key=lambda plan: plan.seconds))
@@ -58,11 +58,11 @@ def find_plans(
                 too_large.append(min(made, key=lambda plan: plan.total))
     fitting.sort(key=lambda plan: (plan.seconds, plan.total))
     too_large.sort(key=lambda plan: plan.total)
-    return fitting, too_large, refused
+    return fitting, too_large, rejected
 
 
-def candidates(run: Run, cluster: Cluster) -> list[Layout]:
-    """Every split over the GPUs, before anything is checked; `data` is rounded down where they do not divide."""
+def list_layouts(run: Run, cluster: Cluster) -> list[Layout]:
+    """List every split over the GPUs, unchecked; `data` is rounded down where they do not divide."""
     layouts = []
     for tensor in range(1, cluster.gpus_per_node + 1):
         for pipeline in range(1, run.architecture.decoder.num_layers + 1):
@@ -81,8 +81,8 @@ def candidates(run: Run, cluster: Cluster) -> list[Layout]:
     return layouts
 
 
-def refusal(run: Run, layout: Layout, cluster: Cluster) -> str | None:
-    """Why Megatron or the training script would not take a layout, a kind of reason; None where they do."""
+def find_rejection(run: Run, layout: Layout, cluster: Cluster) -> str | None:
+    """Return why Megatron or the training script would reject a layout, a kind of reason; None where they accept it."""
     tensor, pipeline = layout.tensor, layout.pipeline
     if cluster.num_gpus % (tensor * pipeline):
         return "TP x PP does not divide the GPUs"
@@ -93,25 +93,25 @@ def refusal(run: Run, layout: Layout, cluster: Cluster) -> str | None:
     if run.architecture.decoder.num_layers % pipeline:
         return "PP does not divide the decoder's layers"
     if layout.sequence_parallel and run.row_length % tensor:
-        return "TP does not divide --seq-length, as sequence parallelism asks"
+        return "TP does not divide --seq-length, as sequence parallelism requires"
     if cluster.global_batch_size % (layout.micro_batch_size * layout.data):
         return "micro-batch x DP does not divide the global batch"
     return None
 
 
-def nearest_number_of_gpus(run: Run, cluster: Cluster) -> int:
-    """The number of GPUs nearest to this one over which a layout can be split; one alone always can."""
+def find_nearest_num_gpus(run: Run, cluster: Cluster) -> int:
+    """Find the nearest number of GPUs over which a layout can be split; one always can."""
 
     def possible(num_gpus: int) -> bool:
         other = replace(cluster, num_gpus=num_gpus)
-        return any(not refusal(run, layout, other) for layout in candidates(run, other))
+        return any(not find_rejection(run, layout, other) for layout in list_layouts(run, other))
 
     wanted = cluster.num_gpus
     outwards = (num_gpus for distance in range(wanted) for num_gpus in (wanted - distance, wanted + distance))
     return next(filter(possible, outwards))
 
 
-def _plans(run: Run, layout: Layout, assumed: Assumptions) -> list[Plan]:
-    """Without the distributed optimizer and, where it has ranks to divide its state over, with it."""
+def _make_plans(run: Run, layout: Layout, assumed: Assumptions) -> list[Plan]:
+    """Make plans without the distributed optimizer and, where it has ranks to divide its state over, with it."""
     layouts = [replace(layout, distributed_optimizer=on) for on in ((False, True) if layout.data > 1 else (False,))]
     return [Plan(one, *peak_memory(run, one), step_time(run, one, assumed)) for one in layouts]

@@ -6,7 +6,7 @@
 with t, p sizes of tensor and pipeline parallelism and m micro-batches a step: p - 1 of m + p - 1 turns are the pipeline's
 bubble (without interleaving). Operations are flops.py's, and with full recomputation the layers' forward pass once more.
 Nothing overlaps: neither the reduction of gradients nor tensor parallelism's with arithmetic. Not counted: what stages send
-each other, the optimizer's own step, the RSA loss, waiting for data, and what fills up the shorter rows of a micro-batch.
+each other, the optimizer's own step, the RSA loss, waiting for data, and the padding of a micro-batch's shorter sequences.
 """
 
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ from rsa_megatron.planning.parallel_layout import Layout, Run
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the time depends on and the layout does not say."""
+    """What the time depends on besides the layout."""
 
-    #: of a GPU's matrix products in the training's type, TFLOP a second, and which part of it is reached
+    #: peak of a GPU's matrix products in the training's type, TFLOP a second, and the fraction of it that is reached
     gpu_tflops: float
     utilisation: float
     #: that one GPU has to others of its node, and to other nodes, GB a second
@@ -32,23 +32,25 @@ class Assumptions:
 
 
 def step_time(run: Run, layout: Layout, assumed: Assumptions) -> float:
-    """Seconds a step."""
-    stages = [_stage_time(run, layout, assumed, stage) for stage in range(layout.pipeline)]
-    return (layout.num_micro_batches + layout.pipeline - 1) * max(stages) + _gradient_time(run, layout, assumed)
+    """Estimate the seconds of a step."""
+    stages = [_estimate_stage_time(run, layout, assumed, stage) for stage in range(layout.pipeline)]
+    return (layout.num_micro_batches + layout.pipeline - 1) * max(stages) + _estimate_gradient_time(
+        run, layout, assumed
+    )
 
 
-def _stage_time(run: Run, layout: Layout, assumed: Assumptions, stage: int) -> float:
-    """Seconds that a stage needs for one micro-batch, forward and backward."""
-    # Under pipeline parallelism rows are filled up to --seq-length, and what fills them is computed.
+def _estimate_stage_time(run: Run, layout: Layout, assumed: Assumptions, stage: int) -> float:
+    """Estimate the seconds that a stage needs for one micro-batch, forward and backward."""
+    # Under pipeline parallelism sequences are padded to --seq-length, and padding is computed.
     length = run.row_length if layout.pipeline > 1 else assumed.mean_length
     rate = layout.tensor * assumed.gpu_tflops * 1e12 * assumed.utilisation
-    operations = layout.micro_batch_size * _operations(run, layout, length, assumed.mean_tiles, stage)
-    num_bytes = layout.micro_batch_size * _tensor_parallel_bytes(run, layout, length, assumed.mean_tiles, stage)
+    operations = layout.micro_batch_size * _count_operations(run, layout, length, assumed.mean_tiles, stage)
+    num_bytes = layout.micro_batch_size * _count_tensor_parallel_bytes(run, layout, length, assumed.mean_tiles, stage)
     return operations / rate + num_bytes / (assumed.node_bandwidth * 1e9)
 
 
-def _operations(run: Run, layout: Layout, length: float, num_tiles: float, stage: int) -> float:
-    """Of a stage, for one sample."""
+def _count_operations(run: Run, layout: Layout, length: float, num_tiles: float, stage: int) -> float:
+    """Count a stage's operations for one sample."""
     architecture, decoder = run.architecture, run.architecture.decoder
     num_tokens = num_tiles * architecture.vision.tokens_per_side**2
     sizes = dict(num_tiles=num_tiles, num_positions=length, squared_lengths=length**2, num_image_tokens=num_tokens)
@@ -62,14 +64,14 @@ def _operations(run: Run, layout: Layout, length: float, num_tiles: float, stage
             first * (tower * parts["vision"] + output * parts["projector"]) + layers + last * output * after["language"]
         )
 
-    again = passes((), output=False, tower=run.learns("vision")) if layout.recompute == "full" else 0
+    again = passes((), output=False, tower=run.trains("vision")) if layout.recompute == "full" else 0
     return passes(run.trainable, output=True) + again
 
 
-def _tensor_parallel_bytes(run: Run, layout: Layout, length: float, num_tiles: float, stage: int) -> float:
-    """What a rank sends and receives for one sample, in all-reduces of activations.
+def _count_tensor_parallel_bytes(run: Run, layout: Layout, length: float, num_tiles: float, stage: int) -> float:
+    """Count what a rank sends and receives for one sample, in all-reduces of activations.
 
-    Two a layer forward, two backward, and two more where it is made again; each moves 2 (t - 1) / t of what is reduced, and
+    Two a layer forward, two backward, and two more where it is recomputed; each moves 2 (t - 1) / t of what is reduced, and
     with sequence parallelism as much, in two halves.
     """
     t, vision, decoder = layout.tensor, run.architecture.vision, run.architecture.decoder
@@ -79,17 +81,17 @@ def _tensor_parallel_bytes(run: Run, layout: Layout, length: float, num_tiles: f
         decoder.num_layers / layout.pipeline * length * decoder.hidden_size * (2 + 2 * bool(run.trainable) + again)
     )
     if stage == 0:
-        reduced += vision.num_layers * tokens * vision.hidden_size * (2 + (2 + again) * run.learns("vision"))
+        reduced += vision.num_layers * tokens * vision.hidden_size * (2 + (2 + again) * run.trains("vision"))
     return reduced * run.number_size * 2 * (t - 1) / t
 
 
-def _gradient_time(run: Run, layout: Layout, assumed: Assumptions) -> float:
-    """Seconds for the reduction of fp32 gradients over the data-parallel ranks, of the stage that has most.
+def _estimate_gradient_time(run: Run, layout: Layout, assumed: Assumptions) -> float:
+    """Estimate the seconds to reduce fp32 gradients over the data-parallel ranks, of the stage that has most.
 
     An all-reduce moves 2 (d - 1) / d of them; the distributed optimizer half of that and then its parameters back.
     """
     d = layout.data
     counts = [parameter_counts(run.architecture, layout, stage) for stage in range(layout.pipeline)]
-    num_learnt = max(sum(count for part, count in stage.items() if part in run.trainable) for stage in counts)
+    num_trained = max(sum(count for part, count in stage.items() if part in run.trainable) for stage in counts)
     bytes_each = 4 + run.number_size if layout.distributed_optimizer else 8
-    return num_learnt * bytes_each * (d - 1) / d / (assumed.network_bandwidth * 1e9)
+    return num_trained * bytes_each * (d - 1) / d / (assumed.network_bandwidth * 1e9)

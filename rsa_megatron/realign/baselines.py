@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.realign.frame import Frame
-from rsa_megatron.realign.moments import mean_of
+from rsa_megatron.realign.moments import compute_mean
 from rsa_megatron.realign.operator import EmbeddingOperator, project, read_manifest
 from rsa_megatron.realign.realign import ReAlign
 from rsa_megatron.realign.unit_rows import Embeddings, Progress
 
-# Eigenvalues below this share of the largest are rounding errors of a covariance: its pseudo-inverse leaves them out.
+# Eigenvalues below this share of the largest are rounding errors of a covariance: its pseudo-inverse omits them.
 SMALLEST_SHARE = 1e-12
 
 
@@ -45,8 +45,8 @@ class NoAlignment(EmbeddingOperator):
         progress: Progress | None = None,
         about=None,
     ):
-        """One pass over each set; arguments and errors as for ReAlign.fit."""
-        _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
+        """Fit in one pass over each set; arguments and errors as for ReAlign.fit."""
+        _, _, fields = cls._fit_moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields)
 
     def move(self, unit_bD: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class NoAlignment(EmbeddingOperator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeanShift(NoAlignment):
-    """The texts' mean to the images', then to the sphere: ReAlign's first step alone."""
+    """The texts' mean to the images', then to the sphere: only ReAlign's first step."""
 
     method: ClassVar[str] = "mean-shift"
 
@@ -65,7 +65,7 @@ class MeanShift(NoAlignment):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class C3(EmbeddingOperator):
-    """Mean shift with isotropic noise, which stands for what a translation cannot close.
+    """Mean shift with isotropic noise, in place of what a translation cannot close.
 
     The noise of a row is a function of the seed and of the row itself: the same in any batch, order, shard or process.
     """
@@ -88,30 +88,30 @@ class C3(EmbeddingOperator):
         progress: Progress | None = None,
         about=None,
     ) -> "C3":
-        """One pass over each set; arguments and errors as for ReAlign.fit.
+        """Fit in one pass over each set; arguments and errors as for ReAlign.fit.
 
         Args:
             sigma: noise of length sigma sqrt(D) on rows of length 1: with 0.04, 1.43 at D = 1280 and 0.9 at D = 512. The ReAlign
                 paper does not say what it takes. The code of C3's authors takes sqrt(0.016) = 0.126 at D = 512, which is 2.9.
         """
         if not 0 <= sigma < float("inf"):
-            raise ValueError(f"sigma is a standard deviation, 0 or above, and is {sigma}")
-        _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
+            raise ValueError(f"sigma={sigma} must be a standard deviation, 0 or above")
+        _, _, fields = cls._fit_moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
         return cls(**fields, sigma=sigma, seed=seed)
 
     @torch.no_grad()
     def transform(
         self, text_ND: Tensor, *, dtype: torch.dtype | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """As for the others; with a generator, of the CPU, the noise is drawn from it, and is another one each time."""
+        """Move texts as the others do; a CPU generator, if given, draws the noise instead, different at each call."""
         return self._transform(text_ND, dtype, lambda operator, unit_bD: operator.move(unit_bD, generator))
 
     def move(self, unit_bD: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise_bD = torch.randn(unit_bD.shape, generator=generator) if generator else self._noise_of(unit_bD)
+        noise_bD = torch.randn(unit_bD.shape, generator=generator) if generator else self._draw_noise(unit_bD)
         shifted_bD = unit_bD + (self.image_mean_D - self.text_mean_D)
         return project(shifted_bD.add_(noise_bD.to(shifted_bD), alpha=self.sigma))
 
-    def _noise_of(self, unit_bD: Tensor) -> Tensor:
+    def _draw_noise(self, unit_bD: Tensor) -> Tensor:
         noise_bD, generator = torch.empty(unit_bD.shape), torch.Generator()
         # Rounded to float16: the last bit of a row's length, which may depend on the batch, must not change its noise.
         for row, half_D in enumerate(unit_bD.half().cpu().numpy()):
@@ -158,58 +158,62 @@ class BlockwiseCovariance(EmbeddingOperator):
         progress: Progress | None = None,
         about=None,
     ) -> "BlockwiseCovariance":
-        """One pass over the images, two over the texts; memory for some matrices [D, D], over ranks for one of each rank.
+        """Fit in one pass over the images, two over the texts; memory for some matrices [D, D], over ranks one of each rank.
 
         Args:
             energy: share of the variance that U holds at least. The paper gives none.
             shrinkage: a in (1 - a) S + a (tr S / R) I of each block's covariances S. The paper names shrinkage and gives no a.
         """
         if not 0 <= shrinkage <= 1:
-            raise ValueError(f"shrinkage is a share, between 0 and 1, and is {shrinkage}")
+            raise ValueError(f"shrinkage={shrinkage} must be a share, between 0 and 1")
         passes = dict(group=group, progress=progress)
-        image, text, fields = cls._moments(image_embeddings, text_embeddings, **passes, about=about, with_scatter=True)
+        image, text, fields = cls._fit_moments(
+            image_embeddings, text_embeddings, **passes, about=about, with_scatter=True
+        )
         image_DD, text_DD = image.covariance_DD, text.covariance_DD
         frame = Frame.of_covariance(image_DD + text_DD, energy=energy)
         bases = (frame.axes_DD[:, : frame.rank], frame.axes_DD[:, frame.rank :])
-        map_DD = sum(_matching(basis_DR, image_DD, text_DD, shrinkage) for basis_DR in bases)
+        map_DD = sum(_match_covariances(basis_DR, image_DD, text_DD, shrinkage) for basis_DR in bases)
         fields |= dict(map_DD=map_DD, rank=frame.rank, energy=energy, shrinkage=shrinkage)
         before = cls(**fields, mapped_mean_D=torch.zeros_like(fields["text_mean_D"]))
 
-        def mapped_sum(unit_bD: Tensor) -> Tensor:
-            return before.on(unit_bD.device).mapped(unit_bD).sum(0)
+        def sum_mapped(unit_bD: Tensor) -> Tensor:
+            return before.to(unit_bD.device).apply_map(unit_bD).sum(0)
 
-        mapped_mean_D = mean_of(mapped_sum, text_embeddings, "text embeddings, mapped", fields["num_texts"], **passes)
+        mapped_mean_D = compute_mean(
+            sum_mapped, text_embeddings, "text embeddings, mapped", fields["num_texts"], **passes
+        )
         return cls(**fields, mapped_mean_D=mapped_mean_D)
 
-    def mapped(self, unit_bD: Tensor) -> Tensor:
-        """e^, [b, D]."""
+    def apply_map(self, unit_bD: Tensor) -> Tensor:
+        """Compute e^, [b, D]."""
         return project(project(unit_bD + (self.image_mean_D - self.text_mean_D)) @ self.map_DD.T)
 
     def move(self, unit_bD: Tensor) -> Tensor:
-        return project(self.mapped(unit_bD).add_(self.image_mean_D - self.mapped_mean_D))
+        return project(self.apply_map(unit_bD).add_(self.image_mean_D - self.mapped_mean_D))
 
 
-def _matching(basis_DR: Tensor, image_DD: Tensor, text_DD: Tensor, shrinkage: float) -> Tensor:
-    """T_W P_W of the block that the columns span, [D, D]."""
+def _match_covariances(basis_DR: Tensor, image_DD: Tensor, text_DD: Tensor, shrinkage: float) -> Tensor:
+    """Compute T_W P_W of the block that the columns span, [D, D]."""
     if not basis_DR.shape[1]:
         return torch.zeros_like(image_DD)
     image_RR, text_RR = (
-        _shrunk(basis_DR.T @ covariance_DD @ basis_DR, shrinkage) for covariance_DD in (image_DD, text_DD)
+        _shrink_covariance(basis_DR.T @ covariance_DD @ basis_DR, shrinkage) for covariance_DD in (image_DD, text_DD)
     )
     return (
-        basis_DR @ _power(image_RR, 0.5) @ _power(text_RR, -0.5) @ basis_DR.T
+        basis_DR @ _raise_to_power(image_RR, 0.5) @ _raise_to_power(text_RR, -0.5) @ basis_DR.T
     ).contiguous()  # as it will be when loaded
 
 
-def _shrunk(covariance_RR: Tensor, shrinkage: float) -> Tensor:
+def _shrink_covariance(covariance_RR: Tensor, shrinkage: float) -> Tensor:
     mean_variance = covariance_RR.diagonal().mean()
     return (1 - shrinkage) * covariance_RR + shrinkage * mean_variance * torch.eye(
         len(covariance_RR), dtype=covariance_RR.dtype
     )
 
 
-def _power(covariance_RR: Tensor, exponent: float) -> Tensor:
-    """Of a symmetric matrix, by its eigenvalues; those that are 0 stay 0, in inverses as well."""
+def _raise_to_power(covariance_RR: Tensor, exponent: float) -> Tensor:
+    """Raise a symmetric matrix to a power by its eigenvalues; those that are 0 stay 0, in inverses as well."""
     eigenvalues_R, axes_RR = torch.linalg.eigh(covariance_RR)
     is_zero_R = eigenvalues_R <= SMALLEST_SHARE * eigenvalues_R[-1]
     return (axes_RR * torch.where(is_zero_R, 0.0, eigenvalues_R.clamp_min(0).pow(exponent))) @ axes_RR.T
@@ -221,12 +225,12 @@ METHODS: dict[str, type[EmbeddingOperator]] = {
 
 
 def load_operator(folder: str | Path) -> EmbeddingOperator:
-    """The operator that was saved there, whatever its method.
+    """Load the operator saved in a folder, whatever its method.
 
     Raises:
-        ValueError: there is none, or its files are broken.
+        ValueError: not found, or its files are broken.
     """
     method = read_manifest(folder)["method"]
     if method not in METHODS:
-        raise ValueError(f"{folder} holds an operator of method {method!r}, which is none of {', '.join(METHODS)}")
+        raise ValueError(f"{folder} holds an operator of method {method!r}, which is not one of {', '.join(METHODS)}")
     return METHODS[method].load(folder)

@@ -27,8 +27,8 @@ class Coupling:
 
 
 @torch.no_grad()
-def coupling(delta_NR: Tensor, zeta_NC: Tensor, ridge: float = RIDGE) -> Coupling:
-    """Of residuals of the same samples, rows in any coordinates, in float64.
+def fit_coupling(delta_NR: Tensor, zeta_NC: Tensor, ridge: float = RIDGE) -> Coupling:
+    """Fit L on residuals of the same samples, rows in any coordinates, in float64.
 
     Args:
         ridge: lambda as a share of the largest eigenvalue of D D^T.
@@ -37,15 +37,15 @@ def coupling(delta_NR: Tensor, zeta_NC: Tensor, ridge: float = RIDGE) -> Couplin
         ValueError: when rows do not pair up, either is zero throughout, or ridge is not above 0.
     """
     if len(delta_NR) != len(zeta_NC):
-        raise ValueError(f"rows of delta and zeta must pair up: there are {len(delta_NR)} and {len(zeta_NC)}")
+        raise ValueError(f"rows of delta and zeta must pair up, not {len(delta_NR)} and {len(zeta_NC)}")
     delta_NR, zeta_NC = delta_NR.double(), zeta_NC.double()
     if not delta_NR.any() or not zeta_NC.any():
         raise ValueError("delta or zeta is zero in every row: there is nothing to couple")
-    return ridge_coupling(zeta_NC.T @ delta_NR, delta_NR.T @ delta_NR, zeta_NC.square().sum(), ridge)
+    return fit_ridge_coupling(zeta_NC.T @ delta_NR, delta_NR.T @ delta_NR, zeta_NC.square().sum(), ridge)
 
 
-def ridge_coupling(zeta_delta_CR: Tensor, delta_RR: Tensor, zeta_energy: Tensor, ridge: float = RIDGE) -> Coupling:
-    """The same from Z D^T, D D^T and |Z|^2, or from all three divided by N."""
+def fit_ridge_coupling(zeta_delta_CR: Tensor, delta_RR: Tensor, zeta_energy: Tensor, ridge: float = RIDGE) -> Coupling:
+    """Fit L from Z D^T, D D^T and |Z|^2, or from all three divided by N."""
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be above 0: Cov delta may have no inverse")
     penalty = ridge * torch.linalg.matrix_norm(delta_RR, 2)

@@ -1,10 +1,10 @@
 """How far two clouds of unit rows have become one, and what a map between them did to its source.
 
 The figures that modality-gap-subspace-alignment.txt and its successor report of text embeddings moved onto images:
-    mixing rate         do both modalities stand among a row's nearest neighbours? (section 4.3)
+    mixing rate         are both modalities among a row's nearest neighbours? (section 4.3)
     JS divergence       are the rows of one cloud spread as those of the other, whatever place it has?
     Phi, Psi, overlap   is a moved row near its source, and are the same rows alike as before?
-The paper leaves details open; what is taken here stands at each function. Rows of any length count by their direction.
+The paper leaves details open; the choices made are at each function. Rows of any length count by their direction.
 
 Cosines are float64 and taken a block at a time: beside the features there are some blocks of 1024 x 1024 pairs, and for
 neighbours a copy of the features in the dtype of their first pass. Histograms count cosines in steps of 2^-30 (those of
@@ -44,19 +44,19 @@ class Fidelity:
 
 @torch.no_grad()
 def mixing_rate(x_ND: Tensor, y_MD: Tensor, k: int = 20) -> float:
-    """Share of a row's k nearest neighbours in both clouds together that are of the other cloud, over all N + M rows.
+    """Return the share of a row's k nearest neighbours in both clouds that are of the other cloud, over all N + M rows.
 
-    0 where the clouds lie apart. Where both are draws of one cloud each neighbour is any of the N + M - 1 others
+    0 where the clouds lie apart. Where both are samples of one cloud each neighbour is any of the N + M - 1 others
     (`chance_of_mixing`): about 1/2 for N = M. Neighbours are by cosine and exact; of equally near ones the smaller index.
 
     Raises:
-        ValueError: when widths differ, rows hold NaN, infinity or zeros alone, or there are no k others.
+        ValueError: when widths differ, rows hold NaN, infinity or only zeros, or there are no k others.
     """
     _check_rows(x_ND, "the first rows")
     _check_rows(y_MD, "the second rows")
     if x_ND.shape[1] != y_MD.shape[1]:
         widths = f"{x_ND.shape[1]} and {y_MD.shape[1]}"
-        raise ValueError(f"rows of width {widths} have no neighbours in common: take both from one pair of encoders")
+        raise ValueError(f"rows of width {widths} cannot be compared: take both from one pair of encoders")
     dtype = torch.promote_types(x_ND.dtype, y_MD.dtype)
     near_Nk = nearest_neighbours(torch.cat([x_ND.to(dtype), y_MD.to(dtype)]), k)
     of_second_Nk = near_Nk >= len(x_ND)
@@ -65,19 +65,19 @@ def mixing_rate(x_ND: Tensor, y_MD: Tensor, k: int = 20) -> float:
 
 
 def chance_of_mixing(num_rows: int, num_others: int) -> float:
-    """`mixing_rate` to expect where N and M rows are draws of one cloud: N sees M others of N + M - 1, M sees N."""
+    """Return the expected `mixing_rate` of N and M samples of one cloud: N sees M others of N + M - 1, M sees N."""
     total = num_rows + num_others
     return 2 * num_rows * num_others / (total * (total - 1))
 
 
 @torch.no_grad()
 def cosine_histogram(x_ND: Tensor, *, num_bins: int = NUM_BINS) -> Tensor:
-    """How many of the N (N - 1) / 2 pairs of rows have a cosine in each bin, [B] in int64.
+    """Count the N (N - 1) / 2 pairs of rows by their cosine's bin, [B] in int64.
 
     Bins are equally wide from -1 to 1, closed below, the last one above as well.
 
     Raises:
-        ValueError: when rows hold NaN, infinity or zeros alone, or there are fewer than two.
+        ValueError: when rows hold NaN, infinity or only zeros, or there are fewer than two.
     """
     count_B = torch.zeros(num_bins, dtype=torch.int64, device=x_ND.device)
     for cosine_P in _pair_cosines(x_ND, "rows"):
@@ -89,14 +89,14 @@ def cosine_histogram(x_ND: Tensor, *, num_bins: int = NUM_BINS) -> Tensor:
 
 
 def js_divergence(count_B: Tensor, other_B: Tensor) -> float:
-    """Jensen-Shannon divergence of two histograms in bits (logarithm to base 2): 0 where equal, 1 where disjoint.
+    """Compute the Jensen-Shannon divergence of two histograms in bits (log to base 2): 0 where equal, 1 where disjoint.
 
     JS = H((p + q) / 2) - (H(p) + H(q)) / 2 with the entropy H, p and q the shares of each bin. The divergence itself,
     not its root. Finer bins give more: compare figures of the same bins and numbers of rows only.
     """
     if count_B.shape != other_B.shape or not (count_B.sum() > 0 and other_B.sum() > 0):
         shapes = f"{tuple(count_B.shape)} and {tuple(other_B.shape)}"
-        raise ValueError(f"two histograms compare that have the same bins and at least one count: got {shapes}")
+        raise ValueError(f"histograms must have the same bins and at least one count: got {shapes}")
     p_B, q_B = (count.double() / count.sum() for count in (count_B, other_B))
     # As sums of p log2(p / m): each term is exactly 0 for equal histograms, which a difference of entropies is not.
     m_B = (p_B + q_B) / 2
@@ -110,7 +110,7 @@ def fidelity(source_ND: Tensor, moved_ND: Tensor, k: int = 10) -> Fidelity:
     """Compare rows with what a map made of them, row by row and pair of rows by pair.
 
     Raises:
-        ValueError: when shapes differ, rows hold NaN, infinity or zeros alone, or there are no k others.
+        ValueError: when shapes differ, rows hold NaN, infinity or only zeros, or there are no k others.
     """
     if source_ND.shape != moved_ND.shape:
         shapes = f"{tuple(source_ND.shape)} and {tuple(moved_ND.shape)}"
@@ -123,7 +123,7 @@ def fidelity(source_ND: Tensor, moved_ND: Tensor, k: int = 10) -> Fidelity:
 
 
 def _cosine_correlation(a_ND: Tensor, b_ND: Tensor) -> float:
-    """Pearson's, over the pairs i < j."""
+    """Compute Pearson's correlation over the pairs i < j."""
     centre_a, centre_b = _mean_cosine(a_ND), _mean_cosine(b_ND)
     square_a = square_b = product = 0.0
     for a_P, b_P in zip(_pair_cosines(a_ND, "the source"), _pair_cosines(b_ND, "the moved rows")):
@@ -135,17 +135,17 @@ def _cosine_correlation(a_ND: Tensor, b_ND: Tensor) -> float:
 
 
 def _mean_cosine(x_ND: Tensor) -> float:
-    """Of all pairs i < j at once: |sum_i u_i|^2 = N + 2 sum_{i<j} u_i.u_j."""
+    """Average over all pairs i < j at once: |sum_i u_i|^2 = N + 2 sum_{i<j} u_i.u_j."""
     n = len(x_ND)
     total_D = sum(unit_rows(x_bD.double()).sum(0) for x_bD in x_ND.split(_BLOCK_ROWS))
     return ((total_D @ total_D - n) / (n * (n - 1))).item()
 
 
 def _pair_cosines(x_ND: Tensor, name: str) -> Iterator[Tensor]:
-    """The cosines of all pairs i < j, [P] in float64, a block of them after the other."""
+    """Yield the cosines of all pairs i < j block by block, [P] in float64."""
     _check_rows(x_ND, name)
     if len(x_ND) < 2:
-        raise ValueError(f"{name}: a pair needs two rows, there is {len(x_ND)}")
+        raise ValueError(f"{name}: a pair needs two rows, got {len(x_ND)}")
     blocks = slices(len(x_ND), _BLOCK_ROWS)
     for number, i in enumerate(blocks):
         u_bD = unit_rows(x_ND[i].double())
@@ -161,4 +161,4 @@ def _check_rows(x_ND: Tensor, name: str) -> None:
         zero = zero_N.nonzero()[:, 0].tolist()
         numbers = ", ".join(map(str, zero[:5])) + (", ..." if len(zero) > 5 else "")
         what = f"{len(zero)} of {len(zero_N)} rows are zero and have no direction"
-        raise ValueError(f"{name}: {what} ({numbers}); leave them out")
+        raise ValueError(f"{name}: {what} ({numbers}); remove them")

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsa_megatron import atomic
-from rsa_megatron.realign.moments import Moments, moments
-from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, unit_blocks
+from rsa_megatron.realign.moments import Moments, compute_moments
+from rsa_megatron.realign.unit_rows import Embeddings, Progress, RowFaults, iterate_unit_blocks
 
 MANIFEST = "manifest.json"
 # A sum of unit vectors shorter than this has no direction: its rounding errors of some 1e-16 turn it by more than 1e-6, and
@@ -45,16 +45,16 @@ class EmbeddingOperator(ABC):
     text_trace: float
     num_images: int
     num_texts: int
-    #: what it was fitted on, as the user said it: encoder, data, ...
+    #: what it was fitted on, as the user specified it: encoder, data, ...
     about: dict[str, str] = field(default_factory=dict)
 
     @abstractmethod
     def move(self, unit_bD: Tensor) -> Tensor:
-        """Where unit rows of text go, [b, D], float64; rows of the result have length 1, or 0 if they have no direction."""
+        """Move unit rows of text, [b, D], float64; rows of the result have length 1, or 0 if they have no direction."""
 
     @torch.no_grad()
     def transform(self, text_ND: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Text embeddings moved, [N, D], of length 1. Each row depends on itself and the fitted constants alone.
+        """Move text embeddings, [N, D], to length 1. Each row depends only on itself and the fitted constants.
 
         Args:
             text_ND: rows of any length.
@@ -74,45 +74,45 @@ class EmbeddingOperator(ABC):
                 f"the operator moves rows of width {len(self.text_mean_D)}, and the text embeddings are {list(text_ND.shape)}"
             )
         moved_ND = torch.empty_like(text_ND, dtype=dtype or text_ND.dtype, requires_grad=False)
-        operator, faults, row = self.on(text_ND.device), RowFaults(), 0
-        for unit_bD in unit_blocks([text_ND], faults):
+        operator, faults, row = self.to(text_ND.device), RowFaults(), 0
+        for unit_bD in iterate_unit_blocks([text_ND], faults):
             moved_bD = move(operator, unit_bD)
             if not faults.counts and (lost_b := moved_bD.abs().amax(1) == 0).any():
                 faults.add("land on zero", lost_b.nonzero()[:, 0], row)
             moved_ND[row : row + len(moved_bD)] = moved_bD
             row += len(moved_bD)
         if faults.counts:
-            raise ValueError(f"text embeddings: {faults.sentence(row)}")
+            raise ValueError(f"text embeddings: {faults.format_message(row)}")
         return moved_ND
 
-    def on(self, device: torch.device) -> "EmbeddingOperator":
-        """The operator with its vectors there."""
+    def to(self, device: torch.device) -> "EmbeddingOperator":
+        """Return the operator with its vectors on `device`."""
         if self.text_mean_D.device == device:
             return self
-        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.to(device) for name, tensor in self._get_tensors().items()}
         return dataclasses.replace(self, **tensors)
 
     def save(self, folder: str | Path) -> None:
-        """Write the operator into a folder that is there as a whole or not at all. Over ranks: call it on one.
+        """Write the operator into a folder, atomically. Over ranks: call it on one.
 
         Raises:
-            ValueError: there is such a folder and something in it.
+            ValueError: the folder exists and is not empty.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is there already: name another folder, or remove it")
+            raise ValueError(f"{folder} already exists: name another folder, or remove it")
         with atomic.new_folder(folder) as unfinished:
-            tensors = {name: x.cpu().contiguous() for name, x in self._tensors().items()}
+            tensors = {name: x.cpu().contiguous() for name, x in self._get_tensors().items()}
             save_file(tensors, unfinished / f"{self.method}.safetensors")
-            manifest = {"method": self.method} | self._numbers()
+            manifest = {"method": self.method} | self._get_numbers()
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddingOperator":
-        """The operator that `save` wrote there.
+        """Load the operator that `save` wrote.
 
         Raises:
-            ValueError: there is none, or one of another method, or its files are broken.
+            ValueError: not found, or of another method, or its files are broken.
         """
         manifest = read_manifest(folder)
         if manifest["method"] != cls.method:
@@ -126,13 +126,13 @@ class EmbeddingOperator(ABC):
             operator = cls(**tensors, **numbers)
         except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(
-                f"{path} and {MANIFEST} beside it are no operator of this version ({error}): fit it again"
+                f"{path} and its {MANIFEST} are not an operator of this version ({error}): fit it again"
             ) from error
         operator._check(path)
         return operator
 
     @classmethod
-    def _moments(
+    def _fit_moments(
         cls,
         image_embeddings: Embeddings,
         text_embeddings: Embeddings,
@@ -142,13 +142,13 @@ class EmbeddingOperator(ABC):
         about,
         with_scatter=False,
     ) -> tuple[Moments, Moments, dict]:
-        """Of images and texts, and the fields that all operators have."""
+        """Fit the moments of images and texts, and the fields that all operators have."""
         about = dict(about or {})
         if not all(isinstance(text, str) for item in about.items() for text in item):
-            raise ValueError(f"about holds names and what they are as strings, and is {about}")
+            raise ValueError(f"about must map strings to strings, not {about}")
         passes = dict(group=group, progress=progress, with_scatter=with_scatter)
-        image = moments(image_embeddings, "image embeddings", **passes)
-        text = moments(text_embeddings, "text embeddings", **passes)
+        image = compute_moments(image_embeddings, "image embeddings", **passes)
+        text = compute_moments(text_embeddings, "text embeddings", **passes)
         if len(image.mean_D) != len(text.mean_D):
             raise ValueError(
                 f"image embeddings have width {len(image.mean_D)} and text embeddings {len(text.mean_D)}: "
@@ -165,15 +165,15 @@ class EmbeddingOperator(ABC):
         )
         return image, text, fields
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _get_tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (Tensor, "Tensor")}
 
-    def _numbers(self) -> dict:
-        tensors = self._tensors()
+    def _get_numbers(self) -> dict:
+        tensors = self._get_tensors()
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors}
 
     def _check(self, path: Path) -> None:
-        for name, tensor in self._tensors().items():
+        for name, tensor in self._get_tensors().items():
             if (
                 tensor.dtype != torch.float64
                 or not tensor.isfinite().all()
@@ -185,7 +185,7 @@ class EmbeddingOperator(ABC):
 
 
 def project(x_bD: Tensor) -> Tensor:
-    """Rows divided by their length, in place. A row shorter than NO_DIRECTION becomes zero."""
+    """Divide rows by their length, in place. A row shorter than NO_DIRECTION becomes zero."""
     length_b = torch.linalg.vector_norm(x_bD, dim=1)
     return x_bD.mul_(torch.where(length_b < NO_DIRECTION, 0.0, 1 / length_b)[:, None])
 
@@ -196,6 +196,6 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads(path.read_text())
         manifest["method"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "it is not there" if isinstance(error, FileNotFoundError) else repr(error)
-        raise ValueError(f"{path} cannot be read ({reason}): name a folder that an operator was saved in") from error
+        reason = "not found" if isinstance(error, FileNotFoundError) else repr(error)
+        raise ValueError(f"{path} cannot be read ({reason}): name a folder of a saved operator") from error
     return manifest

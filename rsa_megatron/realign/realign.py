@@ -28,11 +28,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rsa_megatron.realign.moments import mean_of
+from rsa_megatron.realign.moments import compute_mean
 from rsa_megatron.realign.operator import EmbeddingOperator, project
-from rsa_megatron.realign.unit_rows import Embeddings, Progress, unit_rows
+from rsa_megatron.realign.unit_rows import Embeddings, Progress, normalise_rows
 
-__all__ = ["STEPS", "ReAlign", "unit_rows"]
+__all__ = ["STEPS", "ReAlign", "normalise_rows"]
 
 STEPS = ("anchor", "trace", "centroid")
 # Rounding errors of unit rows, some 1e-16 each, have this variance or less.
@@ -41,7 +41,7 @@ NO_SPREAD = 1e-28
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReAlign(EmbeddingOperator):
-    """The paper's operator, fitted; `steps` leaves some of it out for ablations."""
+    """The paper's operator, fitted; `steps` omits some of it for ablations."""
 
     method: ClassVar[str] = "realign"
     #: mu', the mean after the first projection of the texts it was fitted on, [D], float64
@@ -64,10 +64,10 @@ class ReAlign(EmbeddingOperator):
         progress: Progress | None = None,
         about: dict[str, str] | None = None,
     ) -> "ReAlign":
-        """One pass over the images, two over the texts; memory for some vectors and a block.
+        """Fit in one pass over the images, two over the texts; memory for some vectors and a block.
 
         Args:
-            image_embeddings: [N, D], or an iterable of pieces [n, D] that begins anew each time; rows of any length.
+            image_embeddings: [N, D], or an iterable of pieces [n, D] that starts from the beginning each time; rows of any length.
             text_embeddings: the same, [M, D]. The sets need not pair up, nor be equally large.
             epsilon: added to T_y, which is 0 if all texts are equal (1e-10 in the authors' code; the paper gives none).
             steps: those of STEPS to take, in this order. The projections are always taken.
@@ -81,38 +81,38 @@ class ReAlign(EmbeddingOperator):
         steps = tuple(steps)
         if steps != tuple(step for step in STEPS if step in steps):
             raise ValueError(
-                f"steps are some of {', '.join(STEPS)}, in this order, and not {', '.join(map(str, steps))}"
+                f"steps must be some of {', '.join(STEPS)}, in this order, not {', '.join(map(str, steps))}"
             )
         if not (epsilon >= 0 and math.isfinite(epsilon)):
-            raise ValueError(f"epsilon must be 0 or a small positive number, and is {epsilon}")
-        _, _, fields = cls._moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
-        scale = trace_scale(fields["image_trace"], fields["text_trace"], epsilon) if "trace" in steps else 1.0
+            raise ValueError(f"epsilon must be 0 or a small positive number, not {epsilon}")
+        _, _, fields = cls._fit_moments(image_embeddings, text_embeddings, group=group, progress=progress, about=about)
+        scale = compute_trace_scale(fields["image_trace"], fields["text_trace"], epsilon) if "trace" in steps else 1.0
         fields |= dict(scale=scale, epsilon=epsilon, steps=steps)
         before = cls(**fields, projected_mean_D=torch.zeros_like(fields["text_mean_D"]))
 
-        def projected_sum(unit_bD: Tensor) -> Tensor:
-            return before.on(unit_bD.device).projected_sum(unit_bD)
+        def sum_projected(unit_bD: Tensor) -> Tensor:
+            return before.to(unit_bD.device).sum_projected(unit_bD)
 
         passes = dict(group=group, progress=progress)
-        projected_mean_D = mean_of(
-            projected_sum, text_embeddings, "text embeddings, projected", fields["num_texts"], **passes
+        projected_mean_D = compute_mean(
+            sum_projected, text_embeddings, "text embeddings, projected", fields["num_texts"], **passes
         )
         return cls(**fields, projected_mean_D=projected_mean_D)
 
-    def projected(self, unit_bD: Tensor) -> Tensor:
-        """e', [b, D]: anchor, trace, project. A row that lands on zero has no direction and stays there."""
+    def shift_and_project(self, unit_bD: Tensor) -> Tensor:
+        """Compute e', [b, D]: anchor, trace, project. A row that lands on zero has no direction and stays there."""
         return project(torch.add(self._shift_D, unit_bD, alpha=self.scale))
 
-    def projected_sum(self, unit_bD: Tensor) -> Tensor:
-        """The sum of e' over the rows, [D], in half the time: no row of e' is written down.
+    def sum_projected(self, unit_bD: Tensor) -> Tensor:
+        """Sum e' over the rows, [D], in half the time: no row of e' is stored.
 
         With e~ = c + s e, |e~|^2 = |c|^2 + 2 s c.e + s^2. Its rounding errors are some 1e-16 of numbers near 1, so that rows near
-        zero, where that counts, are computed as they stand.
+        zero, where that counts, are computed directly.
         """
         shift_D = self._shift_D
         square_b = torch.mv(unit_bD, shift_D).mul_(2 * self.scale).add_(shift_D @ shift_D + self.scale**2)
         if square_b.amin() < 0.01:
-            return self.projected(unit_bD).sum(0)
+            return self.shift_and_project(unit_bD).sum(0)
         inverse_b = square_b.rsqrt_()
         return torch.mv(unit_bD.T, inverse_b * self.scale).add_(shift_D * inverse_b.sum())
 
@@ -122,21 +122,21 @@ class ReAlign(EmbeddingOperator):
         return (self.image_mean_D if "anchor" in self.steps else self.text_mean_D) - self.scale * self.text_mean_D
 
     def move(self, unit_bD: Tensor) -> Tensor:
-        projected_bD = self.projected(unit_bD)
+        projected_bD = self.shift_and_project(unit_bD)
         if "centroid" not in self.steps:
             return projected_bD
         return project(projected_bD.add_(self.image_mean_D - self.projected_mean_D))
 
 
-def trace_scale(image_trace: float, text_trace: float, epsilon: float) -> float:
-    """s = sqrt(T_x / (T_y + epsilon)): a factor of lengths, hence the root. Its square takes T_y to T_x.
+def compute_trace_scale(image_trace: float, text_trace: float, epsilon: float) -> float:
+    """Compute s = sqrt(T_x / (T_y + epsilon)): a factor of lengths, hence the root. Its square takes T_y to T_x.
 
     Raises:
         ValueError: all texts are equal and epsilon is 0, or all images are equal.
     """
     if image_trace <= NO_SPREAD:
         raise ValueError(
-            "all image embeddings are equal: texts scaled to their spread would all be equal, too; fit on other images"
+            "all image embeddings are equal: texts scaled to their spread would be equal, too; fit on other images"
         )
     if not text_trace + epsilon > 0:
         raise ValueError(

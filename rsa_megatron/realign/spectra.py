@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsa_megatron.realign.moments import moments
+from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.unit_rows import Embeddings
 
 # Share of the variance that condition numbers and exponents look at.
@@ -29,46 +29,46 @@ _SHARE_ROUNDING = 1e-12
 
 
 def eigenvalues(covariance_DD: Tensor) -> Tensor:
-    """Falling and, as a covariance has none below zero, with rounding errors below zero set to zero: [D]."""
+    """Compute them, falling, [D]; a covariance has none below zero, so rounding errors below zero are set to zero."""
     return torch.linalg.eigvalsh(covariance_DD).flip(0).clamp_min(0.0)
 
 
 @torch.no_grad()
 def spectrum(x_ND: Embeddings) -> Tensor:
-    """Eigenvalues of the covariance of the unit rows, falling, [D]; their sum is the trace T.
+    """Compute the eigenvalues of the covariance of the unit rows, falling, [D]; their sum is the trace T.
 
     Raises:
         ValueError: a row is zero or not finite, or there are fewer than two.
     """
-    return eigenvalues(moments(x_ND, "embeddings", with_scatter=True).covariance_DD)
+    return eigenvalues(compute_moments(x_ND, "embeddings", with_scatter=True).covariance_DD)
 
 
 def leading_rank(spectrum_D: Tensor, energy: float = LEADING_ENERGY) -> int:
-    """The fewest leading eigenvalues that hold this share of the sum."""
+    """Count the fewest leading eigenvalues that hold this share of the sum."""
     _check_varies(spectrum_D)
     held_D = spectrum_D.cumsum(0) / spectrum_D.sum()
     return int((held_D < energy - _SHARE_ROUNDING).sum()) + 1
 
 
 def condition_number(spectrum_D: Tensor) -> float:
-    """lambda_1 / lambda_k, with the k leading eigenvalues that hold 99 % of the variance; 1 where all are equal."""
+    """Return lambda_1 / lambda_k, with the k leading eigenvalues that hold 99 % of the variance; 1 where all are equal."""
     return (spectrum_D[0] / spectrum_D[leading_rank(spectrum_D) - 1]).item()
 
 
 def effective_dimension(spectrum_D: Tensor) -> float:
-    """tr(S)^2 / tr(S^2): the number of equal eigenvalues that would give the same."""
+    """Return tr(S)^2 / tr(S^2): the number of equal eigenvalues that would give the same."""
     _check_varies(spectrum_D)
     return (spectrum_D.sum().square() / spectrum_D.square().sum()).item()
 
 
 def anisotropy(spectrum_D: Tensor) -> float:
-    """lambda_1 / (tr(S) / D): the largest variance over the mean one; 1 where all are equal, at most D."""
+    """Return lambda_1 / (tr(S) / D): the largest variance over the mean one; 1 where all are equal, at most D."""
     _check_varies(spectrum_D)
     return (spectrum_D[0] / spectrum_D.mean()).item()
 
 
 def power_law_exponent(spectrum_D: Tensor) -> float:
-    """alpha of lambda_k ~ k^-alpha: the slope of log lambda over log k, by least squares over the leading eigenvalues.
+    """Fit alpha of lambda_k ~ k^-alpha: the slope of log lambda over log k, by least squares over leading eigenvalues.
 
     Each rank weighs the same, so that the many small ones of the range decide.
 
@@ -84,14 +84,14 @@ def power_law_exponent(spectrum_D: Tensor) -> float:
 
 
 def principal_angle(vector_D: Tensor, covariance_DD: Tensor) -> float:
-    """Between a vector and the first principal direction, in degrees of 0 to 90: an eigenvector has no sign."""
+    """Measure the angle to the first principal direction, in degrees of 0 to 90: an eigenvector has no sign."""
     direction_D = torch.linalg.eigh(covariance_DD).eigenvectors[:, -1]
     cosine = (vector_D @ direction_D).abs() / vector_D.norm()
     return torch.rad2deg(cosine.clamp(max=1.0).acos()).item()
 
 
 def varies(spectrum_D: Tensor) -> bool:
-    """Whether there is any variance beyond the rounding of unit rows."""
+    """Return whether there is any variance beyond the rounding of unit rows."""
     return bool(spectrum_D.sum() > _NO_VARIANCE)
 
 

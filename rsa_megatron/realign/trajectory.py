@@ -1,8 +1,8 @@
-"""How the modality gap moves while two encoders learn, seen from the frame of one step (arXiv 2602.07026, figure 1, app. B).
+"""How the modality gap moves while two encoders are trained, seen from the frame of one step (arXiv 2602.07026, figure 1, app. B).
 
 All of it is measured on the same probe pairs at every step. What the paper leaves open is decided here: leakage is a ratio
-of lengths, as is the bound it is compared with; correlations are Pearson's. Its "vMF concentration" is defined nowhere, and
-left out.
+of lengths, as is the bound it is compared with; correlations are Pearson's. Its "vMF concentration" is not defined there
+and is omitted.
 
 Shapes: N pairs or gradients, D width, R rank of the frame.
 """
@@ -19,7 +19,7 @@ from rsa_megatron.realign.spectra import SHORTEST_MEAN, eigenvalues
 
 @torch.no_grad()
 def window_covariances(steps: Iterable[Terms]) -> tuple[Tensor, Tensor]:
-    """Cov delta and Cov zeta, [D, D] each, taken at every step and averaged over the steps of a window.
+    """Average Cov delta and Cov zeta, [D, D] each, over the steps of a window.
 
     Samples pooled over the steps would give more: by the law of total covariance (Lemma B.9), that of the moving mean comes
     on top, Cov over steps of beta(t) in U and of gamma(t) in V.
@@ -38,17 +38,17 @@ def window_covariances(steps: Iterable[Terms]) -> tuple[Tensor, Tensor]:
 
 
 def rotation_sine(frame_t: Frame, frame: Frame) -> float:
-    """sin of the largest principal angle between U_t and U: the operator norm of P_V P_{U_t}, 0 to 1.
+    """Return sin of the largest principal angle between U_t and U: the operator norm of P_V P_{U_t}, 0 to 1.
 
     The residual itself has all its digits where the angle is small; sqrt(1 - sigma_min(Q^T Q_t)^2) loses half of them. The
     sine is 1 where U_t has more dimensions than U: one of them then lies in V.
     """
-    residual_DR = frame.onto_v(frame_t.basis_DR.T)
+    residual_DR = frame.project_onto_v(frame_t.basis_DR.T)
     return min(torch.linalg.matrix_norm(residual_DR, 2).item(), 1.0)
 
 
 def leakage(gradient_ND: Tensor, frame: Frame) -> float:
-    """RMS |P_V g| / RMS |g|: the share of the embeddings' gradients that lies outside the frame, 0 to 1.
+    """Return RMS |P_V g| / RMS |g|: the share of the embeddings' gradients outside the frame, 0 to 1.
 
     Raises:
         ValueError: when all gradients are zero, or some are not finite.
@@ -57,11 +57,11 @@ def leakage(gradient_ND: Tensor, frame: Frame) -> float:
     length = gradient_ND.norm().item()
     if not 0 < length < float("inf"):
         raise ValueError(f"the gradients' length is {length}: they have no share outside the frame")
-    return frame.onto_v(gradient_ND).norm().item() / length
+    return frame.project_onto_v(gradient_ND).norm().item() / length
 
 
 def leakage_bound(sine: float, coupling_norm: float = 0.0, remainder: float = 0.0) -> float:
-    """The most that `leakage` can be: sin theta + |L| + rho (appendix C), and 1 at any rate.
+    """Bound `leakage` from above: sin theta + |L| + rho (appendix C), at most 1.
 
     Lemma B.7 is the first term: a gradient in U_t leaks at most sin theta.
 
@@ -74,7 +74,7 @@ def leakage_bound(sine: float, coupling_norm: float = 0.0, remainder: float = 0.
 
 
 def stability(gamma_D: Tensor, previous_D: Tensor) -> float:
-    """Cosine of gamma at one step with that of the step before: 1 where it keeps its direction.
+    """Return the cosine of gamma at one step with that of the step before: 1 where it keeps its direction.
 
     Raises:
         ValueError: when either is zero.
@@ -86,12 +86,12 @@ def stability(gamma_D: Tensor, previous_D: Tensor) -> float:
 
 
 def drift(gamma_D: Tensor, reference_D: Tensor) -> float:
-    """|gamma(t) - gamma(t0)| / |gamma(t0)|, 0 where it has not moved; a denominator below 1e-12 counts as that."""
+    """Return |gamma(t) - gamma(t0)| / |gamma(t0)|, 0 where it has not moved; the denominator is at least 1e-12."""
     return ((gamma_D - reference_D).norm() / reference_D.norm().clamp_min(SHORTEST_MEAN)).item()
 
 
 def covariance_correlations(residual_DD: Tensor, gradient_DD: Tensor, frame: Frame) -> tuple[float, float]:
-    """How alike covariances of residuals and of gradients are within U: correlations of their eigenvalues and of diagonals.
+    """Correlate covariances of residuals and of gradients within U: their eigenvalues, and their diagonals.
 
     The first compares sorted spectra, and is high for any two that fall as fast. The second compares variances along the
     frame's own axes, which is what the gradients would have to follow. nan where those of either are all equal.

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from rsa_megatron.data.sources.pairs import CaptionedImage
 from rsa_megatron.data.tiles import ImageTiler
-from rsa_megatron.evaluation.hf_backbones import caption_tokens
+from rsa_megatron.evaluation.hf_backbones import tokenize_caption
 from rsa_megatron.evaluation.hf_models import fingerprint
 from rsa_megatron.evaluation.megatron_features import (
     Pairs,
     caption_vectors_of_layers,
-    chunks_of,
     image_vectors,
     projected_vectors,
+    unwrap_chunks,
 )
 from rsa_megatron.models.hf_config import find_architecture
 from rsa_megatron.models.llava_onevision import PARTS
@@ -145,7 +145,7 @@ class CheckpointModel:
         load_checkpoint(self.model, None, None)
         for chunk in self.model:
             chunk.eval()
-        self.chunks = chunks_of(self.model)
+        self.chunks = unwrap_chunks(self.model)
         iteration = str(self.args.ckpt_step or (checkpoint / TRACKER).read_text().strip())
         step = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
         self.revision = fingerprint(checkpoint / step)
@@ -226,7 +226,7 @@ class CheckpointText:
 
     def prepare(self, pair: CaptionedImage) -> Tensor:
         """The tokens of a pair's caption, cut where --seq-length ends."""
-        caption = caption_tokens(self._tokenizer, pair.caption, self._model.args.seq_length)
+        caption = tokenize_caption(self._tokenizer, pair.caption, self._model.args.seq_length)
         return caption.ids[caption.counts]  # Qwen2's tokenizers add nothing
 
     def features(self, batch: list[Tensor]) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert store.keys == [pair.key for pair in chosen] and store.layers == LAYERS and not store.left_out
     assert store.manifest == manifest(chosen)
     for name in LAYERS:
-        assert torch.equal(store.layer(name), torch.stack([vector(number, name) for number in range(25)]))
+        assert torch.equal(store.read_layer(name), torch.stack([vector(number, name) for number in range(25)]))
     assert sorted(files(tmp_path / "store")) == ["manifest.json", *(f"part-0000{n}.safetensors" for n in range(3))]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
@@ -93,11 +93,11 @@ def test_float16_is_rounded_and_refuses_what_it_cannot_hold(tmp_path):
     store = FeatureStore.create(tmp_path / "store", manifest(chosen, store_dtype="float16"))
     extract(Numbers(), chosen, store, batch_size=4)
     expected = torch.stack([vector(number, "2") for number in range(3)])
-    assert torch.equal(store.layer("2"), expected.half().float()) and store.layer("2").dtype == torch.float32
-    assert not torch.equal(store.layer("2"), expected)
+    assert torch.equal(store.read_layer("2"), expected.half().float()) and store.read_layer("2").dtype == torch.float32
+    assert not torch.equal(store.read_layer("2"), expected)
     for value, message in (
         (7e4, "a feature of 7e[+]04, too large for torch.float16: pass --store-dtype float32"),
-        (float("nan"), "no finite number"),
+        (float("nan"), "a feature that is not finite"),
     ):
         large = FeatureStore.create(tmp_path / f"{value}", manifest(chosen, store_dtype="float16"))
         features = {name: torch.full((3, WIDTHS[name]), 1.0) for name in LAYERS}
@@ -114,7 +114,7 @@ def test_what_cannot_be_prepared_is_left_out_and_named(tmp_path):
     assert FeatureStore.open(tmp_path / "store").left_out == store.left_out
     assert store.left_out == {f"key {n}": f"key {n} is broken" for n in (0, 11, 12, *range(20, 25))}
     assert store.keys == [f"key {number}" for number in kept]
-    assert torch.equal(store.layer("1"), torch.stack([vector(number, "1") for number in kept]))
+    assert torch.equal(store.read_layer("1"), torch.stack([vector(number, "1") for number in kept]))
 
 
 def test_where_nothing_can_be_used_nothing_is_stored(tmp_path):
@@ -124,8 +124,8 @@ def test_where_nothing_can_be_used_nothing_is_stored(tmp_path):
     assert len(fill(tmp_path / "something", pairs(25, broken=range(9, 25))).keys) == 9
     store = FeatureStore.create(tmp_path / "by hand", manifest(pairs(1)))
     store.append([], {}, {"key 0": "broken"})
-    with pytest.raises(ValueError, match="each of its 1 pairs was left out"):
-        store.layer("0")
+    with pytest.raises(ValueError, match="each of its 1 pairs was skipped"):
+        store.read_layer("0")
 
 
 def test_another_error_is_not_taken_for_a_broken_pair(tmp_path):
@@ -171,7 +171,7 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_part(tmp_path):
     store.append([pair.key for pair in chosen[:10]], backbone.features(range(10)))
     (store.folder / "part-00001.safetensors.unfinished-123").write_bytes(b"half a part")
     del store
-    with pytest.raises(ValueError, match="store.unfinished is not finished: run the command that makes it once more"):
+    with pytest.raises(ValueError, match="store.unfinished is not finished: rerun the command that writes it"):
         FeatureStore.open(tmp_path / "store")
     fill(tmp_path / "store", chosen)
     assert files(tmp_path / "store") == files(tmp_path / "whole")

@@ -175,7 +175,7 @@ def composed_norms(case: Case, stage: int) -> float:
     In bf16 its input as fp32 in the place of bf16, and where its weight learns the normed input as fp32 too.
     """
     run, layout = case.run, case.layout
-    learns, last = run.learns("language"), stage == layout.pipeline - 1
+    learns, last = run.trains("language"), stage == layout.pipeline - 1
     # Made again, those of one layer alone: less than what the model has for its working memory.
     num_norms = (layout.recompute != "full") * 2 * case.model.decoder.num_layers / layout.pipeline + last
     positions = layout.micro_batch_size * run.row_length * min(layout.num_micro_batches, layout.pipeline - stage)

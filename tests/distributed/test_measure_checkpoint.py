@@ -100,7 +100,7 @@ def fail_in_the_middle(argv):
         raise torch.OutOfMemoryError("made up")
 
     if torch.distributed.get_rank() == 0:
-        megatron_features._through_decoder = out_of_memory
+        megatron_features._run_decoder = out_of_memory
     return measure(argv)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from rsa_megatron.cli import data as data_command
-from rsa_megatron.cli.show_sample import marked, picture
+from rsa_megatron.cli.show_sample import draw_tiles, mark_text
 from rsa_megatron.data import conversation
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loaders import TrainLoader
@@ -144,7 +144,7 @@ def test_every_other_format_is_packed_with_its_bytes(tmp_path, capsys):
     linked = tmp_path / "from-yaml" / "mixture.yaml"
     actual = contents(linked, "train") | contents(linked, "val")
     assert actual == {f"{n}": ([data[n]], told[n]) for n in (3, 4, 5)}
-    with pytest.raises(SystemExit, match="d.parquet, row 0: its images lie in the file itself.*use pack"):
+    with pytest.raises(SystemExit, match="d.parquet, row 0: its images are stored in the file itself.*use pack"):
         run("link", tmp_path / "d.parquet", tmp_path / "no")
 
 
@@ -262,26 +262,26 @@ def test_the_number_of_workers_does_not_matter_and_the_seed_does(tmp_path):
     assert files(tmp_path / "one")["val-00000.tar"] != files(tmp_path / "other")["val-00000.tar"]
 
 
-def test_what_is_finished_stays_and_other_settings_are_refused(tmp_path, capsys):
+def test_what_is_finished_stays_and_other_settings_are_rejected(tmp_path, capsys):
     source, _ = write_source(tmp_path, 6)
     flags = ("--images", tmp_path / "images", "--val", 0)
     run("link", source, tmp_path / "out", *flags)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
     run("link", source, tmp_path / "out", *flags)
-    assert "out: there already" in capsys.readouterr().out
+    assert "out: already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    with pytest.raises(SystemExit, match="out was begun with rsa False, this run has True: name another --out"):
+    with pytest.raises(SystemExit, match="out was started with rsa False, this run has True: name another --out"):
         run("link", source, tmp_path / "out", *flags, "--rsa")
     (tmp_path / "out").rename(tmp_path / "begun.unfinished")
     (tmp_path / "begun.unfinished" / "state.json").write_text(
         json.dumps({"settings": json.loads((tmp_path / "begun.unfinished" / "summary.json").read_text())["settings"]})
     )
-    with pytest.raises(SystemExit, match="begun.unfinished was begun with val 0, this run has 2"):
+    with pytest.raises(SystemExit, match="begun.unfinished was started with val 0, this run has 2"):
         run("link", source, tmp_path / "begun", *flags[:2], "--val", 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("!")
-    with pytest.raises(SystemExit, match="mine is there already, and not written by this command"):
+    with pytest.raises(SystemExit, match="mine already exists and was not written by this command"):
         run("link", source, tmp_path / "mine", *flags)
 
 
@@ -291,8 +291,8 @@ def test_what_is_finished_stays_and_other_settings_are_refused(tmp_path, capsys)
         (["--val", "1.5"], "--val 1.5 is neither"),
         (["--val", "-1"], "--val -1 is neither"),
         (["--val", "6"], "--val 6 leaves nothing of 6 samples"),
-        (["--images", "nowhere"], "--images .*nowhere is no folder"),
-        (["--tokenizer", "nowhere"], "--tokenizer nowhere is no folder"),
+        (["--images", "nowhere"], "--images .*nowhere is not a folder"),
+        (["--tokenizer", "nowhere"], "--tokenizer nowhere is not a folder"),
         ([], r"no sample for training can be used \(\d missing image"),
     ],
 )
@@ -317,23 +317,23 @@ def test_show_marks_what_is_learnt_and_draws_the_tiles(tmp_path, tokenizer_folde
     for path, rsa in (
         (tmp_path / "d.jsonl", "no, stage 2 trains without it"),
         (tmp_path / "packed", "no, stage 2 trains without it"),
-        (tmp_path / "linked" / "mixture.yaml", "no, its data set has no subflavor rsa: true"),
+        (tmp_path / "linked" / "mixture.yaml", "no, its dataset has no subflavor rsa: true"),
     ):
         capsys.readouterr()
         data_command.main([*map(str, ["show", path, *show, "--stage", "2", "--label-style", "answer_only"])])
-        said = capsys.readouterr().out
-        assert "What is it?<|im_end|>\n<|im_start|>assistant\n«‹A red boat.›<|im_end|>»" in said
-        assert f"RSA: {rsa}" in said and "id 2" in said and "tokens, of which" in said
-        assert "image of 90 x 60 pixels: a base tile and a grid of 3 x 4 (rows x columns)" in said
+        printed = capsys.readouterr().out
+        assert "What is it?<|im_end|>\n<|im_start|>assistant\n«‹A red boat.›<|im_end|>»" in printed
+        assert f"RSA: {rsa}" in printed and "id 2" in printed and "tokens, of which" in printed
+        assert "image of 90 x 60 pixels: a base tile and a grid of 3 x 4 (rows x columns)" in printed
         drawn = Image.open(tmp_path / "sample.png")
         assert drawn.size == (5 * 34 + 6, 3 * 34 + 6)
         (tmp_path / "sample.png").unlink()
     data_command.main([*map(str, ["show", tmp_path / "packed", *show])])
-    said = capsys.readouterr().out
-    assert "<image>«‹A red boat.›↵\n»" in said and "RSA: yes, it takes part" in said
+    printed = capsys.readouterr().out
+    assert "<image>«‹A red boat.›↵\n»" in printed and "RSA: yes\n" in printed
     data_command.main([*map(str, ["show", tmp_path / "d.jsonl", *show])])
     assert "RSA: yes, if it is packed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--index 7: .*packed has 3 samples in its part train"):
+    with pytest.raises(SystemExit, match="--index 7: .*packed has 3 samples in its split train"):
         data_command.main([*map(str, ["show", tmp_path / "packed", *show, "--index", 7])])
     with pytest.raises(SystemExit, match="--index 3: .*d.jsonl has 3 samples"):
         data_command.main([*map(str, ["show", tmp_path / "d.jsonl", *show, "--index", 3])])
@@ -343,14 +343,14 @@ def test_show_says_what_an_embedding_is(demo, tmp_path, capsys):
     shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", 20, keep_images=True)
     show = ["--tokenizer", demo / "tokenizer", "--image-size", 28, "--out", tmp_path / "sample.png"]
     data_command.main([*map(str, ["show", shards, *show, "--stage", "revision"])])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in said
-        and "RSA: no, stage revision trains without it" in said
+        "image as an embedding: 20 numbers, of length 1, in 576 position(s)" in printed
+        and "RSA: no, stage revision trains without it" in printed
     )
     assert not (tmp_path / "sample.png").exists()
     data_command.main([*map(str, ["show", shards, *show, "--stage", "1"])])  # of the same sample the pixels
-    assert "image of 112 x 112 pixels: a base tile alone" in capsys.readouterr().out
+    assert "image of 112 x 112 pixels: a base tile only" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"sample 0 has no embedding \(.npy\), which stage revision reads"):
         data_command.main([*map(str, ["show", demo / "data" / "captions", *show, "--stage", "revision"])])
 
@@ -360,7 +360,7 @@ def test_the_tiles_lie_in_the_picture_as_in_the_image():
     image = Image.new("RGB", (56, 28), "red")
     image.paste("blue", (28, 0, 56, 28))
     tiler = ImageTiler(image_size=28, image_aspect_ratio="anyres", grid_pinpoints=[(28, 56)])
-    drawn = picture(tiler.tiles([image]), tiler.layouts([image]))
+    drawn = draw_tiles(tiler.tiles([image]), tiler.layouts([image]))
     assert drawn.size == (3 * 34 + 6, 34 + 6)
     middles = [drawn.getpixel((6 + 34 * column + 14, 20)) for column in (1, 2)]
     assert middles == [(255, 0, 0), (0, 0, 255)]
@@ -371,7 +371,7 @@ def test_the_tiles_lie_in_the_picture_as_in_the_image():
 def test_colour_is_added_to_the_marks(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     text = conversation.encode(tokenizer, turns("<image>", "A red boat."), "plain")
-    coloured, plain = (marked(tokenizer, text, colour=colour) for colour in (True, False))
+    coloured, plain = (mark_text(tokenizer, text, colour=colour) for colour in (True, False))
     assert "\033[32m«" in coloured and "\033[4m‹" in coloured and "\033" not in plain
     for code in ("\033[32m", "\033[4m", "\033[0m"):
         coloured = coloured.replace(code, "")

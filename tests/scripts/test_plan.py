@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from rsa_megatron.cli import plan as plan_command
-from rsa_megatron.cli.plan import flags_of, largest_grid, parse, read_run
+from rsa_megatron.cli.plan import count_most_tiles, format_flags, parse, read_run
 from rsa_megatron.models.architectures import ARCHITECTURES
-from rsa_megatron.planning.search import candidates, find_plans, refusal
+from rsa_megatron.planning.search import find_plans, find_rejection, list_layouts
 from rsa_megatron.recipes import recipe
 from tests.support import processes
 
@@ -51,9 +51,9 @@ def test_every_split_is_taken_or_refused_as_the_training_script_does(demo):
     args, run, cluster, _ = arguments(
         "demo", "1", 12, "--gpus-per-node", "4", "--global-batch-size", "48", "--seq-length", "162"
     )
-    layouts = [one for one in candidates(run, cluster) if one.micro_batch_size in (1, 8)]
-    reasons = [refusal(run, one, cluster) for one in layouts]
-    command_lines = [on_cpu(flags_of(one, args)) for one in layouts]
+    layouts = [one for one in list_layouts(run, cluster) if one.micro_batch_size in (1, 8)]
+    reasons = [find_rejection(run, one, cluster) for one in layouts]
+    command_lines = [on_cpu(format_flags(one, args)) for one in layouts]
     (actual,) = processes.run(accepted, 1, cluster.num_gpus, command_lines, demo)
     assert actual == [reason is None for reason in reasons]
     assert len(set(reasons)) == 5 and 5 < sum(actual) < len(actual) - 5  # four reasons, and none
@@ -73,15 +73,15 @@ def test_the_layouts_it_prints_are_taken(demo, model, stage, gpus):
     layouts = [plan.layout for plan in find_plans(run, cluster, assumed)[0]]
     # The fastest, the slowest, which recomputes, and one with the distributed optimizer.
     chosen = [layouts[0], layouts[-1], *[one for one in layouts if one.distributed_optimizer][:1]]
-    (actual,) = processes.run(accepted, 1, gpus, [on_cpu(flags_of(one, args)) for one in chosen], demo)
+    (actual,) = processes.run(accepted, 1, gpus, [on_cpu(format_flags(one, args)) for one in chosen], demo)
     assert all(actual)
 
 
-def test_a_sequence_length_that_tensor_parallelism_does_not_divide_is_refused(demo):
+def test_a_sequence_length_that_tensor_parallelism_does_not_divide_is_rejected(demo):
     args, run, cluster, _ = arguments("demo", "1", 2, "--seq-length", "161")
-    layout = next(one for one in candidates(run, cluster) if one.tensor == 2)
-    assert "--seq-length" in refusal(run, layout, cluster)
-    (actual,) = processes.run(accepted, 1, 2, [on_cpu(flags_of(layout, args))], demo)
+    layout = next(one for one in list_layouts(run, cluster) if one.tensor == 2)
+    assert "--seq-length" in find_rejection(run, layout, cluster)
+    (actual,) = processes.run(accepted, 1, 2, [on_cpu(format_flags(layout, args))], demo)
     assert actual == [False]
 
 
@@ -91,39 +91,39 @@ def test_what_it_prints_and_in_how_little_time_to_load(capsys):
     # PP of 7: 224 = 2^5 x 7 ranks, and DP must divide a batch of 256 = 2^8.
     assert len(re.findall(r"^ +\d+ +(?:7|14|28) +\d+ .*\d$", printed, flags=re.MULTILINE)) == 3
     parts = dict(re.findall(r"^    (\w[\w ]*?) +([\d.]+)$", printed, flags=re.MULTILINE))
-    total = float(parts.pop("all"))
+    total = float(parts.pop("total"))
     assert sum(map(float, parts.values())) == pytest.approx(total, abs=0.05) and total < 74
-    assert "Nothing of this has been measured at this size" in printed
+    assert "None of this has been measured at this size" in printed
     code = "import sys; from rsa_megatron.cli import plan; print([m for m in ('megatron', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
-def test_refused_layouts_are_counted_and_printed(capsys):
+def test_rejected_layouts_are_counted_and_printed(capsys):
     assert plan_command.main("--model demo --stage 1 --gpus 8 --show-refused".split()) == 0
     printed = capsys.readouterr().out
-    counted = int(re.search(r"(\d+) are refused", printed)[1])
+    counted = int(re.search(r"(\d+) are rejected", printed)[1])
     by_reason = re.findall(r"^ +(\d+)  (.*)$", printed, flags=re.MULTILINE)
     by_reason = [(int(count), reason) for count, reason in by_reason if reason.startswith(("TP", "PP", "micro"))]
     assert counted == sum(count for count, _ in by_reason) == printed.count(", recompute none: ")
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         ("--model llava-ov-8b --stage 1 --gpus 8", "llava-ov-8b"),
         ("--model demo --stage 3 --gpus 8", "--stage 3"),
         ("--model demo --stage 1 --gpus 0", "--gpus 0"),
         ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
         ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
-        ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or name another --global-batch-size"),
-        ("--model llava-ov-7b --stage 2 --gpus 1", "the nearest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
+        ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or pass another --global-batch-size"),
+        ("--model llava-ov-7b --stage 2 --gpus 1", "the smallest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
     ],
 )
-def test_what_is_wrong_is_one_line(capsys, flags, said):
+def test_what_is_wrong_is_one_line(capsys, flags, message):
     assert plan_command.main(flags.split()) == 2
     printed, error = capsys.readouterr()
-    assert not printed and error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not printed and error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():
@@ -144,4 +144,4 @@ def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():
 def test_the_largest_image_is_that_of_the_recipe():
     architecture = ARCHITECTURES["llava-ov-7b"]
     # One tile; a base tile and 2 x 2; a base tile and 6 x 6.
-    assert [largest_grid(recipe("llava-ov-7b", stage), architecture) for stage in ("1", "1.5", "2")] == [1, 5, 37]
+    assert [count_most_tiles(recipe("llava-ov-7b", stage), architecture) for stage in ("1", "1.5", "2")] == [1, 5, 37]

@@ -65,7 +65,7 @@ def error(capsys, *flags) -> str:
     with pytest.raises(SystemExit) as end:
         run(*flags)
     assert end.value.code == 2
-    told = ("left out: ", "samples, ", "texts are longer than")
+    told = ("skipped: ", "samples, ", "texts are longer than")
     lines = [line for line in capsys.readouterr().err.splitlines() if not any(words in line for words in told)]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]

@@ -95,7 +95,7 @@ def test_features_are_used_again_and_a_line_takes_the_place_of_its_like(models, 
     bytes_before = {path: path.read_bytes() for path in Path("features").rglob("*") if path.is_file()}
     monkeypatch.setattr(HFModel, "module", property(lambda model: pytest.fail("weights are read")))
     assert run(*command) == first
-    assert "there already" in capsys.readouterr().err
+    assert "already complete" in capsys.readouterr().err
     lines = run(*command, "--label", "other", "--metrics", "mutual-knn", "cka", "rsa")
     assert lines[0] == first[0] and [line["metric"] for line in lines] == ["mutual-knn", "mutual-knn", "cka", "rsa"]
     assert lines[1]["scores"] == first[0]["scores"] and lines[2]["chance"] is None
@@ -191,9 +191,9 @@ def test_broken_images_are_named_and_left_out_on_both_sides(models, data, tmp_pa
     assert line["left_out"] == 2 and line["chance"] == pytest.approx(K / 27) and line["std"] is None
     assert line["scores"] != whole["scores"]
     printed = capsys.readouterr()
-    assert "2 pairs left out" in printed.out
-    assert printed.err.count("left out: 03: ") == 1 and "17.png: the image cannot be opened" in printed.err
-    assert "to try these again, remove features/" in printed.err
+    assert "2 pairs skipped" in printed.out
+    assert printed.err.count("skipped: 03: ") == 1 and "17.png: the image cannot be opened" in printed.err
+    assert "to retry these, remove features/" in printed.err
     for number in (3, 17):
         for suffix in ("png", "txt"):
             (tmp_path / "broken" / f"{number:02d}.{suffix}").unlink()
@@ -208,14 +208,14 @@ def test_what_is_wrong_is_one_line(models, data, capsys):
     wrong = {
         (): "name what to measure",
         ("--random", "--model", "x"): "name what to measure.*not --model and --random",
-        ("--vision", "x"): "two backbones between them, not 1",
+        ("--vision", "x"): "two backbones in total, not 1",
         ("--model", "x"): "--data is needed",
-        ("--random", "--data", data): "--data goes with models, not with --random",
+        ("--random", "--data", data): "--data needs models; it cannot be used with --random",
         ("--random", "--k", 24, "--num-samples", 24): "--k 24 needs more than 24 samples",
         ("--random", "--seeds", 0): "--seeds must be at least 1, not 0",
         ("--random", "--random-dims", 3, 0): "--random-dims must be at least 1, not 0",
         ("--random", "--metrics", "x"): "invalid choice: 'x'",
-        ("--random", "--text-reading", "multimodal"): "--text-reading multimodal needs a language model",
+        ("--random", "--text-reading", "multimodal"): "--text-reading multimodal needs --model or --language",
         ("--random", "--device", "nothing"): "--device nothing cannot be used",
         ("--random", "--sedes", 3): "unrecognized arguments: --sedes",
         ("--random", "--out", "folder"): "--out folder is a folder",
@@ -225,9 +225,9 @@ def test_what_is_wrong_is_one_line(models, data, capsys):
             bert,
             "--data",
             data,
-        ): "model_type bert is not supported: llava_onevision, internvl, qwen2_5_vl are",
-        ("--model", "./nowhere", "--data", data): "./nowhere is no folder",
-        ("--model", "nobody/nowhere", "--data", data): "cannot be had from the hub",
+        ): "model_type bert is not supported; supported: llava_onevision, internvl, qwen2_5_vl; name",
+        ("--model", "./nowhere", "--data", data): "./nowhere is not a folder",
+        ("--model", "nobody/nowhere", "--data", data): "cannot be loaded from the hub",
         (
             "--vision",
             bert,

@@ -230,11 +230,11 @@ def test_accuracy_is_a_figure_of_the_end(write_lines):
 
 def test_stages_and_steps_draw_the_two_main_arms_unless_others_are_named(write_lines):
     runs = read_runs([write_lines(all_runs({"cosine": 0.02, "without": 0.01, "with RSA": 0.05}))])
-    main = plot.of_arms(runs, None, plot.MAIN_ARMS)
-    asked = plot.of_arms(runs, ["cosine", "with RSA"])
+    main = plot.select_arms(runs, None, plot.MAIN_ARMS)
+    asked = plot.select_arms(runs, ["cosine", "with RSA"])
     assert style.unique(run.arm for run in main) == ["with RSA", "without"]
     assert style.unique(run.arm for run in asked) == ["cosine", "with RSA"]
-    assert len(plot.of_arms(runs, None)) == len(runs)
+    assert len(plot.select_arms(runs, None)) == len(runs)
 
 
 # How it looks

@@ -153,7 +153,7 @@ FAULTS = {
         [trained()],
         "no run has the figure 'loss'; there are: mutual-knn, lm loss, rsa loss, accuracy on questions",
     ),
-    "arm": ("steps --arms cosine", [trained()], "--arms 'cosine': no run is of that arm; there are 'with RSA'"),
+    "arm": ("steps --arms cosine", [trained()], "--arms 'cosine': no run is of that arm; arms: 'with RSA'"),
     "stage not run": (
         "ablation --stage 2",
         [trained()],
@@ -170,9 +170,9 @@ def test_a_fault_is_one_line_that_names_it_and_nothing_is_written(write_lines, t
     verb, *flags = command.split()
     with pytest.raises(SystemExit) as stopped:
         plot.main([verb, str(path), "--out", str(tmp_path / "figure"), *flags])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-    assert message.format(path=path) in said
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert message.format(path=path) in printed
     assert (tmp_path / "figure.png").read_bytes() == b"an older figure" and not (tmp_path / "figure.svg").exists()
 
 
@@ -182,5 +182,5 @@ def test_a_missing_file_and_one_metric_of_several(write_lines, tmp_path, capsys)
     assert "none.jsonl" in capsys.readouterr().err
     path = write_lines([GOOD, measured(metric="cka", chance=None)])
     (cka,) = read_alignments([path], "cka")
-    said = texts(alignment.draw_bars([cka]))
-    assert "linear CKA of the best pair" in said and "chance" not in said and "k =" not in said
+    printed = texts(alignment.draw_bars([cka]))
+    assert "linear CKA of the best pair" in printed and "chance" not in printed and "k =" not in printed

@@ -51,7 +51,7 @@ def test_texts_that_are_longer_than_the_model_reads_are_counted(folders, kind):
     backbone = TextEmbedder(open_model(folders[kind]))
     for caption in ("a", "a boat " * tiny_dual_encoders.LONGEST, "b"):
         backbone.prepare(CaptionedImage("x", caption, lambda: None))
-    assert backbone.num_cut == 1
+    assert backbone.num_truncated == 1
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def test_half_precision_runs_and_gives_float32(folders):
     assert cosine_N.min() > 0.99
 
 
-def test_what_has_no_embeddings_is_refused(folders, tmp_path):
+def test_what_has_no_embeddings_is_rejected(folders, tmp_path):
     bert = tiny_backbones.bert(tmp_path / "bert")
     with pytest.raises(ValueError, match="bert has no embedding of images and texts .* clip, siglip"):
         TextEmbedder(open_model(bert))
@@ -163,7 +163,7 @@ def test_what_has_no_embeddings_is_refused(folders, tmp_path):
         (copy / path.name).write_bytes(path.read_bytes())
     content = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
-    with pytest.raises(ValueError, match="its tokenizer ends no text"):
+    with pytest.raises(ValueError, match="which its tokenizer does not append"):
         TextEmbedder(open_model(copy))
     content = json.loads((folders["siglip"] / "config.json").read_text())
     content["vision_config"]["vision_use_head"] = False
@@ -172,7 +172,7 @@ def test_what_has_no_embeddings_is_refused(folders, tmp_path):
         ImageEmbedder(open_model(copy))
 
 
-def test_a_head_that_is_missing_is_refused(folders, tmp_path):
+def test_a_head_that_is_missing_is_rejected(folders, tmp_path):
     """The tower alone may lack it (rsa-megatron measure reads layers); the embedding is made by it."""
     copy = tmp_path / "siglip"
     copy.mkdir()
@@ -183,5 +183,5 @@ def test_a_head_that_is_missing_is_refused(folders, tmp_path):
     assert len(kept) < len(weights)
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
     assert open_model(copy).tower.layers
-    with pytest.raises(ValueError, match="lacks .* weights of a siglip, vision_model.head"):
+    with pytest.raises(ValueError, match="lacks .* weights of a siglip, such as vision_model.head"):
         embeddings(ImageEmbedder(open_model(copy)))

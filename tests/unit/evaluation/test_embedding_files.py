@@ -70,13 +70,13 @@ def test_every_row_comes_back_each_time(source, monkeypatch):
 @pytest.mark.parametrize("size", [1, 2, 5, 30])
 def test_shares_of_ranks_are_all_rows_once(source, size):
     spec, expected_ND, keys = source
-    shares = [open_embeddings(spec).share(rank, size) for rank in range(size)]
+    shares = [open_embeddings(spec).take_share(rank, size) for rank in range(size)]
     pieces = [piece for share in shares for piece in share]
     assert torch.equal(torch.cat(pieces), expected_ND)
     assert max(share.num_rows for share in shares) - min(share.num_rows for share in shares) <= 1
     if keys:
         assert [key for share in shares for key in share.keys] == keys
-    again = [open_embeddings(spec).share(1, 2).share(rank, 2) for rank in range(2)]
+    again = [open_embeddings(spec).take_share(1, 2).take_share(rank, 2) for rank in range(2)]
     assert torch.equal(torch.cat([piece for share in again for piece in share]), expected_ND[23 // 2 :])
 
 
@@ -120,17 +120,17 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
     monkeypatch.setattr(embedding_files, "_PIECE_BYTES", 4 * 4 * 6)
     numpy.save(tmp_path / "x.npy", bad(rows()).numpy())
     kinds = r"1 hold NaN \(row 4\), 2 hold infinity \(row 20, row 21\), 1 are zero \(row 7\);"
-    with pytest.raises(ValueError, match=rf"x.npy: 4 of 23 embeddings have no direction: {kinds} leave them out"):
+    with pytest.raises(ValueError, match=rf"x.npy: 4 of 23 embeddings have no direction: {kinds} remove them"):
         list(open_embeddings(tmp_path / "x.npy"))
     of_share = r"2 of 12 embeddings have no direction: 2 hold infinity \(row 20, row 21\);"  # by the file's numbers
     with pytest.raises(ValueError, match=of_share):
-        list(open_embeddings(tmp_path / "x.npy").share(1, 2))
+        list(open_embeddings(tmp_path / "x.npy").take_share(1, 2))
     x_ND = rows()
     x_ND[1:10] = 0
     keys = store(tmp_path / "made", x_ND)
     with pytest.raises(
         ValueError,
-        match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); leave them out",
+        match=rf"made, layer 0: 9 of 23 .*: 9 are zero \({', '.join(keys[1:6])} and 4 more\); remove them",
     ):
         list(open_embeddings(f"{tmp_path / 'made'}:0"))
     for name, factor in (("short", 1e-30), ("long", 1e30)):  # squares beyond float32 are no fault
@@ -139,16 +139,20 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "make, spec, said",
+    "make, spec, message",
     [
-        (lambda f: None, "none.npy", "none.npy is not there; name a folder of stored features"),
-        (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt is none of the forms"),
-        (lambda f: (f / "x.npy").write_bytes(b"no array"), "x.npy", "x.npy cannot be read as numpy's array of numbers"),
+        (lambda f: None, "none.npy", "none.npy not found; name a folder of stored features"),
+        (lambda f: (f / "x.txt").write_text("1"), "x.txt", "x.txt has an unsupported format"),
+        (lambda f: (f / "x.npy").write_bytes(b"no array"), "x.npy", "x.npy cannot be read as a numpy array of numbers"),
         (lambda f: numpy.save(f / "x.npy", numpy.array([{}]), allow_pickle=True), "x.npy", "Python objects in dtype"),
         (lambda f: numpy.save(f / "x.npy", numpy.ones((3, 2), int)), "x.npy", "x.npy holds int64: save it as float32"),
-        (lambda f: numpy.save(f / "x.npy", numpy.ones(3)), "x.npy", r"x.npy has the shape \[3\]: it must be rows"),
+        (
+            lambda f: numpy.save(f / "x.npy", numpy.ones(3)),
+            "x.npy",
+            r"x.npy has the shape \[3\]: it must be at least one row",
+        ),
         (lambda f: numpy.save(f / "x.npy", numpy.ones((0, 3))), "x.npy", r"x.npy has the shape \[0, 3\]"),
-        (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; leave out :a"),
+        (lambda f: numpy.save(f / "x.npy", numpy.ones((2, 3))), "x.npy:a", "holds one array; omit :a"),
         (
             lambda f: save_file({"a": rows(), "b": rows()}, f / "x.safetensors"),
             "x.safetensors",
@@ -171,8 +175,8 @@ def test_rows_without_a_direction_are_counted_and_named_by_key(tmp_path, monkeyp
         (lambda f: (f / "made").mkdir(), "made:0", "made holds no features"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_that_says_why(make, spec, said, tmp_path):
+def test_what_cannot_be_read_is_one_line_that_says_why(make, spec, message, tmp_path):
     make(tmp_path)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         open_embeddings(tmp_path / spec)
     assert "\n" not in str(error.value)

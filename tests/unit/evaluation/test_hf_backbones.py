@@ -181,14 +181,14 @@ def test_the_revision_of_a_folder_is_what_is_in_it(folders, tmp_path):
     assert open_model(folder).revision != open_model(folders["internvl"]).revision
 
 
-def test_what_cannot_be_measured_is_refused_in_one_line(folders, tmp_path, monkeypatch):
+def test_what_cannot_be_measured_is_rejected_in_one_line(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"nowhere.* its config.json cannot be had from the hub \(there is no folder"
+        ValueError, match=r"nowhere.* its config.json cannot be loaded from the hub \(no folder"
     ) as error:
         open_model("nobody/nowhere")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         open_model(tmp_path / "missing")
     bert = open_model(tiny_backbones.bert(tmp_path / "bert"))
     with pytest.raises(
@@ -203,12 +203,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line(folders, tmp_path, monke
     ):
         TextBackbone(vit)
     folder = copy(folders["qwen2_5_vl"], tmp_path / "unknown", model_type="nothing")
-    with pytest.raises(ValueError, match="unknown: its config.json cannot be had: .*nothing") as error:
+    with pytest.raises(ValueError, match="unknown: its config.json cannot be loaded: .*nothing") as error:
         open_model(folder)
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_lacks_a_weight_is_refused(folders, tmp_path):
+def test_a_model_that_lacks_a_weight_is_rejected(folders, tmp_path):
     folder = copy(folders["qwen2_5_vl"], tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if "blocks.1.mlp" in name)
@@ -217,7 +217,7 @@ def test_a_model_that_lacks_a_weight_is_refused(folders, tmp_path):
         features(VisionBackbone(open_model(folder)))
 
 
-def test_a_model_without_its_tokenizer_is_refused_before_any_caption_is(folders, tmp_path):
+def test_a_model_without_its_tokenizer_is_rejected_before_any_caption_is(folders, tmp_path):
     folder = copy(folders["qwen2_5_vl"], tmp_path / "copy")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -9,7 +9,7 @@ from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.alignment.modality_gap import modality_gap
 from rsa_megatron.evaluation import layer_scores
 from rsa_megatron.evaluation.feature_store import FeatureStore
-from rsa_megatron.evaluation.layer_scores import cone_figures, samples_in_both, score_layers
+from rsa_megatron.evaluation.layer_scores import compute_cone_figures, find_common_samples, score_layers
 
 NUM_KEYS, NUM_SAMPLES = 60, 40
 SAMPLES = [list(range(40)), list(range(20, 60)), list(range(0, 60, 3)) + list(range(1, 60, 3))]
@@ -62,7 +62,7 @@ def by_hand(metric: str, k: int, samples=SAMPLES) -> torch.Tensor:
 @pytest.mark.parametrize("metric", METRICS)
 def test_each_pair_of_layers_has_the_metrics_value(metric, tmp_path):
     vision, text = make_store(tmp_path / "v", "vision"), make_store(tmp_path / "t", "text")
-    samples = samples_in_both(vision, text, k=5)
+    samples = find_common_samples(vision, text, k=5)
     found = score_layers(vision, text, metric, k=5, samples=samples)
     expected = by_hand(metric, 5)
     # The same function of the same rows; for mutual-kNN the same count of neighbours.
@@ -84,7 +84,7 @@ def test_a_pair_that_one_store_lacks_counts_in_neither(tmp_path):
         make_store(tmp_path / "v", "vision", left_out=(3, 25)),
         make_store(tmp_path / "t", "text", left_out=(59,)),
     )
-    samples = samples_in_both(vision, text, k=5)
+    samples = find_common_samples(vision, text, k=5)
     kept = [[number for number in chosen if number not in (3, 25, 59)] for chosen in SAMPLES]
     found = score_layers(vision, text, "mutual-knn", k=5, samples=samples)
     assert torch.equal(found.scores_SRC, by_hand("mutual-knn", 5, kept))
@@ -93,28 +93,30 @@ def test_a_pair_that_one_store_lacks_counts_in_neither(tmp_path):
 
 def test_a_store_against_itself_scores_one_on_the_diagonal(tmp_path):
     vision = make_store(tmp_path / "v", "vision")
-    found = score_layers(vision, vision, "mutual-knn", k=5, samples=samples_in_both(vision, vision, k=5))
+    found = score_layers(vision, vision, "mutual-knn", k=5, samples=find_common_samples(vision, vision, k=5))
     assert torch.equal(found.mean_RC.diagonal(), torch.ones(3, dtype=torch.float64))
 
 
 def test_neighbours_are_found_once_a_layer_and_layers_read_once(tmp_path, monkeypatch):
     vision, text = make_store(tmp_path / "v", "vision"), make_store(tmp_path / "t", "text")
-    calls, read, layer = [], [], FeatureStore.layer
+    calls, read, layer = [], [], FeatureStore.read_layer
     find = layer_scores.nearest_neighbours
     monkeypatch.setattr(layer_scores, "nearest_neighbours", lambda *arguments: calls.append(1) or find(*arguments))
     monkeypatch.setattr(
-        FeatureStore, "layer", lambda store, name: read.append((store.manifest["side"], name)) or layer(store, name)
+        FeatureStore,
+        "read_layer",
+        lambda store, name: read.append((store.manifest["side"], name)) or layer(store, name),
     )
-    score_layers(vision, text, "mutual-knn", k=5, samples=samples_in_both(vision, text, k=5))
+    score_layers(vision, text, "mutual-knn", k=5, samples=find_common_samples(vision, text, k=5))
     assert len(calls) == 3 * (3 + 2)  # seeds, layers
     assert sorted(read) == [("text", "0"), ("text", "1"), ("vision", "0"), ("vision", "1"), ("vision", "2")]
 
 
 def test_the_gap_is_the_mean_over_the_seeds(tmp_path):
     vision, text = make_store(tmp_path / "v", "vision"), make_store(tmp_path / "t", "text")
-    samples = samples_in_both(vision, text, k=5)
+    samples = find_common_samples(vision, text, k=5)
     scores = score_layers(vision, text, "mutual-knn", k=5, samples=samples)
-    gap = cone_figures(vision, text, scores, samples=samples)
+    gap = compute_cone_figures(vision, text, scores, samples=samples)
     expected = [modality_gap(features("vision")["2"][chosen], features("text")["1"][chosen]) for chosen in SAMPLES]
     assert scores.best == scores.last == (2, 1) and gap.keys() == {"best", "last"}
     for pair in gap.values():
@@ -122,18 +124,18 @@ def test_the_gap_is_the_mean_over_the_seeds(tmp_path):
         assert pair["second"]["mean_angle"] == pytest.approx(sum(one.second.mean_angle for one in expected) / 3)
     scores = score_layers(text, vision, "mutual-knn", k=5, samples=samples)
     scores = replace(scores, column_layers=["0", "1", "0"])  # a narrower layer in the place of the last
-    narrow = cone_figures(text, vision, scores, samples=samples)
+    narrow = compute_cone_figures(text, vision, scores, samples=samples)
     assert narrow["last"]["distance"] is None and narrow["last"]["first"]["mean_angle"] > 0
 
 
-def test_stores_of_other_samples_are_refused(tmp_path):
+def test_stores_of_other_samples_are_rejected(tmp_path):
     vision = make_store(tmp_path / "v", "vision")
     for name, value in (("data", "e"), ("seeds", [0, 1, 3]), ("samples", SAMPLES[::-1])):
         other = make_store(tmp_path / name, "text", **{name: value})
         with pytest.raises(ValueError, match=f"are not of the same samples: their {name} differs"):
-            samples_in_both(vision, other, k=5)
+            find_common_samples(vision, other, k=5)
     with pytest.raises(ValueError, match="--k 39 needs more than 39 samples: of the 40 of seed 1, 39 can be used"):
-        samples_in_both(vision, make_store(tmp_path / "few", "text", left_out=(50,)), k=39)
+        find_common_samples(vision, make_store(tmp_path / "few", "text", left_out=(50,)), k=39)
 
 
 def test_a_layer_without_neighbours_is_named(tmp_path):
@@ -143,4 +145,4 @@ def test_a_layer_without_neighbours_is_named(tmp_path):
     constant.append(keys, {"0": torch.ones(NUM_KEYS, 4)})
     constant.finish()
     with pytest.raises(ValueError, match="c, layer 0: "):
-        score_layers(constant, vision, "mutual-knn", k=5, samples=samples_in_both(constant, vision, k=5))
+        score_layers(constant, vision, "mutual-knn", k=5, samples=find_common_samples(constant, vision, k=5))

@@ -176,7 +176,7 @@ def test_what_is_there_is_kept_and_a_killed_run_ends_with_the_same_bytes(openmoj
     flags = ["--size", "24"]
     prepare_openmoji.main(["--out", str(openmoji), *flags])
     assert "there already" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="begun with size 24, this run has 32: name another --out, or remove it"):
+    with pytest.raises(SystemExit, match="started with size 24, this run has 32: name another --out, or remove it"):
         prepare_openmoji.main(["--out", str(openmoji), "--size", "32"])
     other, written = tmp_path / "openmoji", []
 

@@ -48,12 +48,12 @@ def test_all_are_fitted_applied_and_saved_alike(method, tmp_path):
         operator.transform(rows)
 
 
-def test_an_operator_of_no_method_is_told(tmp_path):
+def test_an_operator_of_an_unknown_method_is_reported(tmp_path):
     MeanShift.fit(images(), texts()).save(tmp_path / "operator")
     manifest = tmp_path / "operator" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("mean-shift", "mean-shaft"))
     with pytest.raises(
-        ValueError, match="method 'mean-shaft', which is none of none, mean-shift, c3, blockwise, realign"
+        ValueError, match="method 'mean-shaft', which is not one of none, mean-shift, c3, blockwise, realign"
     ):
         load_operator(tmp_path / "operator")
 
@@ -82,14 +82,14 @@ def test_c3_is_mean_shift_with_noise():
     noisy = C3.fit(x, y).transform(y)  # sigma 0.04
     # Noise of length 0.04 sqrt(24) = 0.2 on rows of length near 1.
     assert 0.1 < (noisy - shifted).norm(dim=1).mean() < 0.3
-    with pytest.raises(ValueError, match="sigma is a standard deviation"):
+    with pytest.raises(ValueError, match="must be a standard deviation"):
         C3.fit(x, y, sigma=-1)
 
 
 def test_c3s_noise_is_normal_and_belongs_to_the_row():
     rows = torch.cat([texts(4000), texts(4000) * 3])
     operator = C3.fit(images(), texts())
-    noise = operator._noise_of(unit(rows))
+    noise = operator._draw_noise(unit(rows))
     assert torch.equal(noise[:4000], noise[4000:])  # the same row, of another length
     sample = (
         noise[:4000].flatten().double()
@@ -117,7 +117,7 @@ def test_c3_gives_a_row_the_same_noise_in_any_batch_order_and_process():
 def test_c3s_gap_before_the_projection_is_that_of_finite_samples():
     """sigma sqrt(D / N): the mean of N rows of noise. What is reported as a bottleneck of 0.0023 may be this, and no gap."""
     operator = C3.fit(images(), texts(4000))
-    mean_of_noise = 0.04 * operator._noise_of(unit(texts(4000))).double().mean(0).norm()
+    mean_of_noise = 0.04 * operator._draw_noise(unit(texts(4000))).double().mean(0).norm()
     # D squares of standard normal numbers have a standard deviation of sqrt(2 D): 14 % of the root, three times that.
     assert abs(mean_of_noise / (0.04 * (24 / 4000) ** 0.5) - 1) < 0.45
 
@@ -146,5 +146,5 @@ def test_blockwise_is_its_formula_and_takes_whole_frames_and_flat_texts():
     assert BlockwiseCovariance.fit(x, y, energy=1.0).rank == 24
     flat = texts() * (torch.arange(24) < 20)  # four directions without any variance: the inverse leaves them out
     assert BlockwiseCovariance.fit(x, flat, shrinkage=0.0).transform(flat).isfinite().all()
-    with pytest.raises(ValueError, match="shrinkage is a share"):
+    with pytest.raises(ValueError, match="must be a share"):
         BlockwiseCovariance.fit(x, y, shrinkage=2)

@@ -12,16 +12,16 @@ from functools import partial
 import pytest
 import torch
 
-from rsa_megatron.realign.coupling import coupling
+from rsa_megatron.realign.coupling import fit_coupling
 from rsa_megatron.realign.decomposition import (
     centroid_gap,
+    compute_gap_figures,
+    compute_term_moments,
     decompose,
     energy_budget,
-    gap_figures,
-    term_moments,
 )
 from rsa_megatron.realign.frame import Frame
-from rsa_megatron.realign.realign import unit_rows
+from rsa_megatron.realign.realign import normalise_rows
 from tests.support import planted_gap as planted
 
 TOLERANCE = 1e-10
@@ -37,7 +37,7 @@ def pairs(num_pairs=400, width=24, seed=0):
 
 
 def projector(frame):
-    return frame.onto_u(torch.eye(len(frame.axes_DD), dtype=torch.float64))
+    return frame.project_onto_u(torch.eye(len(frame.axes_DD), dtype=torch.float64))
 
 
 def covariance(x_ND):
@@ -56,17 +56,19 @@ def test_projectors_of_the_frame():
     u_DD, eye_DD = projector(frame), torch.eye(24, dtype=torch.float64)
     close(u_DD @ u_DD, u_DD)
     close(u_DD, u_DD.T)
-    close(u_DD + frame.onto_v(eye_DD), eye_DD)
+    close(u_DD + frame.project_onto_v(eye_DD), eye_DD)
     assert u_DD.trace().item() == pytest.approx(frame.rank, abs=TOLERANCE)
     vector_D = pairs()[0][0]
-    close(frame.onto_u(vector_D), u_DD @ vector_D)
+    close(frame.project_onto_u(vector_D), u_DD @ vector_D)
 
 
 @pytest.mark.parametrize("energy", (0.3, 0.9, 0.99, 1.0))
 def test_the_rank_is_the_least_that_holds_the_energy(energy):
     image_ND, text_ND = pairs()
     frame = Frame.of(image_ND, text_ND, energy=energy)
-    variance_D = torch.linalg.eigvalsh(covariance(unit_rows(image_ND)) + covariance(unit_rows(text_ND))).flip(0)
+    variance_D = torch.linalg.eigvalsh(covariance(normalise_rows(image_ND)) + covariance(normalise_rows(text_ND))).flip(
+        0
+    )
     share_D = variance_D.cumsum(0) / variance_D.sum()
     close(frame.eigenvalues_D, variance_D)
     assert share_D[frame.rank - 1] >= energy - 1e-12 and (frame.rank == 1 or share_D[frame.rank - 2] < energy)
@@ -98,7 +100,7 @@ def terms():
 
 def test_the_terms_add_up_to_the_difference(terms):
     image_ND, text_ND = pairs()
-    difference_ND = unit_rows(image_ND) - unit_rows(text_ND)
+    difference_ND = normalise_rows(image_ND) - normalise_rows(text_ND)
     close(terms.beta_D + terms.gamma_D + terms.delta_ND + terms.zeta_ND, difference_ND, 1e-14)
     close(terms.mean_D, difference_ND.mean(0), 1e-14)
     for residual_ND in (terms.delta_ND, terms.zeta_ND):
@@ -111,7 +113,7 @@ def test_the_terms_add_up_to_the_difference(terms):
 def test_the_energy_budget(terms):
     image_ND, text_ND = pairs()
     budget = energy_budget(terms)
-    square_N = (unit_rows(image_ND) - unit_rows(text_ND)).square().sum(1)
+    square_N = (normalise_rows(image_ND) - normalise_rows(text_ND)).square().sum(1)
     assert budget.total == pytest.approx(square_N.mean().item(), abs=TOLERANCE)
     assert budget.total == pytest.approx(budget.beta + budget.gamma + budget.delta + budget.zeta, abs=TOLERANCE)
     assert budget.beta + budget.gamma == pytest.approx(terms.mean_D.square().sum().item(), abs=TOLERANCE)
@@ -123,7 +125,7 @@ def test_the_second_moment_within_u_holds_beta():
     """Proposition B.4, and the mistake it warns of: a residual covariance from which beta was not taken off."""
     frame = Frame.of(*pairs(), energy=0.9)
     terms = decompose(frame, *pairs())
-    in_u_ND = frame.onto_u(unit_rows(pairs()[0]) - unit_rows(pairs()[1]))
+    in_u_ND = frame.project_onto_u(normalise_rows(pairs()[0]) - normalise_rows(pairs()[1]))
     second_moment_DD = in_u_ND.T @ in_u_ND / len(in_u_ND)
     close(second_moment_DD, torch.outer(terms.beta_D, terms.beta_D) + covariance(terms.delta_ND))
     excess_DD = second_moment_DD - covariance(terms.delta_ND)
@@ -151,7 +153,7 @@ def test_planted_terms_are_found_exactly():
 
 def test_planted_figures_are_found_exactly():
     image_ND, text_ND = planted.planted_pairs(planted.balanced_signs())
-    found = gap_figures(image_ND, text_ND, energy=planted.ENERGY)
+    found = compute_gap_figures(image_ND, text_ND, energy=planted.ENERGY)
     gamma_D = planted.planted_mean()[planted.RANK :]  # direction 4, the first of V, is zeta's largest
     assert found.gamma_angle == pytest.approx(math.degrees(math.acos(abs(gamma_D[0]) / gamma_D.norm())), abs=1e-6)
     assert found.delta.values == pytest.approx([0.20, 0.15, 0.10, 0.05], abs=TOLERANCE)
@@ -176,7 +178,7 @@ def test_the_planted_frame_is_approached_with_the_root_of_the_number_of_pairs():
 
 def test_a_frame_that_was_not_centred_would_be_seen():
     """Second moments in the place of covariances put the means, and with them the gap, into U."""
-    image_ND, text_ND = (unit_rows(x_ND) for x_ND in planted.planted_pairs(planted.balanced_signs()))
+    image_ND, text_ND = (normalise_rows(x_ND) for x_ND in planted.planted_pairs(planted.balanced_signs()))
     second_moment_DD = (image_ND.T @ image_ND + text_ND.T @ text_ND) / len(image_ND)
     wrong = Frame.of_covariance(second_moment_DD, rank=planted.RANK)
     truth_DD = planted.axes_DD[:, : planted.RANK] @ planted.axes_DD[:, : planted.RANK].T
@@ -192,14 +194,14 @@ def test_a_frame_that_was_not_centred_would_be_seen():
 def test_figures_are_those_of_the_terms(pieces):
     image_ND, text_ND = pairs()
     cut = (lambda x_ND, size: x_ND) if pieces is None else torch.Tensor.split
-    found = gap_figures(cut(image_ND, pieces), cut(text_ND, 50), energy=0.9)
+    found = compute_gap_figures(cut(image_ND, pieces), cut(text_ND, 50), energy=0.9)
     frame = Frame.of(image_ND, text_ND, energy=0.9)
     terms = decompose(frame, image_ND, text_ND)
     assert asdict(found.budget) == pytest.approx(asdict(energy_budget(terms)), abs=TOLERANCE)
     assert (found.num_pairs, found.width, found.rank) == (400, 24, frame.rank)
     norms = [x_D.norm().item() for x_D in (terms.mean_D, terms.beta_D, terms.gamma_D)]
     assert [found.mean_norm, found.beta_norm, found.gamma_norm] == pytest.approx(norms, abs=TOLERANCE)
-    coupled = coupling(terms.delta_ND, terms.zeta_ND)
+    coupled = fit_coupling(terms.delta_ND, terms.zeta_ND)
     # the coupling divides by a millionth of Cov delta at most: six digits fewer
     assert (found.coupling_norm, found.coupling_r_squared) == pytest.approx((coupled.norm, coupled.r_squared), rel=1e-6)
     for figures, x_ND in ((found.delta, terms.delta_ND), (found.zeta, terms.zeta_ND)):
@@ -210,26 +212,26 @@ def test_figures_are_those_of_the_terms(pieces):
 
 def test_moments_in_a_frame_of_another_step_are_those_of_the_terms():
     frame = Frame.of(*pairs(seed=1), rank=7)
-    terms, found = decompose(frame, *pairs()), term_moments(frame, *(x_ND.split(90) for x_ND in pairs()))
+    terms, found = decompose(frame, *pairs()), compute_term_moments(frame, *(x_ND.split(90) for x_ND in pairs()))
     u_DR, v_DC = frame.axes_DD[:, :7], frame.axes_DD[:, 7:]
     close(found.beta_D, terms.beta_D)
     close(found.gamma_D, terms.gamma_D)
     close(found.delta_RR, u_DR.T @ covariance(terms.delta_ND) @ u_DR)
     close(found.zeta_CC, v_DC.T @ covariance(terms.zeta_ND) @ v_DC)
     close(found.zeta_delta_CR, v_DC.T @ terms.zeta_ND.T @ terms.delta_ND @ u_DR / 400)
-    assert asdict(found.budget()) == pytest.approx(asdict(energy_budget(terms)), abs=TOLERANCE)
+    assert asdict(found.compute_budget()) == pytest.approx(asdict(energy_budget(terms)), abs=TOLERANCE)
 
 
 def test_figures_that_do_not_exist_are_none():
-    whole = gap_figures(*pairs(), rank=24)  # there is no V
+    whole = compute_gap_figures(*pairs(), rank=24)  # there is no V
     assert (whole.coupling_norm, whole.gamma_angle, whole.zeta.condition_number) == (None, None, None)
     assert whole.zeta.values == []
     assert whole.zeta.trace == 0 and whole.budget.gamma < 1e-20
     image_ND = pairs()[0]
-    same = gap_figures(image_ND, image_ND, energy=0.9)
+    same = compute_gap_figures(image_ND, image_ND, energy=0.9)
     assert (same.mean_norm, same.delta.trace, same.delta.exponent, same.coupling_r_squared) == (0, 0, None, None)
     planted_ND, _ = planted.planted_pairs(planted.balanced_signs())
-    centred = gap_figures(
+    centred = compute_gap_figures(
         planted_ND, planted_ND.roll(1, 0), rank=1
     )  # one mean, and what rounding leaves of gamma has no direction
     assert centred.gamma_angle is None and centred.gamma_norm < 1e-14 and centred.zeta.trace > 0.1
@@ -241,7 +243,7 @@ def test_a_residual_of_zero_has_no_energy_below_zero():
     for seed in range(8):
         image_ND, text_ND = (x_ND[:, :6] for x_ND in pairs(60, seed=seed))
         axes_DD = torch.linalg.qr(pairs(24, seed=seed)[0]).Q
-        budget = gap_figures(image_ND @ axes_DD[:6], text_ND @ axes_DD[:6], energy=1.0).budget
+        budget = compute_gap_figures(image_ND @ axes_DD[:6], text_ND @ axes_DD[:6], energy=1.0).budget
         assert 0 <= budget.zeta < 1e-14 and budget.delta > 0.1
 
 
@@ -266,12 +268,14 @@ def with_row(x_ND, row, value):
 def test_rows_must_pair_up_and_have_a_direction(name):
     image_ND, text_ND = pairs()
     frame = Frame.of(image_ND, text_ND)
-    function = {"figures": gap_figures, "terms": partial(decompose, frame), "moments": partial(term_moments, frame)}[
-        name
-    ]
+    function = {
+        "figures": compute_gap_figures,
+        "terms": partial(decompose, frame),
+        "moments": partial(compute_term_moments, frame),
+    }[name]
     with pytest.raises(ValueError, match="there are 400 image embeddings and 90 text embeddings: they must pair up"):
         function(image_ND.split(64), text_ND[:90])
-    with pytest.raises(ValueError, match="there are 1 image embeddings and 1 text embeddings: .* two of each at least"):
+    with pytest.raises(ValueError, match="there are 1 image embeddings and 1 text embeddings: .* at least two of each"):
         function(image_ND[:1], text_ND[:1])
     with pytest.raises(ValueError, match="there are 0 image embeddings and 400 text embeddings: they must pair up"):
         function(image_ND[:0], text_ND)
@@ -281,7 +285,7 @@ def test_rows_must_pair_up_and_have_a_direction(name):
         function(image_ND, with_row(text_ND, 5, math.nan))
     with pytest.raises(ValueError, match="image embeddings have width 24 and text embeddings 20"):
         function(image_ND, text_ND[:, :20])
-    with pytest.raises(ValueError, match="text embeddings: embeddings of a set have one width"):
+    with pytest.raises(ValueError, match="text embeddings: embeddings of a set must have one width"):
         function(image_ND, [text_ND[:100], text_ND[100:, :20]])
 
 
@@ -299,8 +303,8 @@ def test_frames_that_cannot_be():
 
 
 def test_a_frame_of_another_space():
-    for function in (decompose, term_moments):
+    for function in (decompose, compute_term_moments):
         with pytest.raises(
-            ValueError, match="the frame has width 24 and the embeddings 20: take a frame of the same encoder"
+            ValueError, match="the frame has width 24 and the embeddings 20: use a frame of the same encoder"
         ):
             function(Frame.of(*pairs()), *pairs(width=20))

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from rsa_megatron.realign.decomposition import second_order_drift
 from rsa_megatron.realign.moments import Moments
 from rsa_megatron.realign.operator import project
-from rsa_megatron.realign.realign import ReAlign, trace_scale, unit_rows
+from rsa_megatron.realign.realign import ReAlign, compute_trace_scale, normalise_rows
 from tests.support import embedding_sets
 from tests.support.embedding_sets import MISTAKES, images, texts, unit, written_out
 
@@ -45,9 +45,9 @@ TEN_DIGITS = 6e-11  # the golden values are rounded to ten digits after the poin
 
 def stages(operator: ReAlign, text_ND) -> dict:
     """Ours, under the names of `written_out`; e~ and e'' from the fitted constants."""
-    y = unit_rows(text_ND)
+    y = normalise_rows(text_ND)
     scaled = operator.image_mean_D + operator.scale * (y - operator.text_mean_D)
-    projected = operator.projected(y.clone())
+    projected = operator.shift_and_project(y.clone())
     return dict(
         mean_x=operator.image_mean_D,
         mean_y=operator.text_mean_D,
@@ -135,7 +135,7 @@ def test_the_claims_hold_and_each_mistake_breaks_one(sets, of_sets):
 def test_rows_have_length_one_and_their_own_length_counts_for_nothing(sets, fitted):
     """T1."""
     x, y = sets
-    assert distance(unit_rows(y).norm(dim=1), 1.0) < 1e-15
+    assert distance(normalise_rows(y).norm(dim=1), 1.0) < 1e-15
     factors = torch.logspace(-100, 100, len(y), dtype=torch.float64)[:, None]
     rescaled = ReAlign.fit(x * factors[: len(x)], y * factors, epsilon=0.0)
     assert distance(rescaled.transform(y), fitted.transform(y)) < 1e-12
@@ -147,7 +147,7 @@ def test_lengths_neither_overflow_nor_underflow(row):
     """Up to float64's largest number, down to its smallest."""
     expected = [1.0, 0.0] if row[0] == 5e-324 else [0.6, -0.8]
     x_ND = torch.tensor([[1.0, 0.0], row, [0.0, 2.0]], dtype=torch.float64)
-    assert distance(unit_rows(x_ND), [[1.0, 0.0], expected, [0.0, 1.0]]) < 1e-15
+    assert distance(normalise_rows(x_ND), [[1.0, 0.0], expected, [0.0, 1.0]]) < 1e-15
 
 
 def test_a_zeroed_row_in_the_sums_is_seen():
@@ -192,8 +192,8 @@ def test_trace_scales_about_the_mean(sets):
 
 def test_the_scale_is_a_ratio_of_lengths():
     """T6."""
-    assert trace_scale(0.2, 0.8, 0.0) == 0.5
-    assert trace_scale(0.7, 0.7, 0.0) == 1.0
+    assert compute_trace_scale(0.2, 0.8, 0.0) == 0.5
+    assert compute_trace_scale(0.7, 0.7, 0.0) == 1.0
     x, y = images(50), texts(70)
     once, thrice = ReAlign.fit(x, y), ReAlign.fit(torch.cat([x] * 3), torch.cat([y] * 3))
     assert abs(once.scale - thrice.scale) < 1e-12  # with 1 / (N - 1) it differs:
@@ -251,15 +251,17 @@ def test_the_result_has_the_trace_of_its_mean(of_sets):
 def test_the_sum_that_writes_no_row_down_is_the_sum(sets, fitted):
     """With rows near zero, too, of which its formula would keep few digits."""
     unit_ND = unit(sets[1])
-    assert distance(fitted.projected_sum(unit_ND), fitted.projected(unit_ND.clone()).sum(0)) < 1e-11  # of 420 rows
+    assert (
+        distance(fitted.sum_projected(unit_ND), fitted.shift_and_project(unit_ND.clone()).sum(0)) < 1e-11
+    )  # of 420 rows
     # e~ = c + s e with |c| = (1 + 1e-6) s, and a row e = -c / |c|: |e~| = 1e-6 s, |e~|^2 below the rounding errors of its terms.
     direction_D = torch.nn.functional.normalize(fitted._shift_D, dim=0)
     mean_D = (1 + 1e-6) * fitted.scale * direction_D + fitted.scale * fitted.text_mean_D
     near = dataclasses.replace(fitted, image_mean_D=mean_D)
     row_1D = -direction_D[None]
-    assert (near.projected(row_1D.clone()) - direction_D).abs().max() < 1e-9
+    assert (near.shift_and_project(row_1D.clone()) - direction_D).abs().max() < 1e-9
     rows = torch.cat([unit_ND, row_1D])
-    assert distance(near.projected_sum(rows), near.projected(rows.clone()).sum(0)) < 1e-11
+    assert distance(near.sum_projected(rows), near.shift_and_project(rows.clone()).sum(0)) < 1e-11
     square = near._shift_D @ near._shift_D + 2 * near.scale * (row_1D @ near._shift_D) + near.scale**2
     by_formula_1D = (near._shift_D + near.scale * row_1D) * square.rsqrt()
     assert (by_formula_1D - direction_D).abs().max() > 1e-6
@@ -375,14 +377,14 @@ def test_equal_texts_and_texts_that_land_on_zero_stay_finite():
     equal = ReAlign.fit(x, torch.tensor([[2.0, 1.0, 0.5]], dtype=torch.float64).expand(5, 3))
     assert math.isfinite(equal.scale) and equal.transform(x).isfinite().all()
     with pytest.raises(ValueError, match="all text embeddings are equal, and epsilon is 0"):
-        trace_scale(0.5, 0.0, 0.0)
+        compute_trace_scale(0.5, 0.0, 0.0)
     with pytest.raises(ValueError, match="all image embeddings are equal"):
         ReAlign.fit(torch.ones(5, 3), texts(30, 3))
 
     x, y = torch.tensor([[-1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     operator = ReAlign.fit(x, y)
     root = math.sqrt(0.5)
-    assert torch.equal(operator.projected(unit_rows(y))[0], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(operator.shift_and_project(normalise_rows(y))[0], torch.zeros(2, dtype=torch.float64))
     assert distance(operator.projected_mean_D, [-root / 2, root / 2]) < 1e-9  # epsilon is 1e-10
     assert distance(operator.transform(y, dtype=torch.float64), [[-root, root], [-root, root]]) < 1e-9
     without = ReAlign.fit(x, y, steps=("anchor", "trace"))
@@ -401,5 +403,5 @@ def test_the_centroid_is_corrected_once(sets, fitted, of_sets):
 
 @pytest.mark.parametrize("steps", [("trace", "anchor"), ("anchor", "anchor"), ("centre",)])
 def test_steps_are_the_papers_and_in_its_order(steps):
-    with pytest.raises(ValueError, match="steps are some of anchor, trace, centroid, in this order"):
+    with pytest.raises(ValueError, match="steps must be some of anchor, trace, centroid, in this order"):
         ReAlign.fit(images(10), texts(10), steps=steps)

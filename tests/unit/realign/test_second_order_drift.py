@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rsa_megatron.realign.decomposition import second_order_drift
-from rsa_megatron.realign.realign import unit_rows
+from rsa_megatron.realign.realign import normalise_rows
 
 
 def close(actual, expected, tolerance):
@@ -17,7 +17,7 @@ def drift_by_sampling(mean_D, root_DD, num_samples=400_000):
     """Of z = mean +- root n: the two signs cancel odd powers, and with them the largest part of the sampling error."""
     generator = torch.Generator().manual_seed(0)
     noise_ND = torch.randn(num_samples, len(mean_D), generator=generator, dtype=torch.float64) @ root_DD.T
-    both_D = (unit_rows(mean_D + noise_ND) + unit_rows(mean_D - noise_ND)).mean(0) / 2
+    both_D = (normalise_rows(mean_D + noise_ND) + normalise_rows(mean_D - noise_ND)).mean(0) / 2
     return both_D - mean_D / mean_D.norm()
 
 
@@ -44,7 +44,7 @@ def test_drift_of_the_toy_case():
     """mu = (1, 0) and z = (1, +-a): the mean direction is (1 / sqrt(1 + a^2), 0); the expansion gives -a^2 / 2."""
     mean_D = torch.tensor([1.0, 0.0], dtype=torch.float64)
     for a in (0.1, 0.01):
-        exact = unit_rows(torch.tensor([[1.0, a], [1.0, -a]], dtype=torch.float64)).mean(0)
+        exact = normalise_rows(torch.tensor([[1.0, a], [1.0, -a]], dtype=torch.float64)).mean(0)
         close(exact, torch.tensor([1 / math.sqrt(1 + a**2), 0.0], dtype=torch.float64), 1e-15)
         drift_D = second_order_drift(mean_D, torch.diag(torch.tensor([0.0, a**2], dtype=torch.float64)))
         close(drift_D, torch.tensor([-(a**2) / 2, 0.0], dtype=torch.float64), 1e-15)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from rsa_megatron.realign.realign import unit_rows
+from rsa_megatron.realign.realign import normalise_rows
 from rsa_megatron.realign.spectra import (
     SpectrumFigures,
     anisotropy,
@@ -67,10 +67,12 @@ def test_a_planted_power_law_is_found(exponent):
 def test_the_spectrum_is_that_of_unit_rows():
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(500, 12, generator=generator, dtype=torch.float64) * torch.arange(1, 13) ** -1.0 + 0.5
-    expected_D = torch.linalg.svdvals(unit_rows(x_ND) - unit_rows(x_ND).mean(0)).square() / 500
+    expected_D = torch.linalg.svdvals(normalise_rows(x_ND) - normalise_rows(x_ND).mean(0)).square() / 500
     torch.testing.assert_close(spectrum(x_ND), expected_D, rtol=0, atol=1e-12)
     torch.testing.assert_close(spectrum((3 * x_ND).split(70)), expected_D, rtol=0, atol=1e-12)
-    assert spectrum(x_ND).sum().item() == pytest.approx(1 - unit_rows(x_ND).mean(0).square().sum().item(), abs=1e-12)
+    assert spectrum(x_ND).sum().item() == pytest.approx(
+        1 - normalise_rows(x_ND).mean(0).square().sum().item(), abs=1e-12
+    )
     assert (eigenvalues(torch.outer(x_ND[0], x_ND[0])) >= 0).all()  # rounding would give some of them below zero
 
 

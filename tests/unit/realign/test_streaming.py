@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rsa_megatron.realign import unit_rows as embedding_rows
-from rsa_megatron.realign.moments import Moments, moments
+from rsa_megatron.realign.moments import Moments, compute_moments
 from rsa_megatron.realign.realign import ReAlign
-from rsa_megatron.realign.unit_rows import unit_rows
+from rsa_megatron.realign.unit_rows import normalise_rows
 from tests.support.embedding_sets import NUMBERS, images, texts
 
 
@@ -91,7 +91,7 @@ def test_moments_merge_to_those_of_all_rows():
     """Chan's formula with unequal parts far from each other; and without its last term it is seen."""
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(1000, 6, generator=generator, dtype=torch.float64) + torch.arange(1000)[:, None] / 100
-    whole, merged = Moments.of_block(x_ND, with_scatter=True), Moments.none()
+    whole, merged = Moments.of_block(x_ND, with_scatter=True), Moments.empty()
     without = 0.0
     for part in x_ND.split([1, 2, 500, 400, 97]):
         moments_of_part = Moments.of_block(part, with_scatter=True)
@@ -128,15 +128,15 @@ def bad(kind):
 
 
 SAYS = {
-    "NaN and infinity": "of 20 rows 4 hold NaN (rows 2, 5, 6, 7), 1 hold infinity (row 11): they have no direction; leave them out",
-    "zero": "of 20 rows 7 are zero (rows 0, 1, 3, 5, 7, ...): they have no direction; leave them out",
-    "width": "embeddings of a set have one width, but it is 24 before row 5 and 20 from there on",
-    "one row": "a mean and a variance need at least 2 rows, and there are 1",
-    "no row": "a mean and a variance need at least 2 rows, and there are 0",
-    "no piece": "a mean and a variance need at least 2 rows, and there are 0",
-    "integers": "embeddings are rows [N, D] of floating point numbers, but from row 0 on they are int32 [20, 24]",
-    "array": "embeddings come as tensors [N, D], but from row 3 on there is a ndarray",
-    "one vector": "embeddings are rows [N, D] of floating point numbers, but from row 0 on they are float64 [24]",
+    "NaN and infinity": "of 20 rows 4 hold NaN (rows 2, 5, 6, 7), 1 hold infinity (row 11): they have no direction; remove them",
+    "zero": "of 20 rows 7 are zero (rows 0, 1, 3, 5, 7, ...): they have no direction; remove them",
+    "width": "embeddings of a set must have one width, but it is 24 before row 5 and 20 from there on",
+    "one row": "a mean and a variance need at least 2 rows, got 1",
+    "no row": "a mean and a variance need at least 2 rows, got 0",
+    "no piece": "a mean and a variance need at least 2 rows, got 0",
+    "integers": "embeddings must be rows [N, D] of floating-point numbers, but from row 0 on they are int32 [20, 24]",
+    "array": "embeddings must be tensors [N, D], but from row 3 on there is a ndarray",
+    "one vector": "embeddings must be rows [N, D] of floating-point numbers, but from row 0 on they are float64 [24]",
 }
 
 
@@ -150,7 +150,7 @@ def test_bad_input_is_counted_and_named(kind):
     assert str(of_texts.value) == f"text embeddings: {SAYS[kind]}"
 
 
-def test_an_iterator_that_is_used_up_is_told():
+def test_an_iterator_that_is_used_up_is_reported():
     with pytest.raises(
         ValueError, match="the first pass read 420 rows, the next one 0; pass a tensor, a list, or an object"
     ):
@@ -163,7 +163,7 @@ def test_bad_rows_to_be_moved_are_named(whole):
     with pytest.raises(ValueError, match=r"text embeddings: of 20 rows 1 hold NaN \(row 4\), 1 are zero \(row 6\)"):
         whole.transform(rows)
     with pytest.raises(ValueError, match=r"of 20 rows 1 hold NaN \(row 4\), 1 are zero \(row 6\)"):
-        unit_rows(rows)
+        normalise_rows(rows)
     with pytest.raises(ValueError, match=r"moves rows of width 24, and the text embeddings are \[20, 8\]"):
         whole.transform(rows[:, :8])
 
@@ -172,7 +172,7 @@ def test_rows_too_large_for_the_type_they_are_stored_in_are_infinite():
     x = images(20)
     x[3] *= 1e6
     with pytest.raises(ValueError, match=r"1 hold infinity \(row 3\)"):
-        moments(x.half(), "image embeddings")
+        compute_moments(x.half(), "image embeddings")
 
 
 def test_saved_and_loaded_bits_are_the_same(tmp_path):
@@ -193,9 +193,9 @@ def test_saved_and_loaded_bits_are_the_same(tmp_path):
         {"encoder": "CLIP", "data": "Bunny"},
     ]
     assert torch.equal(loaded.transform(texts()), operator.transform(texts()))
-    with pytest.raises(ValueError, match="operator is there already: name another folder, or remove it"):
+    with pytest.raises(ValueError, match="operator already exists: name another folder, or remove it"):
         operator.save(tmp_path / "out" / "operator")
-    with pytest.raises(ValueError, match="about holds names and what they are as strings"):
+    with pytest.raises(ValueError, match="about must map strings to strings"):
         ReAlign.fit(images(), texts(), about={"rows": 3})
 
 
@@ -242,14 +242,14 @@ def spoil(folder, kind):
         ("no manifest", "manifest.json cannot be read"),
         ("cut manifest", "manifest.json cannot be read"),
         ("other method", "holds an operator of method 'c3', not 'realign'"),
-        ("unknown number", "are no operator of this version .*shift.*: fit it again"),
-        ("cut tensors", "are no operator of this version"),
-        ("no tensors", "are no operator of this version"),
+        ("unknown number", "are not an operator of this version .*shift.*: fit it again"),
+        ("cut tensors", "are not an operator of this version"),
+        ("no tensors", "are not an operator of this version"),
         ("rounded", "image_mean_D is not float64 of width 24 and finite"),
         ("NaN", "image_mean_D is not float64 of width 24 and finite"),
     ],
 )
-def test_a_spoilt_folder_is_told(kind, says, whole, tmp_path):
+def test_a_spoilt_folder_is_reported(kind, says, whole, tmp_path):
     whole.save(tmp_path / "operator")
     spoil(tmp_path / "operator", kind)
     with pytest.raises(ValueError, match=says):

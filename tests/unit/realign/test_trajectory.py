@@ -10,7 +10,7 @@ import torch
 
 from rsa_megatron.realign.decomposition import decompose
 from rsa_megatron.realign.frame import Frame
-from rsa_megatron.realign.realign import unit_rows
+from rsa_megatron.realign.realign import normalise_rows
 from rsa_megatron.realign.trajectory import (
     covariance_correlations,
     drift,
@@ -106,8 +106,8 @@ def contrastive_loss(image_ND, text_ND, temperature):
 def test_the_contrastive_gradient_of_an_image_is_a_combination_of_texts():
     temperature, num_pairs = 0.07, 6
     image_ND, text_ND = (
-        unit_rows(normal(num_pairs, WIDTH)).requires_grad_(),
-        unit_rows(normal(num_pairs, WIDTH, seed=1)),
+        normalise_rows(normal(num_pairs, WIDTH)).requires_grad_(),
+        normalise_rows(normal(num_pairs, WIDTH, seed=1)),
     )
     (gradient_ND,) = torch.autograd.grad(contrastive_loss(image_ND, text_ND, temperature), image_ND)
     weight_NN = (image_ND.detach() @ text_ND.T / temperature).softmax(1)
@@ -130,7 +130,7 @@ def steps(num_steps=8):
     image_ND, text_ND = planted.planted_pairs(planted.balanced_signs())
     moves = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     towards_D = planted.axes_DD[:, 1] + 0.5 * planted.axes_DD[:, 10]
-    return [(unit_rows(unit_rows(image_ND) + move * towards_D), text_ND) for move in moves]
+    return [(normalise_rows(normalise_rows(image_ND) + move * towards_D), text_ND) for move in moves]
 
 
 def covariance(x_ND):

@@ -10,7 +10,7 @@ import torch
 from rsa_megatron.cli import realign
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.realign.baselines import load_operator
-from rsa_megatron.realign.realign import ReAlign, unit_rows
+from rsa_megatron.realign.realign import ReAlign, normalise_rows
 from tests.support import tiny_backbones, tiny_dual_encoders
 from tests.support.realign_runs import GIVEN, SAME, assert_same_operator, error, read_back, rows, run, write_rows
 
@@ -30,9 +30,9 @@ def test_fit_and_transform_are_the_operator_of_the_same_rows(capsys):
     )
     gaps = {name: float(gap) for name, gap in re.findall(r"^    (\S.*\S) +([\d.e-]+)$", printed, re.MULTILINE)}
     moved_ND = expected.transform(texts_ND.double())
-    mean_D = unit_rows(images_ND).mean(0)
+    mean_D = normalise_rows(images_ND).mean(0)
     by_hand = {
-        "as they are": unit_rows(texts_ND).mean(0),
+        "as they are": normalise_rows(texts_ND).mean(0),
         "after anchor": ReAlign.fit(images_ND, texts_ND, steps=("anchor",)).transform(texts_ND.double()).mean(0),
         "after anchor and trace": ReAlign.fit(images_ND, texts_ND, steps=("anchor", "trace"))
         .transform(texts_ND.double())
@@ -43,8 +43,8 @@ def test_fit_and_transform_are_the_operator_of_the_same_rows(capsys):
     for name, text_D in by_hand.items():
         assert gaps[name] == pytest.approx((text_D - mean_D).norm().item(), rel=1e-5)  # six digits are printed
     # T = 1 - |mean|^2 for unit rows.
-    floor = ((2 - mean_D.square().sum() - unit_rows(texts_ND).mean(0).square().sum()) / 37).sqrt().item()
-    assert f"on 37 other images and texts chance alone leaves about sqrt((Tx + Ty) / n) = {floor:.6g}" in printed
+    floor = ((2 - mean_D.square().sum() - normalise_rows(texts_ND).mean(0).square().sum()) / 37).sqrt().item()
+    assert f"for 37 other images and texts expect about sqrt((Tx + Ty) / n) = {floor:.6g} by chance" in printed
     run(
         "transform",
         "--operator",
@@ -100,16 +100,18 @@ def test_other_methods(flags, check, capsys):
 
 
 @pytest.mark.parametrize("method", ["realign", "mean-shift"])
-def test_texts_that_are_all_equal_are_told(method, capsys):
+def test_texts_that_are_all_equal_are_reported(method, capsys):
     """T21: epsilon keeps s finite; what it is then says nothing of the data."""
     write_rows()
     numpy.save("equal.npy", numpy.full((9, 7), 0.3))
     run("fit", "--images", "images.npy", "--texts", "equal.npy", "--method", method, "--out", "op")
     printed = capsys.readouterr().out
-    assert f"method {method}; all texts are equal" in printed and ("epsilon alone" in printed) == (method == "realign")
+    assert f"method {method}; all texts are equal" in printed and ("only from epsilon" in printed) == (
+        method == "realign"
+    )
 
 
-def test_broken_images_are_left_out_and_said(clip, capsys):
+def test_broken_images_are_skipped_and_reported(clip, capsys):
     Path("pairs").mkdir()
     for number, image in enumerate(tiny_backbones.pictures(8)):
         image.save(f"pairs/{number}.png")
@@ -117,7 +119,7 @@ def test_broken_images_are_left_out_and_said(clip, capsys):
     Path("pairs/3.png").write_bytes(b"no image")
     run("transform", "--encoder", clip, "--data", "pairs", "--side", "image", "--out", "out", "--val", 2)
     printed = capsys.readouterr()
-    assert "left out: 3: " in printed.err and "left out: 1 that could not be embedded" in printed.out
+    assert "skipped: 3: " in printed.err and "skipped: 1 that could not be embedded" in printed.out
     assert sum(len(part) for part in read_back("out").values()) == 7
 
 
@@ -129,8 +131,8 @@ def test_bad_rows_are_named_by_key(capsys):
     store.append(keys, {"embedding": x_ND})
     store.finish()
     write_rows()
-    said = error(capsys, "fit", "--images", "made", "--texts", "texts.safetensors", "--out", "op")
-    assert "made, layer embedding: 2 of 9 embeddings have no direction" in said and "scene 2, scene 5" in said
+    message = error(capsys, "fit", "--images", "made", "--texts", "texts.safetensors", "--out", "op")
+    assert "made, layer embedding: 2 of 9 embeddings have no direction" in message and "scene 2, scene 5" in message
     assert not Path("op").exists()
     numpy.save("good.npy", rows(9).numpy())
     run("fit", "--images", "good.npy", "--texts", "good.npy", "--out", "op")
@@ -138,15 +140,15 @@ def test_bad_rows_are_named_by_key(capsys):
     assert not list(Path().glob("x.npy*"))
 
 
-def test_an_operator_of_another_encoder_is_refused(clip, shards, tmp_path, capsys):
+def test_an_operator_of_another_encoder_is_rejected(clip, shards, tmp_path, capsys):
     write_rows()
     run("fit", "--encoder", clip, "--data", shards, "--out", "op")
     siglip = tiny_dual_encoders.siglip(tmp_path / "siglip")
     flags = ("--operator", "op", "--data", shards, "--side", "text", "--out", "out", "--encoder")
-    said = error(capsys, "transform", *flags, siglip)
-    assert re.search("fitted on embeddings of clip sha256:.*is of siglip sha256:.*: fit one on these", said)
-    said = error(capsys, "transform", "--operator", "op", "--texts", "texts.safetensors", "--out", "x.npy")
-    assert "the operator moves rows of 24 numbers, and texts.safetensors, tensor texts has 7" in said
+    message = error(capsys, "transform", *flags, siglip)
+    assert re.search("fitted on embeddings of clip sha256:.*is of siglip sha256:.*: fit one on these", message)
+    message = error(capsys, "transform", "--operator", "op", "--texts", "texts.safetensors", "--out", "x.npy")
+    assert "the operator moves rows of 24 numbers, and texts.safetensors, tensor texts has 7" in message
     assert not Path("out").exists() and not list(Path().glob("*unfinished*"))
 
 
@@ -165,12 +167,12 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         (("fit", "--out", "o"), "name two sets of embeddings, --images and --texts, or an --encoder and its --data"),
         (("fit", "--images", "images.npy", "--out", "o"), "name two sets of embeddings"),
         (("fit", *GIVEN, "--data", "x", "--out", "o"), "name two sets of embeddings"),
-        (("fit", *GIVEN, "--num-samples", "3", "--out", "o"), "--num-samples goes with --encoder"),
+        (("fit", *GIVEN, "--num-samples", "3", "--out", "o"), "--num-samples needs --encoder"),
         (("fit", *GIVEN, "--sigma", "0.1", "--out", "o"), "--sigma is an option of --method c3"),
         (
             ("fit", *GIVEN, "--method", "c3", "--steps", "anchor", "--out", "o"),
@@ -184,7 +186,7 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
             ("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"),
             "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder",
         ),
-        (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy is not there"),
+        (("fit", "--images", "images.npy", "--texts", "none.npy", "--out", "o"), "none.npy not found"),
         (
             ("fit", "--images", "images.npy", "--texts", "nan.npy", "--out", "o"),
             r"nan.npy: 1 of 3 embeddings have no direction: 1 hold NaN \(row 1\);",
@@ -195,16 +197,16 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
         (("transform", "--operator", "there", "--texts", "texts.safetensors", "--out", "x"), "--out x: name an .npy"),
         (
             ("transform", "--operator", "there", "--encoder", "e", "--data", "d", "--side", "image", "--out", "o"),
-            "images stay as they are",
+            "images are unchanged",
         ),
-        (("transform", "--images", "images.npy", "--out", "x.npy"), "there is nothing to write"),
-        (("transform", "--encoder", "e", "--data", "d", "--out", "o"), "--encoder and --side go together"),
+        (("transform", "--images", "images.npy", "--out", "x.npy"), "so there is nothing to write"),
+        (("transform", "--encoder", "e", "--data", "d", "--out", "o"), "--encoder needs --side text or --side image"),
         (("transform", "--encoder", "e", "--side", "image", "--out", "o"), "--encoder needs --data"),
         (("transform", "--out", "o"), "name one of --encoder, --texts and --images"),
         (("transform", "--images", "images.npy", "--texts", "images.npy", "--out", "o"), "not --texts and --images"),
         (
             ("transform", "--operator", "there", "--texts", "images.npy", "--keys", "k", "--out", "x.npy"),
-            "--keys goes with",
+            "--keys needs --texts or --images and --data",
         ),
         (
             ("transform", "--images", "images.npy", "--data", "mixture.yaml", "--out", "o"),
@@ -213,12 +215,12 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
         (("fit", "--nonsense"), "nonsense|--out"),
     ],
 )
-def test_bad_input_is_one_line(flags, said, capsys):
+def test_bad_input_is_one_line(flags, message, capsys):
     write_rows()
     numpy.save("wide.npy", rows(5, width=8).numpy())
     numpy.save("nan.npy", numpy.array([[1.0] * 7, [float("nan")] * 7, [2.0] * 7]))
     Path("there").mkdir()
     Path("there/file").write_text("")
     Path("mixture.yaml").write_text("{__module__: megatron.energon, __class__: MetadatasetV2, splits: {}}")
-    assert re.search(said, error(capsys, *flags))
+    assert re.search(message, error(capsys, *flags))
     assert not Path("o").exists() and not Path("x.npy").exists()

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from rsa_megatron.cli import plot, realign
-from rsa_megatron.cli.gap_splits import split, to_fit
+from rsa_megatron.cli.gap_splits import mark_fit_rows, split_sources
 from rsa_megatron.evaluation.embedding_files import open_embeddings
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.plots.gap import draw_gap
@@ -165,13 +165,13 @@ def test_of_fresh_rows_the_gap_is_that_of_sampling_and_in_sample_far_below(tmp_p
     assert before["held_out"] > 10 * before["floor"]
 
 
-def test_sets_that_do_not_pair_up_get_all_other_figures_and_are_told(tmp_path, capsys):
+def test_sets_that_do_not_pair_up_get_all_other_figures_and_are_reported(tmp_path, capsys):
     images, texts = normal_sets()
     line = report(tmp_path, *saved(tmp_path, images=images, texts=texts), "--methods", "c3", "blockwise")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert line["frame"] is None and line["budget_after"] is None
     assert "need pairs: without keys 900 images and 700 texts do not pair up" in line["left_out"]
-    assert f"left out: {line['left_out']}" in said
+    assert f"left out: {line['left_out']}" in printed
     assert list(by_name(line, "methods", "method")) == ["none", "c3", "blockwise", "realign"]
     assert (line["fit_images"], line["fit_texts"], line["num_sampled"]) == (450, 350, 350)
     assert line["left_out"] in texts_of(draw_gap(read_gap([tmp_path / "page.jsonl"]))).replace("\n", " ")
@@ -196,22 +196,22 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
     text_keys = [f"k{i}" for i in range(1, 41) if i % 3]
     images = stored(tmp_path, "image", image_keys, row_ND[[int(key[1:]) - 1 for key in image_keys]])
     texts = stored(tmp_path, "text", text_keys, row_ND[[int(key[1:]) - 1 for key in text_keys]])
-    parts = split(images, texts, 0.4)
-    assert parts.unpaired is None
+    splits = split_sources(images, texts, 0.4)
+    assert splits.unpaired is None
     both = [i for i in range(1, 41) if i % 5 and i % 3]
 
     def numbers(rows):
         return torch.cat(list(rows))[:, 0].int().tolist()
 
-    paired = numbers(parts.paired_images)
-    assert paired == numbers(parts.paired_texts) and set(paired) < set(both)
+    paired = numbers(splits.paired_images)
+    assert paired == numbers(splits.paired_texts) and set(paired) < set(both)
     assert (
-        set(numbers(parts.fit_images)) & set(both)
-        == set(numbers(parts.fit_texts)) & set(both)
+        set(numbers(splits.fit_images)) & set(both)
+        == set(numbers(splits.fit_texts)) & set(both)
         == set(both) - set(paired)
     )
-    assert sorted(numbers(parts.fit_images) + numbers(parts.held_images)) == [i for i in range(1, 41) if i % 5]
-    assert split(images, texts, 0.4, unpaired=True).paired_images is None
+    assert sorted(numbers(splits.fit_images) + numbers(splits.held_images)) == [i for i in range(1, 41) if i % 5]
+    assert split_sources(images, texts, 0.4, unpaired=True).paired_images is None
 
 
 @pytest.mark.parametrize(
@@ -219,31 +219,31 @@ def test_pairs_are_found_by_their_keys_and_never_torn_apart(tmp_path):
     [
         (
             ["k3", "k2", "k1", "k0", "k4", "k5", "k6", "k7"],
-            "the 8 common keys of images and texts come in another order",
+            "the 8 common keys of images and texts are in a different order",
         ),
         (["k0", "k1", "a", "b", "c", "d", "e", "f"], "1 of 2 pairs are held out"),
         (["a", "b", "c", "d", "e", "f", "g", "h"], "images and texts have no key in common"),
-        (["k0", "k1", "k2", "k3", "k4", "k5", "k1", "k0"], "2 keys of the texts come more than once"),
+        (["k0", "k1", "k2", "k3", "k4", "k5", "k1", "k0"], "2 keys of the texts are duplicates"),
     ],
 )
-def test_why_keys_do_not_pair_up_is_said(tmp_path, keys, reason):
+def test_why_keys_do_not_pair_up_is_reported(tmp_path, keys, reason):
     images = stored(tmp_path, "image", [f"k{i}" for i in range(8)], torch.eye(8))
     texts = stored(tmp_path, "text", keys, torch.eye(8))
-    assert split(images, texts, 0.5).unpaired == reason
+    assert split_sources(images, texts, 0.5).unpaired == reason
 
 
 def test_a_part_is_spread_evenly_over_its_source():
-    assert to_fit(8, 0.5).tolist() == [False, True] * 4
+    assert mark_fit_rows(8, 0.5).tolist() == [False, True] * 4
     for fraction in (0.1, 0.3, 0.8):
-        counts = to_fit(1000, fraction).view(10, 100).sum(1)
+        counts = mark_fit_rows(1000, fraction).view(10, 100).sum(1)
         assert (counts - 100 * fraction).abs().max() <= 1
 
 
 def test_a_sample_is_of_the_part_and_the_same_each_time(folder):
-    parts = split(*(open_embeddings(folder / f"{name}.npy") for name in ("images", "texts")), 0.5)
-    sample = parts.held_images.sample(10)
-    assert torch.equal(sample, parts.held_images.sample(10)) and len(sample) == 10
-    assert torch.equal(parts.held_images.sample(1000), torch.cat(list(parts.held_images)))
+    splits = split_sources(*(open_embeddings(folder / f"{name}.npy") for name in ("images", "texts")), 0.5)
+    sample = splits.held_images.sample(10)
+    assert torch.equal(sample, splits.held_images.sample(10)) and len(sample) == 10
+    assert torch.equal(splits.held_images.sample(1000), torch.cat(list(splits.held_images)))
 
 
 # The page
@@ -273,9 +273,9 @@ def test_the_page_shows_the_numbers_of_the_line(folder, line):
     np.testing.assert_allclose(spectra.get_lines()[0].get_ydata(), shares)
     areas = [(patch.get_data().values * np.diff(patch.get_data().edges)).sum() for patch in cosines.patches]
     assert len(areas) == 4 and areas == pytest.approx([1] * 4)  # images, texts, C3, ReAlign
-    said = texts_of(figure)
-    assert "planted: images and texts in one space (128 images, 128 texts, D = 16)" in said.replace("\n", " ")
-    assert f"r = {planted.RANK} directions hold {planted.ENERGY:.2%}" in said
+    printed = texts_of(figure)
+    assert "planted: images and texts in one space (128 images, 128 texts, D = 16)" in printed.replace("\n", " ")
+    assert f"r = {planted.RANK} directions hold {planted.ENERGY:.2%}" in printed
 
 
 def test_clouds_lie_apart_along_the_mean_difference_and_together_afterwards(line):
@@ -326,10 +326,10 @@ def spoilt(x_ND: torch.Tensor, row: int, value: float) -> torch.Tensor:
     "change, flags, message",
     [
         (lambda x, y: (x, y[:, :8]), [], "16 numbers a row"),
-        (lambda x, y: (x[:, :2], y[:, :2]), [], "rows of 2 numbers: the page shows three directions"),
+        (lambda x, y: (x[:, :2], y[:, :2]), [], "rows of 2 numbers: the page needs at least three directions"),
         (lambda x, y: (spoilt(x, 7, math.nan), y), [], "1 of 128 embeddings have no direction"),
         (lambda x, y: (x, spoilt(y, 9, 0.0)), [], "row 9"),
-        (lambda x, y: (x[:20], y[:20]), [], "10 neighbours need 11 held-out rows a side, and there are 10"),
+        (lambda x, y: (x[:20], y[:20]), [], "10 neighbours need 11 held-out rows per side, and there are 10"),
         (lambda x, y: (x[:3], y[:3]), [], "--fit-fraction 0.5 leaves 1 images to be fitted on"),
         (lambda x, y: (x, y), ["--fit-fraction", "1"], "--fit-fraction 1 must lie between 0 and 1"),
         (lambda x, y: (x, y), ["--num-pairs", "10"], "--num-pairs 10 must be above 10"),
@@ -343,8 +343,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(pairs, tmp_path, capsys, c
     sets = saved(tmp_path, images=images, texts=texts)
     with pytest.raises(SystemExit) as stopped:
         report(tmp_path, *sets, *flags)
-    said = [text for text in capsys.readouterr().err.splitlines() if "error: " in text]
-    assert stopped.value.code == 2 and len(said) == 1 and message in said[0]
+    errors = [text for text in capsys.readouterr().err.splitlines() if "error: " in text]
+    assert stopped.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npy", "texts.npy"]
 
 
@@ -389,8 +389,8 @@ def test_a_broken_line_is_one_message_with_file_line_and_key(line, tmp_path, cap
     file.write_text(json.dumps(changed(line, path, value)) + "\n")
     with pytest.raises(SystemExit):
         plot.main(["gap", str(file), "--out", str(tmp_path / "page")])
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {file}, {message}") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {file}, {message}") and printed.count("\n") == 1
     assert not (tmp_path / "page.png").exists()
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from rsa_megatron.cli.show_sample import stored_samples
 from rsa_megatron.realign.baselines import load_operator
-from rsa_megatron.realign.realign import ReAlign, unit_rows
+from rsa_megatron.realign.realign import ReAlign, normalise_rows
 from tests.support import tiny_backbones
 from tests.support.realign_runs import NUM_PAIRS, _opened, error, read_back, rows, run
 
@@ -29,11 +29,11 @@ def by_hand(clip, shards) -> dict[str, dict[str, tuple]]:
         for sample in stored_samples(shards, part):
             content = json.loads(sample.record)
             tokens = tokenizer([content["conversations"][-1]["value"]], truncation=True, return_tensors="pt")
-            text_D = unit_rows(model.get_text_features(**tokens).pooler_output)[0]
+            text_D = normalise_rows(model.get_text_features(**tokens).pooler_output)[0]
             image_D = None
             for data in sample.images.values():
                 pixels = processor([transformers.image_utils.load_image(_opened(data))], return_tensors="pt")
-                image_D = unit_rows(model.get_image_features(**pixels).pooler_output)[0]
+                image_D = normalise_rows(model.get_image_features(**pixels).pooler_output)[0]
             found[part][content["id"]] = (content["conversations"], text_D, image_D)
     return found
 
@@ -57,7 +57,7 @@ def test_an_encoder_and_shards_become_shards_of_embeddings(clip, shards, capsys)
     )
 
     run("transform", "--operator", "op", "--encoder", clip, "--data", shards, "--side", "text", "--out", "texts")
-    assert "there already" in capsys.readouterr().err  # the texts of the part train are those of `fit`
+    assert "already complete" in capsys.readouterr().err  # the texts of the part train are those of `fit`
     for part, found in read_back("texts").items():
         assert list(found) == list(expected[part])
         for name, (turns, row_D) in found.items():
@@ -133,14 +133,14 @@ def test_embeddings_made_elsewhere_are_looked_up_by_id(shards, capsys):
     run("fit", "--images", "x.npy", "--texts", "x.npy", "--method", "none", "--out", "op")
     run("transform", "--operator", "op", "--texts", "x.npy", "--keys", "ids", "--data", shards, "--out", "texts")
     run("transform", "--images", "x.npy", "--keys", "ids", "--data", shards, "--out", "images")
-    unit_ND = unit_rows(x_ND)
+    unit_ND = normalise_rows(x_ND)
     for folder, count in (("texts", NUM_PAIRS), ("images", NUM_PAIRS - 6)):
         found = {name: row_D for part in read_back(folder).values() for name, (_, row_D) in part.items()}
         assert len(found) == count
         for name, row_D in found.items():
             torch.testing.assert_close(row_D.double(), unit_ND[ids.index(name)], atol=1e-7, rtol=0)
     flags = ("transform", "--operator", "op", "--texts", "x.npy", "--data", shards, "--out", "no")
-    assert "does not say which sample a row is of: name a file of an id a line, --keys" in error(capsys, *flags)
+    assert "does not map its rows to samples: pass --keys FILE, one id per line" in error(capsys, *flags)
     Path("ids").write_text("\n".join(ids[:-1]) + "\n")
     assert "29 keys for 30 embeddings" in error(capsys, *flags, "--keys", "ids")
     Path("ids").write_text("\n".join([*ids[:-2], "x", "y"]) + "\n")
