@@ -36,7 +36,8 @@ def environment(threads: int = 1) -> dict[str, str]:
     # Memory is held, not given back after every operation: of the time on a CPU that is a tenth, with AnyRes a quarter.
     memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
     # By default one thread a run: on two cores, two runs of one thread do more than one of two.
-    return {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", **memory}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}  # a log is no place for progress bars
+    return {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **quiet, **memory}
 
 
 def folder_name(arm: str) -> str:
