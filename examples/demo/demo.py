@@ -77,7 +77,7 @@ def announce(step: Step) -> None:
 def show_output(queue: Queue, step: Step) -> None:
     """Print what a step has printed, where that is a result."""
     if step.shows_output:
-        say(queue.log(step.name).read_text(errors="replace").rstrip())
+        say(queue.log(step.name).read_text(errors="replace").strip("\n"))
 
 
 def say(text: str) -> None:

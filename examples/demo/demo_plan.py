@@ -142,7 +142,7 @@ def plan_backbones(args, folder: str, seed: int) -> list[Step]:
         *("--skip-train", "--metrics-file", args.out / folder / "before" / "metrics.jsonl"),
     )
     sentence = (
-        f"pretrained backbones: a language model of captions, a vision tower of scenes (two minutes), seed {seed}"
+        f"pretrained backbones, seed {seed}: a language model of captions, a vision tower of scenes (two minutes)"
     )
     return [
         Step(parts, pretrain, ("prepare/captions",), SECONDS["pretraining"], 2, sentence),
@@ -156,7 +156,9 @@ def plan_stage_1(args, folder: str, name: str, seed: int, flags: tuple[str, ...]
     command = build_training_command(
         args, *get_stage_1_flags(args, folder, seed), *get_run_flags(args, folder + name), *args.flags, *flags
     )
-    sentence = "stage 1: vision tower and projector are trained, the language model is frozen (four minutes)"
+    sentence = (
+        f"stage 1, seed {seed}: vision tower and projector are trained, the language model is frozen (four minutes)"
+    )
     sentence = " ".join([sentence, *args.flags, *flags])
     return [Step(folder + name, command, (before,), SECONDS["1"], 4, sentence, measured_by=before)]
 
