@@ -9,24 +9,13 @@ from PIL import Image
 pytestmark = pytest.mark.usefixtures("preloaded_commands")
 
 demo_script = importlib.import_module("demo")
-SMALL = ("--train-iters", "2", "--eval-iters", "1", "--mutual-knn-samples", "32", "--num-workers", "0")
+SMALL = "--train-iters 2 --eval-iters 1 --mutual-knn-samples 32 --num-workers 0 --shuffle-buffer-size 1".split()
 
 
 def test_all_of_it_on_next_to_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    command = [
-        "--out",
-        str(out),
-        "--processes",
-        "1",
-        "--scenes",
-        "120",
-        "64",
-        "--backbone-iterations",
-        "1",
-        "--",
-        *SMALL,
-    ]
+    small = "--processes 1 --scenes 64 64 --backbone-iterations 1".split()
+    command = ["--out", str(out), *small, "--", *SMALL]
     demo_script.main(command)
     first = capsys.readouterr().out
     steps = [line for line in first.splitlines() if line.startswith("[")]
