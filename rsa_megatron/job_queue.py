@@ -4,10 +4,12 @@
     FOLDER/NAME/run.log        all that it has printed, of every start
     FOLDER/NAME/done.json      the seconds it took, once it has ended well
 
-What is done is not done again. What was killed is started again by the same command, which may take up what it finds in
-its folder. A job that fails leaves out those that wait for it, and no others.
+Finished jobs are not repeated. A job that was killed is started again by the same command, which may resume from what it
+finds in its folder. When a job fails, those that wait for it are left out, and no others.
 """
 
+import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,13 +84,29 @@ class Queue:
                 left.append(job)
         return left
 
-    def run(self, seconds: float | None, say: Callable[[str], None], when_done: Callable[[Job], None]) -> bool:
-        """Until nothing is left to do, or for so many seconds; then what runs is ended. Whether all is done."""
+    def run(
+        self,
+        seconds: float | None,
+        say: Callable[[str], None],
+        when_done: Callable[[Job], None],
+        before_start: Callable[[Job], None] = lambda job: None,
+        each_turn: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Run until no job is left or `seconds` have passed, then terminate running jobs. Return whether all are done.
+
+        Args:
+            say: gets a line whenever a job starts or ends.
+            when_done: called when a job has succeeded.
+            before_start: called right before a job's process is started.
+            each_turn: called some times a second, and once more before a job that has ended is reported.
+        """
         begin = time.monotonic()
         try:
             while (self.running or self.waiting) and (seconds is None or time.monotonic() - begin < seconds):
-                self._start_what_can(say)
-                for job in self._ended():
+                self._start_what_can(say, before_start)
+                ended = self._ended()
+                each_turn()
+                for job in ended:
                     self._settle(job, say, when_done)
                 time.sleep(0.05)
         finally:
@@ -105,11 +123,12 @@ class Queue:
         gone = {name: (time.monotonic() - begin) / factor for name, (_, begin) in self.running.items()}
         return factor * makespan(left, self.num_at_once, gone)
 
-    def _start_what_can(self, say) -> None:
+    def _start_what_can(self, say, before_start) -> None:
         for job in self.waiting:
             if len(self.running) >= self.num_at_once:
                 return
             if self.done.issuperset(job.needs):
+                before_start(job)
                 self._start(job)
                 say(f"started {job.name}")
 
@@ -146,7 +165,7 @@ class Queue:
 
     def _end_all(self, say) -> None:
         for name, (process, _) in self.running.items():
-            say(f"ended {name} before its end; the same command goes on")
+            say(f"ended {name} before its end; the same command resumes it")
             signal_group(process, signal.SIGTERM)
         deadline = time.monotonic() + SECONDS_TO_END
         for process, _ in self.running.values():
@@ -187,7 +206,8 @@ def makespan(jobs: Iterable[Job], num_at_once: int, gone: dict[str, float] | Non
 
 
 def lock_folder(folder: Path):
-    """A lock for as long as it is held; ValueError where another process has it."""
+    """Return a lock for as long as it is held; ValueError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,14 +216,43 @@ def lock_folder(folder: Path):
     return lock
 
 
-def run_and_report(
-    queue: Queue, time_limit: float | None, when_done: Callable[[Job], None], report: Callable[[], None]
-) -> None:
-    """Run the jobs, saying how far it is; `report` at the end, also when it is interrupted. Exit code 1 if a job is not done."""
-    begin = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; the same command goes on"))
+@contextlib.contextmanager
+def exit_on_mistakes() -> Iterator[None]:
+    """Turn a mistake of the user, or of the file system, into one line and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
-    def say(event: str) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser, jobs: int) -> None:
+    """Add the flags that scripts with a queue share."""
+    parser.add_argument("--jobs", type=int, default=jobs, help="jobs that run at the same time; %(default)s")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="then end what runs and report what is done"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and the time, and stop")
+
+
+def run_and_report(
+    queue: Queue,
+    time_limit: float | None,
+    when_done: Callable[[Job], None],
+    report: Callable[[], None],
+    say: Callable[[str], None] | None = None,
+    **callbacks: Callable,
+) -> None:
+    """Run the jobs and report progress; exit with status 1 if one is not done.
+
+    Args:
+        report: called at the end, also after an interruption.
+        say: gets the events of Queue.run; default: print them with the progress and the time that is left.
+        callbacks: more of Queue.run's.
+    """
+    begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; the same command resumes"))
+
+    def say_progress(event: str) -> None:
         left = len(queue.waiting)
         print(
             f"[{(time.monotonic() - begin) / 60:5.1f} min] {event} | {len(queue.done)} of {len(queue.jobs)} done, {left} waiting, "
@@ -212,21 +261,24 @@ def run_and_report(
         )
 
     try:
-        all_done = queue.run(time_limit, say, when_done)
+        all_done = queue.run(time_limit, say or say_progress, when_done, **callbacks)
     except KeyboardInterrupt:
         all_done = False
     finally:
         report()
+        for name in sorted(queue.failed):
+            print(f"error: {name} failed; see {queue.log(name)}", file=sys.stderr)
+    if not all_done and not queue.failed:
+        print("stopped before the end; the same command resumes", file=sys.stderr)
     if not all_done:
         sys.exit(1)
 
 
-def print_plan(jobs: list[Job], num_at_once: int, jsonl: Path) -> None:
-    """What --dry-run shows."""
+def print_plan(jobs: list[Job], num_at_once: int, results: Path | None = None) -> None:
+    """Print what --dry-run shows: each command, the time of all, and the file that the results go to."""
     for job in jobs:
         print(
             f"{job.name}  (about {job.seconds:.0f} s; after {', '.join(job.needs) or 'nothing'})\n    {shlex.join(job.command)}"
         )
-    print(
-        f"{len(jobs)} jobs, {num_at_once} at a time: about {makespan(jobs, num_at_once) / 60:.0f} minutes; lines go to {jsonl}"
-    )
+    where = f"; results go to {results}" if results else ""
+    print(f"{len(jobs)} jobs, {num_at_once} at a time: about {makespan(jobs, num_at_once) / 60:.0f} minutes{where}")

@@ -1,11 +1,10 @@
-"""Train with RSA and without, from one seed after the other, and tell what came of it: `make reproduce`.
+"""Train with RSA and without, from one seed after the other, and report the results: `make reproduce`.
 
     python examples/reproduce/reproduce.py                        59 minutes on two cores
     python examples/reproduce/reproduce.py --full --jobs 10       longer runs, for a machine with many cores or a GPU
     python examples/reproduce/reproduce.py --dry-run              what would run, and for how long
 
-What runs is in reproduction_plan.py. It goes on where it was stopped: what is done is not done again, what was killed goes on
-from its checkpoint. A run that fails is named with its log, the others' results are written, and the exit status is 1.
+What runs is in reproduction_plan.py. Finished jobs are not repeated; a run that was killed resumes from its checkpoint. A run that fails is named with its log, the others' results are written, and the exit status is 1.
 
     OUT/data, OUT/tokenizer     what is trained on
     OUT/runs/seed-1/...         a folder a run: command.json, run.log, done.json, its last checkpoint
@@ -17,7 +16,6 @@ import argparse
 import contextlib
 import io
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from reproduction_plan import BATCH, DEFAULT, FULL, Place, TrainingRun, plan
 
 from rsa_megatron.cli import plot
 from rsa_megatron.job_commands import environment
-from rsa_megatron.job_queue import Job, Queue, lock_folder, print_plan, run_and_report
+from rsa_megatron.job_queue import Job, Queue, add_arguments, exit_on_mistakes, lock_folder, print_plan, run_and_report
 
 ROOT = Path(__file__).parents[2]
 PICTURES = {
@@ -45,12 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
         jobs = without_recorded(jobs, args)
     if args.dry_run:
         return print_plan(jobs, args.jobs, args.jsonl)
-    try:
+    with exit_on_mistakes():
         args.place.write_mixtures()
         lock = lock_folder(args.place.out)
         queue = Queue(jobs, args.place.out / "runs", args.jobs, environment())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     with lock:
         run(queue, args)
 
@@ -72,7 +68,6 @@ def parse(arguments: list[str] | None):
         "--out", type=Path, default=ROOT / "demo" / "reproduce", help="folder for data and runs; %(default)s"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder for the results; %(default)s")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core; %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     parser.add_argument(
         "--data",
@@ -98,13 +93,12 @@ def parse(arguments: list[str] | None):
     )
     parser.add_argument("--samples", type=int, help=f"held-out pairs, a multiple of {BATCH}")
     parser.add_argument("--scenes", type=int, help="training scenes of each data set")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="then end what runs and tell what is done")
     parser.add_argument(
         "--skip-recorded",
         action="store_true",
         help="leave out runs whose lines are in the results already, as from another machine",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and the time, and stop")
+    add_arguments(parser, jobs=2)
     args = parser.parse_args(arguments)
     form = FULL if args.full else DEFAULT
     sizes = {name: getattr(args, name) for name in ("samples", "scenes") if getattr(args, name)}
@@ -124,7 +118,7 @@ def parse(arguments: list[str] | None):
 
 
 def iterations(text: str) -> dict[str, int]:
-    """ "1=100,1.5=60" as {"1": 100, "1.5": 60}."""
+    """Parse "1=100,1.5=60" as {"1": 100, "1.5": 60}."""
     found = dict(item.partition("=")[::2] for item in text.split(","))
     for stage, count in found.items():
         if stage not in DEFAULT.iterations or not count.isdecimal() or not int(count):
@@ -133,14 +127,14 @@ def iterations(text: str) -> dict[str, int]:
 
 
 def about(args) -> dict:
-    """What all lines share."""
+    """Return what all lines share."""
     form = " ".join(f"{stage}={count}" for stage, count in args.form.iterations.items())
     form += f" scenes={args.form.scenes} anyres={args.form.anyres}"
     return {"data": args.data, "part": args.place.part, "num_samples": args.place.num_samples(args.form), "form": form}
 
 
 def without_recorded(jobs: list[Job], args) -> list[Job]:
-    """The jobs that lead to a line that is not there yet."""
+    """Return the jobs that lead to a line that is not there yet."""
     there = {results.key(line): line for line in results.merged(results.read_lines(args.jsonl), [], args.about)}
     wanted = set()
     for job in reversed(jobs):
@@ -155,7 +149,7 @@ def without_recorded(jobs: list[Job], args) -> list[Job]:
 
 
 def tidy(queue: Queue, job: Job) -> None:
-    """Of a run that is done keep the last checkpoint, and that only where another run begins from it."""
+    """Remove the checkpoints of a run that is done, except the last where another run starts from it."""
     checkpoints = sorted((queue.folder / job.name).glob("iter_*"))
     needed = any(job.name in other.needs for other in queue.jobs)
     for checkpoint in checkpoints[: -1 if needed else None]:
@@ -163,14 +157,14 @@ def tidy(queue: Queue, job: Job) -> None:
 
 
 def collected(queue: Queue, args) -> list[dict]:
-    """All lines: those of runs that are done, and what the file holds of others."""
+    """Return all lines: those of runs that are done, and what the file holds of others."""
     runs = [job for job in queue.jobs if isinstance(job, TrainingRun) and job.name in queue.done]
     new = [results.line_of(queue, run, args.about) for run in runs]
     return results.merged(results.read_lines(args.jsonl), new, args.about)
 
 
 def report(queue: Queue, args) -> None:
-    """Results, tables and figures of what is done."""
+    """Write results, tables and figures of what is done."""
     lines = collected(queue, args)
     if lines:
         results.write_lines(args.jsonl, lines)
@@ -179,12 +173,10 @@ def report(queue: Queue, args) -> None:
         results.fill_page(args.results / "README.md", args.jsonl.stem, text)
         for name, (verb, *flags) in PICTURES.items():
             draw(verb, args.jsonl, *flags, "--out", args.results / f"{args.jsonl.stem}-{name}")
-    for name in sorted(queue.failed):
-        print(f"error: {name} failed; see {queue.log(name)}", file=sys.stderr)
 
 
 def draw(*arguments) -> None:
-    """A figure, where there is something to draw."""
+    """Draw a figure, where there is something to draw."""
     try:
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             plot.main([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""What `make reproduce` runs: the paper's comparisons in small, as jobs (job_queue.py) with their flags.
+"""What `make reproduce` runs: the paper's comparisons scaled down, as jobs (job_queue.py) with their flags.
 
 Of each seed: parts of its own (pretrain_backbones.py), what they are worth before any training, and from them
     main        the three stages with RSA and without, and stage 2 right after stage 1 (figures E.1 and 4); each model
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rsa_megatron.example_files import EXAMPLES
-from rsa_megatron.job_commands import folder_name, python, torchrun
+from rsa_megatron.job_commands import folder_name, get_checkpoint_flags, get_evaluation_interval, python, torchrun
 from rsa_megatron.job_queue import Job
 
 BATCH = 32
@@ -117,20 +117,20 @@ class Place:
         return self.out / "data" / f"reproduce-{self.part}"
 
     def write_mixtures(self) -> None:
-        """The mixtures of the stages, with the part to be measured on."""
+        """Write the mixtures of the stages, with the split that is measured on."""
         self.mixtures.mkdir(parents=True, exist_ok=True)
         for file in (EXAMPLES / "mixtures" / "reproduce").glob("*.yaml"):
             text = file.read_text().replace("split_part: test", f"split_part: {self.part}")
             (self.mixtures / file.name).write_text(text)
 
     def mixture(self, stage: str) -> Path:
-        """For --data-path."""
+        """Return the value of --data-path."""
         if self.data == "openmoji":
             return self.out / "data" / "openmoji"
         return self.mixtures / f"stage{stage.replace('.', '_')}.yaml"
 
     def of_seed(self, seed: int) -> str:
-        """The folder of a seed's runs on this data."""
+        """Return the folder of a seed's runs on this data."""
         return f"seed-{seed}" if self.data == "scenes" else f"seed-{seed}/{self.data}"
 
     def num_samples(self, form: "Form") -> int:
@@ -138,35 +138,35 @@ class Place:
 
 
 def plan(place: Place, form: Form, seeds: list[int], only: str | None) -> list[Job]:
-    """All jobs, each after those it needs; `only`: "main" or "ablations", with what these need."""
+    """Return all jobs, each after those it needs; `only`: "main" or "ablations", with what these need."""
     if place.data == "openmoji":
-        return openmoji_plan(place, form, seeds)
+        return plan_openmoji(place, form, seeds)
     kinds = ["captions"] if only == "ablations" else ["captions", "questions", "texts", "words"]
-    jobs = prepare_jobs(place, form, kinds)
+    jobs = plan_data(place, form, kinds)
     for seed in seeds:
-        jobs += parts_jobs(place, form, seed)
+        jobs += plan_parts(place, form, seed)
     if only != "ablations":
         for seed in seeds:
-            jobs += main_jobs(place, form, seed)
+            jobs += plan_main(place, form, seed)
     if only != "main":
         for seed in seeds:
             arms = (MAIN if only == "ablations" else {}) | ABLATIONS
             left_out = {} if form.anyres or seed == seeds[0] else ANYRES_ARMS
-            jobs += [run_of(place, form, seed, arm, "1", flags) for arm, flags in arms.items() if arm not in left_out]
+            jobs += [plan_run(place, form, seed, arm, "1", flags) for arm, flags in arms.items() if arm not in left_out]
     return jobs
 
 
-def openmoji_plan(place: Place, form: Form, seeds: list[int]) -> list[Job]:
+def plan_openmoji(place: Place, form: Form, seeds: list[int]) -> list[Job]:
     draw = python(EXAMPLES / "reproduce" / "prepare_openmoji.py", "--out", place.mixture("1"))
-    jobs = [*prepare_jobs(place, form, ["captions"]), Job("data/openmoji", draw, (), 15)]
+    jobs = [*plan_data(place, form, ["captions"]), Job("data/openmoji", draw, (), 15)]
     for seed in seeds:
-        jobs += parts_jobs(place, form, seed)
-        jobs += [run_of(place, form, seed, arm, "1", flags) for arm, flags in (MAIN | OPENMOJI_ABLATIONS).items()]
+        jobs += plan_parts(place, form, seed)
+        jobs += [plan_run(place, form, seed, arm, "1", flags) for arm, flags in (MAIN | OPENMOJI_ABLATIONS).items()]
     return jobs
 
 
-def prepare_jobs(place: Place, form: Form, kinds: list[str]) -> list[Job]:
-    """The data sets; with the captions comes the tokenizer."""
+def plan_data(place: Place, form: Form, kinds: list[str]) -> list[Job]:
+    """Return the jobs that write the data sets; with the captions comes the tokenizer."""
     sizes = ("--train", form.scenes, "--validation", form.samples, "--test", form.samples)
     seconds = 5 + 0.004 * (form.scenes + 2 * form.samples)
     return [
@@ -180,34 +180,23 @@ def prepare_jobs(place: Place, form: Form, kinds: list[str]) -> list[Job]:
     ]
 
 
-def parts_jobs(place: Place, form: Form, seed: int) -> list[Job]:
-    """The parts of a seed, and what they are worth before they are trained together."""
+def plan_parts(place: Place, form: Form, seed: int) -> list[Job]:
+    """Return the jobs that pretrain a seed's parts and measure them before they are trained together."""
     parts, before, count = f"seed-{seed}/parts", f"{place.of_seed(seed)}/before", form.iterations["parts"]
     data = ("data/captions",) if place.data == "scenes" else ("data/openmoji",)
     train = torchrun(
         EXAMPLES / "demo" / "pretrain_backbones.py",
-        *common(place, seed),
-        *checkpoints(place, parts, count),
-        "--data-path",
-        place.out / "data" / "captions",
-        "--train-iters",
-        count,
+        *get_common_flags(place, seed),
+        *get_checkpoint_flags(place.out / "runs" / parts, count),
+        *("--data-path", place.out / "data" / "captions", "--train-iters", count),
     )
     measure = torchrun(
         EXAMPLES / "pretrain_llava_rsa.py",
-        *common(place, seed),
-        *evaluated(place.num_samples(form), 1, 1),
-        "--stage",
-        "1",
-        "--skip-train",
-        "--train-iters",
-        1,
-        "--metrics-file",
-        place.out / "runs" / before / "metrics.jsonl",
-        "--data-path",
-        place.mixture("1"),
-        "--pretrained-checkpoint",
-        place.out / "runs" / parts,
+        *get_common_flags(place, seed),
+        *get_evaluation_flags(place.num_samples(form), 1, 1),
+        *("--stage", "1", "--skip-train", "--train-iters", 1),
+        *("--metrics-file", place.out / "runs" / before / "metrics.jsonl", "--data-path", place.mixture("1")),
+        *("--pretrained-checkpoint", place.out / "runs" / parts),
     )
     return [
         Job(parts, train, ("data/captions",), START + count * ITERATION["parts"]),
@@ -215,23 +204,23 @@ def parts_jobs(place: Place, form: Form, seed: int) -> list[Job]:
     ]
 
 
-def main_jobs(place: Place, form: Form, seed: int) -> list[Job]:
-    """Three stages and, from the first, the last without the one between; each model is asked in the end."""
+def plan_main(place: Place, form: Form, seed: int) -> list[Job]:
+    """Return three stages and, from the first, the last without the one between; each final model is scored on questions."""
     jobs = []
     for arm, flags in MAIN.items():
-        first = run_of(place, form, seed, arm, "1", flags)
-        second = run_of(place, form, seed, arm, "1.5", flags, begin=first.name)
+        first = plan_run(place, form, seed, arm, "1", flags)
+        second = plan_run(place, form, seed, arm, "1.5", flags, begin=first.name)
         # Stage 2 is without RSA in all arms: its recipe says so.
-        whole = run_of(place, form, seed, arm, "2", (), begin=second.name)
-        shortened = run_of(place, form, seed, f"{arm}, no stage 1.5", "2", (), begin=first.name)
-        jobs += [first, second, *asked(place, form, whole), *asked(place, form, shortened)]
+        whole = plan_run(place, form, seed, arm, "2", (), begin=second.name)
+        shortened = plan_run(place, form, seed, f"{arm}, no stage 1.5", "2", (), begin=first.name)
+        jobs += [first, second, *plan_scoring(place, form, whole), *plan_scoring(place, form, shortened)]
     return jobs
 
 
-def run_of(
+def plan_run(
     place: Place, form: Form, seed: int, arm: str, stage: str, flags: tuple[str, ...], begin: str | None = None
 ) -> TrainingRun:
-    """A stage from the weights of the job `begin`, or else from the seed's parts."""
+    """Return a stage that starts from the weights of the job `begin`, or else from the seed's parts."""
     name, count = f"{place.of_seed(seed)}/{folder_name(arm)}/stage-{stage}", form.iterations[stage]
     begin, before = begin or f"seed-{seed}/parts", f"{place.of_seed(seed)}/before"
     if stage != "1":
@@ -239,17 +228,11 @@ def run_of(
     evaluations = form.evaluations["ablations" if arm in ABLATIONS else stage]
     command = torchrun(
         EXAMPLES / "pretrain_llava_rsa.py",
-        *common(place, seed),
-        *evaluated(place.num_samples(form), count, evaluations),
-        *checkpoints(place, name, count),
-        "--stage",
-        stage,
-        "--data-path",
-        place.mixture(stage),
-        "--train-iters",
-        count,
-        "--pretrained-checkpoint",
-        place.out / "runs" / begin,
+        *get_common_flags(place, seed),
+        *get_evaluation_flags(place.num_samples(form), count, evaluations),
+        *get_checkpoint_flags(place.out / "runs" / name, count),
+        *("--stage", stage, "--data-path", place.mixture(stage), "--train-iters", count),
+        *("--pretrained-checkpoint", place.out / "runs" / begin),
         *flags,
     )
     is_anyres = "anyres" in flags or (stage != "1" and form.anyres)
@@ -269,34 +252,21 @@ def run_of(
     )
 
 
-def asked(place: Place, form: Form, run: TrainingRun) -> list[Job]:
-    """The run, its export to Hugging Face and the questions to it."""
+def plan_scoring(place: Place, form: Form, run: TrainingRun) -> list[Job]:
+    """Return the run, its export to Hugging Face and its scoring on questions."""
     folder, export, score = place.out / "runs" / run.name, f"{run.name}/export", f"{run.name}/score"
     to_hf = python(
-        "-m",
-        "checkpoint_conversion",
-        "megatron-to-hf",
-        "--checkpoint",
-        folder,
-        "--out",
-        folder / "hf-export",
+        *("-m", "checkpoint_conversion", "megatron-to-hf", "--checkpoint", folder, "--out", folder / "hf-export"),
         "--overwrite",
     )
     data = [place.out / "data" / kind for kind in ("questions", "captions")]
     ask = python(
         EXAMPLES / "reproduce" / "score_answers.py",
-        "--hf",
-        folder / "hf-export",
-        "--data",
+        *("--hf", folder / "hf-export", "--data"),
         *data,
-        "--part",
-        place.part,
-        "--samples",
-        form.samples,
-        "--image-aspect-ratio",
-        "anyres" if form.anyres else "square",
-        "--out",
-        place.out / "runs" / score / "scores.json",
+        *("--part", place.part, "--samples", form.samples),
+        *("--image-aspect-ratio", "anyres" if form.anyres else "square"),
+        *("--out", place.out / "runs" / score / "scores.json"),
     )
     return [
         replace(run, score=score),
@@ -305,31 +275,14 @@ def asked(place: Place, form: Form, run: TrainingRun) -> list[Job]:
     ]
 
 
-def common(place: Place, seed: int) -> tuple:
+def get_common_flags(place: Place, seed: int) -> tuple:
     return (
-        "--model",
-        "demo",
-        "--tokenizer-model",
-        place.out / "tokenizer",
-        "--seed",
-        seed,
-        "--num-workers",
-        1,
-        "--micro-batch-size",
-        BATCH,
-        "--global-batch-size",
-        BATCH,
+        *("--model", "demo", "--tokenizer-model", place.out / "tokenizer", "--seed", seed, "--num-workers", 1),
+        *("--micro-batch-size", BATCH, "--global-batch-size", BATCH),
     )
 
 
-def checkpoints(place: Place, name: str, iterations: int) -> tuple:
-    """Two on the way, so that a run that is killed loses a third of itself at most."""
-    folder = place.out / "runs" / name
-    return "--save", folder, "--load", folder, "--save-interval", -(-iterations // 3)
-
-
-def evaluated(samples: int, iterations: int, times: int) -> tuple:
-    """All of the held-out part each time: a run that was taken up again measures the same."""
-    # Megatron evaluates once more at the end: an interval that divides the iterations would do it twice there.
-    interval = iterations // times + 1
+def get_evaluation_flags(samples: int, iterations: int, times: int) -> tuple:
+    """Return flags that measure on the whole held-out split each time, so that a resumed run measures the same."""
+    interval = get_evaluation_interval(iterations, times)
     return "--eval-interval", interval, "--eval-iters", samples // BATCH, "--mutual-knn-samples", samples

@@ -1,4 +1,4 @@
-"""The claim of ReVision in small: `make revision`. Can realigned text stand in for the images of stage 1?
+"""A scaled-down reproduction of ReVision: `make revision`. Can realigned text stand in for the images of stage 1?
 
     python examples/revision/revision.py --demo demo                     half an hour on two cores
     python examples/revision/revision.py --demo demo --dry-run           what would run, and for how long
@@ -15,8 +15,7 @@ and of each seed:
 The statistics are unpaired on purpose: those of images are of the first half of the training scenes, those of texts, and the
 captions that are trained on, of the second half. "mean shift" is also ReAlign with its anchor step alone: move the mean, project.
 
-What runs is in revision_plan.py. It goes on where it was stopped: what is done is not done again, a run that was killed begins
-again.
+What runs is in revision_plan.py. Finished jobs are not repeated; a run that was killed starts again.
 
     OUT/runs/seed-1/...     a folder a job: command.json, run.log, done.json, and what it wrote
     RESULTS/revision.jsonl  a line an arm and seed (revision_results.py); revision.md, revision.png and revision.svg from them
@@ -24,7 +23,6 @@ again.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import revision_results as results
@@ -32,7 +30,7 @@ from revision_plan import ARMS, BATCH, PAIRED, USUAL, Arm, plan, shards_of, writ
 
 from rsa_megatron import atomic
 from rsa_megatron.job_commands import environment
-from rsa_megatron.job_queue import Queue, lock_folder, print_plan, run_and_report
+from rsa_megatron.job_queue import Queue, add_arguments, exit_on_mistakes, lock_folder, print_plan, run_and_report
 from rsa_megatron.plots import style
 
 ROOT = Path(__file__).parents[2]
@@ -43,13 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = plan(args)
     if args.dry_run:
         return print_plan(jobs, args.jobs, args.jsonl)
-    try:
+    with exit_on_mistakes():
         check_demo(args.demo)
         write_mixtures(args)
         lock = lock_folder(args.out)
         queue = Queue(jobs, args.out / "runs", args.jobs, environment())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     with lock:
         run_and_report(queue, args.time_limit, lambda job: None, lambda: report(queue, args))
 
@@ -66,8 +62,6 @@ def report(queue: Queue, args) -> None:
         with style.styled():
             paths = style.save(results.draw(lines), args.results / "revision")
         print(f"figure: {', '.join(map(str, paths))}")
-    for name in sorted(queue.failed):
-        print(f"error: {name} failed; see {queue.log(name)}", file=sys.stderr)
 
 
 def parse(arguments: list[str] | None):
@@ -92,9 +86,7 @@ def parse(arguments: list[str] | None):
     parser.add_argument(
         "--held-out", type=int, default=512, help=f"scenes to measure on, a multiple of {BATCH}; %(default)s"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="jobs at a time, each on one core; %(default)s")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="then end what runs and tell what is done")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and the time, and stop")
+    add_arguments(parser, jobs=2)
     args = parser.parse_args(arguments)
     if args.held_out < BATCH or args.held_out % BATCH:
         parser.error(f"--held-out {args.held_out} is no multiple of the batch, {BATCH}")

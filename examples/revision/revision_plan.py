@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rsa_megatron import atomic
 from rsa_megatron.example_files import EXAMPLES
-from rsa_megatron.job_commands import folder_name, python, torchrun
+from rsa_megatron.job_commands import folder_name, get_checkpoint_flags, get_evaluation_interval, python, torchrun
 from rsa_megatron.job_queue import Job
 
 HERE = Path(__file__).parent
@@ -54,41 +54,20 @@ class Arm(Job):
 
 
 def plan(args) -> list[Job]:
-    """All jobs, each after those it needs."""
-    return language(args) + [job for seed in args.seeds for job in jobs_of_seed(args, seed)]
+    """Return all jobs, each after those it needs."""
+    return plan_language(args) + [job for seed in args.seeds for job in plan_seed(args, seed)]
 
 
-def language(args) -> list[Job]:
-    """The language model of all seeds. Its pictures are of notes' scenes and pass an untrained tower, which no arm uses."""
+def plan_language(args) -> list[Job]:
+    """Return the jobs that train the language model of all seeds. Its pictures are of notes' scenes and pass an untrained tower, which no arm uses."""
     runs, count = args.out / "runs", args.language_iterations
     notes = python(HERE / "prepare_notes.py", "--data", captions(args), "--out", runs / "language" / "notes" / "data")
     train = torchrun(
         EXAMPLES / "demo" / "pretrain_backbones.py",
-        "--model",
-        "demo",
-        "--tokenizer-model",
-        args.demo / "tokenizer",
-        "--seed",
-        1,
-        "--data-path",
-        runs / "language" / "notes" / "data",
-        "--trainable",
-        "embeddings",
-        "language",
-        "--num-workers",
-        1,
-        "--micro-batch-size",
-        BATCH,
-        "--global-batch-size",
-        BATCH,
-        "--train-iters",
-        count,
-        "--save",
-        runs / LANGUAGE,
-        "--load",
-        runs / LANGUAGE,
-        "--save-interval",
-        -(-count // 3),
+        *("--model", "demo", "--tokenizer-model", args.demo / "tokenizer", "--seed", 1),
+        *("--data-path", runs / "language" / "notes" / "data", "--trainable", "embeddings", "language"),
+        *("--num-workers", 1, "--micro-batch-size", BATCH, "--global-batch-size", BATCH, "--train-iters", count),
+        *get_checkpoint_flags(runs / LANGUAGE, count),
     )
     return [
         Job("language/notes", notes, (), SECONDS["start"] + SECONDS["embed"]),
@@ -96,23 +75,13 @@ def language(args) -> list[Job]:
     ]
 
 
-def jobs_of_seed(args, seed: int) -> list[Job]:
+def plan_seed(args, seed: int) -> list[Job]:
     name, runs = f"seed-{seed}", args.out / "runs"
     encoder, images = f"{name}/encoder", f"{name}/{folder_name(PAIRED)}/shards"
     train = python(
         HERE / "train_dual_encoder.py",
-        "--data",
-        captions(args),
-        "--tokenizer",
-        args.demo / "tokenizer",
-        "--seed",
-        seed,
-        "--steps",
-        args.encoder_steps,
-        "--projection-dim",
-        WIDTH,
-        "--out",
-        runs / encoder / "model",
+        *("--data", captions(args), "--tokenizer", args.demo / "tokenizer", "--seed", seed),
+        *("--steps", args.encoder_steps, "--projection-dim", WIDTH, "--out", runs / encoder / "model"),
     )
     of_encoder = ("--encoder", runs / encoder / "model", "--store", runs / encoder / "features")
     jobs = [
@@ -120,65 +89,41 @@ def jobs_of_seed(args, seed: int) -> list[Job]:
         Job(
             images,
             python(
-                "-m",
-                "rsa_megatron",
-                "realign",
-                "transform",
+                *("-m", "rsa_megatron", "realign", "transform"),
                 *of_encoder,
-                "--data",
-                captions(args),
-                "--side",
-                "image",
-                "--out",
-                shards_of(args, seed, PAIRED),
+                *("--data", captions(args), "--side", "image", "--out", shards_of(args, seed, PAIRED)),
             ),
             (encoder,),
             SECONDS["embed"],
         ),
     ]
     if UNTRAINED in args.arms:
-        jobs.append(untrained(args, seed, images))
+        jobs.append(plan_untrained(args, seed, images))
     for arm in MOVED:
         if arm in args.arms:
-            jobs += moved(args, seed, arm, of_encoder, encoder)
-            jobs += trained(args, seed, arm, images)
-    return jobs + (trained(args, seed, PAIRED, images) if PAIRED in args.arms else [])
+            jobs += plan_shards(args, seed, arm, of_encoder, encoder)
+            jobs += plan_training(args, seed, arm, images)
+    return jobs + (plan_training(args, seed, PAIRED, images) if PAIRED in args.arms else [])
 
 
-def moved(args, seed: int, arm: str, of_encoder: tuple, encoder: str) -> list[Job]:
-    """The operator of an arm and its shards. The first arm's jobs store the embeddings, which the others wait for."""
+def plan_shards(args, seed: int, arm: str, of_encoder: tuple, encoder: str) -> list[Job]:
+    """Return the jobs that fit an arm's operator and write its shards. The first arm's jobs store the embeddings, which the others wait for."""
     first, mine = (
         f"seed-{seed}/{folder_name(name)}" for name in (next(name for name in MOVED if name in args.arms), arm)
     )
     runs, begins = args.out / "runs", mine == first
     fit = python(
-        "-m",
-        "rsa_megatron",
-        "realign",
-        "fit",
+        *("-m", "rsa_megatron", "realign", "fit"),
         *of_encoder,
-        "--data",
-        args.out / "images.yaml",
-        "--text-data",
-        args.out / "texts.yaml",
+        *("--data", args.out / "images.yaml", "--text-data", args.out / "texts.yaml"),
         *MOVED[arm],
-        "--out",
-        runs / mine / "operator" / "fitted",
+        *("--out", runs / mine / "operator" / "fitted"),
     )
     transform = python(
-        "-m",
-        "rsa_megatron",
-        "realign",
-        "transform",
+        *("-m", "rsa_megatron", "realign", "transform"),
         *of_encoder,
-        "--operator",
-        runs / mine / "operator" / "fitted",
-        "--data",
-        captions(args),
-        "--side",
-        "text",
-        "--out",
-        shards_of(args, seed, arm),
+        *("--operator", runs / mine / "operator" / "fitted", "--data", captions(args), "--side", "text"),
+        *("--out", shards_of(args, seed, arm)),
     )
     seconds = SECONDS["embed" if begins else "start"]
     return [
@@ -192,37 +137,23 @@ def moved(args, seed: int, arm: str, of_encoder: tuple, encoder: str) -> list[Jo
     ]
 
 
-def trained(args, seed: int, arm: str, images: str) -> list[Job]:
-    """The projector of an arm, and what it is worth on held-out embeddings of the arm's kind; real images' are in its log."""
+def plan_training(args, seed: int, arm: str, images: str) -> list[Job]:
+    """Return the jobs that train an arm's projector and measure it on held-out embeddings of the arm's kind."""
     mine, count = f"seed-{seed}/{folder_name(arm)}", args.iterations
     folder, own = args.out / "runs" / mine / "train", f"{mine}/own"
-    # Megatron evaluates once more at the end: an interval that divides the iterations would do it twice there.
-    train = stage(
+    train = build_stage_command(
         args,
         seed,
         mixture(args, seed, arm),
-        "--train-iters",
-        count,
-        "--eval-interval",
-        count // EVALUATIONS + 1,
-        "--save",
-        folder,
-        "--save-interval",
-        count,
-        "--pretrained-checkpoint",
-        args.out / "runs" / LANGUAGE,
+        *("--train-iters", count, "--eval-interval", get_evaluation_interval(count, EVALUATIONS), "--save", folder),
+        *("--save-interval", count, "--pretrained-checkpoint", args.out / "runs" / LANGUAGE),
     )
-    on_own = stage(
+    on_own = build_stage_command(
         args,
         seed,
         mixture(args, seed, arm, of=arm),
-        "--metrics-file",
-        args.out / "runs" / own / "metrics.jsonl",
-        "--skip-train",
-        "--train-iters",
-        1,
-        "--pretrained-checkpoint",
-        folder,
+        *("--metrics-file", args.out / "runs" / own / "metrics.jsonl", "--skip-train", "--train-iters", 1),
+        *("--pretrained-checkpoint", folder),
     )
     is_paired = arm == PAIRED  # its own kind is real images
     seconds = SECONDS["start"] + count * SECONDS["iteration"] + EVALUATIONS * SECONDS["evaluation"]
@@ -239,49 +170,26 @@ def trained(args, seed: int, arm: str, images: str) -> list[Job]:
     return [job] if is_paired else [job, Job(own, on_own, (job.name,), SECONDS["start"] + SECONDS["evaluation"])]
 
 
-def untrained(args, seed: int, images: str) -> Job:
-    """No stage at all: the projector as it is drawn."""
+def plan_untrained(args, seed: int, images: str) -> Job:
+    """Return the job that measures the projector as it is initialised, without any stage."""
     name = f"seed-{seed}/{folder_name(UNTRAINED)}"
-    measure = stage(
+    measure = build_stage_command(
         args,
         seed,
         mixture(args, seed, PAIRED),
-        "--metrics-file",
-        args.out / "runs" / name / "metrics.jsonl",
-        "--skip-train",
-        "--train-iters",
-        1,
-        "--pretrained-checkpoint",
-        args.out / "runs" / LANGUAGE,
+        *("--metrics-file", args.out / "runs" / name / "metrics.jsonl", "--skip-train", "--train-iters", 1),
+        *("--pretrained-checkpoint", args.out / "runs" / LANGUAGE),
     )
     return Arm(name, measure, (images, LANGUAGE), SECONDS["start"] + SECONDS["evaluation"], arm=UNTRAINED, seed=seed)
 
 
-def stage(args, seed: int, data: Path, *flags) -> tuple[str, ...]:
+def build_stage_command(args, seed: int, data: Path, *flags) -> tuple[str, ...]:
     return torchrun(
         EXAMPLES / "pretrain_llava_rsa.py",
-        "--model",
-        "demo",
-        "--stage",
-        "revision",
-        "--tokenizer-model",
-        args.demo / "tokenizer",
-        "--image-embedding-width",
-        WIDTH,
-        "--seed",
-        seed,
-        "--num-workers",
-        1,
-        "--micro-batch-size",
-        BATCH,
-        "--global-batch-size",
-        BATCH,
-        "--eval-iters",
-        args.held_out // BATCH,
-        "--mutual-knn-samples",
-        0,
-        "--data-path",
-        data,
+        *("--model", "demo", "--stage", "revision", "--tokenizer-model", args.demo / "tokenizer"),
+        *("--image-embedding-width", WIDTH, "--seed", seed, "--num-workers", 1, "--micro-batch-size", BATCH),
+        *("--global-batch-size", BATCH, "--eval-iters", args.held_out // BATCH, "--mutual-knn-samples", 0),
+        *("--data-path", data),
         *flags,
     )
 
@@ -295,7 +203,7 @@ def shards_of(args, seed: int, arm: str) -> Path:
 
 
 def mixture(args, seed: int, arm: str, *, of: str = PAIRED) -> Path:
-    """What trains an arm, validated on held-out embeddings `of` an arm: real images."""
+    """Return the mixture that trains an arm, validated on held-out embeddings `of` an arm; default: real images."""
     name = f"seed-{seed}-{folder_name(arm)}{'' if of == PAIRED else '-own'}"
     return args.out / "mixtures" / f"{name}.yaml"
 
@@ -311,7 +219,7 @@ splits:
 
 
 def write_mixtures(args) -> None:
-    """The two halves of the training scenes; and of each arm the second half of its shards."""
+    """Write mixtures of the two halves of the training scenes, and of the second half of each arm's shards."""
     (args.out / "mixtures").mkdir(parents=True, exist_ok=True)
     numbers = {"held_out": args.held_out, "first": "50%", "last": "100%"}
     for name, first, last in (("images", "0%", "50%"), ("texts", "50%", "100%")):

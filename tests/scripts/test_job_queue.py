@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rsa_megatron.job_queue import Job, Queue, makespan
+from rsa_megatron.job_queue import Job, Queue, exit_on_mistakes, makespan, run_and_report
 
 
 def job(name: str, code: str = "", needs: tuple = (), seconds: float = 1.0) -> Job:
@@ -70,6 +70,40 @@ def test_a_failing_job_is_named_and_stops_only_those_that_wait_for_it(tmp_path):
     (tmp_path / "bad" / "command.json").unlink()
     jobs[0] = job("bad")
     assert run(jobs, tmp_path)[3] == ["bad", "waits", "waits too"]
+
+
+def test_callers_are_called_before_a_start_and_once_more_after_the_end(tmp_path):
+    """Whatever a job writes has been seen before it is reported."""
+    file, seen = tmp_path / "file", []
+    jobs = [job("writes", f"import time; time.sleep(0.3); open({str(file)!r}, 'w').write('all of it')")]
+    queue = Queue(jobs, tmp_path / "runs", 1)
+    assert queue.run(
+        None,
+        seen.append,
+        lambda job: seen.append(f"when done {job.name}"),
+        before_start=lambda job: seen.append(f"before {job.name}, running: {len(queue.running)}"),
+        each_turn=lambda: seen.append(file.read_text() if file.exists() else None),
+    )
+    events = [event for event in seen if event]
+    assert events[:2] == ["before writes, running: 0", "started writes"]
+    assert events[-3] == "all of it" and events[-2:] == ["when done writes", events[-1]] and None in seen
+
+
+def test_a_failure_is_reported_with_its_log_and_status_1(tmp_path, capsys):
+    reported, signals = [], signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            queue = Queue([job("bad", "raise SystemExit(3)"), job("good")], tmp_path, 1)
+            run_and_report(queue, None, lambda job: None, lambda: reported.append("end"))
+    finally:
+        signal.signal(signal.SIGTERM, signals)
+    said = capsys.readouterr()
+    assert (
+        end.value.code == 1 and reported == ["end"] and said.err == f"error: bad failed; see {tmp_path}/bad/run.log\n"
+    )
+    assert "done good" in said.out and "FAILED bad, exit status 3" in said.out
+    with pytest.raises(SystemExit, match="error: a mistake"), exit_on_mistakes():
+        raise ValueError("a mistake")
 
 
 def test_at_the_time_limit_what_runs_is_ended_with_all_that_it_started_and_can_go_on(tmp_path):

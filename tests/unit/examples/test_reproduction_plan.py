@@ -160,7 +160,7 @@ def test_lines_hold_what_the_runs_metrics_say(finished):
     assert lines["scenes", "without", 1, "1"]["flags"] == ["--rsa-weight", "0"]
 
 
-def test_results_are_written_drawn_and_put_into_the_page(finished, capsys):
+def test_results_are_written_drawn_and_put_into_the_page(finished):
     args, queue = finished
     queue.failed.add("seed-2/with-rsa/stage-2")
     (args.results / "README.md").write_text("what was found\n<!-- reproduce -->\nold\n<!-- /reproduce -->\nthe end\n")
@@ -179,9 +179,6 @@ def test_results_are_written_drawn_and_put_into_the_page(finished, capsys):
     )
     assert "| with RSA | 0.5000 | 0.4000 | 0.7500 | 0.2500 |" in page  # of the seed that did not fail
     assert all((args.results / f"reproduce-{name}.png").stat().st_size > 5000 for name in reproduce.PICTURES)
-    assert (
-        f"error: seed-2/with-rsa/stage-2 failed; see {queue.log('seed-2/with-rsa/stage-2')}" in capsys.readouterr().err
-    )
     # Again, nothing changes.
     before = args.jsonl.read_text()
     reproduce.report(queue, args)
