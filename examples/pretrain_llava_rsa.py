@@ -15,11 +15,11 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from rsa_megatron.plugin import RSAPlugin
+from rsa_megatron.training.alignment_scores import AlignmentScores, write_scores
 from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse, say
 from rsa_megatron.training.learning_rates import LearningRates, format_table
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
-from rsa_megatron.training.mutual_knn import MutualKnn, write_mutual_knn
 from rsa_megatron.training.providers import datasets_provider, model_provider
 from rsa_megatron.training.run_folder import write_hugging_face_files, write_stage
 from rsa_megatron.training.train_step import forward_step
@@ -52,8 +52,8 @@ def main():
         ModelType.encoder_or_decoder,
         rates.wrap_forward_step(rsa.wrap_forward_step(utilisation.wrap_forward_step(forward_step))),
         rsa.wrap_model_provider(model_provider),
-        non_loss_data_func=MutualKnn(rsa) if args.mutual_knn_samples else None,
-        process_non_loss_data_func=write_mutual_knn if args.mutual_knn_samples else None,
+        non_loss_data_func=AlignmentScores(rsa) if args.mutual_knn_samples else None,
+        process_non_loss_data_func=write_scores if args.mutual_knn_samples else None,
     )
     # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
     write_stage(args, finished=args.train_iters)

@@ -11,6 +11,7 @@ import torch.distributed
 from torch import Tensor
 
 from rsa_megatron.alignment.gather import gather_rows
+from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.alignment.nearest_neighbours import nearest_neighbours, shared_neighbours
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.evaluation.megatron_features import (
@@ -21,6 +22,7 @@ from rsa_megatron.evaluation.megatron_features import (
 )
 from rsa_megatron.hooks.layer_hooks import layer_number
 
+MUTUAL_KNN = "mutual-knn"
 #: A layer of the tower and one of the decoder; -1 is the last (paper, section 3.2), 0 what goes into the first.
 LayerPair = tuple[int, int]
 
@@ -64,7 +66,7 @@ def read_pairs(
     return [Pairs.broadcast(pair, groups.tp).to_host(dtype) for pair in own]
 
 
-def measure_mutual_knn(
+def measure_alignment(
     model: list[torch.nn.Module],
     pairs: list[Pairs | None],
     *,
@@ -73,8 +75,9 @@ def measure_mutual_knn(
     seq_length: int,
     k: int,
     layer_pairs: Sequence[LayerPair] = ((-1, -1),),
-) -> tuple[dict[LayerPair, float], int] | None:
-    """Measure mutual-kNN between layers, image alone against caption alone (paper, eq. 9 and section 4.1).
+    metrics: Sequence[str] = (MUTUAL_KNN,),
+) -> tuple[dict[tuple[str, LayerPair], float], int] | None:
+    """Score alignment between layers, image only against caption only (paper, eq. 9 and section 4.1).
 
     Every rank must call it. Only eligible samples count: one image, one caption.
 
@@ -83,25 +86,25 @@ def measure_mutual_knn(
         pairs: of read_pairs.
         num_samples: how many of them count, over all data-parallel ranks.
         micro_batch_size, seq_length: as in training; the pipeline's shapes.
-        k: neighbours.
+        k: neighbours, for the metrics that have some.
         layer_pairs: which layers of tower and decoder to compare.
+        metrics: names of alignment.metrics.METRICS.
 
     Returns:
-        The score of each pair of layers and the number of samples they were taken over, on ranks of the last pipeline
-        stage; else None. With k samples or fewer, or where all of a layer's vectors are equal, there is no score: nan.
+        The score of each metric and pair of layers, and the number of samples they were taken over, on ranks of the last
+        pipeline stage; else None. Where a metric is not defined (k samples or fewer, all vectors of a layer equal): nan.
     """
     chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
     first = next((chunk for chunk in chunks if chunk.pre_process), None)
     last = next((chunk for chunk in chunks if chunk.post_process), None)
+    wanted = [(metric, pair) for metric in metrics for pair in layer_pairs]
     if not pairs:
-        return (dict.fromkeys(layer_pairs, float("nan")), 0) if last else None
+        return (dict.fromkeys(wanted, float("nan")), 0) if last else None
+    depth = chunks[0].config.num_layers
+    text_numbers = sorted({layer_number(text, depth) for _, text in layer_pairs})
     t_NE = caption_vectors_of_layers(
-        model,
-        pairs,
-        sorted({layer_number(text, chunks[0].config.num_layers) for _, text in layer_pairs}),
-        micro_batch_size=micro_batch_size,
-        seq_length=seq_length,
+        model, pairs, text_numbers, micro_batch_size=micro_batch_size, seq_length=seq_length
     )
     num_vision_layers = _broadcast_from_first_stage(
         len(first.vision_model.decoder.layers) if first else None, groups.pp
@@ -112,33 +115,38 @@ def measure_mutual_knn(
         return None
     valid_N = torch.cat([(pair.eligible_B > 0) & (pair.mask.sum(dim=1) > 0) for pair in pairs])
     valid_N = valid_N.to(torch.cuda.current_device())
-    neighbours = {}
-    for side, vectors in (("vision", v_ND), ("text", t_NE)):
-        for number, vectors_nW in vectors.items():
-            gathered, _ = gather_rows(vectors_nW, valid_N, groups.dp)
-            rows = gathered[:num_samples]
-            neighbours[side, number] = _find_neighbours(rows, k)
-    num_pairs = rows.shape[0]
-    return {
-        (vision, text): _score(
-            neighbours["vision", layer_number(vision, num_vision_layers)],
-            neighbours["text", layer_number(text, chunks[0].config.num_layers)],
-        )
-        for vision, text in layer_pairs
-    }, num_pairs
+
+    def gather(vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {number: gather_rows(x_nW, valid_N, groups.dp)[0][:num_samples] for number, x_nW in vectors.items()}
+
+    vision, text = gather(v_ND), gather(t_NE)
+    scores = {}
+    for metric in metrics:
+        # Neighbours once a layer, not once a pair of layers.
+        prepare, score = _NEIGHBOURS if metric == MUTUAL_KNN else (_get_rows, METRICS[metric])
+        of_vision = {number: _try(prepare, x_ND, k) for number, x_ND in vision.items()}
+        of_text = {number: _try(prepare, x_NE, k) for number, x_NE in text.items()}
+        for pair in layer_pairs:
+            sides = of_vision[layer_number(pair[0], num_vision_layers)], of_text[layer_number(pair[1], depth)]
+            scores[metric, pair] = None if any(side is None for side in sides) else _try(score, *sides, k)
+    return {key: float("nan") if score is None else score for key, score in scores.items()}, len(
+        next(iter(vision.values()))
+    )
 
 
-def _find_neighbours(rows_ND: Tensor, k: int) -> Tensor | None:
-    if rows_ND.shape[0] <= k:
-        return None
+_NEIGHBOURS = nearest_neighbours, lambda a_Nk, b_Nk, k: shared_neighbours(a_Nk, b_Nk)
+
+
+def _get_rows(rows_ND: Tensor, k: int) -> Tensor:
+    return rows_ND
+
+
+def _try(function, *arguments):
+    """None where a metric is not defined: too few samples, or a space that has collapsed into one point. Training continues."""
     try:
-        return nearest_neighbours(rows_ND, k)
-    except ValueError:  # a space that has collapsed into one point has none; a training run continues
+        return function(*arguments)
+    except ValueError:
         return None
-
-
-def _score(a_Nk: Tensor | None, b_Nk: Tensor | None) -> float:
-    return float("nan") if a_Nk is None or b_Nk is None else shared_neighbours(a_Nk, b_Nk)
 
 
 def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:

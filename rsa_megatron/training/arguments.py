@@ -17,6 +17,7 @@ from megatron.training.arguments import parse_and_validate_args
 from transformers import AutoTokenizer
 
 from rsa_megatron import megatron_on_cpu
+from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loaders import epoch_iterations
@@ -170,6 +171,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="validation pairs for mutual-knn at each evaluation; 0: none",
     )
     group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours")
+    group.add_argument(
+        "--eval-metrics",
+        nargs="+",
+        choices=list(METRICS),
+        default=["mutual-knn"],
+        help="scores of alignment at each evaluation, on the pairs and layers of --mutual-knn-samples and --mutual-knn-layers",
+    )
     group.add_argument(
         "--mutual-knn-layers",
         type=layer_pairs,

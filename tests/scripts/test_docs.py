@@ -63,8 +63,8 @@ def test_there_are_commands_to_check():
 def test_a_command_of_the_docs_is_there_with_its_flags(page, line, help_of):
     flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", line)
     if line.startswith("make "):
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert line.split()[1] in targets
+        (targets,) = re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert line.split()[1] in targets.split()
         return
     if TRAINING.search(line) or "run_stages.sh" in line or "slurm/" in line:
         text = (

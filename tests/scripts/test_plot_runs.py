@@ -26,6 +26,9 @@ def run(demo, tmp_path_factory):
         2,
         "--mutual-knn-samples",
         64,
+        "--eval-metrics",
+        "mutual-knn",
+        "cka",
         "--tensorboard-dir",
         folder / "tensorboard",
     )
@@ -75,7 +78,7 @@ def test_every_figure_of_tensorboard_is_in_the_file(metrics):
     written = {
         (name, line["iteration"]): value for line in lines for name, value in line.items() if name != "iteration"
     }
-    assert names == {name for name, _ in written}
+    assert names == {name for name, _ in written} and {"mutual-knn validation", "cka validation"} <= names
     for name in names:  # TensorBoard keeps float32
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == {

@@ -30,6 +30,7 @@ ARROWS = {
     "evaluation": ["alignment", "batch", "data", "hooks"],
     "plots": ["json_lines"],
     "training": [
+        "alignment",
         "batch",
         "config",
         "data",

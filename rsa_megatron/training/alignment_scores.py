@@ -1,4 +1,4 @@
-"""mutual-kNN at each evaluation: pretrain()'s callbacks for figures that are no loss."""
+"""Scores of alignment at each evaluation: pretrain()'s callbacks for figures that are not a loss."""
 
 import math
 import time
@@ -7,13 +7,15 @@ from megatron.core import mpu
 from megatron.training import get_args, get_wandb_writer
 from megatron.training.utils import is_last_rank, print_rank_last
 
-from rsa_megatron.evaluation.online import measure_mutual_knn, read_pairs
+from rsa_megatron.evaluation.online import MUTUAL_KNN, measure_alignment, read_pairs
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.training.providers import validation_loader
 
+NEIGHBOUR_METRICS = (MUTUAL_KNN, "cknna", "cycle-knn")
 
-class MutualKnn:
-    """For Megatron's non_loss_data_func: at each evaluation, image alone against caption alone on the same validation pairs."""
+
+class AlignmentScores:
+    """For Megatron's non_loss_data_func: at each evaluation, image only against caption only on the same validation pairs."""
 
     def __init__(self, rsa: RSAPlugin):
         self._rsa = rsa
@@ -23,7 +25,7 @@ class MutualKnn:
         args, begin = get_args(), time.monotonic()
         if self._pairs is None:
             self._pairs = self._read(args, model)
-        result = measure_mutual_knn(
+        result = measure_alignment(
             model,
             self._pairs,
             num_samples=args.mutual_knn_samples,
@@ -31,6 +33,7 @@ class MutualKnn:
             seq_length=args.seq_length,
             k=args.mutual_knn_k,
             layer_pairs=args.mutual_knn_layers,
+            metrics=args.eval_metrics,
         )
         return log_scores(args, *result, time.monotonic() - begin) if result else {}
 
@@ -49,23 +52,26 @@ class MutualKnn:
         )
 
 
-def log_scores(args, scores: dict[tuple[int, int], float], num_pairs: int, seconds: float) -> dict[str, float]:
+def log_scores(
+    args, scores: dict[tuple[str, tuple[int, int]], float], num_pairs: int, seconds: float
+) -> dict[str, float]:
     """Write the scores to the log and return them by the names that they have there."""
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
     chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
-    named = {
-        "mutual-knn" + ("" if pair == (-1, -1) else " {}:{}".format(*pair)): score for pair, score in scores.items()
-    }
-    for name, score in named.items():
+    named = {}
+    for (metric, pair), score in scores.items():
+        name = metric + ("" if pair == (-1, -1) else " {}:{}".format(*pair))
+        named[name] = score
+        has_neighbours, is_knn = metric in NEIGHBOUR_METRICS, metric == MUTUAL_KNN
         print_rank_last(
-            f" validation mutual-knn@{args.mutual_knn_k} at iteration {iteration} | {name} value: {score:.4f} | "
-            f"{num_pairs} pairs, image only against caption only, {seconds:.1f} s | chance {chance:.4f} |"
+            f" validation {metric}{f'@{args.mutual_knn_k}' * has_neighbours} at iteration {iteration} | {name} value: {score:.4f} | "
+            f"{num_pairs} pairs, image only against caption only, {seconds:.1f} s |{f' chance {chance:.4f} |' * is_knn}"
         )
-    return named | {"mutual-knn chance": chance}
+    return named | ({"mutual-knn chance": chance} if MUTUAL_KNN in args.eval_metrics else {})
 
 
-def write_mutual_knn(scores: dict[str, float], iteration: int, writer) -> None:
+def write_scores(scores: dict[str, float], iteration: int, writer) -> None:
     """Megatron's process_non_loss_data_func: to metrics.jsonl, TensorBoard and, where it is on, wandb."""
     for key, score in scores.items():
         writer.add_scalar(f"{key} validation", score, iteration)
