@@ -74,7 +74,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of tensors and files ({error!r}); download it again") from error
+            raise ValueError(f"{index} is not an index of tensors and files ({error!r}); download it again") from error
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{index} lists files outside its folder; they are not read")
         missing = [name for name in names if not (folder / name).is_file()]
@@ -89,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}/{pickles[0]}: pickle files are not read, as they can run any code; convert them to safetensors: load "
             "them with transformers on a machine that may run them, and save_pretrained(folder)"
         )
-    raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json found")
 
 
 def _tensors_of(file: Path) -> list[StoredTensor]:
@@ -104,7 +104,7 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
     for name, _, dtype in tensors:
         if dtype not in DTYPES and canonical(name) is not None:
             raise ValueError(
-                f"{file}, tensor {name}: its dtype {dtype} is quantised or no float; convert it to bfloat16"
+                f"{file}, tensor {name}: its dtype {dtype} is quantised or not a float; convert it to bfloat16"
             )
     return [StoredTensor(file, name, shape, DTYPES[dtype]) for name, shape, dtype in tensors if dtype in DTYPES]
 
@@ -140,15 +140,17 @@ def check(tensors: dict[str, Readable], rows: list[Row], where: str) -> None:
     expected = expected_shapes(rows)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ValueError(f"{where}: {_some(missing)} missing, of shape {list(expected[missing[0]])} by config.json")
+        raise ValueError(f"{where}: {_some(missing)} missing; config.json requires shape {list(expected[missing[0]])}")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ValueError(
-                f"{tensors[name].source} is of shape {list(tensors[name].shape)}; by config.json it has to be {list(shape)}"
+                f"{tensors[name].source} has shape {list(tensors[name].shape)}; config.json requires {list(shape)}"
             )
     unknown = [tensor.source for name, tensor in tensors.items() if name not in expected]
     if unknown:
-        raise ValueError(f"{_some(unknown)} no part of the model by config.json; remove, or correct config.json")
+        raise ValueError(
+            f"{_some(unknown)} not part of the model that config.json describes; remove, or correct config.json"
+        )
     for row in rows:
         # Layers are stored as one tensor, and parts are joined: neither may quietly change a dtype.
         dtypes = {tensors[name].dtype: name for layer in row.layers for name in row.part_names(layer)}

@@ -98,4 +98,4 @@ def first_projector(architecture: Architecture, seed: int, dtype: torch.dtype) -
         PROJECTOR + "linear_2.bias": torch.zeros(hidden),
         IMAGE_NEWLINE: draw(hidden) / hidden**0.5,
     }
-    return {name: MadeTensor(value.to(dtype), f"{name}, drawn at random") for name, value in values.items()}
+    return {name: MadeTensor(value.to(dtype), f"{name}, initialised at random") for name, value in values.items()}

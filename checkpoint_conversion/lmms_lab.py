@@ -31,7 +31,7 @@ def read_lmms_lab(folder: Path) -> Architecture:
         require(where, key, raw.get(key), wanted)
     if "siglip-so400m-patch14-384" not in raw["mm_vision_tower"]:
         raise ValueError(
-            f"{where}: mm_vision_tower {raw['mm_vision_tower']}; siglip-so400m-patch14-384 is what can be read"
+            f"{where}: mm_vision_tower {raw['mm_vision_tower']}; only siglip-so400m-patch14-384 is supported"
         )
     keys = {key: value for key, value in raw.items() if key != "model_type"}
     config = make_config(where, Qwen2Config.from_dict, keys)
@@ -59,5 +59,5 @@ def _grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]
         return tuple((height, width) for width, height in pairs)
     except (ValueError, TypeError, SyntaxError) as error:
         raise ValueError(
-            f"{where}: image_grid_pinpoints is {pinpoints!r}; a list of [width, height] can be read"
+            f"{where}: image_grid_pinpoints is {pinpoints!r}; only a list of [width, height] is supported"
         ) from error

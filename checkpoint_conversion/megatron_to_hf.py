@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="Megatron's --save folder, or one checkpoint in it"
     )
-    parser.add_argument("--iteration", type=int, help="of a --save folder; default: the latest")
+    parser.add_argument("--iteration", type=int, help="iteration of a --save folder; default: the latest")
     parser.add_argument("--hf-template", type=Path, help="folder to copy all but weights from; default: hf beside it")
-    parser.add_argument("--max-shard-size", type=_size, default="2GB", help="of a safetensors file; default 2GB")
+    parser.add_argument("--max-shard-size", type=_size, default="2GB", help="largest safetensors file; default 2GB")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     architecture = read_architecture(template)
     if check_projector(source.parent, architecture.vision.hidden_size):
         print(
-            f"WARNING: the projector of {source} has learnt on embeddings of images; Hugging Face's model will give it the "
-            "tower's tokens, which are as wide: train it on images first",
+            f"WARNING: the projector of {source} was trained on precomputed embeddings; Hugging Face's model will give it "
+            "the tower's tokens, which have the same width: train it on images first",
             file=sys.stderr,
         )
     rows = table(architecture)
@@ -74,8 +74,8 @@ def check_projector(run: Path, tower_width: int) -> int | None:
         return None  # not the training script's
     if width not in (None, tower_width):
         raise ValueError(
-            f"{run}: its projector takes embeddings of {width} numbers, for which Hugging Face's LLaVA-OneVision has no "
-            f"place: its own takes the tower's {tower_width}; there is no export of such a model"
+            f"{run}: its projector takes precomputed embeddings of width {width}, Hugging Face's LLaVA-OneVision the "
+            f"tower's tokens of width {tower_width}; such a model cannot be exported"
         )
     return width
 

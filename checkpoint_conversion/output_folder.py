@@ -41,12 +41,12 @@ def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterab
 
 def _check(out: Path, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> None:
     if out.exists() and not overwrite:
-        raise ValueError(f"--out {out} is there already; name another folder, or pass --overwrite to replace it")
+        raise ValueError(f"--out {out} already exists; name another folder, or pass --overwrite to replace it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     for source in sources:
         if out.resolve() in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"--out {out} holds {source}, which is read; name another folder")
+            raise ValueError(f"--out {out} contains {source}, which is read; name another folder")
     existing = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     needed = num_bytes + _OTHER_FILES

@@ -50,17 +50,17 @@ def find_checkpoint(folder: Path, iteration: int | None) -> Path:
     elif tracker.is_file():
         latest = tracker.read_text().strip()
         if latest != "release" and not latest.isdecimal():
-            raise ValueError(f"{tracker} holds {latest!r}, which is no iteration")
+            raise ValueError(f"{tracker} holds {latest!r}, which is not an iteration")
         found = folder / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     else:
-        raise ValueError(f"{folder}: no Megatron checkpoint: neither .metadata nor {tracker.name} is there")
+        raise ValueError(f"{folder}: not a Megatron checkpoint: neither .metadata nor {tracker.name} found")
     if not found.is_dir():
         raise ValueError(
-            f"{found} is missing; there is {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}"
+            f"{found} is missing; found: {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}"
         )
     if not (found / ".metadata").is_file():
         raise ValueError(
-            f"{found}: no checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist"
+            f"{found}: not a checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist"
         )
     return found
 
@@ -83,7 +83,7 @@ class _Reader(FileSystemReader):
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not read: {error}") from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(f"{path} is not read: it is no checkpoint's metadata")
+            raise ValueError(f"{path} is not read: not a checkpoint's metadata")
         return metadata
 
 
@@ -123,7 +123,7 @@ class MegatronCheckpoint:
         target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
-            raise ValueError(f"{self._folder}: the chunks of {key} do not cover it; the checkpoint is not whole")
+            raise ValueError(f"{self._folder}: the chunks of {key} do not cover it; the checkpoint is incomplete")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -143,7 +143,7 @@ class MegatronCheckpoint:
         for row, layer in walk(rows):
             key, first = self._place(row, layer)
             if key not in self._tensors:
-                raise ValueError(f"{self._folder}: {key} is missing, of shape {list(row.shape)} by config.json")
+                raise ValueError(f"{self._folder}: {key} is missing; config.json requires shape {list(row.shape)}")
             if key not in unknown:
                 continue  # a stack, which its first layer has had checked
             unknown.discard(key)
@@ -153,7 +153,7 @@ class MegatronCheckpoint:
             if tuple(stored.size) != padded:
                 at_least = "at least " if row.is_vocabulary else ""
                 raise ValueError(
-                    f"{self._folder}: {key} is of shape {list(stored.size)}; by config.json it has to be "
+                    f"{self._folder}: {key} has shape {list(stored.size)}; config.json requires "
                     f"{at_least}{list(expected)}"
                 )
             if stored.properties.dtype not in DTYPES.values():
@@ -161,7 +161,9 @@ class MegatronCheckpoint:
             self._check_files(key, stored)
         if unknown:
             first, more = min(unknown), len(unknown) - 1
-            raise ValueError(f"{self._folder}: {first} is no tensor of the model by config.json, nor are {more} more")
+            raise ValueError(
+                f"{self._folder}: {first} is not a tensor of the model that config.json describes, nor are {more} more"
+            )
 
     def _check_files(self, key: str, stored: TensorStorageMetadata) -> None:
         for chunk in stored.chunks:
@@ -170,7 +172,7 @@ class MegatronCheckpoint:
                 raise ValueError(f"{self._folder}/.metadata names no file in it for {key}; copy the checkpoint again")
             file = self._folder / place.relative_path
             if not file.is_file() or file.stat().st_size < place.offset + place.length:
-                raise ValueError(f"{file} is missing or cut short: it has to hold {key}; copy the checkpoint again")
+                raise ValueError(f"{file} is missing or truncated: it must hold {key}; copy the checkpoint again")
 
 
 class _Into(LoadPlanner):

@@ -31,13 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="Megatron checkpoint, as --save or hf-to-megatron wrote it"
     )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="what both models compute in"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of both models")
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest difference, as a part of the largest value; default 1e-4, in bfloat16 5e-2",
+        help="largest difference, as a fraction of the largest value; default 1e-4, in bfloat16 5e-2",
     )
 
 

@@ -60,7 +60,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} is a slow one, which cannot tell where in the text a token is: "
+            f"the tokenizer {tokenizer.name_or_path} is a slow one, which gives no token offsets: "
             "save its fast version (tokenizer.json)"
         )
 
@@ -72,7 +72,7 @@ def check_conversation(conversation: list) -> list[tuple[str, str]]:
         ValueError: when it is not a conversation, or has no answer.
     """
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
-        raise ValueError('a turn of "conversations" is no {"from": ..., "value": ...}')
+        raise ValueError('a turn of "conversations" is not {"from": ..., "value": ...}')
     turns = [(_role(turn), turn.get("value", turn.get("content"))) for turn in conversation]
     answers = [value for role, value in turns if role == "assistant"]
     if not answers or not all(isinstance(value, str) for _, value in turns):

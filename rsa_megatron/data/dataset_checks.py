@@ -26,9 +26,9 @@ def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch
         num_samples = sum(shard.count for shard in shards)
         if part == "val" and shards and num_samples // num_readers < micro_batch_size:
             raise ValueError(
-                f"--data-path {path}: the {num_samples} samples of its validation part, divided between {num_readers} data "
+                f"--data-path {path}: the {num_samples} samples of its validation split, divided between {num_readers} data "
                 f"workers (data-parallel ranks x --num-workers), do not fill a micro-batch of {micro_batch_size} each; add "
-                "samples, lower --num-workers or --micro-batch-size, or leave out the evaluation (--eval-iters 0)"
+                "samples, lower --num-workers or --micro-batch-size, or disable evaluation (--eval-iters 0)"
             )
         for shard in shards:
             if not shard.path.is_local():
@@ -77,20 +77,20 @@ def _loaded(path: str, part: str) -> list[LoadedDataset]:
     try:
         return load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config).datasets
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
-        raise ValueError(f"--data-path {path}, part {part!r}: {error}; {_remedy(path, str(error))}") from error
+        raise ValueError(f"--data-path {path}, split {part!r}: {error}; {_remedy(path, str(error))}") from error
 
 
 def _remedy(path: str, error: str) -> str:
     if "://" not in path and not Path(path).exists():
-        return "it is not there"
+        return "it does not exist"
     if Path(path, "mixture.yaml").is_file():
         return f"name {Path(path, 'mixture.yaml')}"
     if "split part" in error.lower():
         return (
-            "hold samples out for validation (rsa-megatron data pack --val), or leave out the evaluation (--eval-iters 0 "
+            "hold samples out for validation (rsa-megatron data pack --val), or disable evaluation (--eval-iters 0 "
             "--mutual-knn-samples 0)"
         )
     return (
         "name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
-        ".yaml of such folders, all of which must be there"
+        ".yaml of such folders, all of which must exist"
     )

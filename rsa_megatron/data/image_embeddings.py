@@ -51,11 +51,11 @@ class ImageEmbeddings:
         try:
             row_D = numpy.lib.format.read_array(io.BytesIO(part), allow_pickle=False)
         except Exception as error:  # whatever numpy comes upon in broken bytes
-            raise ValueError(f"{name}: it is no array in numpy's format: {error}") from error
+            raise ValueError(f"{name}: not an array in numpy's format: {error}") from error
         if row_D.ndim != 1 or row_D.dtype.kind != "f" or self.width not in (None, len(row_D)):
-            asks = "it must be" if self.width is None else f"and by --image-embedding-width it has to be {self.width}"
+            expected = "" if self.width is None else f" of --image-embedding-width {self.width}"
             raise ValueError(
-                f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, {asks} floating-point numbers in a row"
+                f"{name}: {row_D.dtype} array of shape {list(row_D.shape)}; it must be a floating-point vector{expected}"
             )
         embedding_D = torch.from_numpy(row_D).float()
         if not embedding_D.isfinite().all():

@@ -65,7 +65,7 @@ class DataLayout:
             if saved != current:
                 raise ValueError(
                     f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "
-                    f"resume is impossible. Set it back to {saved}, or pass --restart-data to begin the data anew"
+                    f"resume is impossible. Set it back to {saved}, or pass --restart-data to read the data from the beginning"
                 )
 
 
@@ -78,7 +78,7 @@ def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: 
     # Megatron puts them under the name of the first model-parallel rank, whose digits depend on the layout.
     files = sorted(Path(folder).glob(f"iter_{iteration:07d}/mp_rank_*/train_dataloader_dprank*.pt"))
     ranks = {int(re.search(r"dprank(\d+)", file.name)[1]): file for file in files}
-    remedy = "pass --restart-data to begin the data anew"
+    remedy = "pass --restart-data to read the data from the beginning"
     if not ranks:
         raise FileNotFoundError(f"{folder}: no data position is saved for iteration {iteration}; {remedy}")
     if len(ranks) != world_size:

@@ -150,7 +150,7 @@ def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_
         if not one_epoch or "repeat" not in str(error):
             raise
         raise ValueError(
-            f"--data-path {path}: a blend by weight has no end: name --train-iters, or write the mixture with "
+            f"--data-path {path}: a blend by weight has no end: set --train-iters, or write the mixture with "
             "blend_epochized and repetitions, of which a run without --train-iters is one pass"
         ) from error
 
@@ -178,7 +178,7 @@ class ValidationLoader:
             self._batches = iter(self._loader)
             batch = next(self._batches, None)
         if batch is None:
-            raise ValueError("the validation part does not fill one micro-batch in each data worker of each rank")
+            raise ValueError("the validation split does not fill one micro-batch in each data worker of each rank")
         return batch
 
     def one_pass(self) -> Iterator[LlavaBatch]:

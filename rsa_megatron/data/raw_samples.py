@@ -44,7 +44,7 @@ def check_embeddings(path: str, part: str, embeddings: ImageEmbeddings) -> None:
         if found:
             fault = _fault(found, embeddings)
         if fault:
-            raise ValueError(f"--data-path {path}: sample {sample.__key__} of its part {part}: {fault}")
+            raise ValueError(f"--data-path {path}: sample {sample.__key__} of split {part}: {fault}")
         return
 
 

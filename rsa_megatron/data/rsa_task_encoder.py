@@ -99,7 +99,7 @@ class RSATaskEncoder:
     def build_batch(self, dataset, *, batch_size: int | None, **settings):
         if batch_size is None and not _overridden(self, "batch_group_criterion"):
             raise ValueError(
-                f"batch_size is None: {ELIGIBLE} is a part of a batch; give a batch_size, 1 for rows as they are"
+                f"batch_size is None: {ELIGIBLE} is added to batches; give a batch_size, 1 for sequences as they are"
             )
         optional = ["postencode_sample", "select_samples_to_pack", "pack_selected_samples", "batch_group_criterion"]
         stages = [name for name in optional if _overridden(self, name)] + ["batch", "encode_batch"]
@@ -151,8 +151,8 @@ def _select_samples_to_pack(encoder: RSATaskEncoder, select: Callable, samples: 
     for sample in (sample for pack in packs for sample in pack):
         if id(sample) not in kept:
             raise FatalSampleError(
-                f"select_samples_to_pack returned sample {_key(sample)}, which is none of those it was given: return these; "
-                f"what is to be changed in a sample, change in pack_selected_samples"
+                f"select_samples_to_pack returned sample {_key(sample)}, which it was not given: return the given ones; "
+                f"change samples in pack_selected_samples"
             )
     return [[kept[id(sample)] for sample in pack] for pack in packs]
 
@@ -200,7 +200,7 @@ def _stage(encoder: RSATaskEncoder, name: str) -> Callable:
     if inspect.isgeneratorfunction(method):
         if function is not _encode_sample:
             raise ValueError(
-                f"{type(encoder).__name__}.{name} is a generator, of which RSATaskEncoder cannot tell which samples are where: "
+                f"{type(encoder).__name__}.{name} is a generator, whose samples RSATaskEncoder cannot track: "
                 f"return one result, and raise SkipSample where there is none"
             )
         function = _encode_sample_to_many  # Energon asks whether it is a generator
@@ -256,7 +256,7 @@ def _caption_mask(encoder: RSATaskEncoder, sample: _Kept) -> Tensor:
     mask = encoder.rsa_caption_mask(sample.inner)
     if mask is None and any(sample.eligible):
         raise FatalSampleError(
-            f"rsa_caption_mask returned None for sample {_key(sample.inner)}, which rsa_eligible lets in: return its mask"
+            f"rsa_caption_mask returned None for sample {_key(sample.inner)}, which rsa_eligible selects: return its mask"
         )
     if mask is None:
         return torch.zeros(len(_text(encoder, sample.inner)), dtype=torch.int64)
@@ -281,7 +281,7 @@ def _as_long_as_text(encoder: RSATaskEncoder, batch, masks: list[Tensor]) -> Ten
     if len(shape) != 2 or shape[0] != len(masks):
         raise FatalSampleError(
             f"the batch's {encoder.rsa_text_field} have the shape {list(shape)} and were made of {len(masks)} samples: a "
-            f"caption mask needs a row for each; leave rsa_caption_mask as it is, and the loss mask is taken"
+            f"caption mask needs one sequence for each; to use the loss mask, do not override rsa_caption_mask"
         )
     padded = torch.zeros(shape, dtype=torch.int64)
     for row, mask in zip(padded, masks):
@@ -293,8 +293,8 @@ def _text(encoder: RSATaskEncoder, holder) -> Tensor:
     text = _field(holder, encoder.rsa_text_field)
     if text is None:
         raise FatalSampleError(
-            f"a {type(holder).__name__} of {type(encoder).__name__} has no {encoder.rsa_text_field!r}, of which the caption "
-            f"mask takes its length: set rsa_text_field to the name of its token ids"
+            f"a {type(holder).__name__} of {type(encoder).__name__} has no {encoder.rsa_text_field!r}, which sets the "
+            f"caption mask's length: set rsa_text_field to the name of its token ids"
         )
     return text
 

@@ -105,7 +105,7 @@ def _read_image(path: str, images: FileStore | None) -> bytes:
     if (
         root.is_local() and not inside(Path(images.get_path()).resolve(), path).is_file()
     ):  # reading a pipe would never end
-        raise ValueError(f"its image {path} is no file in {root}")
+        raise ValueError(f"its image {path} is not a file in {root}")
     return images[path][0]
 
 
@@ -225,7 +225,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         num_told = text.tokens.count(self._image_token_id)
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
         if num_told != len(parts):
-            what = "embedding(s) of images (.npy)"
+            what = "precomputed embedding(s) (.npy)"
             if isinstance(self._images, ImageTiler):
                 what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (
                     len(sample.images) > len(parts)
@@ -259,7 +259,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         if cut.tokens[:-1].count(self._image_token_id) < len(layouts) or not any(cut.is_target[1:]):
             raise ValueError(
                 f"{len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
-                f"{self.max_sequence_length}, and what fits has nothing to learn: raise it"
+                f"{self.max_sequence_length}, and what fits has no training target: raise it"
             )
         return cut
 
@@ -282,7 +282,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             # Something is wrong with all of them: going on would spin through the data set for ever.
-            raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row cannot be used; the last: {line}")
+            raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row were skipped; the last: {line}")
         if self.say_skipped:
             logger.warning(line)
 

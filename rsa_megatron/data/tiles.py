@@ -143,7 +143,7 @@ def _decode(name: str, part: bytes) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise ValueError("its shades are numbers of 32 bits, and no one says which of them is white")
+        raise ValueError("its pixels are 32-bit numbers, of which none is known to be white")
     if image.mode.startswith("I;16"):
         # The upper 8 bits, as Pillow reads 16-bit colour. Its convert would make everything above 255 white.
         image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))

@@ -59,11 +59,11 @@ def read_architecture(folder: Path) -> Architecture:
     where = f"{folder}/config.json"
     if "mm_vision_tower" in raw:
         raise ValueError(
-            f"{where} is lmms-lab's own; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
+            f"{where} is in lmms-lab's format; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
         )
     if raw.get("model_type") != "llava_onevision":
         raise ValueError(
-            f"{where}: model_type is {raw.get('model_type')!r}; llava_onevision is what can be read (for a SigLIP and a "
+            f"{where}: model_type is {raw.get('model_type')!r}; only llava_onevision is supported (for a SigLIP and a "
             "Qwen2 checkpoint: python -m checkpoint_conversion hf-to-megatron --vision DIR --language DIR)"
         )
     config = _load_config(folder)
@@ -119,7 +119,9 @@ def _read_tower(config: "SiglipVisionConfig", where: str) -> VisionTower:
     require(where, "attention_dropout", config.attention_dropout, 0)
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config, key), int):
-            raise ValueError(f"{where}: {key} is {getattr(config, key)}; one number, the side of a square, can be read")
+            raise ValueError(
+                f"{where}: {key} is {getattr(config, key)}; only one number, the side of a square, is supported"
+            )
     return VisionTower(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -158,13 +160,13 @@ def read_decoder(config: "Qwen2Config", where: str) -> Decoder:
 
 def require(where: str, key: str, value, wanted) -> None:
     if value != wanted:
-        raise ValueError(f"{where}: {key} is {value!r}; only {wanted!r} can be read")
+        raise ValueError(f"{where}: {key} is {value!r}; only {wanted!r} is supported")
 
 
 def read_max_tiles(key: str, aspect_ratio: str | None, where: str) -> int:
     match = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
     if not match:
-        raise ValueError(f"{where}: {key} is {aspect_ratio!r}; anyres_max_N can be read")
+        raise ValueError(f"{where}: {key} is {aspect_ratio!r}; only anyres_max_N is supported")
     return int(match[1])
 
 
@@ -172,7 +174,9 @@ def check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) 
     wrong = [grid for grid in grids if any(side < tile_size or side % tile_size for side in grid)]
     if wrong or not grids:
         what = f"has {list(wrong[0])}" if wrong else "is empty"
-        raise ValueError(f"{where}: image_grid_pinpoints {what}; multiples of image_size {tile_size} can be read")
+        raise ValueError(
+            f"{where}: image_grid_pinpoints {what}; only multiples of image_size {tile_size} are supported"
+        )
 
 
 def _check_image_processor(folder: Path, architecture: Architecture) -> None:

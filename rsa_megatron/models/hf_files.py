@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: no table of keys and values")
+        raise ValueError(f"{path} cannot be read: not a JSON object")
     return content
 
 

@@ -207,7 +207,7 @@ def test_the_papers_mixtures_are_read(demo, tmp_path, name, num_sets, flagged):
 def test_a_blend_by_weight_has_no_epoch(demo):
     layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=4, global_batch_size=8, drop_last=False)
     with pytest.raises(
-        ValueError, match="stage1_5.yaml: a blend by weight has no end: name --train-iters, or .*blend_epochized"
+        ValueError, match="stage1_5.yaml: a blend by weight has no end: set --train-iters, or .*blend_epochized"
     ):
         epoch_iterations(str(demo / "data" / "stage1_5.yaml"), **layout)
 
@@ -315,11 +315,11 @@ def test_a_linked_image_outside_its_folder_or_gone_is_named(demo, linked, tmp_pa
     learnt = {key for keys, row in batches for key, targets in zip(keys, row) if targets}
     assert learnt == {"train.jsonl/0", "train.jsonl/4", "train.jsonl/9"} and len(batches) == 2
     for line in (
-        "train.jsonl/1 .*gone.png is no file",
+        "train.jsonl/1 .*gone.png is not a file",
         "train.jsonl/2 .*outside.png leads out",
         "train.jsonl/3 .*0.png leads out",
         "train.jsonl/5 .*its image is 5; it must",
-        "train.jsonl/6 .*pipe.png is no file",
+        "train.jsonl/6 .*pipe.png is not a file",
         "train.jsonl/7 .*link.png leads out",
         "train.jsonl/8 .*its image is 7; it must",
     ):

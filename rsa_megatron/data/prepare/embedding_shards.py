@@ -43,7 +43,7 @@ class EmbeddingTable:
 
     def __init__(self, keys: Sequence[str], rows_ND: numpy.ndarray):
         if len(keys) != len(rows_ND):
-            raise ValueError(f"there are {len(keys)} keys for {len(rows_ND)} embeddings; each row needs its own")
+            raise ValueError(f"there are {len(keys)} keys for {len(rows_ND)} embeddings; each embedding needs its own")
         self._row = {key: number for number, key in enumerate(keys)}
         if len(self._row) < len(keys):
             raise ValueError(f"{_in_words(_doubled(keys))} more than one embedding; keep one of each")
@@ -144,7 +144,7 @@ def write_embedding_shards(
 def check_free(path: Path) -> None:
     """Raises ValueError where there is something of that name; an empty folder is nothing."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already: name another --out, or remove it")
+        raise ValueError(f"{path} already exists: name another --out, or remove it")
 
 
 def _write(folder: Path, parts: Mapping[str, Iterable[Told]], table: EmbeddingTable, shard_size: int) -> dict[str, int]:
@@ -163,14 +163,14 @@ def _write(folder: Path, parts: Mapping[str, Iterable[Told]], table: EmbeddingTa
         shards.close()
     if missing:
         raise ValueError(
-            f"{_in_words(missing)} no embedding, of {len(keys)} samples; embed them, or leave these samples out"
+            f"{_in_words(missing)} no embedding, of {len(keys)} samples; embed them, or remove these samples"
         )
     if doubled := _doubled(keys):
         raise ValueError(
             f"{_in_words(doubled)} more than one sample, which would share an embedding; give each its own key"
         )
     if not keys:
-        raise ValueError("there is no sample to write; name other data")
+        raise ValueError("no samples to write; name other data")
     return counts
 
 

@@ -70,7 +70,7 @@ def check(record: Record, image_root: Path) -> ImportedSample:
     if not isinstance(content, dict):
         raise Unusable("wrong type", f"it is a {type(content).__name__}, not an object with conversations")
     if content.get("video") is not None:
-        raise Unusable("video", "it has a video, which is not trained")
+        raise Unusable("video", "it has a video, which is not supported")
     number = content.get("id")
     if not isinstance(number, str | int | None):
         raise Unusable("wrong type", f"its id is a {type(number).__name__}")
@@ -139,7 +139,9 @@ def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
     except Exception as error:  # Pillow raises whatever a decoder of broken bytes comes upon
         # The bytes' address in memory would differ from run to run.
         reason = (
-            "no known image format" if isinstance(error, UnidentifiedImageError) else str(error).removeprefix("png: ")
+            "not a known image format"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error).removeprefix("png: ")
         )
         raise Unusable("unreadable image", f"{name} cannot be decoded: {reason or type(error).__name__}") from error
     return ImportedImage(data, extension, image.height, image.width, path)
@@ -151,7 +153,7 @@ def _read(path: str, image_root: Path) -> bytes:
         if not file.exists():
             raise Unusable("missing image", f"{path} is not in {image_root}; --images names the folder")
         if not file.is_file():  # reading a pipe would never end
-            raise Unusable("unreadable image", f"{path} is no file")
+            raise Unusable("unreadable image", f"{path} is not a file")
         return file.read_bytes()
     except OSError as error:
         raise Unusable("unreadable image", f"{path} cannot be read: {error.strerror}") from error

@@ -110,7 +110,7 @@ def _cut(path: Path, length: int) -> io.BufferedRandom:
     file = path.open("r+b" if path.exists() else "w+b")
     if file.seek(0, io.SEEK_END) < length:
         file.close()
-        raise ValueError(f"{path} has lost some of what was written to it; remove its folder and begin anew")
+        raise ValueError(f"{path} is shorter than it was when written; remove its folder and start again")
     file.truncate(length)
     file.seek(length)
     return file

@@ -38,9 +38,9 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
         reasons = (
             f": {in_words(captions.left_out)}"
             if captions.left_out
-            else "; name a .txt of a caption a line, or LLaVA's records"
+            else "; name a .txt with a caption a line, or LLaVA's records"
         )
-        raise ValueError(f"{path}: there is no caption in it{reasons}")
+        raise ValueError(f"{path}: no caption found{reasons}")
     return captions
 
 

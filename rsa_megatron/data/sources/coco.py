@@ -65,7 +65,7 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
             f"{path}: an entry has no {error}; name COCO's captions_*.json, not instances_*.json"
         ) from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no captions file of COCO's: {error}") from error
+        raise ValueError(f"{path} is not a COCO captions file: {error}") from error
     found = FoundPairs(root)
     for number, name in names:
         found.add(str(number), captions.get(number, ""), str(name))
@@ -99,7 +99,7 @@ def _caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | No
     if isinstance(content, Unusable):
         raise Unusable(f"that cannot be used ({content.kind})", str(content)) from content
     if not isinstance(content, dict):
-        raise Unusable("that are no objects with conversations", record.place)
+        raise Unusable("that are not objects with conversations", record.place)
     images = content.get("image", content.get("images"))
     images = images if isinstance(images, list) else [] if images is None else [images]
     if len(images) > 1 or (needs_image and (not images or not isinstance(images[0], str))):

@@ -41,7 +41,7 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(source):
         needs = ": it needs images with a .txt beside each, or .parquet files" if path.is_dir() else ""
-        raise ValueError(f"{path}: there is no sample in it{needs}")
+        raise ValueError(f"{path}: no sample found{needs}")
     return source
 
 
@@ -56,7 +56,9 @@ def _open(path: Path, seed: int) -> Source:
         return Mixture(path, open_source, seed=seed)
     if suffix in (".json", ".jsonl"):
         return JsonLines(path) if suffix == ".jsonl" or _first_character(path) != "[" else JsonList(path)
-    raise ValueError(f"{path} is no .json, .jsonl, .yaml, .parquet or folder of images with texts or of .parquet files")
+    raise ValueError(
+        f"{path} is not a .json, .jsonl, .yaml, .parquet or folder of images with texts or of .parquet files"
+    )
 
 
 def _parquet(files: list[Path], image_root: Path) -> Source:
@@ -83,7 +85,9 @@ class JsonList:
         try:
             self._records = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is broken JSON: {error}; of a .jsonl, broken lines alone are left out") from error
+            raise ValueError(
+                f"{path} is broken JSON: {error}; in a .jsonl, only the broken lines are skipped"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._records)

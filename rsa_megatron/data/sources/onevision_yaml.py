@@ -60,7 +60,9 @@ def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:
         return range(count)
     match = _STRATEGY.fullmatch(str(strategy))
     if not match:
-        raise ValueError(f"sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (N a number or P%)")
+        raise ValueError(
+            f"sampling_strategy {strategy!r} is not one of all, first:N, end:N, random:N (N a number or P%)"
+        )
     which, amount = match.groups()
     wanted = math.ceil(Fraction(amount[:-1]) * count / 100) if amount.endswith("%") else int(amount)
     wanted = min(wanted, count)

@@ -46,23 +46,23 @@ def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "va
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} is not there; name {_FORMS}")
+        raise ValueError(f"{path} does not exist; name {_FORMS}")
     if images is not None and not Path(images).is_dir():
-        raise ValueError(f"--images {images} is no folder")
+        raise ValueError(f"--images {images} is not a folder")
     try:
         pairs = _open(path, images, split, language)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(pairs):
         reasons = f": {in_words(pairs.left_out)}" if pairs.left_out else f"; name {_FORMS}"
-        raise ValueError(f"{path}: there is no image with a caption in it{reasons}")
+        raise ValueError(f"{path}: no image with a caption found{reasons}")
     return pairs
 
 
 def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
     if is_prepared(path):
         if images is not None:
-            raise ValueError(f"--images {images}: {path} says itself where its images are; leave it out")
+            raise ValueError(f"--images {images}: {path} already specifies where its images are; drop the flag")
         return read_shards(path, split)
     root = Path(images or (path if path.is_dir() else path.parent)).resolve()
     tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.name.lower().endswith(_TABLES) else []

@@ -28,7 +28,7 @@ def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
         with ParquetFile(path) as file:
             schema = file.schema_arrow
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no parquet file that can be read: {error}; fetch it again") from error
+        raise ValueError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
     columns = [column for column in schema.names if column != _NESTED]
     if _NESTED in schema.names:
         inner = schema.field(_NESTED).type

@@ -105,14 +105,12 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
         try:
             chosen[index] = pairs[index]
         except ValueError as error:
-            fault = f"; passed over, the last: {error}"
+            fault = f"; last error: {error}"
             continue
         if len(chosen) == num_samples:
             return [chosen[index] for index in sorted(chosen)]
-    left_out = f"; left out: {in_words(pairs.left_out)}" if pairs.left_out else ""
-    raise ValueError(
-        f"--num-samples {num_samples}: there are {len(chosen)} pairs with a caption; lower it{left_out}{fault}"
-    )
+    left_out = f"; skipped: {in_words(pairs.left_out)}" if pairs.left_out else ""
+    raise ValueError(f"--num-samples {num_samples}: only {len(chosen)} pairs have a caption; lower it{left_out}{fault}")
 
 
 def every(pairs: Pairs) -> list[CaptionedImage]:
@@ -129,7 +127,7 @@ def every(pairs: Pairs) -> list[CaptionedImage]:
             fault = error
             pairs.left_out["without a caption"] += 1
     if not chosen:
-        raise ValueError(f"there is no pair with a caption; the last: {fault}")
+        raise ValueError(f"no pair has a caption; last error: {fault}")
     return chosen
 
 
@@ -149,7 +147,7 @@ def without_image(key: str) -> Callable[[], Image.Image]:
 
 
 def _no_image(key: str) -> Image.Image:
-    raise ValueError(f"{key} was read as text alone")
+    raise ValueError(f"{key} was read as text only")
 
 
 def find_image(root: Path, name: str) -> Path:

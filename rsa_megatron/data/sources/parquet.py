@@ -30,7 +30,7 @@ class Parquet:
                     metadata, names = file.metadata, file.schema_arrow.names
                     self._groups.append([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
             except (pyarrow.ArrowException, OSError) as error:
-                raise ValueError(f"{path} is no parquet file that can be read: {error}; fetch it again") from error
+                raise ValueError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
             if not {"conversations", "messages"} & set(names):
                 raise ValueError(f"{path} has no column conversations or messages; its columns are {', '.join(names)}")
 

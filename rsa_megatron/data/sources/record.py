@@ -49,7 +49,7 @@ def inside(root: Path, relative: str) -> Path:
     try:
         resolved = (root / relative).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links
-        raise Unusable("missing image", f"{relative!r} is no path: {error}") from error
+        raise Unusable("missing image", f"{relative!r} is not a path: {error}") from error
     if not resolved.is_relative_to(root):
         raise fault
     return resolved

@@ -91,7 +91,7 @@ def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
         name = os.path.relpath(data_path, os.path.abspath(path.parent))
         prefix = f"{os.path.dirname(name) if is_jsonl else name}/" if is_mixture else ""
         if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
-            parts.append(Pairs.of([], Counter({f"of {name}, which says rsa: false": len(data_set)})))
+            parts.append(Pairs.of([], Counter({f"of {name}, which has rsa: false": len(data_set)})))
         elif is_jsonl:
             images = _images_of(path, loaded) if needs_image else data_path.parent
             parts.append(read_records(JsonLines(data_path), images, _subset(data_set), prefix, needs_image=needs_image))
@@ -130,8 +130,8 @@ def _data_sets(path: Path, split: str) -> list[LoadedDataset]:
         return load_dataset(path).get_datasets(training=False, split_part=split, worker_config=config).datasets
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
         raise ValueError(
-            f"{path}, part {split!r}: {error}; name another --split, or data that has this one "
-            "(rsa-megatron data pack --val) and all of whose data sets are there"
+            f"{path}, split {split!r}: {error}; name another --split, or data that has this one "
+            "(rsa-megatron data pack --val) and all of whose data sets exist"
         ) from error
 
 

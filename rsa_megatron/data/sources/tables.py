@@ -117,7 +117,7 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
     for name, wanted in (("split", split), ("language", language)):
         if passed[name]:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in passed[name].most_common(8))
-            found.left_out[f"of another {name} than {wanted!r} (--{name} names it; there are {kinds})"] = passed[
+            found.left_out[f"of another {name} than {wanted!r} (--{name} selects it; found: {kinds})"] = passed[
                 name
             ].total()
     return found.pairs()
@@ -178,7 +178,7 @@ def _lines(path: Path) -> Iterator[str]:
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut off or broken: {error}; fetch it again") from error
+        raise ValueError(f"{path} is truncated or broken: {error}; fetch it again") from error
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Sizes:
 
 def write_data_set(folder: Path, kind: str, sizes: Sizes) -> None:
     if folder.exists():
-        print(f"{folder}: there already")
+        print(f"{folder} already exists")
         return
     with atomic.new_folder(folder) as unfinished:
         counts = {"train": sizes.train, "val": sizes.validation} | ({"test": sizes.test} if sizes.test else {})
@@ -123,7 +123,7 @@ def index_data_set(folder: Path, kind: str) -> None:
 
 def write_tokenizer(folder: Path, sizes: Sizes) -> None:
     if folder.exists():
-        print(f"{folder}: there already")
+        print(f"{folder} already exists")
         return
     texts = [
         turn["value"]

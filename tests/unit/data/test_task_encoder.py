@@ -378,5 +378,5 @@ def test_a_data_set_of_unusable_samples_ends_the_run(encoder):
     for _ in range(99):
         with pytest.raises(SkipSample):
             encoder.encode_sample(stored(answer=""))
-    with pytest.raises(FatalSampleError, match="100 samples in a row cannot be used; the last: .*the caption is empty"):
+    with pytest.raises(FatalSampleError, match="100 samples in a row were skipped; the last: .*the caption is empty"):
         encoder.encode_sample(stored(answer=""))

@@ -156,7 +156,7 @@ def test_doubled_keys_are_named(tmp_path):
         ValueError, match=r"^1 key \(train-00000.tar/000003\) has more than one sample, which would share"
     ):
         write(tmp_path / "out", parts(val=[tell(KEYS[3], record(3), "")]))
-    with pytest.raises(ValueError, match="no sample to write"):
+    with pytest.raises(ValueError, match="no samples to write"):
         write(tmp_path / "out", {"train": []})
     assert nothing_written(tmp_path)
 
@@ -164,7 +164,7 @@ def test_doubled_keys_are_named(tmp_path):
 def test_what_is_there_is_not_written_over(tmp_path):
     write(tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match="out is there already: name another --out"):
+    with pytest.raises(ValueError, match="out already exists: name another --out"):
         write(tmp_path / "out")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
     (tmp_path / "two.unfinished").mkdir()
