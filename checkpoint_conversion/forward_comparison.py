@@ -45,7 +45,7 @@ class Sample:
     labels: Tensor
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def make_picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Noise on a slope: no two parts of it alike."""
     generator = torch.Generator().manual_seed(seed)
     slope = torch.linspace(0, 150, height)[:, None, None] + torch.linspace(0, 50, width)[None, :, None]
@@ -63,7 +63,7 @@ def make_samples(hf: Path) -> list[Sample]:
         "no image": [],
     }
     return [
-        make_sample(name, [picture(*shape, seed) for seed, shape in enumerate(sizes)], encoder, hf)
+        make_sample(name, [make_picture(*shape, seed) for seed, shape in enumerate(sizes)], encoder, hf)
         for name, sizes in shapes.items()
     ]
 
@@ -116,8 +116,8 @@ def _as_png(image: Image.Image) -> bytes:
 
 
 @torch.no_grad()
-def hugging_face_parts(hf: Path, samples: list[Sample], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """What transformers computes, by the names of verify.PARTS, float32 on the CPU."""
+def run_hugging_face(hf: Path, samples: list[Sample], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """What transformers computes, by the names of verify.OUTPUTS, float32 on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(hf, dtype=dtype).to(device).eval()
     results = []
@@ -143,9 +143,7 @@ def hugging_face_parts(hf: Path, samples: list[Sample], dtype: torch.dtype) -> l
 
 
 @torch.no_grad()
-def megatron_parts(
-    hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype
-) -> Iterator[dict[str, Tensor]]:
+def run_megatron(hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """The same of the Megatron model, sample by sample (logits are large), on `one_process`."""
     model = load_model(hf, checkpoint, dtype)
     device = next(model.parameters()).device
@@ -186,7 +184,7 @@ def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    from rsa_megatron.models.llava_onevision import LlavaOneVision, local_decoder_config
+    from rsa_megatron.models.llava_onevision import LlavaOneVision, make_local_decoder_config
 
     architecture = read_architecture(hf)
     folder = find_checkpoint(checkpoint, None)
@@ -194,7 +192,7 @@ def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):
     MegatronCheckpoint(folder, table(architecture))
     model = LlavaOneVision(
         architecture,
-        local_decoder_config(architecture, dtype),
+        make_local_decoder_config(architecture, dtype),
         padded_vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.decoder.max_position_embeddings,
         image_token_index=AutoTokenizer.from_pretrained(hf).convert_tokens_to_ids("<image>"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
-from checkpoint_conversion.initial_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
+from checkpoint_conversion.initial_weights import add_vocabulary_rows, drop_last_tower_layer, init_projector
 from checkpoint_conversion.lmms_lab import is_lmms_lab, read_lmms_lab
 from checkpoint_conversion.output_folder import output_folder
 from checkpoint_conversion.progress import progress
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    sources = _sources(args)
+    sources = _check_sources(args)
     is_onevision = bool(args.hf) and not is_lmms_lab(args.hf)  # a folder that transformers reads as it is
     if args.hf:
         architecture = read_architecture(args.hf) if is_onevision else read_lmms_lab(args.hf)
@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> None:
         if is_onevision:
             copy_model_files(args.hf, folder / "hf")
         else:
-            write_model_files(folder / "hf", architecture, _tokenizer(args.hf or args.language))
+            write_model_files(folder / "hf", architecture, _load_tokenizer(args.hf or args.language))
         with progress(len(tensors), num_bytes, args.out) as bar:
             save_checkpoint(folder / "release", rows, tensors, bar.update)
         (folder / "latest_checkpointed_iteration.txt").write_text("release")
 
 
-def _sources(args: argparse.Namespace) -> list[Path]:
+def _check_sources(args: argparse.Namespace) -> list[Path]:
     if bool(args.hf) == bool(args.vision or args.language) or bool(args.vision) != bool(args.language):
         raise ValueError("name either --hf DIR, or --vision DIR and --language DIR")
     if args.hf and args.seed is not None:
@@ -90,10 +90,10 @@ def _join_towers(
             raise ValueError(f"{folder}: {tensors[wrong[0]].source} is not a tensor of such a model")
     if EMBEDDINGS not in language:
         raise ValueError(f"--language: {EMBEDDINGS} is missing")
-    return vision | first_projector(architecture, seed, language[EMBEDDINGS].dtype) | language
+    return vision | init_projector(architecture, seed, language[EMBEDDINGS].dtype) | language
 
 
-def _tokenizer(folder: Path):
+def _load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

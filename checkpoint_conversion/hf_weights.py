@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint_conversion.key_aliases import canonical
+from checkpoint_conversion.key_aliases import to_hub_name
 from checkpoint_conversion.weight_map import EMBEDDINGS, LM_HEAD, Row, Shape, expected_shapes
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,9 +57,9 @@ def open_folder(folder: Path) -> dict[str, Readable]:
         ValueError: naming file or tensor, for files that are missing, broken or not safetensors.
     """
     found: dict[str, Readable] = {}
-    for file in weight_files(folder):
-        for tensor in _tensors_of(file):
-            name = canonical(tensor.name)
+    for file in find_weight_files(folder):
+        for tensor in _list_tensors(file):
+            name = to_hub_name(tensor.name)
             if name in found:
                 raise ValueError(f"{tensor.source} and {found[name].source} are both {name}; remove one of them")
             if name is not None:
@@ -67,7 +67,7 @@ def open_folder(folder: Path) -> dict[str, Readable]:
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
+def find_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: the one, or those that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
@@ -92,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json found")
 
 
-def _tensors_of(file: Path) -> list[StoredTensor]:
+def _list_tensors(file: Path) -> list[StoredTensor]:
     tensors = []
     try:
         with safe_open(file, "pt") as opened:
@@ -102,7 +102,7 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}; download it again") from error
     for name, _, dtype in tensors:
-        if dtype not in DTYPES and canonical(name) is not None:
+        if dtype not in DTYPES and to_hub_name(name) is not None:
             raise ValueError(
                 f"{file}, tensor {name}: its dtype {dtype} is quantised or not a float; convert it to bfloat16"
             )
@@ -114,7 +114,7 @@ def drop_tied_head(tensors: dict[str, Readable]) -> None:
     if LM_HEAD not in tensors:
         return
     head, embeddings = tensors[LM_HEAD], tensors.get(EMBEDDINGS)
-    if embeddings is not None and not _equal(head, embeddings):
+    if embeddings is not None and not _are_equal(head, embeddings):
         raise ValueError(
             f"{head.source} differs from the word embeddings, yet config.json has tie_word_embeddings true; set that to "
             "false to keep it, or remove the tensor to use the embeddings"
@@ -122,13 +122,13 @@ def drop_tied_head(tensors: dict[str, Readable]) -> None:
     del tensors[LM_HEAD]
 
 
-def _equal(a: Readable, b: Readable) -> bool:
+def _are_equal(a: Readable, b: Readable) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and all(
-        torch.equal(a.read(rows), b.read(rows)) for rows in row_blocks(a.shape, a.dtype)
+        torch.equal(a.read(rows), b.read(rows)) for rows in split_rows(a.shape, a.dtype)
     )
 
 
-def row_blocks(shape: Shape, dtype: torch.dtype, block_bytes: int = 64 * 2**20) -> list[slice]:
+def split_rows(shape: Shape, dtype: torch.dtype, block_bytes: int = 64 * 2**20) -> list[slice]:
     """Slices of rows, of about so many bytes each, that cover a tensor: word embeddings alone can be gigabytes."""
     bytes_per_row = dtype.itemsize * math.prod(shape[1:])
     step = max(1, block_bytes // bytes_per_row)
@@ -140,7 +140,9 @@ def check(tensors: dict[str, Readable], rows: list[Row], where: str) -> None:
     expected = expected_shapes(rows)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ValueError(f"{where}: {_some(missing)} missing; config.json requires shape {list(expected[missing[0]])}")
+        raise ValueError(
+            f"{where}: {_format_names(missing)} missing; config.json requires shape {list(expected[missing[0]])}"
+        )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise ValueError(
@@ -149,7 +151,7 @@ def check(tensors: dict[str, Readable], rows: list[Row], where: str) -> None:
     unknown = [tensor.source for name, tensor in tensors.items() if name not in expected]
     if unknown:
         raise ValueError(
-            f"{_some(unknown)} not part of the model that config.json describes; remove, or correct config.json"
+            f"{_format_names(unknown)} not part of the model that config.json describes; remove, or correct config.json"
         )
     for row in rows:
         # Layers are stored as one tensor, and parts are joined: neither may quietly change a dtype.
@@ -159,6 +161,6 @@ def check(tensors: dict[str, Readable], rows: list[Row], where: str) -> None:
             raise ValueError(f"{where}: {name} is {dtype} and {other} {other_dtype}; convert them to one dtype")
 
 
-def _some(names: list[str]) -> str:
+def _format_names(names: list[str]) -> str:
     more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
     return names[0] + more

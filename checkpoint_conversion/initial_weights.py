@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from checkpoint_conversion.hf_weights import Readable, row_blocks
+from checkpoint_conversion.hf_weights import Readable, split_rows
 from checkpoint_conversion.weight_map import EMBEDDINGS, IMAGE_NEWLINE, LM_HEAD, PROJECTOR, TOWER, Shape
 from rsa_megatron.models.architectures import Architecture
 
@@ -66,12 +66,12 @@ def add_vocabulary_rows(tensors: dict[str, Readable], vocab_size: int) -> None:
     for name in (EMBEDDINGS, LM_HEAD):
         tensor = tensors.get(name)
         if tensor is not None and tensor.shape[0] < vocab_size:
-            tensors[name] = WithMeanRows(tensor, vocab_size, _mean_row(tensor))
+            tensors[name] = WithMeanRows(tensor, vocab_size, _compute_mean_row(tensor))
 
 
-def _mean_row(tensor: Readable) -> Tensor:
+def _compute_mean_row(tensor: Readable) -> Tensor:
     # In float64: the sum of 150,000 rows in float32 would lose digits.
-    total = sum(tensor.read(rows).double().sum(0) for rows in row_blocks(tensor.shape, tensor.dtype))
+    total = sum(tensor.read(rows).double().sum(0) for rows in split_rows(tensor.shape, tensor.dtype))
     return (total / tensor.shape[0]).to(tensor.dtype)
 
 
@@ -83,7 +83,7 @@ def drop_last_tower_layer(tensors: dict[str, Readable], num_layers: int) -> None
             del tensors[name]
 
 
-def first_projector(architecture: Architecture, seed: int, dtype: torch.dtype) -> dict[str, Readable]:
+def init_projector(architecture: Architecture, seed: int, dtype: torch.dtype) -> dict[str, Readable]:
     """Projector and image_newline, the same for the same seed whatever the dtype."""
     width, hidden = architecture.vision.hidden_size, architecture.decoder.hidden_size
     generator = torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ _STRAY_PREFIXES = ("text_model.", "logit_scale", "logit_bias", TOWER + "head.")
 _STRAY_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")
 
 
-def canonical(name: str) -> str | None:
+def to_hub_name(name: str) -> str | None:
     """The hub's name for a tensor; None for one that is no part of the model, an unknown name unchanged."""
     for prefix, ours in _PREFIXES.items():
         if name.startswith(prefix):

@@ -36,7 +36,7 @@ def read_lmms_lab(folder: Path) -> Architecture:
     keys = {key: value for key, value in raw.items() if key != "model_type"}
     config = make_config(where, Qwen2Config.from_dict, keys)
     vision = get_architecture("llava-ov-7b").vision
-    grids = _grids(raw.get("image_grid_pinpoints"), vision.image_size, where)
+    grids = _parse_grids(raw.get("image_grid_pinpoints"), vision.image_size, where)
     check_grids(grids, vision.image_size, where)
     aspect_ratio = raw.get("image_aspect_ratio")
     if aspect_ratio == "anyres":  # nothing is shrunk: as many tiles may be kept as the largest grid has
@@ -46,7 +46,7 @@ def read_lmms_lab(folder: Path) -> Architecture:
     return Architecture(folder.name, vision, read_decoder(config, where), config.vocab_size, grids, max_tiles)
 
 
-def _grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]:
+def _parse_grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]:
     """(height, width) in pixels, in the order of lmms-lab, which has the width first."""
     try:
         if (

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--iteration", type=int, help="iteration of a --save folder; default: the latest")
     parser.add_argument("--hf-template", type=Path, help="folder to copy all but weights from; default: hf beside it")
-    parser.add_argument("--max-shard-size", type=_size, default="2GB", help="largest safetensors file; default 2GB")
+    parser.add_argument(
+        "--max-shard-size", type=_parse_size, default="2GB", help="largest safetensors file; default 2GB"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         copy_model_files(template, folder)
         _set_dtype(folder / "config.json", next(dtypes[row.key] for row in rows if EMBEDDINGS in row.parts))
         with progress(len(expected_shapes(rows)), num_bytes, args.out) as bar:
-            write_folder(folder, rows, dtypes, partial(_parts, checkpoint, bar), args.max_shard_size)
+            write_folder(folder, rows, dtypes, partial(_read_parts, checkpoint, bar), args.max_shard_size)
 
 
 def check_projector(run: Path, tower_width: int) -> int | None:
@@ -80,7 +82,7 @@ def check_projector(run: Path, tower_width: int) -> int | None:
     return width
 
 
-def _parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None) -> list[Tensor]:
+def _read_parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None) -> list[Tensor]:
     whole = checkpoint.read(row, layer)
     bar.update(whole.nbytes)
     return split(whole, [shape[0] for shape in row.parts.values()], row.groups)
@@ -94,7 +96,7 @@ def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _size(text: str) -> int:
+def _parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
     if not match or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text}: write it as 500MB or 2GB")

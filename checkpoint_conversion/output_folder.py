@@ -32,7 +32,7 @@ def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterab
         _put_in_place(unfinished, out)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        full = _full_disk(error)
+        full = _find_full_disk(error)
         if full is not None:
             what = full.strerror.lower()
             raise ValueError(f"--out {out}: {what}; nothing is left there, make room or name another disk") from error
@@ -74,7 +74,7 @@ def _rename(unfinished: Path, out: Path) -> None:
         os.close(folder)
 
 
-def _full_disk(error: BaseException | None) -> OSError | None:
+def _find_full_disk(error: BaseException | None) -> OSError | None:
     """The disk's refusal behind an error: torch's writer puts errors of its own in front of it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -111,11 +111,11 @@ class MegatronCheckpoint:
         self._check(rows)
 
     def dtype(self, row: Row) -> torch.dtype:
-        return self._tensors[self._place(row, row.layers[0])[0]].properties.dtype
+        return self._tensors[self._locate(row, row.layers[0])[0]].properties.dtype
 
     def read(self, row: Row, layer: int | None) -> Tensor:
         """One tensor, of row.shape; without padding rows."""
-        key, first = self._place(row, layer)
+        key, first = self._locate(row, layer)
         stored = self._tensors[key]
         wanted = ChunkStorageMetadata(
             offsets=torch.Size([*first, *[0] * len(row.shape)]), sizes=torch.Size([*[1] * len(first), *row.shape])
@@ -130,7 +130,7 @@ class MegatronCheckpoint:
             raise ValueError(f"{self._folder}: {key} cannot be read: {error}") from error
         return target.view(row.shape)
 
-    def _place(self, row: Row, layer: int | None) -> tuple[str, tuple[int, ...]]:
+    def _locate(self, row: Row, layer: int | None) -> tuple[str, tuple[int, ...]]:
         """The key of a tensor, and where in it: a stack's layers are stored as one tensor or, by some runs, apart."""
         if layer is None:
             return row.key, ()
@@ -141,7 +141,7 @@ class MegatronCheckpoint:
     def _check(self, rows: list[Row]) -> None:
         unknown = set(self._tensors)
         for row, layer in walk(rows):
-            key, first = self._place(row, layer)
+            key, first = self._locate(row, layer)
             if key not in self._tensors:
                 raise ValueError(f"{self._folder}: {key} is missing; config.json requires shape {list(row.shape)}")
             if key not in unknown:

@@ -20,7 +20,7 @@ from checkpoint_conversion.torch_dist_load import find_checkpoint
 from rsa_megatron.models.hf_config import read_architecture
 
 # In the order in which they are computed: the first that differs is where to look.
-PARTS = ("pixels", "vision features", "projected tokens", "last hidden state", "logits", "loss")
+OUTPUTS = ("pixels", "vision features", "projected tokens", "last hidden state", "logits", "loss")
 
 # A hundred layers' roundings: of 6e-8 each in float32, 4e-3 in bfloat16; they add up like steps of a random walk.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -50,25 +50,25 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     dtype = getattr(torch, args.dtype)
     samples = forward_comparison.make_samples(args.hf)
-    expected = forward_comparison.hugging_face_parts(args.hf, samples, dtype)
+    expected = forward_comparison.run_hugging_face(args.hf, samples, dtype)
     gc.collect()
     megatron_on_cpu.enable()  # what it replaces in torch is not for transformers, which has had its turn
     with forward_comparison.one_process():
-        actual = forward_comparison.megatron_parts(args.hf, args.checkpoint, samples, dtype)
+        actual = forward_comparison.run_megatron(args.hf, args.checkpoint, samples, dtype)
         return report([sample.name for sample in samples], expected, actual, args.tolerance or TOLERANCES[args.dtype])
 
 
 def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], tolerance: float) -> int:
     """Print the table of differences, samples by parts; 1 when one is above the tolerance."""
-    print(f"{'sample':<16}" + "".join(f"{part:>20}" for part in PARTS))
+    print(f"{'sample':<16}" + "".join(f"{part:>20}" for part in OUTPUTS))
     worst = None
     for name, theirs, ours in zip(names, expected, actual):
-        differences = {part: difference(ours[part], theirs[part]) for part in PARTS if part in theirs}
-        figures = (f"{differences[part]:.1e}" if part in differences else "-" for part in PARTS)
+        differences = {part: compute_difference(ours[part], theirs[part]) for part in OUTPUTS if part in theirs}
+        figures = (f"{differences[part]:.1e}" if part in differences else "-" for part in OUTPUTS)
         print(f"{name:<16}" + "".join(f"{figure:>20}" for figure in figures), flush=True)
         for part, value in differences.items():
             # (also nan)
-            if not value <= tolerance and (worst is None or PARTS.index(part) < PARTS.index(worst[0])):
+            if not value <= tolerance and (worst is None or OUTPUTS.index(part) < OUTPUTS.index(worst[0])):
                 worst = part, name, value
     if worst is None:
         print(f"the same, to {tolerance:.0e} of the largest value")
@@ -82,7 +82,7 @@ def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], t
     return 1
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
+def compute_difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference as a part of the largest value; inf where the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")

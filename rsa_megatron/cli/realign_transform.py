@@ -24,17 +24,17 @@ from rsa_megatron.cli.realign_sources import (
     stored,
 )
 from rsa_megatron.data.prepare.embedding_shards import (
+    EmbeddingInfo,
     EmbeddingTable,
-    Told,
     check_free,
-    tell,
+    make_embedding_info,
     write_embedding_shards,
 )
 from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs
-from rsa_megatron.data.sources.pairs import CaptionedImage, in_words
+from rsa_megatron.data.sources.pairs import CaptionedImage, format_counts
 from rsa_megatron.data.sources.record import Unusable
-from rsa_megatron.data.sources.shards import is_rsa, parts_of
+from rsa_megatron.data.sources.shards import is_rsa, list_splits
 from rsa_megatron.evaluation.embedding_files import Embeddings, of_store, open_embeddings
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.evaluation.stored_features import Drawn
@@ -175,7 +175,7 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     said = ", ".join(f"{count} samples for {part}" for part, count in counts.items())
     print(f"{args.out}: {said}; embeddings of {what}, {rows.sources[0].width} numbers each")
     if left_out:
-        print(f"    left out: {in_words(left_out)}")
+        print(f"    left out: {format_counts(left_out)}")
     stage = "--stage revision" if operator else "--image-positions N"
     print(f"    train with {stage} --data-path {args.out} --image-embedding-width {rows.sources[0].width}")
 
@@ -191,7 +191,7 @@ def draws(args: argparse.Namespace) -> dict[str, Drawn]:
             raise ValueError(
                 f"--rsa and --val: {args.data} says itself which samples take part and are held out; leave them out"
             )
-    parts = parts_of(args.data) if is_prepared(args.data) else ["train"]
+    parts = list_splits(args.data) if is_prepared(args.data) else ["train"]
     options = {"language": args.language_code}
     if side_of(args) == "text":
         return {part: drawn(args, args.data, open_captions(args.data, split=part, **options), part) for part in parts}
@@ -241,13 +241,15 @@ def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
         )
 
 
-def _told(pairs: list[CaptionedImage], not_embedded: set[str], by_id: bool, left_out: Counter) -> Iterator[Told]:
+def _told(
+    pairs: list[CaptionedImage], not_embedded: set[str], by_id: bool, left_out: Counter
+) -> Iterator[EmbeddingInfo]:
     for pair in pairs:
         if pair.key in not_embedded:
             left_out["that could not be embedded"] += 1
             continue
         try:
-            yield tell(pair.key, pair.record, pair.caption, by_id=by_id)
+            yield make_embedding_info(pair.key, pair.record, pair.caption, by_id=by_id)
         except Unusable as fault:
             left_out[fault.kind] += 1
 

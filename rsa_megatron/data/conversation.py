@@ -40,7 +40,7 @@ class EncodedText:
     #: this token is the caption's
     is_caption: list[bool] = field(default_factory=list)
 
-    def truncated(self, length: int) -> "EncodedText":
+    def truncate(self, length: int) -> "EncodedText":
         """The first `length` tokens."""
         return EncodedText(self.tokens[:length], self.is_target[:length], self.is_caption[:length])
 
@@ -73,7 +73,7 @@ def check_conversation(conversation: list) -> list[tuple[str, str]]:
     """
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise ValueError('a turn of "conversations" is not {"from": ..., "value": ...}')
-    turns = [(_role(turn), turn.get("value", turn.get("content"))) for turn in conversation]
+    turns = [(_get_role(turn), turn.get("value", turn.get("content"))) for turn in conversation]
     answers = [value for role, value in turns if role == "assistant"]
     if not answers or not all(isinstance(value, str) for _, value in turns):
         raise ValueError('"conversations" needs turns {"from": "human" or "gpt", "value": text}, one of them from gpt')
@@ -93,11 +93,11 @@ def encode(
     Raises:
         ValueError: when it is not a conversation, or has no answer.
     """
-    turns = [(role, _image_first(value)) for role, value in check_conversation(conversation)]
-    pieces = _plain(turns) if template == "plain" else _qwen_1_5(turns, label_style)
+    turns = [(role, _move_image_first(value)) for role, value in check_conversation(conversation)]
+    pieces = _format_plain(turns) if template == "plain" else _format_qwen_1_5(turns, label_style)
     text = _tokenize(tokenizer, pieces)
     if template == "qwen_1_5" and label_style == "llava":
-        always = _always_learnt(tokenizer)
+        always = _get_always_trained(tokenizer)
         text.is_target = [target or token in always for token, target in zip(text.tokens, text.is_target)]
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text.is_target = [target and token != image for token, target in zip(text.tokens, text.is_target)]
@@ -106,14 +106,14 @@ def encode(
 
 
 @functools.lru_cache(maxsize=8)
-def _always_learnt(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+def _get_always_trained(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """Of the style llava, wherever they stand; asked for once, not for each sample."""
     return frozenset(
         [*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]]
     )
 
 
-def _role(turn: dict) -> str:
+def _get_role(turn: dict) -> str:
     speaker = turn.get("from", turn.get("role"))
     if not isinstance(speaker, str) or speaker not in _ROLES:
         raise ValueError(f'a turn of "conversations" is from {speaker!r}; it must be human, gpt or system')
@@ -124,7 +124,7 @@ def _role(turn: dict) -> str:
 _Piece = tuple[str, bool, bool]
 
 
-def _plain(turns: list[tuple[str, str]]) -> list[_Piece]:
+def _format_plain(turns: list[tuple[str, str]]) -> list[_Piece]:
     num_images = sum(value.count(IMAGE_TOKEN) for role, value in turns if role != "assistant")
     pieces = [(IMAGE_TOKEN * num_images, False, False)]
     for role, value in turns:
@@ -133,7 +133,7 @@ def _plain(turns: list[tuple[str, str]]) -> list[_Piece]:
     return pieces
 
 
-def _qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
+def _format_qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
     if turns[0][0] != "system":
         turns = [("system", SYSTEM_PROMPT), *turns]
     if turns[1][0] == "assistant":
@@ -154,7 +154,7 @@ def _qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
     return pieces
 
 
-def _image_first(value: str) -> str:
+def _move_image_first(value: str) -> str:
     """A turn's only image comes first, on a line of its own."""
     if value.count(IMAGE_TOKEN) != 1 or value.startswith(IMAGE_TOKEN):
         return value

@@ -22,7 +22,7 @@ def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch
         micro_batch_size: which each of them must fill at least once in an evaluation.
     """
     for part in parts:
-        shards = _shards(path, part)
+        shards = _list_shards(path, part)
         num_samples = sum(shard.count for shard in shards)
         if part == "val" and shards and num_samples // num_readers < micro_batch_size:
             raise ValueError(
@@ -51,36 +51,36 @@ def fingerprint(path: str) -> str:
     """A short name for what the training part behind `path` holds: shards by name and size, and how they are mixed."""
     parts = [
         (
-            [(shard.path.parent.name, shard.name, shard.count) for shard in _shards_of(loaded)],
+            [(shard.path.parent.name, shard.name, shard.count) for shard in _get_shards(loaded)],
             loaded.weight,
             loaded.repetitions,
             repr(getattr(loaded.dataset, "subset", None)),
         )
-        for loaded in _loaded(path, "train")
+        for loaded in _load(path, "train")
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
-def _shards(path: str, part: str) -> list[ShardInfo]:
-    return [shard for loaded in _loaded(path, part) for shard in _shards_of(loaded)]
+def _list_shards(path: str, part: str) -> list[ShardInfo]:
+    return [shard for loaded in _load(path, part) for shard in _get_shards(loaded)]
 
 
-def _shards_of(loaded: LoadedDataset) -> list[ShardInfo]:
+def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:
     dataset = loaded.dataset
     if isinstance(dataset, CrudeJsonlDatasetFactory):
         return [ShardInfo(name=dataset.path.name, path=dataset.path, count=len(dataset))]
     return getattr(dataset, "shards", [])
 
 
-def _loaded(path: str, part: str) -> list[LoadedDataset]:
+def _load(path: str, part: str) -> list[LoadedDataset]:
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
         return load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config).datasets
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
-        raise ValueError(f"--data-path {path}, split {part!r}: {error}; {_remedy(path, str(error))}") from error
+        raise ValueError(f"--data-path {path}, split {part!r}: {error}; {_suggest_remedy(path, str(error))}") from error
 
 
-def _remedy(path: str, error: str) -> str:
+def _suggest_remedy(path: str, error: str) -> str:
     if "://" not in path and not Path(path).exists():
         return "it does not exist"
     if Path(path, "mixture.yaml").is_file():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.anyres import ImageLayout
-from rsa_megatron.data.tiles import in_order
+from rsa_megatron.data.tiles import sort_by_number
 
 #: The name of a part of a stored sample that is an embedding: "npy" or "0.npy".
 EMBEDDING_PART = re.compile(r"(?:([0-9]+)\.)?npy")
@@ -38,7 +38,7 @@ class ImageEmbeddings:
         Raises:
             ValueError: the names are neither "npy" alone nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
         """
-        return [self._decode(name, parts[name]) for name in in_order(parts, self.part, "0.npy, 1.npy, ...")]
+        return [self._decode(name, parts[name]) for name in sort_by_number(parts, self.part, "0.npy, 1.npy, ...")]
 
     def layouts(self, embeddings: list[Tensor]) -> list[ImageLayout]:
         return [ImageLayout.of_embedding(self.positions)] * len(embeddings)

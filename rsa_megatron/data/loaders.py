@@ -28,7 +28,7 @@ class TrainLoader:
     """Batches of the training part, with a position that can be saved and taken up again.
 
     Args:
-        one_epoch: iterations of a single pass over the data (`epoch_iterations`), after which there are empty batches: ranks
+        one_epoch: iterations of a single pass over the data (`count_epoch_iterations`), after which there are empty batches: ranks
             end together, whatever each has read. 0: the data never ends.
         drop_last: with one_epoch, leave out samples that do not fill a micro-batch.
 
@@ -67,7 +67,7 @@ class TrainLoader:
             drop_last=drop_last,
         )
         self._task_encoder = task_encoder
-        self._loader: SavableDataLoader = _with_workers_apart(get_savable_loader(dataset))
+        self._loader: SavableDataLoader = _isolate_workers(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
         self._ended = False
 
@@ -101,7 +101,7 @@ class TrainLoader:
             self._loader.restore_state_rank(from_plain(state["energon"]))
 
 
-def epoch_iterations(
+def count_epoch_iterations(
     path: str,
     *,
     data_parallel_size: int,
@@ -166,7 +166,7 @@ class ValidationLoader:
             batch_drop_last=True,
             task_encoder=task_encoder,
         )
-        self._loader = _with_workers_apart(get_loader(dataset))
+        self._loader = _isolate_workers(get_loader(dataset))
         self._batches: Iterator[LlavaBatch] = iter(())
 
     def __iter__(self):
@@ -186,7 +186,7 @@ class ValidationLoader:
         return iter(self._loader)
 
 
-def _with_workers_apart(loader: DataLoader) -> DataLoader:
+def _isolate_workers(loader: DataLoader) -> DataLoader:
     """Its data workers in process groups of their own.
 
     A scheduler's signal to end with a checkpoint may go to a rank's whole group, and ends data workers on the spot:

@@ -42,13 +42,13 @@ def check_embeddings(path: str, part: str, embeddings: ImageEmbeddings) -> None:
             "it has no embedding (.npy); name data that rsa-megatron realign transform has written, or train on pixels"
         )
         if found:
-            fault = _fault(found, embeddings)
+            fault = _find_fault(found, embeddings)
         if fault:
             raise ValueError(f"--data-path {path}: sample {sample.__key__} of split {part}: {fault}")
         return
 
 
-def _fault(found: dict, embeddings: ImageEmbeddings) -> str | None:
+def _find_fault(found: dict, embeddings: ImageEmbeddings) -> str | None:
     try:
         embeddings.decode(found)
     except Exception as error:  # of a linked sample the file may be missing

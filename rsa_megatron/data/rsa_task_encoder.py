@@ -5,7 +5,7 @@
 
 A batch of many samples often keeps nothing of the single one: a job's `batch` may hand on the subflavors of its first
 sample alone, `encode_batch` may turn a dataclass into a dict and lose what is no field of it, and so does packing. So
-nothing is hung onto the job's samples. Each travels through Energon inside a `_Kept`, beside what RSA must know of it;
+nothing is hung onto the job's samples. Each travels through Energon inside a `_Tracked`, beside what RSA must know of it;
 each method of the job is given what it was always given, and what it returns is kept again.
 
 Energon looks at a task encoder's methods when it builds its data sets (`build_encode_sample`, `build_batch`): there it is
@@ -57,17 +57,17 @@ class RSATaskEncoder:
         By default what its subflavor `rsa` says, and True where there is none. That it has exactly one image need not be
         looked at here. For a sample that holds several, packed beforehand, one answer for each of them.
         """
-        subflavors = _field(sample, "__subflavors__")
+        subflavors = _get_field(sample, "__subflavors__")
         if subflavors is None:
             raise FatalSampleError(
-                f"sample {_key(sample)} has no __subflavors__, where `rsa: true` or `rsa: false` would be: give its data set "
+                f"sample {_get_key(sample)} has no __subflavors__, where `rsa: true` or `rsa: false` would be: give its data set "
                 f"`subflavors: {{rsa: ...}}` and hand them on where it is cooked (basic_sample_keys), or override rsa_eligible"
             )
         flag = subflavors.get("rsa", True)
         flag = {"true": True, "false": False}.get(flag.lower(), flag) if isinstance(flag, str) else flag
         if not isinstance(flag, bool):
             raise FatalSampleError(
-                f"sample {_key(sample)}: its data set's subflavor rsa is {flag!r}; it must be true or false"
+                f"sample {_get_key(sample)}: its data set's subflavor rsa is {flag!r}; it must be true or false"
             )
         return flag
 
@@ -92,23 +92,23 @@ class RSATaskEncoder:
 
     def build_encode_sample(self, dataset, **settings):
         # The answer is kept from the first stage on, whether the job does anything there or not.
-        first = "preencode_sample" if _overridden(self, "preencode_sample") else "encode_sample"
-        with _shown_to_energon(self, [first]):
+        first = "preencode_sample" if _is_overridden(self, "preencode_sample") else "encode_sample"
+        with _expose_to_energon(self, [first]):
             return super().build_encode_sample(dataset, **settings)
 
     def build_batch(self, dataset, *, batch_size: int | None, **settings):
-        if batch_size is None and not _overridden(self, "batch_group_criterion"):
+        if batch_size is None and not _is_overridden(self, "batch_group_criterion"):
             raise ValueError(
                 f"batch_size is None: {ELIGIBLE} is added to batches; give a batch_size, 1 for sequences as they are"
             )
         optional = ["postencode_sample", "select_samples_to_pack", "pack_selected_samples", "batch_group_criterion"]
-        stages = [name for name in optional if _overridden(self, name)] + ["batch", "encode_batch"]
-        with _shown_to_energon(self, stages):
+        stages = [name for name in optional if _is_overridden(self, name)] + ["batch", "encode_batch"]
+        with _expose_to_energon(self, stages):
             return super().build_batch(dataset, batch_size=batch_size, **settings)
 
 
 @dataclass
-class _Kept:
+class _Tracked:
     """Something of the job's and what RSA must know of it; Energon has it in its place."""
 
     #: a sample, a packed row, or a batch not encoded yet
@@ -134,56 +134,56 @@ class _Kept:
 # What Energon calls in place of the job's method, which comes as the second argument.
 
 
-def _encode_sample(encoder: RSATaskEncoder, encode: Callable, sample) -> _Kept:
-    kept = _keep(encoder, sample)
-    return replace(kept, inner=encode(kept.inner))
+def _encode_sample(encoder: RSATaskEncoder, encode: Callable, sample) -> _Tracked:
+    tracked = _track(encoder, sample)
+    return replace(tracked, inner=encode(tracked.inner))
 
 
-def _encode_sample_to_many(encoder: RSATaskEncoder, encode: Callable, sample) -> Iterator[_Kept]:
-    kept = _keep(encoder, sample)
-    for encoded in encode(kept.inner):
-        yield replace(kept, inner=encoded)
+def _encode_sample_to_many(encoder: RSATaskEncoder, encode: Callable, sample) -> Iterator[_Tracked]:
+    tracked = _track(encoder, sample)
+    for encoded in encode(tracked.inner):
+        yield replace(tracked, inner=encoded)
 
 
-def _select_samples_to_pack(encoder: RSATaskEncoder, select: Callable, samples: list[_Kept]) -> list[list[_Kept]]:
-    kept = {id(sample.inner): sample for sample in samples}
+def _select_samples_to_pack(encoder: RSATaskEncoder, select: Callable, samples: list[_Tracked]) -> list[list[_Tracked]]:
+    tracked = {id(sample.inner): sample for sample in samples}
     packs = [list(pack) for pack in select([sample.inner for sample in samples])]
     for sample in (sample for pack in packs for sample in pack):
-        if id(sample) not in kept:
+        if id(sample) not in tracked:
             raise FatalSampleError(
-                f"select_samples_to_pack returned sample {_key(sample)}, which it was not given: return the given ones; "
+                f"select_samples_to_pack returned sample {_get_key(sample)}, which it was not given: return the given ones; "
                 f"change samples in pack_selected_samples"
             )
-    return [[kept[id(sample)] for sample in pack] for pack in packs]
+    return [[tracked[id(sample)] for sample in pack] for pack in packs]
 
 
-def _pack_selected_samples(encoder: RSATaskEncoder, pack: Callable, samples: list[_Kept]) -> _Kept:
-    row = _together(encoder, samples)
+def _pack_selected_samples(encoder: RSATaskEncoder, pack: Callable, samples: list[_Tracked]) -> _Tracked:
+    row = _merge(encoder, samples)
     row.inner = pack(row.inner)
     if row.masks is not None:
-        row.masks = [_checked(encoder, row.inner, encoder.rsa_packed_caption_mask(row.inner, row.masks))]
+        row.masks = [_check_mask(encoder, row.inner, encoder.rsa_packed_caption_mask(row.inner, row.masks))]
     return row
 
 
-def _batch_group_criterion(encoder: RSATaskEncoder, criterion: Callable, sample: _Kept):
+def _batch_group_criterion(encoder: RSATaskEncoder, criterion: Callable, sample: _Tracked):
     return criterion(sample.inner)
 
 
-def _batch(encoder: RSATaskEncoder, batch: Callable, samples: list[_Kept]) -> _Kept:
-    together = _together(encoder, samples)
-    together.inner = batch(together.inner)
-    return together
+def _batch(encoder: RSATaskEncoder, batch: Callable, samples: list[_Tracked]) -> _Tracked:
+    merged = _merge(encoder, samples)
+    merged.inner = batch(merged.inner)
+    return merged
 
 
-def _encode_batch(encoder: RSATaskEncoder, encode: Callable, raw: _Kept):
+def _encode_batch(encoder: RSATaskEncoder, encode: Callable, raw: _Tracked):
     batch = encode(raw.inner)
     _deliver(batch, ELIGIBLE, torch.tensor(raw.eligible, dtype=torch.int64))
     if raw.masks is not None:
-        _deliver(batch, CAPTION_MASK, _as_long_as_text(encoder, batch, raw.masks))
+        _deliver(batch, CAPTION_MASK, _fit_to_text(encoder, batch, raw.masks))
     return batch
 
 
-_IN_PLACE = {
+_REPLACEMENTS = {
     "preencode_sample": _encode_sample,
     "encode_sample": _encode_sample,
     "postencode_sample": _encode_sample,
@@ -195,8 +195,8 @@ _IN_PLACE = {
 }
 
 
-def _stage(encoder: RSATaskEncoder, name: str) -> Callable:
-    method, function = getattr(encoder, name), _IN_PLACE[name]
+def _make_stage(encoder: RSATaskEncoder, name: str) -> Callable:
+    method, function = getattr(encoder, name), _REPLACEMENTS[name]
     if inspect.isgeneratorfunction(method):
         if function is not _encode_sample:
             raise ValueError(
@@ -208,7 +208,7 @@ def _stage(encoder: RSATaskEncoder, name: str) -> Callable:
     return functools.update_wrapper(functools.partial(function, encoder, method), method)
 
 
-def _overridden(encoder: RSATaskEncoder, name: str) -> bool:
+def _is_overridden(encoder: RSATaskEncoder, name: str) -> bool:
     method = getattr(encoder, name, None)  # Energon 6 has no preencode_sample
     function = getattr(method, "__func__", method)
     return method is not None and not any(
@@ -217,9 +217,9 @@ def _overridden(encoder: RSATaskEncoder, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _shown_to_energon(encoder: RSATaskEncoder, names: list[str]) -> Iterator[None]:
+def _expose_to_energon(encoder: RSATaskEncoder, names: list[str]) -> Iterator[None]:
     """Ours as attributes of the encoder, which go before its class's methods."""
-    stages = {name: _stage(encoder, name) for name in names}
+    stages = {name: _make_stage(encoder, name) for name in names}
     attributes = vars(encoder)
     own = {name: attributes[name] for name in names if name in attributes}
     attributes.update(stages)
@@ -231,53 +231,53 @@ def _shown_to_energon(encoder: RSATaskEncoder, names: list[str]) -> Iterator[Non
         attributes.update(own)
 
 
-def _keep(encoder: RSATaskEncoder, sample) -> _Kept:
-    if isinstance(sample, _Kept):  # of the stage before
+def _track(encoder: RSATaskEncoder, sample) -> _Tracked:
+    if isinstance(sample, _Tracked):  # of the stage before
         return sample
     answer = encoder.rsa_eligible(sample)
     answers = answer if isinstance(answer, (list, tuple)) else [answer]
     if not all(one in (True, False) for one in answers):
         raise FatalSampleError(
-            f"rsa_eligible returned {answer!r} for sample {_key(sample)}; it must return True or False"
+            f"rsa_eligible returned {answer!r} for sample {_get_key(sample)}; it must return True or False"
         )
-    return _Kept(sample, tuple(bool(one) for one in answers))
+    return _Tracked(sample, tuple(bool(one) for one in answers))
 
 
-def _together(encoder: RSATaskEncoder, samples: list[_Kept]) -> _Kept:
+def _merge(encoder: RSATaskEncoder, samples: list[_Tracked]) -> _Tracked:
     """The samples of a row or a batch as the job knows them, with what is known of them in their order."""
     eligible = tuple(one for sample in samples for one in sample.eligible)
     masks = None
     if type(encoder).rsa_caption_mask is not RSATaskEncoder.rsa_caption_mask:
-        masks = [mask for sample in samples for mask in sample.masks or [_caption_mask(encoder, sample)]]
-    return _Kept([sample.inner for sample in samples], eligible, masks)
+        masks = [mask for sample in samples for mask in sample.masks or [_get_caption_mask(encoder, sample)]]
+    return _Tracked([sample.inner for sample in samples], eligible, masks)
 
 
-def _caption_mask(encoder: RSATaskEncoder, sample: _Kept) -> Tensor:
+def _get_caption_mask(encoder: RSATaskEncoder, sample: _Tracked) -> Tensor:
     mask = encoder.rsa_caption_mask(sample.inner)
     if mask is None and any(sample.eligible):
         raise FatalSampleError(
-            f"rsa_caption_mask returned None for sample {_key(sample.inner)}, which rsa_eligible selects: return its mask"
+            f"rsa_caption_mask returned None for sample {_get_key(sample.inner)}, which rsa_eligible selects: return its mask"
         )
     if mask is None:
-        return torch.zeros(len(_text(encoder, sample.inner)), dtype=torch.int64)
-    return _checked(encoder, sample.inner, mask)
+        return torch.zeros(len(_get_text(encoder, sample.inner)), dtype=torch.int64)
+    return _check_mask(encoder, sample.inner, mask)
 
 
-def _checked(encoder: RSATaskEncoder, sample, mask) -> Tensor:
+def _check_mask(encoder: RSATaskEncoder, sample, mask) -> Tensor:
     # A sample's text may have another name than a batch's.
-    mask, text = torch.as_tensor(mask), _field(sample, encoder.rsa_text_field)
+    mask, text = torch.as_tensor(mask), _get_field(sample, encoder.rsa_text_field)
     if mask.ndim != 1 or (text is not None and len(text) != len(mask)):
         raise FatalSampleError(
-            f"the caption mask of sample {_key(sample)} has the shape {list(mask.shape)}, its {encoder.rsa_text_field} are "
+            f"the caption mask of sample {_get_key(sample)} has the shape {list(mask.shape)}, its {encoder.rsa_text_field} are "
             f"{'unknown' if text is None else len(text)}: rsa_caption_mask must have one number for each token, and "
             f"rsa_packed_caption_mask where packing pads"
         )
     return mask.ne(0).long()
 
 
-def _as_long_as_text(encoder: RSATaskEncoder, batch, masks: list[Tensor]) -> Tensor:
+def _fit_to_text(encoder: RSATaskEncoder, batch, masks: list[Tensor]) -> Tensor:
     """The rows' masks, [B, S]: padded with 0, and cut where the job has cut the text."""
-    shape = tuple(_text(encoder, batch).shape)
+    shape = tuple(_get_text(encoder, batch).shape)
     if len(shape) != 2 or shape[0] != len(masks):
         raise FatalSampleError(
             f"the batch's {encoder.rsa_text_field} have the shape {list(shape)} and were made of {len(masks)} samples: a "
@@ -289,8 +289,8 @@ def _as_long_as_text(encoder: RSATaskEncoder, batch, masks: list[Tensor]) -> Ten
     return padded
 
 
-def _text(encoder: RSATaskEncoder, holder) -> Tensor:
-    text = _field(holder, encoder.rsa_text_field)
+def _get_text(encoder: RSATaskEncoder, holder) -> Tensor:
+    text = _get_field(holder, encoder.rsa_text_field)
     if text is None:
         raise FatalSampleError(
             f"a {type(holder).__name__} of {type(encoder).__name__} has no {encoder.rsa_text_field!r}, which sets the "
@@ -310,11 +310,11 @@ def _deliver(batch, name: str, value: Tensor) -> None:
     )
 
 
-def _key(sample) -> str:
-    return _field(sample, "__key__", "without a __key__")
+def _get_key(sample) -> str:
+    return _get_field(sample, "__key__", "without a __key__")
 
 
-def _field(holder, name: str, default=None):
+def _get_field(holder, name: str, default=None):
     """A key of a mapping, or an attribute."""
     return holder.get(name, default) if isinstance(holder, Mapping) else getattr(holder, name, default)
 

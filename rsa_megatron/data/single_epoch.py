@@ -8,7 +8,7 @@ from megatron.energon.wrappers import ShuffleBufferDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 
-def shuffled_once(dataset: SavableDataset, shuffle_buffer_size: int, worker_config: WorkerConfig) -> SavableDataset:
+def shuffle_once(dataset: SavableDataset, shuffle_buffer_size: int, worker_config: WorkerConfig) -> SavableDataset:
     """Each sample of a data set that ends, once, in the order of Energon's shuffle buffer."""
     dataset = _OnePass(dataset, worker_config=worker_config)
     if shuffle_buffer_size <= 1:

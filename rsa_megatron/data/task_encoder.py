@@ -33,8 +33,8 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
-from rsa_megatron.data.single_epoch import shuffled_once
-from rsa_megatron.data.sources.record import Unusable, inside
+from rsa_megatron.data.single_epoch import shuffle_once
+from rsa_megatron.data.sources.record import Unusable, resolve_inside
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
 
 if TYPE_CHECKING:  # for annotations alone
@@ -67,7 +67,7 @@ class EncodedSample(Sample):
     #: positions of the row, image tokens included; 0 for an empty sample
     row_length: int
     #: whether its text was longer
-    is_cut: bool
+    is_truncated: bool
 
 
 @stateless
@@ -103,7 +103,7 @@ def _read_image(path: str, images: FileStore | None) -> bytes:
         raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
     root = EPath(images.get_path())
     if (
-        root.is_local() and not inside(Path(images.get_path()).resolve(), path).is_file()
+        root.is_local() and not resolve_inside(Path(images.get_path()).resolve(), path).is_file()
     ):  # reading a pipe would never end
         raise ValueError(f"its image {path} is not a file in {root}")
     return images[path][0]
@@ -170,7 +170,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
 
     def build_encode_sample(self, dataset, *, worker_config):
         if self._shuffle_once is not None:
-            dataset = shuffled_once(dataset, self._shuffle_once, worker_config)
+            dataset = shuffle_once(dataset, self._shuffle_once, worker_config)
         return super().build_encode_sample(dataset, worker_config=worker_config)
 
     @stateless
@@ -181,12 +181,12 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             self._skip(sample, error)
             if not self._fill_to:
                 raise SkipSample from error
-            return EncodedSample.derive_from(sample, **self._empty())
+            return EncodedSample.derive_from(sample, **self._make_empty())
         self._num_skipped_in_a_row = 0
         return encoded
 
     def batch(self, samples: list[EncodedSample]) -> LlavaBatch:
-        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * (
+        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._make_empty())] * (
             (self._fill_to or 0) - len(samples)
         )
         texts = [sample.text for sample in samples]
@@ -204,7 +204,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             tokens=rows(lambda text: text.tokens, 0, -1, pad),
             labels=rows(lambda text: text.tokens, 1, 0, pad),
             loss_mask=rows(lambda text: text.is_target, 1, 0).float(),
-            images=_joined([sample.tiles for sample in samples]),
+            images=_join_tiles([sample.tiles for sample in samples]),
             image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 6),
             row_lengths=torch.tensor([sample.row_length for sample in samples]),
             rsa=RSASamples(
@@ -216,24 +216,26 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             keys=[sample.__key__ for sample in samples],
             records=[sample.record for sample in samples],
             num_skipped=num_skipped,
-            num_truncated=sum(sample.is_cut for sample in samples),
+            num_truncated=sum(sample.is_truncated for sample in samples),
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
         record = _read_record(sample.record)
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
-        num_told = text.tokens.count(self._image_token_id)
+        num_image_tokens = text.tokens.count(self._image_token_id)
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
-        if num_told != len(parts):
+        if num_image_tokens != len(parts):
             what = "precomputed embedding(s) (.npy)"
             if isinstance(self._images, ImageTiler):
                 what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (
                     len(sample.images) > len(parts)
                 )
-            raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}")
-        images = self._images.decode(_readable(parts))
+            raise ValueError(
+                f"its text has {num_image_tokens} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}"
+            )
+        images = self._images.decode(_check_readable(parts))
         layouts = self._images.layouts(images)
-        whole, text = text, self._cut(text, layouts)
+        whole, text = text, self._truncate(text, layouts)
         return EncodedSample.derive_from(
             sample,
             text=text,
@@ -242,33 +244,39 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             # An image-caption pair, as the paper asks for (section 3.3), of which the caption is still there.
             eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption[:-1]),
             record=record,
-            row_length=len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts),
-            is_cut=text is not whole,
+            row_length=len(text.tokens) - 1 + self._count_image_tokens(layouts) - len(layouts),
+            is_truncated=text is not whole,
         )
 
-    def _num_image_tokens(self, layouts: list[ImageLayout]) -> int:
+    def _count_image_tokens(self, layouts: list[ImageLayout]) -> int:
         return sum(layout.num_tokens(self.tokens_per_side, self.max_tiles) for layout in layouts)
 
-    def _cut(self, text: conversation.EncodedText, layouts: list[ImageLayout]) -> conversation.EncodedText:
+    def _truncate(self, text: conversation.EncodedText, layouts: list[ImageLayout]) -> conversation.EncodedText:
         """What fits the longest row: the row is all tokens but the last, each image being as many as it is cut into."""
-        room = self.max_sequence_length + 1 + len(layouts) - self._num_image_tokens(layouts)
+        room = self.max_sequence_length + 1 + len(layouts) - self._count_image_tokens(layouts)
         if len(text.tokens) <= room:
             return text
-        cut = text.truncated(max(room, 0))
+        cut = text.truncate(max(room, 0))
         # The last token is label alone: an image there would have tiles and no place.
         if cut.tokens[:-1].count(self._image_token_id) < len(layouts) or not any(cut.is_target[1:]):
             raise ValueError(
-                f"{len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
+                f"{len(text.tokens) - 1 + self._count_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
                 f"{self.max_sequence_length}, and what fits has no training target: raise it"
             )
         return cut
 
-    def _empty(self) -> dict:
+    def _make_empty(self) -> dict:
         """What an empty sample holds: a row of padding, nothing to learn, no image."""
         pad = self.tokenizer.pad_token_id
         text = conversation.EncodedText([pad] * 2, [False] * 2, [False] * 2)
         return dict(
-            text=text, layouts=[], tiles=self._images.tiles([]), eligible=False, record={}, row_length=0, is_cut=False
+            text=text,
+            layouts=[],
+            tiles=self._images.tiles([]),
+            eligible=False,
+            record={},
+            row_length=0,
+            is_truncated=False,
         )
 
     def _skip(self, sample: StoredSample, error: Exception) -> None:
@@ -277,7 +285,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         reason = (
             str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
         )
-        line = f"skipped sample {sample.__key__}{_where(sample)}: {reason}"
+        line = f"skipped sample {sample.__key__}{_format_source(sample)}: {reason}"
         if isinstance(sample.record, dict) and sample.record.get("image"):
             line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
@@ -287,7 +295,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             logger.warning(line)
 
 
-def _joined(tiles: list[Tensor]) -> Tensor:
+def _join_tiles(tiles: list[Tensor]) -> Tensor:
     """All samples' tiles, [T, 3, height, width]; not copied where one sample alone has any.
 
     In a data worker torch's default_collate writes straight into the memory that it shares with the training process, where
@@ -314,13 +322,13 @@ def _read_record(record: bytes | dict | None) -> dict:
     return content
 
 
-def _readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
+def _check_readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
     for part in images.values():
         if isinstance(part, Exception):
             raise part
     return images
 
 
-def _where(sample: StoredSample) -> str:
+def _format_source(sample: StoredSample) -> str:
     sources = sample.__sources__ or ()
     return f" of {sources[0].dataset_path}" if sources else ""

@@ -77,7 +77,7 @@ class ImageTiler:
         side, layouts = self.image_size, self.layouts(images)
         tiles = numpy.empty((sum(layout.num_tiles for layout in layouts), 3, side, side), numpy.float32)
         if len(images) > 1 and self.image_aspect_ratio == "anyres":
-            images = map(_padded_to_square, images)  # one at a time: see _LONGEST_SIDE_MADE_SQUARE
+            images = map(_pad_to_square, images)  # one at a time: see _LONGEST_SIDE_MADE_SQUARE
         cuts = (cut for image, layout in zip(images, layouts) for cut in self._cut(image, layout))
         # Shades to [-1, 1], as SigLIP was trained: for each of the 256, to the bit, transformers'
         # (shade * (1 / 255) - 0.5) / 0.5. A tile at a time stays in the processor's cache.
@@ -94,7 +94,7 @@ class ImageTiler:
         if not layout.grid_rows:
             return
         height, width = side * layout.grid_rows, side * layout.grid_columns
-        grid = numpy.asarray(fitted_on_black(image, height=height, width=width))
+        grid = numpy.asarray(fit_on_black(image, height=height, width=width))
         for top, left in itertools.product(range(0, height, side), range(0, width, side)):
             yield grid[top : top + side, left : left + side]
 
@@ -105,10 +105,10 @@ def decode_images(parts: dict[str, bytes]) -> list[Image.Image]:
     Raises:
         ValueError: the names are neither, or an image cannot be read; it says which and why.
     """
-    return [_decode(name, parts[name]) for name in in_order(parts, IMAGE_PART, "0.png, 1.jpg, ...")]
+    return [_decode(name, parts[name]) for name in sort_by_number(parts, IMAGE_PART, "0.png, 1.jpg, ...")]
 
 
-def in_order(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[str]:
+def sort_by_number(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[str]:
     """The names of a sample's images by their numbers; `pattern` finds the number in each.
 
     Raises:
@@ -154,14 +154,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _padded_to_square(image: Image.Image) -> Image.Image:
+def _pad_to_square(image: Image.Image) -> Image.Image:
     side = max(image.size)
     square = Image.new("RGB", (side, side), _GREY)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-def fitted_on_black(image: Image.Image, *, height: int, width: int) -> Image.Image:
+def fit_on_black(image: Image.Image, *, height: int, width: int) -> Image.Image:
     """The image as large as it fits, in the middle."""
     across, down = width / image.width, height / image.height
     if across < down:

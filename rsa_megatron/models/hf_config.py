@@ -18,7 +18,7 @@ from rsa_megatron.models.architectures import (
     get_architecture,
     square_grids,
 )
-from rsa_megatron.models.hf_files import image_processor_config, read_json, read_json_if_there
+from rsa_megatron.models.hf_files import make_image_processor_config, read_json, read_json_if_there
 
 if TYPE_CHECKING:  # for annotations alone: the known architectures need no transformers, which takes a second to import
     from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
@@ -97,7 +97,7 @@ def read_towers(vision: Path, language: Path) -> Architecture:
     vision_config, text_config = _load_config(vision), _load_config(language)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     tower = _read_tower(vision_config, f"{vision}/config.json")
-    tower = dataclasses.replace(tower, num_layers=_layers_used(tower.num_layers))
+    tower = dataclasses.replace(tower, num_layers=_count_used_layers(tower.num_layers))
     return Architecture(
         name=f"{vision.name}+{language.name}",
         vision=tower,
@@ -107,7 +107,7 @@ def read_towers(vision: Path, language: Path) -> Architecture:
     )
 
 
-def _layers_used(num_layers: int) -> int:
+def _count_used_layers(num_layers: int) -> int:
     """Of SigLIP-so400m's 27 layers 26 are used. A tower of 26 has lost its last one already; others are used whole."""
     return num_layers - 1 if num_layers == 27 else num_layers
 
@@ -181,7 +181,7 @@ def check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) 
 
 def _check_image_processor(folder: Path, architecture: Architecture) -> None:
     """Refuse a folder whose images are prepared in another way than here: it is served with that way."""
-    expected = image_processor_config(architecture)
+    expected = make_image_processor_config(architecture)
     for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         content = read_json_if_there(folder / name)
         found = content.get(part, {}) if part else content

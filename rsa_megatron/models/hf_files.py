@@ -131,18 +131,18 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreT
     tokenizer.chat_template = _CHAT_TEMPLATE  # a text model's own would not show the images
     tokenizer.save_pretrained(folder)
     for name, content in {
-        "config.json": _config(architecture, tokenizer),
-        "generation_config.json": _generation_config(tokenizer),
-        "preprocessor_config.json": image_processor_config(architecture),
-        "video_preprocessor_config.json": _video_processor_config(architecture),
-        "processor_config.json": _processor_config(architecture),
+        "config.json": _make_config(architecture, tokenizer),
+        "generation_config.json": _make_generation_config(tokenizer),
+        "preprocessor_config.json": make_image_processor_config(architecture),
+        "video_preprocessor_config.json": _make_video_processor_config(architecture),
+        "processor_config.json": _make_processor_config(architecture),
         "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
     }.items():
         _write_json(folder / name, content)
     _add_old_names(folder)
 
 
-def _config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
+def _make_config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
     vision, decoder = architecture.vision, architecture.decoder
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -190,12 +190,12 @@ def _config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") ->
     }
 
 
-def _generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
+def _make_generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return {"eos_token_id": sorted({end for end in ends if end is not None}), "pad_token_id": tokenizer.pad_token_id}
 
 
-def _pixels(architecture: Architecture) -> dict:
+def _make_pixels(architecture: Architecture) -> dict:
     # SigLIP's mean and deviation: the class defaults are CLIP's.
     side = architecture.vision.image_size
     return {
@@ -211,8 +211,8 @@ def _pixels(architecture: Architecture) -> dict:
     }
 
 
-def image_processor_config(architecture: Architecture) -> dict:
-    return _pixels(architecture) | {
+def make_image_processor_config(architecture: Architecture) -> dict:
+    return _make_pixels(architecture) | {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "processor_class": "LlavaOnevisionProcessor",
         "do_pad": True,
@@ -220,14 +220,14 @@ def image_processor_config(architecture: Architecture) -> dict:
     }
 
 
-def _video_processor_config(architecture: Architecture) -> dict:
-    return _pixels(architecture) | {
+def _make_video_processor_config(architecture: Architecture) -> dict:
+    return _make_pixels(architecture) | {
         "video_processor_type": "LlavaOnevisionVideoProcessor",
         "processor_class": "LlavaOnevisionProcessor",
     }
 
 
-def _processor_config(architecture: Architecture) -> dict:
+def _make_processor_config(architecture: Architecture) -> dict:
     return {
         "processor_class": "LlavaOnevisionProcessor",
         "num_image_tokens": architecture.vision.tokens_per_side**2,

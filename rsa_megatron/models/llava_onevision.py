@@ -146,13 +146,13 @@ class LlavaOneVision(LLaVAModel):
         """
         num_tokens = None
         if input_ids is not None:
-            layouts = self._layouts(images, image_layouts)
+            layouts = self._get_layouts(images, image_layouts)
             num_tokens = [layout.num_tokens(self._side, self._max_tiles) for layout in layouts]
             num_tokens = torch.tensor(num_tokens, dtype=torch.int, device=input_ids.device)
             if self.add_encoder:
                 self.vision_projection.layouts = layouts
                 if images is not None and not len(images) and torch.is_grad_enabled():
-                    images = self._black_tile(images)
+                    images = self._make_black_tile(images)
         return super().forward(
             images,
             input_ids,
@@ -206,14 +206,14 @@ class LlavaOneVision(LLaVAModel):
             new_mask[rows, last_BS[is_image_BS]] = loss_mask[is_image_BS]
         return combined, new_labels, new_mask
 
-    def _black_tile(self, images: Tensor) -> Tensor:
+    def _make_black_tile(self, images: Tensor) -> Tensor:
         """Goes through the vision parts in a batch of text, and nothing of it into the text: a gradient of zero.
 
         Without it they would have none, and Megatron's overlapped gradient reduction would wait for it.
         """
         return images.new_zeros(1, *images.shape[1:])
 
-    def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
+    def _get_layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
         if image_layouts is not None:
             return [ImageLayout(*row) for row in image_layouts.tolist()]
         num_images = 0 if images is None else len(images)
@@ -256,7 +256,7 @@ def _mask_padding(vocab_size: int, padded_vocab_size: int, tp_rank: int, layer, 
     return logits, bias
 
 
-def local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
+def make_local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
     """The decoder's config on one process with plain layers, for those who have no Megatron arguments to make it from."""
     decoder = architecture.decoder
     return TransformerConfig(
@@ -293,7 +293,7 @@ PARTS = {
 }
 
 
-def part_of(parameter_name: str, parameter: torch.nn.Parameter) -> str:
+def get_part(parameter_name: str, parameter: torch.nn.Parameter) -> str:
     """The part that a parameter of the model belongs to."""
     if getattr(parameter, "shared_embedding", False):
         return "embeddings"  # the last stage's copy of tied word embeddings is called output_layer
@@ -303,7 +303,7 @@ def part_of(parameter_name: str, parameter: torch.nn.Parameter) -> str:
 def set_trainable(model: LLaVAModel, trainable: Iterable[str]) -> None:
     """Freeze all parts but those named."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = part_of(name, parameter) in trainable
+        parameter.requires_grad = get_part(name, parameter) in trainable
 
 
 # Whatever lays the decoder's layers out over pipeline stages, or its sequence over ranks, must not reach the

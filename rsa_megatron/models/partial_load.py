@@ -17,11 +17,11 @@ def leave_out_projector_once(model: LLaVAModel) -> None:
         tensors = whole(prefix, *args, **kwargs)
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix + _PROJECTOR)}
 
-    def loaded(module, incompatible_keys) -> None:
+    def restore(module, incompatible_keys) -> None:
         missing = incompatible_keys.missing_keys
         missing[:] = [name for name in missing if _PROJECTOR not in name]
         del model.sharded_state_dict  # the class's own is back
         hook.remove()
 
     model.sharded_state_dict = without_projector
-    hook = model.register_load_state_dict_post_hook(loaded)
+    hook = model.register_load_state_dict_post_hook(restore)

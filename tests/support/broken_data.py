@@ -77,7 +77,7 @@ def write(folder: Path, num_good: int = 40) -> None:
 
 def _good(key: str, index: int) -> dict:
     sizes = data_sets.Sizes(seed=0, image_size=56)
-    return data_sets.stored_sample("captions", index, "train", sizes) | {"__key__": key}
+    return data_sets.make_sample("captions", index, "train", sizes) | {"__key__": key}
 
 
 def _bad(key: str) -> dict:

@@ -19,14 +19,14 @@ import numpy
 
 from rsa_megatron import atomic
 from rsa_megatron.data.conversation import IMAGE_TOKEN
-from rsa_megatron.data.prepare.sample_checks import checked_turns, with_image_token
+from rsa_megatron.data.prepare.sample_checks import add_image_token, check_turns
 from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
 from rsa_megatron.data.sources.llava_records import CAPTION_PROMPT
 from rsa_megatron.data.sources.record import Unusable
 
 #: The part of a sample that holds its embedding.
 PART = "npy"
-# Of keys that are missing or doubled so many are named.
+# Of keys that are missing or repeated so many are named.
 _NAMED = 5
 
 
@@ -38,7 +38,7 @@ class EmbeddingTable:
         rows_ND: in memory or memory-mapped.
 
     Raises:
-        ValueError: keys are doubled, or there are not as many as rows.
+        ValueError: keys are repeated, or there are not as many as rows.
     """
 
     def __init__(self, keys: Sequence[str], rows_ND: numpy.ndarray):
@@ -46,7 +46,7 @@ class EmbeddingTable:
             raise ValueError(f"there are {len(keys)} keys for {len(rows_ND)} embeddings; each embedding needs its own")
         self._row = {key: number for number, key in enumerate(keys)}
         if len(self._row) < len(keys):
-            raise ValueError(f"{_in_words(_doubled(keys))} more than one embedding; keep one of each")
+            raise ValueError(f"{_describe_keys(_find_repeated(keys))} more than one embedding; keep one of each")
         self._rows_ND = rows_ND
 
     def get(self, key: str) -> numpy.ndarray | None:
@@ -56,7 +56,7 @@ class EmbeddingTable:
 
 
 @dataclass(frozen=True)
-class Told:
+class EmbeddingInfo:
     """What is said of an embedding."""
 
     #: by which the embedding is looked up
@@ -66,7 +66,7 @@ class Told:
     conversations: list[dict]
 
 
-def tell(key: str, record: dict | None, caption: str, *, by_id: bool = False) -> Told:
+def make_embedding_info(key: str, record: dict | None, caption: str, *, by_id: bool = False) -> EmbeddingInfo:
     """What the record of a sample says; without one, its caption as the answer to a question for it.
 
     A conversation without an <image> gets one in its first human turn.
@@ -79,15 +79,15 @@ def tell(key: str, record: dict | None, caption: str, *, by_id: bool = False) ->
     """
     if record is None:
         turns = [{"from": "human", "value": CAPTION_PROMPT}, {"from": "gpt", "value": caption}]
-        return Told(key, key, turns)
-    turns, texts = checked_turns(record)
+        return EmbeddingInfo(key, key, turns)
+    turns, texts = check_turns(record)
     count = sum(text.count(IMAGE_TOKEN) for text in texts)
     if count > 1:
         raise Unusable(
             f"whose text has several {IMAGE_TOKEN}", f"{key}: its text has {count} {IMAGE_TOKEN} for one embedding"
         )
     found = key if record.get("id") is None else record["id"]
-    return Told(str(found) if by_id else key, found, turns if count else with_image_token(turns))
+    return EmbeddingInfo(str(found) if by_id else key, found, turns if count else add_image_token(turns))
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class EmbeddedSample:
 
     #: its name there
     key: str
-    told: Told
+    info: EmbeddingInfo
     #: [D]
     embedding_D: numpy.ndarray
 
     def in_shard(self) -> dict[str, bytes]:
         """Its parts, by their names."""
-        record = json.dumps({"id": self.told.id, "conversations": self.told.conversations}, ensure_ascii=False).encode()
+        record = json.dumps({"id": self.info.id, "conversations": self.info.conversations}, ensure_ascii=False).encode()
         return {PART: as_npy(self.embedding_D), "json": record}
 
 
@@ -115,7 +115,7 @@ def as_npy(x_D: numpy.ndarray) -> bytes:
 
 def write_embedding_shards(
     folder: str | Path,
-    parts: Mapping[str, Iterable[Told]],
+    parts: Mapping[str, Iterable[EmbeddingInfo]],
     table: EmbeddingTable,
     *,
     rsa: bool,
@@ -147,38 +147,40 @@ def check_free(path: Path) -> None:
         raise ValueError(f"{path} already exists: name another --out, or remove it")
 
 
-def _write(folder: Path, parts: Mapping[str, Iterable[Told]], table: EmbeddingTable, shard_size: int) -> dict[str, int]:
+def _write(
+    folder: Path, parts: Mapping[str, Iterable[EmbeddingInfo]], table: EmbeddingTable, shard_size: int
+) -> dict[str, int]:
     counts, keys, missing = {}, [], []
     for part, samples in parts.items():
         shards, counts[part] = TarShards(folder, part, shard_size, None), 0
-        for told in samples:
-            keys.append(told.key)
-            embedding_D = table.get(told.key)
+        for info in samples:
+            keys.append(info.key)
+            embedding_D = table.get(info.key)
             if embedding_D is None:
-                missing.append(told.key)
+                missing.append(info.key)
                 continue
             # Energon wants names that no two samples of a data set have, in whichever part.
-            shards.write(EmbeddedSample(f"{len(keys) - 1:06d}", told, embedding_D))
+            shards.write(EmbeddedSample(f"{len(keys) - 1:06d}", info, embedding_D))
             counts[part] += 1
         shards.close()
     if missing:
         raise ValueError(
-            f"{_in_words(missing)} no embedding, of {len(keys)} samples; embed them, or remove these samples"
+            f"{_describe_keys(missing)} no embedding, of {len(keys)} samples; embed them, or remove these samples"
         )
-    if doubled := _doubled(keys):
+    if repeated := _find_repeated(keys):
         raise ValueError(
-            f"{_in_words(doubled)} more than one sample, which would share an embedding; give each its own key"
+            f"{_describe_keys(repeated)} more than one sample, which would share an embedding; give each its own key"
         )
     if not keys:
         raise ValueError("no samples to write; name other data")
     return counts
 
 
-def _doubled(keys: Sequence[str]) -> list[str]:
+def _find_repeated(keys: Sequence[str]) -> list[str]:
     return [key for key, count in Counter(keys).items() if count > 1]
 
 
-def _in_words(keys: list[str]) -> str:
+def _describe_keys(keys: list[str]) -> str:
     """ "3 keys (a, b, c) have", for what they have or lack."""
     named = ", ".join(map(str, keys[:_NAMED])) + (", ..." if len(keys) > _NAMED else "")
     return f"{len(keys)} keys ({named}) have" if len(keys) > 1 else f"1 key ({named}) has"

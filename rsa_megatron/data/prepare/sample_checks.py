@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
-from rsa_megatron.data.sources.record import Record, Unusable, inside
+from rsa_megatron.data.sources.record import Record, Unusable, resolve_inside
 from rsa_megatron.data.tiles import decode_images
 
 # By content, not by name: many a .jpg is a PNG. MPO is what some cameras' .jpg are. GIF and TIFF are stored as "png": the
@@ -74,21 +74,21 @@ def check(record: Record, image_root: Path) -> ImportedSample:
     number = content.get("id")
     if not isinstance(number, str | int | None):
         raise Unusable("wrong type", f"its id is a {type(number).__name__}")
-    images = _references(content)
-    turns, texts = checked_turns(content)
-    num_told = sum(text.count(IMAGE_TOKEN) for text in texts)
-    if num_told == 0 and len(images) == 1 and record.may_lack_image_token:
-        turns = with_image_token(turns)
-        num_told = 1
-    if num_told != len(images):
+    images = _find_images(content)
+    turns, texts = check_turns(content)
+    num_image_tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
+    if num_image_tokens == 0 and len(images) == 1 and record.may_lack_image_token:
+        turns = add_image_token(turns)
+        num_image_tokens = 1
+    if num_image_tokens != len(images):
         raise Unusable(
-            "number of images", f"its text has {num_told} {IMAGE_TOKEN} and the record {len(images)} image(s)"
+            "number of images", f"its text has {num_image_tokens} {IMAGE_TOKEN} and the record {len(images)} image(s)"
         )
     number = f"{record.number:06d}" if number is None else number
     return ImportedSample(record.number, number, turns, texts, [_load(image, image_root) for image in images])
 
 
-def _references(content: dict) -> list[str | bytes]:
+def _find_images(content: dict) -> list[str | bytes]:
     found = content["image"] if content.get("image") is not None else content.get("images")
     found = [] if found is None else found if isinstance(found, list) else [found]
     for reference in found:
@@ -98,7 +98,7 @@ def _references(content: dict) -> list[str | bytes]:
     return found
 
 
-def checked_turns(content: dict) -> tuple[list[dict], list[str]]:
+def check_turns(content: dict) -> tuple[list[dict], list[str]]:
     """A record's turns as {"from", "value"}, and the text of each. Raises Unusable where they are no conversation."""
     turns = content.get("conversations")
     if turns is None:
@@ -117,12 +117,12 @@ def checked_turns(content: dict) -> tuple[list[dict], list[str]]:
     return turns, texts
 
 
-def with_image_token(turns: list[dict]) -> list[dict]:
+def add_image_token(turns: list[dict]) -> list[dict]:
     """The turns with an <image> before the first human one's text. Raises Unusable where there is none."""
     for index, turn in enumerate(turns):
         if turn["from"] in ("human", "user"):
-            asked = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}
-            return [*turns[:index], asked, *turns[index + 1 :]]
+            turn_with_image = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}
+            return [*turns[:index], turn_with_image, *turns[index + 1 :]]
     raise Unusable("conversation", "it has an image and no human turn to put it in")
 
 
@@ -148,7 +148,7 @@ def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
 
 
 def _read(path: str, image_root: Path) -> bytes:
-    file = inside(image_root, path)
+    file = resolve_inside(image_root, path)
     try:
         if not file.exists():
             raise Unusable("missing image", f"{path} is not in {image_root}; --images names the folder")

@@ -62,18 +62,18 @@ class TarShards:
 
     def position(self) -> dict:
         if self._file is not None:
-            _to_disk(self._file)
+            _flush(self._file)
         return {"shard": self._shard, "samples": self._samples, "bytes": self._bytes}
 
     def close(self) -> None:
         if self._tar is not None:
             self._tar.close()
-            _to_disk(self._file)
+            _flush(self._file)
             self._file.close()
             self._file = self._tar = None
 
     def _open(self) -> None:
-        self._file = _cut(self._folder / f"{self._part}-{self._shard:05d}.tar", self._bytes)
+        self._file = _open_truncated(self._folder / f"{self._part}-{self._shard:05d}.tar", self._bytes)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 
 
@@ -88,7 +88,7 @@ class Lines:
     def __init__(self, path: Path, position: dict | None, *, note_every: int = 1000):
         position = position or {"lines": 0, "bytes": 0}
         self._num_lines, self._note_every = position["lines"], note_every
-        self._file = _cut(path, position["bytes"])
+        self._file = _open_truncated(path, position["bytes"])
 
     def write(self, content: dict) -> bool:
         # The parts of names and texts that are no UTF-8 become JSON's escapes.
@@ -97,15 +97,15 @@ class Lines:
         return self._num_lines % self._note_every == 0
 
     def position(self) -> dict:
-        _to_disk(self._file)
+        _flush(self._file)
         return {"lines": self._num_lines, "bytes": self._file.tell()}
 
     def close(self) -> None:
-        _to_disk(self._file)
+        _flush(self._file)
         self._file.close()
 
 
-def _cut(path: Path, length: int) -> io.BufferedRandom:
+def _open_truncated(path: Path, length: int) -> io.BufferedRandom:
     """The file opened at its first `length` bytes, what comes after them taken away."""
     file = path.open("r+b" if path.exists() else "w+b")
     if file.seek(0, io.SEEK_END) < length:
@@ -116,7 +116,7 @@ def _cut(path: Path, length: int) -> io.BufferedRandom:
     return file
 
 
-def _to_disk(file) -> None:
+def _flush(file) -> None:
     file.flush()
     os.fsync(file.fileno())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from rsa_megatron.data.sources.coco import read_records
 from rsa_megatron.data.sources.llava_records import open_source
 from rsa_megatron.data.sources.open_pairs import is_json_object, is_prepared, open_pairs
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, in_words, without_image
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, without_image
 from rsa_megatron.data.sources.shards import read_shards
 
 
@@ -36,7 +36,7 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
         return open_pairs(path, split=split, language=language)
     if not len(captions):
         reasons = (
-            f": {in_words(captions.left_out)}"
+            f": {format_counts(captions.left_out)}"
             if captions.left_out
             else "; name a .txt with a caption a line, or LLaVA's records"
         )
@@ -49,7 +49,7 @@ def _open(path: Path, split: str) -> Pairs | None:
     if not path.exists():
         return None  # whose message names the forms
     if path.suffix.lower() == ".txt" and path.is_file():
-        return _lines(path)
+        return _read_lines(path)
     if is_prepared(path):
         return read_shards(path, split, needs_image=False)
     if path.suffix.lower() in (".json", ".jsonl") and not is_json_object(path):
@@ -57,7 +57,7 @@ def _open(path: Path, split: str) -> Pairs | None:
     return None
 
 
-def _lines(path: Path) -> Pairs:
+def _read_lines(path: Path) -> Pairs:
     found, left_out = [], Counter()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

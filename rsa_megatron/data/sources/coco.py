@@ -86,7 +86,7 @@ def read_records(
     found = FoundPairs(root)
     for record in islice(source.records(numbers.start), len(numbers)):
         try:
-            caption, image = _caption_and_image(record, needs_image)
+            caption, image = _get_caption_and_image(record, needs_image)
             place = prefix + record.place
             found.add(place, caption, image if needs_image else without_image(place), record.content)
         except Unusable as fault:
@@ -94,7 +94,7 @@ def read_records(
     return found.pairs()
 
 
-def _caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | None]:
+def _get_caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | None]:
     content = record.content
     if isinstance(content, Unusable):
         raise Unusable(f"that cannot be used ({content.kind})", str(content)) from content
@@ -105,12 +105,12 @@ def _caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | No
     if len(images) > 1 or (needs_image and (not images or not isinstance(images[0], str))):
         raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], record.place)
     try:
-        return answers(content.get("conversations", content.get("messages"))), images[0] if images else None
+        return join_answers(content.get("conversations", content.get("messages"))), images[0] if images else None
     except ValueError as error:
         raise Unusable("without a caption", str(error)) from error
 
 
-def answers(conversation: list) -> str:
+def join_answers(conversation: list) -> str:
     """The text of its answers, a line each.
 
     Raises:

@@ -46,7 +46,7 @@ class Mixture:
         for source, chosen in self._parts:
             skipped = min(max(start - number, 0), len(chosen))
             number += skipped
-            for record in _some(source, chosen[skipped:]):
+            for record in _select_records(source, chosen[skipped:]):
                 yield replace(record, number=number)
                 number += 1
 
@@ -71,7 +71,7 @@ def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:
     return range(wanted) if which == "first" else range(count - wanted, count)
 
 
-def _some(source: Source, chosen: Sequence[int]) -> Iterator[Record]:
+def _select_records(source: Source, chosen: Sequence[int]) -> Iterator[Record]:
     if not chosen:
         return
     for record in source.records(chosen[0]):

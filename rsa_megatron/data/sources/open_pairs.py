@@ -21,10 +21,10 @@ import yaml
 from rsa_megatron.data.sources import coco
 from rsa_megatron.data.sources import tables as caption_tables
 from rsa_megatron.data.sources.llava_records import open_source
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, in_words, sample
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, sample
 from rsa_megatron.data.sources.shards import read_shards
 
-__all__ = ["CaptionedImage", "Pairs", "in_words", "open_pairs", "sample"]
+__all__ = ["CaptionedImage", "Pairs", "format_counts", "open_pairs", "sample"]
 
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 _FORMS = (
@@ -54,7 +54,7 @@ def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "va
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(pairs):
-        reasons = f": {in_words(pairs.left_out)}" if pairs.left_out else f"; name {_FORMS}"
+        reasons = f": {format_counts(pairs.left_out)}" if pairs.left_out else f"; name {_FORMS}"
         raise ValueError(f"{path}: no image with a caption found{reasons}")
     return pairs
 
@@ -68,7 +68,7 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
     tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.name.lower().endswith(_TABLES) else []
     if tables:
         return caption_tables.read_tables(tables, root, split, language)
-    content = _json_object(path)
+    content = _read_json_object(path)
     if content is not None:
         return coco.read_coco(path, content, root)
     return coco.read_records(open_source(path), root)
@@ -89,10 +89,10 @@ def is_prepared(path: Path) -> bool:
 
 def is_json_object(path: Path) -> bool:
     """Whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
-    return _json_object(path) is not None
+    return _read_json_object(path) is not None
 
 
-def _json_object(path: Path) -> dict | None:
+def _read_json_object(path: Path) -> dict | None:
     """What a .json holds if that is one object, as COCO's; not a list of records, nor one a line."""
     if path.suffix.lower() != ".json":
         return None

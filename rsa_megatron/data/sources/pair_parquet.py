@@ -36,7 +36,7 @@ def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
         columns += [field.name for field in inner]
     image_column = "image" if "image" in schema.names and _holds_images(schema.field("image").type) else None
     texts = [column for column in schema.names if column in wanted | {_NESTED} and column != image_column]
-    return Table(path, columns, image_column, _rows(path, name, root, texts, image_column))
+    return Table(path, columns, image_column, _read_rows(path, name, root, texts, image_column))
 
 
 def _holds_images(kind: pyarrow.DataType) -> bool:
@@ -45,7 +45,7 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
     return types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _rows(path: Path, name: str, root: Path, columns: list[str], image_column: str | None) -> Iterator[Row]:
+def _read_rows(path: Path, name: str, root: Path, columns: list[str], image_column: str | None) -> Iterator[Row]:
     try:
         with ParquetFile(path) as file:
             for group in range(file.metadata.num_row_groups):
@@ -54,13 +54,13 @@ def _rows(path: Path, name: str, root: Path, columns: list[str], image_column: s
                     for content in batch.to_pylist():
                         place = f"{name}, row group {group}, row {number}"
                         image = partial(_open, path, group, number, root) if image_column else None
-                        yield from (Row(place, texts, image) for texts in _in_each_language(content))
+                        yield from (Row(place, texts, image) for texts in _split_languages(content))
                         number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
-def _in_each_language(content: dict) -> list[dict]:
+def _split_languages(content: dict) -> list[dict]:
     nested = content.pop(_NESTED, None)
     if nested is None:
         return [content]
@@ -71,7 +71,7 @@ def _in_each_language(content: dict) -> list[dict]:
 
 def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
     place = f"{path}, row group {group}, row {number}"
-    value = _images(path, group)[number].as_py()
+    value = _read_images(path, group)[number].as_py()
     value = value if isinstance(value, dict) else {"bytes": value}
     if value.get("bytes"):
         return decode(value["bytes"], place)
@@ -82,7 +82,7 @@ def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _images(path: Path, group: int) -> pyarrow.ChunkedArray:
+def _read_images(path: Path, group: int) -> pyarrow.ChunkedArray:
     """The images of a row group, which is what can be read at once; samples come in the data's order, so each is read once."""
     try:
         with ParquetFile(path) as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rsa_megatron.data.sources.record import Unusable, inside
+from rsa_megatron.data.sources.record import Unusable, resolve_inside
 from rsa_megatron.data.tiles import decode_images
 
 
@@ -109,11 +109,11 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
             continue
         if len(chosen) == num_samples:
             return [chosen[index] for index in sorted(chosen)]
-    left_out = f"; skipped: {in_words(pairs.left_out)}" if pairs.left_out else ""
+    left_out = f"; skipped: {format_counts(pairs.left_out)}" if pairs.left_out else ""
     raise ValueError(f"--num-samples {num_samples}: only {len(chosen)} pairs have a caption; lower it{left_out}{fault}")
 
 
-def every(pairs: Pairs) -> list[CaptionedImage]:
+def load_all(pairs: Pairs) -> list[CaptionedImage]:
     """All pairs that have a caption, in the data's order; the others are counted in `left_out`.
 
     Raises:
@@ -136,17 +136,17 @@ def _hash(seed: int, key: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def in_words(left_out: Counter[str]) -> str:
+def format_counts(left_out: Counter[str]) -> str:
     """What was left out: "12 without a caption; 3 of a language other than en"."""
     return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
 
 
 def without_image(key: str) -> Callable[[], Image.Image]:
     """In the place of an image where texts alone are read."""
-    return partial(_no_image, key)
+    return partial(_raise_no_image, key)
 
 
-def _no_image(key: str) -> Image.Image:
+def _raise_no_image(key: str) -> Image.Image:
     raise ValueError(f"{key} was read as text only")
 
 
@@ -156,11 +156,11 @@ def find_image(root: Path, name: str) -> Path:
     Raises:
         Unusable: it is not there, or leads out of the folder. Its kind says so for all such images of the folder.
     """
-    # Before `inside`, which looks at each folder on the way: of millions of rows few images may be there.
+    # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may be there.
     if not os.path.isfile(os.path.join(root, name)):
         raise Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
     try:
-        return inside(root, name)
+        return resolve_inside(root, name)
     except Unusable as fault:
         raise Unusable(f"whose image's path leads out of {root}", name) from fault
 

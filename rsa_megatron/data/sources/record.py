@@ -41,7 +41,7 @@ class Source(Protocol):
     def records(self, start: int = 0) -> Iterator[Record]: ...
 
 
-def inside(root: Path, relative: str) -> Path:
+def resolve_inside(root: Path, relative: str) -> Path:
     """The path of a file below `root`, a resolved folder; links that lead out of it count as outside."""
     fault = Unusable("outside of the image folder", f"{relative} leads out of {root}")
     if os.path.isabs(relative) or ".." in Path(relative).parts:

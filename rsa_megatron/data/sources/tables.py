@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rsa_megatron.data.sources.coco import FoundPairs, answers
+from rsa_megatron.data.sources.coco import FoundPairs, join_answers
 from rsa_megatron.data.sources.pairs import Pairs, Row, Table
 
 # Of each the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
@@ -68,24 +68,24 @@ class _Roles:
             )
         return roles
 
-    def name_of(self, content: dict) -> str | None:
+    def get_name(self, content: dict) -> str | None:
         """What names the image: its file, or its address."""
         return next(
             (str(content[column]) for column in (self.file, self.address) if column and content.get(column)), None
         )
 
-    def file_of(self, content: dict) -> str | None:
+    def get_file(self, content: dict) -> str | None:
         """The image's file, as it is called in the folder of images; None where nothing names it."""
-        name = self.name_of(content)
+        name = self.get_name(content)
         is_address = name and not (self.file and content.get(self.file))
         return unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
 
-    def caption_of(self, content: dict) -> str:
+    def get_caption(self, content: dict) -> str:
         value = content.get(self.caption)
         if self.caption == "raw":
             value = json.loads(value)
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return answers(value)
+            return join_answers(value)
         if isinstance(value, list):
             value = next((text for text in value if isinstance(text, str) and text.strip()), None)
         return value if isinstance(value, str) else ""
@@ -98,45 +98,45 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
         root: resolved folder that the images' names are relative to.
         split, language: the rows that count, where there is a column of that name.
     """
-    found, passed = FoundPairs(root), {"split": Counter(), "language": Counter()}
+    found, skipped = FoundPairs(root), {"split": Counter(), "language": Counter()}
     folder = os.path.commonpath([file.parent for file in files])
     for file in files:
         table = (
-            _parquet(file, os.path.relpath(file, folder), root)
+            _open_parquet(file, os.path.relpath(file, folder), root)
             if file.suffix.lower() == ".parquet"
-            else _delimited(file)
+            else _open_delimited(file)
         )
         roles = _Roles.of(table)
         for row in table.rows:
             if roles.split and row.content.get(roles.split) != split:
-                passed["split"][str(row.content.get(roles.split))] += 1
+                skipped["split"][str(row.content.get(roles.split))] += 1
             elif roles.language and row.content.get(roles.language) != language:
-                passed["language"][str(row.content.get(roles.language))] += 1
+                skipped["language"][str(row.content.get(roles.language))] += 1
             else:
                 _add(found, roles, row)
     for name, wanted in (("split", split), ("language", language)):
-        if passed[name]:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in passed[name].most_common(8))
-            found.left_out[f"of another {name} than {wanted!r} (--{name} selects it; found: {kinds})"] = passed[
+        if skipped[name]:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in skipped[name].most_common(8))
+            found.left_out[f"of another {name} than {wanted!r} (--{name} selects it; found: {kinds})"] = skipped[
                 name
             ].total()
     return found.pairs()
 
 
 def _add(found: FoundPairs, roles: _Roles, row: Row) -> None:
-    image = row.image or roles.file_of(row.content)
+    image = row.image or roles.get_file(row.content)
     if not image:
         found.left_out["that name no image"] += 1
         return
     try:
-        caption = roles.caption_of(row.content)
+        caption = roles.get_caption(row.content)
     except (ValueError, TypeError):  # "raw" is no JSON, a conversation none
         found.left_out[f"whose column {roles.caption} cannot be read"] += 1
         return
-    found.add(image if isinstance(image, str) else roles.name_of(row.content) or row.place, caption, image)
+    found.add(image if isinstance(image, str) else roles.get_name(row.content) or row.place, caption, image)
 
 
-def _parquet(path: Path, name: str, root: Path) -> Table:
+def _open_parquet(path: Path, name: str, root: Path) -> Table:
     # Not at the top: whoever has no parquet files need not have pyarrow.
     try:
         from rsa_megatron.data.sources.pair_parquet import open_parquet
@@ -145,20 +145,20 @@ def _parquet(path: Path, name: str, root: Path) -> Table:
     return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split"})
 
 
-def _delimited(path: Path) -> Table:
+def _open_delimited(path: Path) -> Table:
     """A .csv or .tsv, also compressed; its first line says which of tab, | and comma is between its columns."""
-    lines = _lines(path)
+    lines = _read_lines(path)
     header = next(lines, "")
     delimiter = max("\t|,", key=header.count)
     # Between | nothing is quoted: a quotation mark is the caption's own, and often has no partner.
     form = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL}
     columns = [name.strip() for name in next(csv.reader([header], **form), [])]
-    return Table(path, columns, None, _rows(path, columns, csv.reader(lines, **form), delimiter))
+    return Table(path, columns, None, _read_rows(path, columns, csv.reader(lines, **form), delimiter))
 
 
-def _rows(path: Path, columns: list[str], reader, delimiter: str) -> Iterator[Row]:
+def _read_rows(path: Path, columns: list[str], reader, delimiter: str) -> Iterator[Row]:
     last = len(columns) - 1
-    with _long_fields():
+    with _allow_long_fields():
         try:
             for values in filter(None, reader):
                 if delimiter == "\t" and any("\n" in value and "\t" in value for value in values):
@@ -171,7 +171,7 @@ def _rows(path: Path, columns: list[str], reader, delimiter: str) -> Iterator[Ro
             raise ValueError(f"{path}, line {line}: {error}; a quotation mark there may have no partner") from error
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _read_lines(path: Path) -> Iterator[str]:
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         # Bytes that are no UTF-8 pass here, to be found in the caption that has them.
@@ -182,7 +182,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def _allow_long_fields() -> Iterator[None]:
     # The limit is one for the whole process.
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:

@@ -4,7 +4,7 @@ A scene belongs to one of twelve themes. The theme decides what is likely in it:
 on which ground, laid out how, with which written word. So scenes, and captions, have a geometry to learn: near
 are those of one theme, nearer those that share things, colours and places. Nothing here needs a network.
 
-`Scene` says what is in a picture; `render`, `caption`, `questions` and `text` are views of it. Scenes are split
+`Scene` says what is in a picture; `render`, `write_caption`, `write_questions` and `write_text` are views of it. Scenes are split
 into training and validation by content: the combination of coloured things in a validation scene never occurs in
 training.
 """
@@ -184,7 +184,7 @@ def _likely(rng: random.Random, choices: list[str], count: int) -> list[str]:
     return taken
 
 
-def caption(scene: Scene, seed: int | str) -> str:
+def write_caption(scene: Scene, seed: int | str) -> str:
     """A dense caption of some 40 to 80 words: ground, every thing with size, colour, place and relation, the word."""
     rng = random.Random(f"{seed}/caption")
     opening = rng.choice(("This is a picture of a {}, with {}.", "We see a {} scene, with {}.", "A {} is shown: {}."))
@@ -211,7 +211,7 @@ def _relation(cell: tuple[int, int], other: tuple[int, int]) -> str:
     return "below" if down > 0 else "above"
 
 
-def questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
+def write_questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
     """Questions with short answers, in a random order."""
     rng = random.Random(f"{seed}/questions")
     thing = rng.choice(scene.things)
@@ -226,7 +226,7 @@ def questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
     return pairs
 
 
-def text(scene: Scene, seed: int | str) -> str:
+def write_text(scene: Scene, seed: int | str) -> str:
     """A text without a picture: what belongs to such a scene."""
     rng = random.Random(f"{seed}/text")
     things = rng.sample(list(scene.theme.things), 3)

@@ -14,7 +14,12 @@ from transformers import AutoTokenizer
 from rsa_megatron.cli.show_sample import stored_samples
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.loaders import TrainLoader
-from rsa_megatron.data.prepare.embedding_shards import EmbeddingTable, as_npy, tell, write_embedding_shards
+from rsa_megatron.data.prepare.embedding_shards import (
+    EmbeddingTable,
+    as_npy,
+    make_embedding_info,
+    write_embedding_shards,
+)
 from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
@@ -37,7 +42,7 @@ def rows(dtype=numpy.float32) -> numpy.ndarray:
 
 
 def parts(**changes) -> dict:
-    told = [tell(key, record(number), "") for number, key in enumerate(KEYS)]
+    told = [make_embedding_info(key, record(number), "") for number, key in enumerate(KEYS)]
     return {"train": told[:10], "val": told[10:]} | changes
 
 
@@ -110,26 +115,29 @@ def test_the_same_bytes_twice(tmp_path):
 
 
 def test_a_conversation_gets_one_image_token_and_keeps_its_own():
-    assert tell("k", record(1), "").conversations == record(1)["conversations"]
+    assert make_embedding_info("k", record(1), "").conversations == record(1)["conversations"]
     turns = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "A boat."},
     ]
-    told = tell("k", {"messages": turns}, "")
+    told = make_embedding_info("k", {"messages": turns}, "")
     assert told.id == "k" and [turn["value"] for turn in told.conversations] == [
         "Be kind.",
         "<image>\nWhat?",
         "A boat.",
     ]
-    told = tell("c.txt, line 1", None, "A boat.")
+    told = make_embedding_info("c.txt, line 1", None, "A boat.")
     assert told.id == "c.txt, line 1" and told.conversations[1] == {"from": "gpt", "value": "A boat."}
     assert told.conversations[0]["value"].startswith("<image>\n")
-    assert tell("k", record(1) | {"id": 7}, "", by_id=True).key == "7" and tell("k", record(1), "").key == "k"
+    assert (
+        make_embedding_info("k", record(1) | {"id": 7}, "", by_id=True).key == "7"
+        and make_embedding_info("k", record(1), "").key == "k"
+    )
     with pytest.raises(Unusable, match="its text has 2 <image>"):
-        tell("k", record(1, "<image><image>?"), "")
+        make_embedding_info("k", record(1, "<image><image>?"), "")
     with pytest.raises(Unusable, match="no conversations"):
-        tell("k", {"id": 1}, "")
+        make_embedding_info("k", {"id": 1}, "")
 
 
 def nothing_written(folder):
@@ -137,7 +145,7 @@ def nothing_written(folder):
 
 
 def test_a_sample_without_an_embedding_ends_it_and_leaves_nothing(tmp_path):
-    told = [tell(f"lost {number}", record(number), "") for number in range(7)]
+    told = [make_embedding_info(f"lost {number}", record(number), "") for number in range(7)]
     with pytest.raises(
         ValueError, match=r"^7 keys \(lost 0, lost 1, lost 2, lost 3, lost 4, ...\) have no embedding, of 19 samples;"
     ):
@@ -155,7 +163,7 @@ def test_doubled_keys_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"^1 key \(train-00000.tar/000003\) has more than one sample, which would share"
     ):
-        write(tmp_path / "out", parts(val=[tell(KEYS[3], record(3), "")]))
+        write(tmp_path / "out", parts(val=[make_embedding_info(KEYS[3], record(3), "")]))
     with pytest.raises(ValueError, match="no samples to write"):
         write(tmp_path / "out", {"train": []})
     assert nothing_written(tmp_path)

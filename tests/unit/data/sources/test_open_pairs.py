@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from rsa_megatron.data.sources.open_pairs import in_words, open_pairs, sample
+from rsa_megatron.data.sources.open_pairs import format_counts, open_pairs, sample
 from tests.support.pictures import captions, conversation, images, picture, table, widths
 
 
@@ -59,7 +59,7 @@ def test_images_that_are_not_there_or_lead_out_are_counted_with_the_remedy(tmp_p
         f"whose image is not in {root} (--images names the folder; nothing is downloaded)": 3,
         f"whose image's path leads out of {root}": 3,
     }
-    assert in_words(pairs.left_out).startswith("3 whose image is not in")
+    assert format_counts(pairs.left_out).startswith("3 whose image is not in")
 
 
 @pytest.mark.parametrize(

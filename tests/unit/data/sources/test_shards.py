@@ -92,7 +92,7 @@ def test_opening_shards_reads_no_tar(packed, tmp_path, monkeypatch):
     pairs = open_pairs(packed)
     read = []
     module = "rsa_megatron.data.sources.shards"
-    monkeypatch.setattr(f"{module}._Part.read", lambda part: read.append(part.name) or b"{}")
+    monkeypatch.setattr(f"{module}._File.read", lambda part: read.append(part.name) or b"{}")
     assert len(open_pairs(packed)) == len(pairs) and read == []
     with pytest.raises(ValueError, match=r"val-00000.tar, json: it has no caption: "):
         pairs[0]
