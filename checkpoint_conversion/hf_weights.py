@@ -1,6 +1,6 @@
 """Tensors of Hugging Face folders, by their names on the hub, read one at a time.
 
-A file is opened anew for each tensor: the pages of a mapped file count as this process's memory until it is closed.
+A file is opened again for each tensor: the pages of a mapped file count as this process's memory until it is closed.
 """
 
 import json
@@ -29,7 +29,7 @@ class Readable(Protocol):
     source: str
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        """Some of its rows, or all."""
+        """Read some of its rows, or all."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StoredTensor:
 
 
 def open_folder(folder: Path) -> dict[str, Readable]:
-    """The model's tensors in a folder, by their names on the hub; those known to be no part of the model are left out.
+    """Open the model's tensors in a folder, by their names on the hub; those known not to belong to it are skipped.
 
     Raises:
         ValueError: naming file or tensor, for files that are missing, broken or not safetensors.
@@ -68,7 +68,7 @@ def open_folder(folder: Path) -> dict[str, Readable]:
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the one, or those that the index lists."""
+    """Find the safetensors files of a folder: the one, or those that the index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -110,7 +110,7 @@ def _list_tensors(file: Path) -> list[StoredTensor]:
 
 
 def drop_tied_head(tensors: dict[str, Readable]) -> None:
-    """For a tied model: take out an output layer that is the word embeddings once more."""
+    """Drop a tied model's output layer, which repeats the word embeddings."""
     if LM_HEAD not in tensors:
         return
     head, embeddings = tensors[LM_HEAD], tensors.get(EMBEDDINGS)
@@ -129,7 +129,7 @@ def _are_equal(a: Readable, b: Readable) -> bool:
 
 
 def split_rows(shape: Shape, dtype: torch.dtype, block_bytes: int = 64 * 2**20) -> list[slice]:
-    """Slices of rows, of about so many bytes each, that cover a tensor: word embeddings alone can be gigabytes."""
+    """Split a tensor's rows into slices of about `block_bytes` each: word embeddings can be gigabytes."""
     bytes_per_row = dtype.itemsize * math.prod(shape[1:])
     step = max(1, block_bytes // bytes_per_row)
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
@@ -154,7 +154,7 @@ def check(tensors: dict[str, Readable], rows: list[Row], where: str) -> None:
             f"{_format_names(unknown)} not part of the model that config.json describes; remove, or correct config.json"
         )
     for row in rows:
-        # Layers are stored as one tensor, and parts are joined: neither may quietly change a dtype.
+        # Layers are stored as one tensor, and parts are joined: neither may silently change a dtype.
         dtypes = {tensors[name].dtype: name for layer in row.layers for name in row.part_names(layer)}
         if len(dtypes) > 1:
             (dtype, name), (other_dtype, other) = list(dtypes.items())[:2]

@@ -1,4 +1,4 @@
-"""Weights that a model starts from when its parts have not met: the projector, image_newline and rows for new tokens.
+"""Weights that a model starts from when its modules were not trained together: the projector, image_newline and rows for new tokens.
 
 As LLaVA-OneVision starts them: projector weights N(0, 0.02), its biases 0, image_newline N(0, 1) / sqrt(hidden). New
 rows of the vocabulary are the mean of the others, which no token is nearer to than to itself.
@@ -62,7 +62,7 @@ class WithMeanRows:
 
 
 def add_vocabulary_rows(tensors: dict[str, Readable], vocab_size: int) -> None:
-    """Give word embeddings and output layer the rows that they lack."""
+    """Add the rows that word embeddings and output layer lack."""
     for name in (EMBEDDINGS, LM_HEAD):
         tensor = tensors.get(name)
         if tensor is not None and tensor.shape[0] < vocab_size:
@@ -76,7 +76,7 @@ def _compute_mean_row(tensor: Readable) -> Tensor:
 
 
 def drop_last_tower_layer(tensors: dict[str, Readable], num_layers: int) -> None:
-    """Take out layer `num_layers` of the tower, if there is one: the one after the last that the model uses."""
+    """Drop layer `num_layers` of the tower, if it has one: the one after the last that the model uses."""
     for name in list(tensors):
         match = re.match(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.", name)
         if match and int(match[1]) == num_layers:
@@ -84,7 +84,7 @@ def drop_last_tower_layer(tensors: dict[str, Readable], num_layers: int) -> None
 
 
 def init_projector(architecture: Architecture, seed: int, dtype: torch.dtype) -> dict[str, Readable]:
-    """Projector and image_newline, the same for the same seed whatever the dtype."""
+    """Initialise projector and image_newline, the same for the same seed whatever the dtype."""
     width, hidden = architecture.vision.hidden_size, architecture.decoder.hidden_size
     generator = torch.Generator().manual_seed(seed)
 

@@ -8,7 +8,7 @@ from rsa_megatron.models.architectures import Architecture, get_architecture
 from rsa_megatron.models.hf_config import check_grids, make_config, read_decoder, read_max_tiles, require
 from rsa_megatron.models.hf_files import read_json
 
-# What a config must say.
+# What a config must have.
 _WANTED = {
     "architectures": ["LlavaQwenForCausalLM"],
     "mm_projector_type": "mlp2x_gelu",
@@ -23,7 +23,7 @@ def is_lmms_lab(folder: Path) -> bool:
 
 
 def read_lmms_lab(folder: Path) -> Architecture:
-    """The sizes in a folder's config.json; ValueError names the key of what the Megatron model does not do."""
+    """Read the sizes in a folder's config.json; ValueError names the key of what the Megatron model does not support."""
     from transformers import Qwen2Config  # takes a second, which --help is spared
 
     raw, where = read_json(folder / "config.json"), f"{folder}/config.json"
@@ -39,7 +39,7 @@ def read_lmms_lab(folder: Path) -> Architecture:
     grids = _parse_grids(raw.get("image_grid_pinpoints"), vision.image_size, where)
     check_grids(grids, vision.image_size, where)
     aspect_ratio = raw.get("image_aspect_ratio")
-    if aspect_ratio == "anyres":  # nothing is shrunk: as many tiles may be kept as the largest grid has
+    if aspect_ratio == "anyres":  # nothing is shrunk: max_tiles is the largest grid's
         max_tiles = max(9, *(height * width // vision.image_size**2 for height, width in grids))
     else:
         max_tiles = read_max_tiles("image_aspect_ratio", aspect_ratio, where)
@@ -47,7 +47,7 @@ def read_lmms_lab(folder: Path) -> Architecture:
 
 
 def _parse_grids(pinpoints, tile_size: int, where: str) -> tuple[tuple[int, int], ...]:
-    """(height, width) in pixels, in the order of lmms-lab, which has the width first."""
+    """Parse to (height, width) in pixels, in the order of lmms-lab, which has the width first."""
     try:
         if (
             isinstance(pinpoints, str) and "x" in pinpoints

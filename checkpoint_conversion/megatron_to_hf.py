@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_projector(run: Path, tower_width: int) -> int | None:
-    """Numbers of an image's embedding, of a run on such (the training script's --image-positions); None of one on pixels.
+    """Return the image-embedding width of a run with the training script's --image-positions; None for a run on pixels.
 
     Raises:
-        ValueError: its projector does not take what the tower makes.
+        ValueError: its projector's input width is not the tower's.
     """
     try:
         width = json.loads((run / "run.json").read_text()).get("image_embedding_width")
@@ -89,7 +89,7 @@ def _read_parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Say in config.json in which dtype the weights are, under the key it has; without one, under both versions'."""
+    """Write the weights' dtype to config.json, under the key it has; without one, under both versions'."""
     config = json.loads(config_file.read_text())
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype", "dtype"]
     config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))

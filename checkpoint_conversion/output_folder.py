@@ -12,16 +12,16 @@ _OTHER_FILES = 64 * 2**20  # bytes, ample for tokenizer, configs and a checkpoin
 
 @contextmanager
 def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
-    """A folder to write to, beside `out`, renamed to `out` at the end; removed if anything goes wrong.
+    """Yield a folder to write to, beside `out`, renamed to `out` at the end; removed if anything goes wrong.
 
     Args:
-        out: the name; there may be a folder of that name only with `overwrite`, and it is kept until the end.
+        out: the name; a folder of that name may exist only with `overwrite`, and stays until the end.
         num_bytes: of weights that will be written.
         overwrite: replace a folder of that name.
-        sources: folders that are read, which `out` must not hold.
+        sources: folders that are read, which `out` must not contain.
 
     Raises:
-        ValueError: before anything is written, when `out` cannot be, or the disk has too little room; or when the disk
+        ValueError: before anything is written, when `out` is not possible, or the disk has too little room; or when the disk
             turned out to be full.
     """
     _check(out, num_bytes, overwrite, sources)
@@ -75,7 +75,7 @@ def _rename(unfinished: Path, out: Path) -> None:
 
 
 def _find_full_disk(error: BaseException | None) -> OSError | None:
-    """The disk's refusal behind an error: torch's writer puts errors of its own in front of it."""
+    """Find the full disk behind an error: torch's writer puts errors of its own in front of it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return error

@@ -1,7 +1,7 @@
 """Reads tensors of a Megatron checkpoint (torch_dist) without Megatron, one layer at a time.
 
 However a run was split over ranks, its chunks make up the tensors of the table. Nothing in the files is run: the
-chunks are read by torch.load(weights_only=True), and `.metadata`, a pickle, may name a few harmless classes alone.
+chunks are read by torch.load(weights_only=True), and `.metadata`, a pickle, may name only a few harmless classes.
 """
 
 import math
@@ -39,7 +39,7 @@ _ALLOWED = {
 
 
 def find_checkpoint(folder: Path, iteration: int | None) -> Path:
-    """The folder of one checkpoint: `folder` itself, or that of an iteration (or the latest) below it."""
+    """Find the folder of one checkpoint: `folder` itself, or that of an iteration (or the latest) below it."""
     tracker = folder / "latest_checkpointed_iteration.txt"
     if (folder / ".metadata").is_file():
         if iteration is not None:
@@ -114,7 +114,7 @@ class MegatronCheckpoint:
         return self._tensors[self._locate(row, row.layers[0])[0]].properties.dtype
 
     def read(self, row: Row, layer: int | None) -> Tensor:
-        """One tensor, of row.shape; without padding rows."""
+        """Read one tensor, of row.shape; without padding rows."""
         key, first = self._locate(row, layer)
         stored = self._tensors[key]
         wanted = ChunkStorageMetadata(
@@ -131,7 +131,7 @@ class MegatronCheckpoint:
         return target.view(row.shape)
 
     def _locate(self, row: Row, layer: int | None) -> tuple[str, tuple[int, ...]]:
-        """The key of a tensor, and where in it: a stack's layers are stored as one tensor or, by some runs, apart."""
+        """Return the key of a tensor, and where in it: a stack's layers are stored as one tensor or, by some runs, separately."""
         if layer is None:
             return row.key, ()
         if row.key in self._tensors:

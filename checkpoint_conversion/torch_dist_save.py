@@ -49,7 +49,7 @@ def save_checkpoint(
         folder: to be made.
         rows: the table.
         tensors: by their names on the hub; checked.
-        on_written: told the bytes of each chunk.
+        on_written: called with the bytes of each chunk.
     """
     planner = _Planner(rows, tensors, on_written)
     # No copies ahead: they are for tensors on a GPU, and would start CUDA where there is one.
@@ -66,7 +66,7 @@ def save_checkpoint(
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # neither the folder's name while it is written nor a random id
+        return StorageMeta()  # neither the folder's temporary name nor a random id
 
 
 class _Planner(SavePlanner):
@@ -131,7 +131,7 @@ class _Planner(SavePlanner):
 
 
 def _list_extra_states(rows: list[Row]) -> dict[tuple[str, int], None]:
-    """Owner and number of layers of each extra state, once and in order."""
+    """List owner and number of layers of each extra state, once and in order."""
     owners = ((row.key.rpartition(".")[0], row.num_layers) for row in rows)
     return {(owner, num): None for owner, num in owners if owner.rpartition(".")[2] in _WITH_EXTRA_STATE}
 

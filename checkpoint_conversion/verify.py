@@ -1,7 +1,7 @@
-"""Runs a Hugging Face model and its Megatron checkpoint on the same samples, and compares them part by part.
+"""Runs a Hugging Face model and its Megatron checkpoint on the same samples, and compares them output by output.
 
 What is compared is the whole way from pixels to loss (forward_comparison.py). Prints the largest differences, and names the first
-part that differs.
+output that differs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; 1 when a part differs by more than the tolerance."""
+    """Print the table; return 1 if an output differs by more than the tolerance."""
     from checkpoint_conversion import forward_comparison  # the other commands do without what it imports
     from rsa_megatron import megatron_on_cpu
 
@@ -59,23 +59,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], tolerance: float) -> int:
-    """Print the table of differences, samples by parts; 1 when one is above the tolerance."""
-    print(f"{'sample':<16}" + "".join(f"{part:>20}" for part in OUTPUTS))
+    """Print the table of differences, samples by outputs; return 1 if one is above the tolerance."""
+    print(f"{'sample':<16}" + "".join(f"{output:>20}" for output in OUTPUTS))
     worst = None
     for name, theirs, ours in zip(names, expected, actual):
-        differences = {part: compute_difference(ours[part], theirs[part]) for part in OUTPUTS if part in theirs}
-        figures = (f"{differences[part]:.1e}" if part in differences else "-" for part in OUTPUTS)
+        differences = {
+            output: compute_difference(ours[output], theirs[output]) for output in OUTPUTS if output in theirs
+        }
+        figures = (f"{differences[output]:.1e}" if output in differences else "-" for output in OUTPUTS)
         print(f"{name:<16}" + "".join(f"{figure:>20}" for figure in figures), flush=True)
-        for part, value in differences.items():
+        for output, value in differences.items():
             # (also nan)
-            if not value <= tolerance and (worst is None or OUTPUTS.index(part) < OUTPUTS.index(worst[0])):
-                worst = part, name, value
+            if not value <= tolerance and (worst is None or OUTPUTS.index(output) < OUTPUTS.index(worst[0])):
+                worst = output, name, value
     if worst is None:
         print(f"the same, to {tolerance:.0e} of the largest value")
         return 0
-    part, name, value = worst
+    output, name, value = worst
     print(
-        f"error: {part} differ by {value:.1e} of their largest value (sample {name!r}); it is the first part that "
+        f"error: {output} differ by {value:.1e} of their largest value (sample {name!r}); it is the first output that "
         f"differs by more than --tolerance {tolerance:.0e}",
         file=sys.stderr,
     )
@@ -83,7 +85,7 @@ def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], t
 
 
 def compute_difference(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference as a part of the largest value; inf where the shapes differ."""
+    """Return the largest difference as a fraction of the largest value; inf if the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()

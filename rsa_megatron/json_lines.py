@@ -17,7 +17,7 @@ class Line:
     values: dict[str, Any]
 
     def take(self, key: str, fits: Callable[[Any], bool], needs: str) -> Any:
-        """The value of a key, which must be there and fit."""
+        """Return the value of a key, which must be there and fit."""
         if key not in self.values:
             raise self.fault(key, f"is missing; it must be {needs}")
         if not fits(self.values[key]):

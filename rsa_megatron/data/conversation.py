@@ -1,8 +1,8 @@
-"""From a LLaVA conversation to tokens, with what is learnt and what is the caption marked on each.
+"""From a LLaVA conversation to tokens, each marked as target or not, and as caption or not.
 
 A conversation is LLaVA's: [{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "..."}].
 Two templates of LLaVA's, token for token:
-    plain       <image>ANSWER\\n                     stage 1: the image, then its caption; all but the image is learnt
+    plain       <image>ANSWER\\n                     stage 1: the image, then its caption; all but the image are targets
     qwen_1_5    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
                 <|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\nANSWER<|im_end|>\\n
 and two styles of labels for the second:
@@ -19,7 +19,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
@@ -41,7 +41,7 @@ class EncodedText:
     is_caption: list[bool] = field(default_factory=list)
 
     def truncate(self, length: int) -> "EncodedText":
-        """The first `length` tokens."""
+        """Return the first `length` tokens."""
         return EncodedText(self.tokens[:length], self.is_target[:length], self.is_caption[:length])
 
 
@@ -66,10 +66,10 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None
 
 
 def check_conversation(conversation: list) -> list[tuple[str, str]]:
-    """Its turns as (role, text), role being system, user or assistant.
+    """Return the turns as (role, text), role being system, user or assistant.
 
     Raises:
-        ValueError: when it is not a conversation, or has no answer.
+        ValueError: it is not a conversation, or has no answer.
     """
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise ValueError('a turn of "conversations" is not {"from": ..., "value": ...}')
@@ -88,7 +88,7 @@ def encode(
     """Encode a conversation; `<image>` in its text becomes the image token, which is never a target.
 
     Args:
-        label_style: of the template qwen_1_5; plain has one alone.
+        label_style: of the template qwen_1_5; plain has only one.
 
     Raises:
         ValueError: when it is not a conversation, or has no answer.
@@ -107,7 +107,7 @@ def encode(
 
 @functools.lru_cache(maxsize=8)
 def _get_always_trained(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Of the style llava, wherever they stand; asked for once, not for each sample."""
+    """Return the tokens that the style llava trains wherever they stand; cached, not looked up for each sample."""
     return frozenset(
         [*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]]
     )
@@ -120,7 +120,7 @@ def _get_role(turn: dict) -> str:
     return _ROLES[speaker]
 
 
-#: A stretch of text, whether it is learnt, and whether it is the caption.
+#: A stretch of text, whether it is a target, and whether it is the caption.
 _Piece = tuple[str, bool, bool]
 
 
@@ -155,14 +155,14 @@ def _format_qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Pi
 
 
 def _move_image_first(value: str) -> str:
-    """A turn's only image comes first, on a line of its own."""
+    """Put a turn's only image first, on a line of its own."""
     if value.count(IMAGE_TOKEN) != 1 or value.startswith(IMAGE_TOKEN):
         return value
     return f"{IMAGE_TOKEN}\n{value.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", pieces: list[_Piece]) -> EncodedText:
-    # The text as a whole: where a word ends and the template goes on, the pieces alone would be other tokens (".\n").
+    # The text as a whole: where a word ends and the template goes on, separate pieces would be other tokens (".\n").
     text, starts = "", []
     for piece, _, _ in pieces:
         starts.append(len(text))

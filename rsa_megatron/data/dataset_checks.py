@@ -12,19 +12,19 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
 
-def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
+def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
     """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole, and large enough.
 
     Args:
         path: a prepared data set, or a mixture of such.
-        parts: the parts that will be read: train, val.
-        num_readers: data workers of all data-parallel ranks, between which a part's samples are divided.
+        splits: those that will be read: train, val.
+        num_readers: data workers of all data-parallel ranks, between which a split's samples are divided.
         micro_batch_size: which each of them must fill at least once in an evaluation.
     """
-    for part in parts:
-        shards = _list_shards(path, part)
+    for split in splits:
+        shards = _list_shards(path, split)
         num_samples = sum(shard.count for shard in shards)
-        if part == "val" and shards and num_samples // num_readers < micro_batch_size:
+        if split == "val" and shards and num_samples // num_readers < micro_batch_size:
             raise ValueError(
                 f"--data-path {path}: the {num_samples} samples of its validation split, divided between {num_readers} data "
                 f"workers (data-parallel ranks x --num-workers), do not fill a micro-batch of {micro_batch_size} each; add "
@@ -48,7 +48,7 @@ def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch
 
 
 def fingerprint(path: str) -> str:
-    """A short name for what the training part behind `path` holds: shards by name and size, and how they are mixed."""
+    """Hash what the training split behind `path` holds: shards by name and size, and how they are mixed."""
     parts = [
         (
             [(shard.path.parent.name, shard.name, shard.count) for shard in _get_shards(loaded)],
@@ -61,8 +61,8 @@ def fingerprint(path: str) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
-def _list_shards(path: str, part: str) -> list[ShardInfo]:
-    return [shard for loaded in _load(path, part) for shard in _get_shards(loaded)]
+def _list_shards(path: str, split: str) -> list[ShardInfo]:
+    return [shard for loaded in _load(path, split) for shard in _get_shards(loaded)]
 
 
 def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:
@@ -72,12 +72,16 @@ def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:
     return getattr(dataset, "shards", [])
 
 
-def _load(path: str, part: str) -> list[LoadedDataset]:
+def _load(path: str, split: str) -> list[LoadedDataset]:
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
-        return load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config).datasets
+        return (
+            load_dataset(path).get_datasets(training=split == "train", split_part=split, worker_config=config).datasets
+        )
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
-        raise ValueError(f"--data-path {path}, split {part!r}: {error}; {_suggest_remedy(path, str(error))}") from error
+        raise ValueError(
+            f"--data-path {path}, split {split!r}: {error}; {_suggest_remedy(path, str(error))}"
+        ) from error
 
 
 def _suggest_remedy(path: str, error: str) -> str:

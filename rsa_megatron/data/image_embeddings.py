@@ -1,7 +1,7 @@
-"""Images that come as one embedding each, in the place of pixels: what ReVision's stages train on.
+"""Images as one precomputed embedding each, instead of pixels: what ReVision's stages train on.
 
-In a shard the embedding is a part "npy" beside the json (several images: "0.npy", "1.npy", ...), in a JSONL record the path
-of such a file: numpy's format, one row of D numbers. Pixels that a sample has as well are not looked at, so that the same
+In a shard the embedding is a file "npy" beside the json (several images: "0.npy", "1.npy", ...), in a JSONL record the path
+of such a file: numpy's format, one vector of D numbers. Pixels that a sample has as well are not looked at, so that the same
 shards may serve other stages.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data.tiles import sort_by_number
 
-#: The name of a part of a stored sample that is an embedding: "npy" or "0.npy".
+#: The name of a stored sample's file that is an embedding: "npy" or "0.npy".
 EMBEDDING_PART = re.compile(r"(?:([0-9]+)\.)?npy")
 
 
@@ -33,10 +33,10 @@ class ImageEmbeddings:
         self.width, self.positions = width, positions
 
     def decode(self, parts: dict[str, bytes]) -> list[Tensor]:
-        """A sample's embeddings in order, [D] float32 each.
+        """Decode a sample's embeddings in order, [D] float32 each.
 
         Raises:
-            ValueError: the names are neither "npy" alone nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
+            ValueError: the names are neither just "npy" nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
         """
         return [self._decode(name, parts[name]) for name in sort_by_number(parts, self.part, "0.npy, 1.npy, ...")]
 
@@ -44,7 +44,7 @@ class ImageEmbeddings:
         return [ImageLayout.of_embedding(self.positions)] * len(embeddings)
 
     def tiles(self, embeddings: list[Tensor]) -> Tensor:
-        """[n, D] of a sample's n embeddings."""
+        """Stack a sample's n embeddings, [n, D]."""
         return torch.stack(embeddings) if embeddings else torch.zeros(0, self.width)
 
     def _decode(self, name: str, part: bytes) -> Tensor:

@@ -25,12 +25,12 @@ from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 
 class TrainLoader:
-    """Batches of the training part, with a position that can be saved and taken up again.
+    """Batches of the training split, with a position that can be saved and resumed.
 
     Args:
         one_epoch: iterations of a single pass over the data (`count_epoch_iterations`), after which there are empty batches: ranks
             end together, whatever each has read. 0: the data never ends.
-        drop_last: with one_epoch, leave out samples that do not fill a micro-batch.
+        drop_last: with one_epoch, skip samples that do not fill a micro-batch.
 
     Raises:
         ValueError: one epoch of data that has none.
@@ -84,15 +84,15 @@ class TrainLoader:
         return batch
 
     def save_state(self) -> dict:
-        """Called by Megatron when it writes a checkpoint."""
+        """Return the position; called by Megatron when it writes a checkpoint."""
         energon = None if self._ended else to_plain(self._loader.save_state_rank())
         return {"layout": dataclasses.asdict(self.layout), "energon": energon}
 
     def restore_state(self, state_file: Path) -> None:
-        """Take up the position of a state file; before the first batch.
+        """Resume at the position of a state file; before the first batch.
 
         Raises:
-            ValueError: when the file is of another layout.
+            ValueError: the file is of another layout.
         """
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
         self.layout.check_same(state["layout"], state_file)
@@ -110,9 +110,9 @@ def count_epoch_iterations(
     global_batch_size: int,
     drop_last: bool,
 ) -> int:
-    """Iterations of one pass over the training part behind `path`, as Energon divides it between ranks and workers.
+    """Count the iterations of one pass over the training split behind `path`, as Energon divides it between workers.
 
-    Each worker of each rank has a part of each data set, and its last micro-batch may be a partial one. The rank with
+    Each worker of each rank has a share of each data set, and its last micro-batch may be a partial one. The rank with
     the most micro-batches decides, or with drop_last (and without partial ones) the rank with the fewest.
 
     Raises:
@@ -129,7 +129,7 @@ def count_epoch_iterations(
 
 
 class _Counter(DefaultTaskEncoder):
-    """For a data set that is counted, not read."""
+    """A task encoder for a data set that is counted, not read."""
 
     cookers = LlavaTaskEncoder.cookers
 
@@ -156,7 +156,7 @@ def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_
 
 
 class ValidationLoader:
-    """The validation part over and over, each time in the same order."""
+    """The validation split over and over, each time in the same order."""
 
     def __init__(self, path: str, task_encoder: TaskEncoder, worker_config: WorkerConfig, micro_batch_size: int):
         dataset = get_val_dataset(
@@ -182,12 +182,12 @@ class ValidationLoader:
         return batch
 
     def one_pass(self) -> Iterator[LlavaBatch]:
-        """Each batch of the part once; for a loader that has not been read from."""
+        """Yield each batch of the split once; for a loader that has not been read from."""
         return iter(self._loader)
 
 
 def _isolate_workers(loader: DataLoader) -> DataLoader:
-    """Its data workers in process groups of their own.
+    """Put data workers into process groups of their own.
 
     A scheduler's signal to end with a checkpoint may go to a rank's whole group, and ends data workers on the spot:
     the rank would fail before it has saved. Workers end by themselves when their rank is gone.

@@ -1,20 +1,20 @@
-"""A mixin by which an Energon job that exists already says who may take part in RSA, and which tokens are the caption.
+"""A mixin by which an Energon job that exists already says which samples are eligible for RSA, and which tokens are the caption.
 
     class MyEncoder(RSATaskEncoder, TaskEncoder):  # the job's own TaskEncoder, as it is
         pass
 
 A batch of many samples often keeps nothing of the single one: a job's `batch` may hand on the subflavors of its first
-sample alone, `encode_batch` may turn a dataclass into a dict and lose what is no field of it, and so does packing. So
+sample only, `encode_batch` may turn a dataclass into a dict and lose what is no field of it, and so does packing. So
 nothing is hung onto the job's samples. Each travels through Energon inside a `_Tracked`, beside what RSA must know of it;
-each method of the job is given what it was always given, and what it returns is kept again.
+each method of the job is given what it was always given, and what it returns is wrapped again.
 
 Energon looks at a task encoder's methods when it builds its data sets (`build_encode_sample`, `build_batch`): there it is
 shown ours in their place, with the attributes of the job's own (@stateless, failure tolerance). Anywhere else the job's
 methods are untouched: they may call one another, and `super()`, as before. Energon's key by which a sample is read again
-passes through, and a sample that is read again is decided on again; so `rsa_eligible` and `rsa_caption_mask` must depend
+passes through, and a sample that is read again is asked about again; so `rsa_eligible` and `rsa_caption_mask` must depend
 on the sample alone.
 
-Shapes: B rows of a batch, S text positions, P samples of the whole batch (B, or more where rows are packed).
+Shapes: B sequences of a batch, S text positions, P samples of the whole batch (B, or more where sequences are packed).
 """
 
 import contextlib
@@ -36,23 +36,23 @@ ELIGIBLE, CAPTION_MASK = "rsa_eligible", "rsa_caption_mask"
 class RSATaskEncoder:
     """Placed before a TaskEncoder, it adds to each batch:
 
-    `rsa_eligible`, int64 [P]: 1 for a sample that may take part, in the order in which they were batched and packed.
+    `rsa_eligible`, int64 [P]: 1 for an eligible sample, in the order in which they were batched and packed.
     `rsa_caption_mask`, int64 [B, S], where `rsa_caption_mask` is overridden: 1 where the token AT this position is the
     caption's.
 
     They are keys of a batch that is a mapping, otherwise attributes; a dataclass must have them as fields.
 
     Raises:
-        ValueError: when the class or a data set is made: for bases in the wrong order, a `batch`, `pack_selected_samples` or
+        ValueError: at the class's or a data set's construction: bases in the wrong order, a `batch`, `pack_selected_samples` or
             `encode_batch` that is a generator, or no batch size.
-        FatalSampleError: when a batch is made, for what one line says.
+        FatalSampleError: at a batch; one line names the fault.
     """
 
     #: the token ids in a batch, [B, S], of which the caption mask takes its length; and in a sample, [its length]
     rsa_text_field = "tokens"
 
     def rsa_eligible(self, sample: Any) -> bool | Sequence[bool]:
-        """Whether a sample may take part, as it comes from the data set, before it is encoded.
+        """Return whether a sample is eligible, as it comes from the data set, before it is encoded.
 
         By default what its subflavor `rsa` says, and True where there is none. That it has exactly one image need not be
         looked at here. For a sample that holds several, packed beforehand, one answer for each of them.
@@ -72,14 +72,14 @@ class RSATaskEncoder:
         return flag
 
     def rsa_caption_mask(self, encoded_sample: Any) -> Tensor | None:
-        """Which tokens of an encoded sample are its caption, [its length]; not overridden, those of the loss mask are.
+        """Mark which tokens of an encoded sample are its caption, [its length]; not overridden, those of the loss mask are.
 
-        Once overridden it answers for every sample; None is for one that does not take part.
+        Once overridden it answers for every sample; None is for one that is not eligible.
         """
         return None
 
     def rsa_packed_caption_mask(self, packed_sample: Any, masks: list[Tensor]) -> Tensor:
-        """The mask of a packed row from those of its samples: one after the other. Override it where packing pads them."""
+        """Join the masks of a packed sequence's samples, one after the other. Override it where packing pads them."""
         return torch.cat(masks)
 
     def __init_subclass__(cls, **kwargs):
@@ -91,7 +91,7 @@ class RSATaskEncoder:
             )
 
     def build_encode_sample(self, dataset, **settings):
-        # The answer is kept from the first stage on, whether the job does anything there or not.
+        # The answer is wrapped from the first stage on, whether the job does anything there or not.
         first = "preencode_sample" if _is_overridden(self, "preencode_sample") else "encode_sample"
         with _expose_to_energon(self, [first]):
             return super().build_encode_sample(dataset, **settings)
@@ -109,13 +109,13 @@ class RSATaskEncoder:
 
 @dataclass
 class _Tracked:
-    """Something of the job's and what RSA must know of it; Energon has it in its place."""
+    """Something of the job's and what RSA must know of it; Energon sees it instead."""
 
-    #: a sample, a packed row, or a batch not encoded yet
+    #: a sample, a packed sequence, or a batch not encoded yet
     inner: Any
     #: of each of its samples
     eligible: tuple[bool, ...]
-    #: of each of its rows, int64 [the row's length]; None for a sample that has not been asked
+    #: of each of its sequences, int64 [its length]; None for a sample that has not been asked
     masks: list[Tensor] | None = None
 
     @property
@@ -218,7 +218,7 @@ def _is_overridden(encoder: RSATaskEncoder, name: str) -> bool:
 
 @contextlib.contextmanager
 def _expose_to_energon(encoder: RSATaskEncoder, names: list[str]) -> Iterator[None]:
-    """Ours as attributes of the encoder, which go before its class's methods."""
+    """Set ours as attributes of the encoder, which go before its class's methods."""
     stages = {name: _make_stage(encoder, name) for name in names}
     attributes = vars(encoder)
     own = {name: attributes[name] for name in names if name in attributes}
@@ -244,7 +244,7 @@ def _track(encoder: RSATaskEncoder, sample) -> _Tracked:
 
 
 def _merge(encoder: RSATaskEncoder, samples: list[_Tracked]) -> _Tracked:
-    """The samples of a row or a batch as the job knows them, with what is known of them in their order."""
+    """Merge the samples of a sequence or a batch as the job knows them, with what is known of them in their order."""
     eligible = tuple(one for sample in samples for one in sample.eligible)
     masks = None
     if type(encoder).rsa_caption_mask is not RSATaskEncoder.rsa_caption_mask:
@@ -276,7 +276,7 @@ def _check_mask(encoder: RSATaskEncoder, sample, mask) -> Tensor:
 
 
 def _fit_to_text(encoder: RSATaskEncoder, batch, masks: list[Tensor]) -> Tensor:
-    """The rows' masks, [B, S]: padded with 0, and cut where the job has cut the text."""
+    """Stack the sequences' masks, [B, S]: padded with 0, and truncated where the job has truncated the text."""
     shape = tuple(_get_text(encoder, batch).shape)
     if len(shape) != 2 or shape[0] != len(masks):
         raise FatalSampleError(
@@ -300,7 +300,7 @@ def _get_text(encoder: RSATaskEncoder, holder) -> Tensor:
 
 
 def _deliver(batch, name: str, value: Tensor) -> None:
-    # Pinning memory makes a dataclass anew from its fields: an attribute that is none would be lost there.
+    # Pinning memory rebuilds a dataclass from its fields: an attribute that is not one would be lost there.
     if not dataclasses.is_dataclass(batch) or name in {field.name for field in dataclasses.fields(batch)}:
         with contextlib.suppress(AttributeError):  # of a tuple, or of slots
             return _set_field(batch, name, value)
@@ -315,7 +315,7 @@ def _get_key(sample) -> str:
 
 
 def _get_field(holder, name: str, default=None):
-    """A key of a mapping, or an attribute."""
+    """Return a key of a mapping, or an attribute."""
     return holder.get(name, default) if isinstance(holder, Mapping) else getattr(holder, name, default)
 
 

@@ -1,6 +1,6 @@
 """Reads a model's sizes from Hugging Face folders: LLaVA-OneVision's, or a SigLIP's and a Qwen2's.
 
-What the Megatron model cannot do is refused here, by its key.
+What the Megatron model does not support raises an error here that names its key.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from rsa_megatron.models.architectures import (
 )
 from rsa_megatron.models.hf_files import make_image_processor_config, read_json, read_json_if_there
 
-if TYPE_CHECKING:  # for annotations alone: the known architectures need no transformers, which takes a second to import
+if TYPE_CHECKING:  # only for annotations: the known architectures need no transformers, which takes a second to import
     from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 # How images are prepared.
@@ -40,20 +40,20 @@ _PIXEL_KEYS = (
 
 
 def is_model_folder(model: str) -> bool:
-    """Whether --model names a folder with a config.json, and not one of the known architectures."""
+    """Return whether --model names a folder with a config.json, and not one of the known architectures."""
     return (Path(model) / "config.json").is_file()
 
 
 def find_architecture(model: str) -> Architecture:
-    """What --model names."""
+    """Return the architecture that --model names."""
     return read_architecture(Path(model)) if is_model_folder(model) else get_architecture(model)
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The sizes in a folder's config.json.
+    """Read the sizes in a folder's config.json.
 
     Raises:
-        ValueError: when it is of another kind of model, or asks for what the Megatron model does not do; names the key.
+        ValueError: another kind of model, or a setting that the Megatron model does not support; names the key.
     """
     raw = read_json(folder / "config.json")
     where = f"{folder}/config.json"
@@ -88,7 +88,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def read_towers(vision: Path, language: Path) -> Architecture:
-    """The model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
+    """Read the model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
 
     The vocabulary gets rows for <image> and <video>, and is rounded up to a multiple of 64, as in the published
     checkpoints. Embeddings stay tied or untied, as they are: Qwen2-1.5B-Instruct's are tied, those of the paper's
@@ -108,7 +108,7 @@ def read_towers(vision: Path, language: Path) -> Architecture:
 
 
 def _count_used_layers(num_layers: int) -> int:
-    """Of SigLIP-so400m's 27 layers 26 are used. A tower of 26 has lost its last one already; others are used whole."""
+    """Count the layers used: of SigLIP-so400m's 27, 26. A tower of 26 has lost its last one already; others are used whole."""
     return num_layers - 1 if num_layers == 27 else num_layers
 
 
@@ -180,7 +180,7 @@ def check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) 
 
 
 def _check_image_processor(folder: Path, architecture: Architecture) -> None:
-    """Refuse a folder whose images are prepared in another way than here: it is served with that way."""
+    """Raise ValueError if a folder prepares images in another way than we do: it would be served that way."""
     expected = make_image_processor_config(architecture)
     for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         content = read_json_if_there(folder / name)

@@ -1,7 +1,7 @@
-"""Whether a record that was found can be trained on, and what of it is kept.
+"""Whether a record that was found can be trained on, and what of it is stored.
 
-Images stay the bytes that they are; they are decoded once, as training will, to know that they can be. What is wrong is
-said as an Unusable, of which kinds are counted.
+Images stay the bytes that they are; they are decoded once, as training will, to know that they can be. What is wrong
+raises an Unusable, whose kinds are counted.
 """
 
 import io
@@ -43,23 +43,23 @@ class ImportedSample:
 
     @property
     def key(self) -> str:
-        """Its name in a shard: the record's number. Ids repeat in real data, and may hold dots and slashes."""
+        """Return its name in a shard: the record's number. Ids repeat in real data, and may hold dots and slashes."""
         return f"{self.number:06d}"
 
     def in_shard(self) -> dict[str, bytes]:
-        """Its parts, by their names: "jpg" or "0.jpg", "1.png", ...; and "json"."""
-        alone = len(self.images) == 1
-        names = [image.extension if alone else f"{i}.{image.extension}" for i, image in enumerate(self.images)]
+        """Return its files by name: "jpg" or "0.jpg", "1.png", ...; and "json"."""
+        is_single = len(self.images) == 1
+        names = [image.extension if is_single else f"{i}.{image.extension}" for i, image in enumerate(self.images)]
         record = json.dumps({"id": self.id, "conversations": self.conversations}, ensure_ascii=False).encode()
         return {name: image.data for name, image in zip(names, self.images)} | {"json": record}
 
     def as_line(self) -> dict:
-        """Its line in a JSONL file, with the paths of its images."""
+        """Return its line in a JSONL file, with the paths of its images."""
         return {"id": self.id, "image": [image.path for image in self.images], "conversations": self.conversations}
 
 
 def check(record: Record, image_root: Path) -> ImportedSample:
-    """The sample of a record; its images' paths are relative to `image_root`, a resolved folder.
+    """Check a record and return its sample; its images' paths are relative to `image_root`, a resolved folder.
 
     Raises:
         Unusable: it cannot be trained on.
@@ -99,7 +99,7 @@ def _find_images(content: dict) -> list[str | bytes]:
 
 
 def check_turns(content: dict) -> tuple[list[dict], list[str]]:
-    """A record's turns as {"from", "value"}, and the text of each. Raises Unusable where they are no conversation."""
+    """Return a record's turns as {"from", "value"}, and the text of each. Raises Unusable if they are not a conversation."""
     turns = content.get("conversations")
     if turns is None:
         turns = content.get("messages")
@@ -118,7 +118,7 @@ def check_turns(content: dict) -> tuple[list[dict], list[str]]:
 
 
 def add_image_token(turns: list[dict]) -> list[dict]:
-    """The turns with an <image> before the first human one's text. Raises Unusable where there is none."""
+    """Put an <image> before the first human turn's text. Raises Unusable without such a turn."""
     for index, turn in enumerate(turns):
         if turn["from"] in ("human", "user"):
             turn_with_image = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}

@@ -1,4 +1,4 @@
-"""Captions without their images: what stands in for image data where text is moved onto images (ReVision's stage 1).
+"""Captions without their images, which replace image data where text is moved onto images (ReVision's stage 1).
 
     captions.txt             a caption a line
     llava.json, .jsonl       LLaVA's records of one image or of none; the images need not be there
@@ -19,13 +19,13 @@ from rsa_megatron.data.sources.shards import read_shards
 
 
 def open_captions(path: str | Path, *, split: str = "train", language: str = "en") -> Pairs:
-    """The captions of a file or folder; see above.
+    """Read the captions of a file or folder; see above.
 
     Args:
         split, language: as for `open_pairs`.
 
     Raises:
-        ValueError: there is no caption in it, or it cannot be read; names file and remedy.
+        ValueError: it has no caption, or cannot be read; names file and remedy.
     """
     path = Path(path)
     try:
@@ -45,7 +45,7 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
 
 
 def _open(path: Path, split: str) -> Pairs | None:
-    """None for what is read with its images."""
+    """Return None for what is read with its images."""
     if not path.exists():
         return None  # whose message names the forms
     if path.suffix.lower() == ".txt" and path.is_file():

@@ -11,12 +11,12 @@ from rsa_megatron.data.conversation import check_conversation
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, find_image, open_image, without_image
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
-#: How samples are called that have not as many images as are asked for: exactly one (True), or at most one.
+#: Reason for skipping samples by whether exactly one image is needed (True), or at most one.
 WRONG_NUMBER_OF_IMAGES = {True: "that have no image, or several", False: "that have several images"}
 
 
 class FoundPairs:
-    """Pairs as they are found, one an image, and what is left out.
+    """Pairs as they are found, one an image, and what is skipped.
 
     Args:
         root: resolved folder that the paths of images are relative to.
@@ -28,13 +28,13 @@ class FoundPairs:
         self.left_out: Counter[str] = Counter()
 
     def add(self, key: str, caption: str, image: str | Callable, record: dict | None = None) -> None:
-        """One more, unless its key is there already; `image` is a path below the folder, or opens the image."""
+        """Add a pair, unless its key exists already; `image` is a path below the folder, or opens the image."""
         caption = caption.strip()
         if key in self._pairs:
             self.left_out["of an image that has a caption already"] += 1
         elif not caption:
             self.left_out["without a caption"] += 1
-        elif any("\ud800" <= letter <= "\udfff" for letter in caption):  # what is left of bytes that are no text
+        elif any("\ud800" <= letter <= "\udfff" for letter in caption):  # what is left of bytes that are not text
             self.left_out["whose caption is not UTF-8"] += 1
         else:
             try:
@@ -48,7 +48,7 @@ class FoundPairs:
 
 
 def read_coco(path: Path, content: dict, root: Path) -> Pairs:
-    """COCO's captions: of each image the caption of lowest annotation id."""
+    """Read COCO's captions: of each image the caption of lowest annotation id."""
     for name in ("images", "annotations"):
         if not isinstance(content.get(name), list):
             raise ValueError(
@@ -75,11 +75,11 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
 def read_records(
     source: Source, root: Path, numbers: range | None = None, prefix: str = "", *, needs_image: bool = True
 ) -> Pairs:
-    """Records of exactly one image; the caption is the answer, of several turns all answers.
+    """Read records of exactly one image; the caption is the answer, of several turns all answers.
 
     Args:
-        needs_image: without it also records of no image, and images are not looked for.
-        numbers: of the records that are taken; all.
+        needs_image: False takes records of no image too, and looks for no images.
+        numbers: of the records to read; default: all.
         prefix: of the keys, before the record's place in its file.
     """
     numbers = range(len(source)) if numbers is None else numbers
@@ -111,9 +111,9 @@ def _get_caption_and_image(record: Record, needs_image: bool) -> tuple[str, str 
 
 
 def join_answers(conversation: list) -> str:
-    """The text of its answers, a line each.
+    """Join the texts of its answers, a line each.
 
     Raises:
-        ValueError: it is no conversation, or has no answer.
+        ValueError: it is not a conversation, or has no answer.
     """
     return "\n".join(text.strip() for role, text in check_conversation(conversation) if role == "assistant")

@@ -6,8 +6,8 @@
     x.parquet, or a folder of them   Hugging Face's: the same columns, the images within
     a folder                         a.jpg beside a.txt with its caption, in folders of folders
 
-A source has a length, and `records(start)` begins anywhere: the n-th record is the same one each time, which is what a
-run that is taken up again stands on. Here a record is only found; sample_checks.py judges what is in it.
+A source has a length, and `records(start)` begins anywhere: the n-th record is the same one each time, which is what
+a resumed run relies on. Here a record is only found; sample_checks.py judges what is in it.
 """
 
 import json
@@ -62,7 +62,7 @@ def _open(path: Path, seed: int) -> Source:
 
 
 def _open_parquet(files: list[Path], image_root: Path) -> Source:
-    # Not at the top: whoever has no parquet files need not have pyarrow.
+    # Not at the top: pyarrow is needed only for parquet files.
     try:
         from rsa_megatron.data.sources.parquet import Parquet
     except ImportError as error:

@@ -27,7 +27,7 @@ class Mixture:
         named = [isinstance(e, dict) and isinstance(e.get("json_path"), str) for e in entries or []]
         if not isinstance(entries, list) or not all(named):
             raise ValueError(f"{path} needs a list `datasets:` of {{json_path: ..., sampling_strategy: ...}}")
-        #: of each entry its source, and the numbers of the records that are taken from it, in order
+        #: of each entry its source, and the numbers of the records chosen from it, in order
         self._parts: list[tuple[Source, Sequence[int]]] = []
         for position, entry in enumerate(entries):
             source = open_source(path.parent / entry["json_path"], seed=seed)
@@ -52,7 +52,7 @@ class Mixture:
 
 
 def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:
-    """Which of `count` records LLaVA's sampling_strategy takes: all, first:N, end:N or random:N; N or P%, rounded up.
+    """Choose which of `count` records LLaVA's sampling_strategy takes: all, first:N, end:N or random:N; N or P%, rounded up.
 
     Those of "random" keep their order, so that a file can be read from front to end.
     """

@@ -10,7 +10,7 @@
 
 One pair an image. The caption is the answer of a conversation, or the first caption of several: COCO's of the lowest
 annotation id (platonic-rep takes the first of a list), a table's first row of an image, a list's first item.
-Images are opened when they are wanted, as training opens them; nothing is downloaded.
+Images are opened on access, as training opens them; nothing is downloaded.
 """
 
 import json
@@ -34,15 +34,15 @@ _FORMS = (
 
 
 def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "val", language: str = "en") -> Pairs:
-    """The pairs of a file or folder; see above.
+    """Read the pairs of a file or folder; see above.
 
     Args:
         images: folder that the paths of images are relative to; the folder of the file itself.
-        split: part of shards and mixtures, and of tables with a column `split`; the others are one part.
+        split: of shards and mixtures, and of tables with a column `split`; the others have only one.
         language: of tables with a column `language`.
 
     Raises:
-        ValueError: there is no pair in it, or it cannot be read; names file, column and remedy.
+        ValueError: it has no pair, or cannot be read; names file, column and remedy.
     """
     path = Path(path)
     if not path.exists():
@@ -75,7 +75,7 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether it is Energon's: an indexed folder, or a mixture."""
+    """Return whether it is Energon's: an indexed folder, or a mixture."""
     if path.is_dir():
         return (path / ".nv-meta").is_dir()
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -88,12 +88,12 @@ def is_prepared(path: Path) -> bool:
 
 
 def is_json_object(path: Path) -> bool:
-    """Whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
+    """Return whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
     return _read_json_object(path) is not None
 
 
 def _read_json_object(path: Path) -> dict | None:
-    """What a .json holds if that is one object, as COCO's; not a list of records, nor one a line."""
+    """Read a .json that is one object, as COCO's captions; None for a list of records, or one a line."""
     if path.suffix.lower() != ".json":
         return None
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")

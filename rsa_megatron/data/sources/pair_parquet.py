@@ -13,12 +13,12 @@ from rsa_megatron.data.sources.record import Unusable
 
 # Rows that are in memory at once, without their images.
 _ROWS = 4096
-# Wikimedia's WIT has a row an image; what is said of it in each language lies in here.
+# Wikimedia's WIT has a row an image; its texts in each language are in this column.
 _NESTED = "wit_features"
 
 
 def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
-    """A file's rows, of which the columns `wanted` are read.
+    """Open a file's rows, of which the columns `wanted` are read.
 
     Args:
         name: of the file among others.
@@ -40,7 +40,7 @@ def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
 
 
 def _holds_images(kind: pyarrow.DataType) -> bool:
-    """Bytes, or Hugging Face's {bytes, path}."""
+    """Return whether a column holds bytes, or Hugging Face's {bytes, path}."""
     types = pyarrow.types
     return types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
@@ -83,7 +83,7 @@ def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def _read_images(path: Path, group: int) -> pyarrow.ChunkedArray:
-    """The images of a row group, which is what can be read at once; samples come in the data's order, so each is read once."""
+    """Read the images of a row group, the unit of reading; samples come in the data's order, so each is read once."""
     try:
         with ParquetFile(path) as file:
             return file.read_row_group(group, columns=["image"]).column("image")

@@ -1,4 +1,4 @@
-"""Image-caption pairs to measure on: what one is, a collection of which any can be had, and the choice of some."""
+"""Image-caption pairs to measure on: what one is, a collection with random access, and the choice of some."""
 
 import hashlib
 import os
@@ -22,9 +22,9 @@ class CaptionedImage:
     key: str
     caption: str
     #: Opens the image, upright RGB. Raises ValueError, naming the file, for one that cannot be read: among thousands there
-    #: may be such, which whoever opens them leaves out and counts.
+    #: may be such, which the caller skips and counts.
     image: Callable[[], Image.Image]
-    #: what the source says of it, where that is a record with a conversation
+    #: its record in the source, if that has a conversation
     record: dict | None = None
 
 
@@ -52,15 +52,15 @@ class Table:
 
 
 class Pairs(Sequence[CaptionedImage]):
-    """Pairs by number; a caption is read when its pair is asked for, an image when it is opened.
+    """Pairs by number; a caption is read when its pair is accessed, an image when it is opened.
 
-    `pairs[i]` raises ValueError, naming the sample, where that is what shows that it has no caption (in shards alone).
+    `pairs[i]` raises ValueError, naming the sample, if only reading it shows that it has no caption (only in shards).
     """
 
     def __init__(self, keys: Sequence[str], load: Callable[[int], CaptionedImage], left_out: Counter[str]):
         #: of each pair, in the data's order
         self.keys = keys
-        #: what was found and is no pair: how many, by what is wrong with them and what to do about it
+        #: what was skipped: how many, by what is wrong with them and what to do about it
         self.left_out = left_out
         self._load = load
 
@@ -78,7 +78,7 @@ class Pairs(Sequence[CaptionedImage]):
 
 
 def join(parts: list[Pairs]) -> Pairs:
-    """The pairs of several sources, one after the other; of those with the same key the first."""
+    """Join the pairs of several sources, one after the other; of those with the same key the first."""
     places = {key: (part, index) for part in reversed(parts) for index, key in reversed([*enumerate(part.keys)])}
     places = [places[key] for key in dict.fromkeys(key for part in parts for key in part.keys)]
 
@@ -90,13 +90,13 @@ def join(parts: list[Pairs]) -> Pairs:
 
 
 def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
-    """`num_samples` of the pairs, without replacement, in the data's order: files are read from front to end.
+    """Sample `num_samples` of the pairs, without replacement, in the data's order: files are read from front to end.
 
     The pairs whose hash of seed and key is smallest: the same on each machine and version of Python, whatever order the
-    files are listed in, and a smaller sample lies in a larger one. A pair that turns out to have no caption is passed over.
+    files are listed in, and a smaller sample lies in a larger one. A pair that turns out to have no caption is skipped.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are too few.
     """
     if num_samples < 1:
         raise ValueError(f"--num-samples {num_samples}: it must be at least 1")
@@ -114,10 +114,10 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
 
 
 def load_all(pairs: Pairs) -> list[CaptionedImage]:
-    """All pairs that have a caption, in the data's order; the others are counted in `left_out`.
+    """Load all pairs that have a caption, in the data's order; the others are counted in `left_out`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no pair has one.
     """
     chosen, fault = [], None
     for index in range(len(pairs)):
@@ -132,17 +132,17 @@ def load_all(pairs: Pairs) -> list[CaptionedImage]:
 
 
 def _hash(seed: int, key: str) -> bytes:
-    # A name of a file that is no UTF-8 has surrogates.
+    # A file name that is not UTF-8 has surrogates.
     return hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def format_counts(left_out: Counter[str]) -> str:
-    """What was left out: "12 without a caption; 3 of a language other than en"."""
+    """Format what was skipped: "12 without a caption; 3 of a language other than en"."""
     return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
 
 
 def without_image(key: str) -> Callable[[], Image.Image]:
-    """In the place of an image where texts alone are read."""
+    """Return what opens no image, where only texts are read: it raises ValueError."""
     return partial(_raise_no_image, key)
 
 
@@ -151,12 +151,12 @@ def _raise_no_image(key: str) -> Image.Image:
 
 
 def find_image(root: Path, name: str) -> Path:
-    """The path of an image below `root`, a resolved folder; not opened yet.
+    """Find the path of an image below `root`, a resolved folder; not opened yet.
 
     Raises:
-        Unusable: it is not there, or leads out of the folder. Its kind says so for all such images of the folder.
+        Unusable: it is missing, or leads out of the folder. Its kind says so for all such images of the folder.
     """
-    # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may be there.
+    # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may exist.
     if not os.path.isfile(os.path.join(root, name)):
         raise Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
     try:
@@ -166,7 +166,7 @@ def find_image(root: Path, name: str) -> Path:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image of a file, as training opens it: upright, RGB, transparency on white.
+    """Open the image of a file, as training does: upright, RGB, transparency on white.
 
     Raises:
         ValueError: it cannot be read; names the file.
@@ -179,7 +179,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def decode(data: bytes, place: str) -> Image.Image:
-    """The same for the bytes of an image that lie in `place`."""
+    """Open an image from its bytes, which lie in `place`."""
     try:
         (image,) = decode_images({"png": data})  # whatever it is: its bytes say so
     except ValueError as error:

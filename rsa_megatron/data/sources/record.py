@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Unusable(Exception):
-    """A sample that is left out: the kind of fault, to be counted by, and what it is in this one."""
+    """A sample that is skipped: the kind of fault, to be counted by, and what it is in this one."""
 
     def __init__(self, kind: str, reason: str):
         # A "path" may be a whole picture in base64.
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
-    """The path of a file below `root`, a resolved folder; links that lead out of it count as outside."""
+    """Resolve the path of a file below `root`, a resolved folder; links that lead out of it count as outside."""
     fault = Unusable("outside of the image folder", f"{relative} leads out of {root}")
     if os.path.isabs(relative) or ".." in Path(relative).parts:
         raise fault

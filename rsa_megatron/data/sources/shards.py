@@ -1,6 +1,6 @@
-"""Pairs of Energon shards, any of them at once: Energon's index says where in which tar each part of a sample lies.
+"""Pairs of Energon shards, any of them at once: Energon's index says where in which tar each file of a sample lies.
 
-Of the tars nothing is read until a pair is asked for: then its record, and its image when that is opened.
+Of the tars nothing is read until a pair is accessed: then its record, and its image when that is opened.
 """
 
 import json
@@ -75,13 +75,13 @@ def _open(part: _File) -> Image.Image:
 
 
 def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
-    """The samples of exactly one image of a data set, or of the data sets of a mixture one after the other.
+    """Read the samples of exactly one image of a data set, or of the data sets of a mixture one after the other.
 
-    Of a mixture, data sets that say `rsa: false` are left out: their answers are no captions. Weights and repetitions do
+    Of a mixture, data sets with `rsa: false` are skipped: their answers are not captions. Weights and repetitions do
     not count, a `subset` does. Keys are "SHARD/SAMPLE", in a mixture with the data set's folder before it.
 
     Args:
-        needs_image: without it also samples of no image, and images are not looked for.
+        needs_image: False takes samples of no image too, and looks for no images.
     """
     is_mixture = path.is_file()
     parts = []
@@ -103,7 +103,7 @@ def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
 
 
 def list_splits(folder: Path) -> list[str]:
-    """The parts of a folder of shards that have any: train, val, ...; ValueError where its index cannot be read."""
+    """List the splits of a folder that have shards: train, val, ...; ValueError if its index cannot be read."""
     parts = _read_nv_meta(folder, "split.yaml").get("split_parts")
     if not isinstance(parts, dict):
         raise ValueError(
@@ -113,7 +113,7 @@ def list_splits(folder: Path) -> list[str]:
 
 
 def is_rsa(folder: Path) -> bool:
-    """Whether a folder of shards says `rsa: true` of its samples."""
+    """Return whether a folder of shards has `rsa: true`."""
     return bool((_read_nv_meta(folder, "dataset.yaml").get("subflavors") or {}).get("rsa"))
 
 
@@ -153,7 +153,7 @@ def _get_image_folder(path: Path, loaded: LoadedDataset) -> Path:
 
 
 def _get_subset(data_set) -> range:
-    """Numbers of the samples that the mixture takes of a data set: all, or its `subset`."""
+    """Return the numbers of the samples that the mixture takes of a data set: all, or its `subset`."""
     return range(*data_set.subset.compute_subset(len(data_set))) if data_set.subset else range(len(data_set))
 
 

@@ -2,10 +2,10 @@
 
     captions     images with dense captions, for the RSA loss (subflavor rsa: true)
     questions    images with questions and answers
-    texts        texts alone
+    texts        only texts
     words        wide and tall pictures with a written word, which is asked for
 
-What is there already is not made again. A data set appears under its name only when it is whole.
+What exists is not made again. A data set appears under its name only when it is whole.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ KINDS = ("captions", "questions", "texts", "words")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many scenes each data set has in each part, and how they are drawn and stored."""
+    """How many scenes each data set has in each split, and how they are drawn and stored."""
 
     train: int = 8000
     validation: int = 1024
     test: int = 0
-    """Of a third part, for figures that no setting was chosen by."""
+    """Of a third split, for figures that no setting was chosen by."""
     image_size: int = 112
     """Side of a picture, pixels."""
     shard_size: int = 500
@@ -59,7 +59,7 @@ def write_data_set(folder: Path, kind: str, sizes: Sizes) -> None:
 
 
 def make_sample(kind: str, index: int, split: str, sizes: Sizes) -> dict:
-    """A sample as webdataset writes it: LLaVA's conversations, what is in the scene, and the picture."""
+    """Make a sample as webdataset writes it: LLaVA's conversations, what is in the scene, and the picture."""
     scene = get_scene(kind, index, split, sizes)
     seed = f"{sizes.seed}/{kind}/{split}/{index}"
     if kind == "words" and not scene.word:
@@ -79,7 +79,7 @@ def make_sample(kind: str, index: int, split: str, sizes: Sizes) -> dict:
 
 
 def get_scene(kind: str, index: int, split: str, sizes: Sizes) -> scenes.Scene:
-    """Each data set has scenes of its own. Those of the test part have a content that is in no other part of any of them."""
+    """Return a scene. Each data set has its own; those of the test split have a content that is in no other split of any."""
     seed = sizes.seed + KINDS.index(kind)
     if split != "test":
         return scenes.make_scene(seed, index, validation=split == "val")
@@ -90,13 +90,13 @@ def get_scene(kind: str, index: int, split: str, sizes: Sizes) -> scenes.Scene:
 
 
 def get_content(scene: scenes.Scene) -> tuple:
-    """What training and validation are told apart by."""
+    """Return what training and validation scenes differ in."""
     return scene.theme.name, *sorted((thing.colour, thing.noun) for thing in scene.things)
 
 
 @functools.cache
 def get_validation_contents(seed: int, count: int) -> set[tuple]:
-    """Of all data sets: a setting may be chosen on any of them."""
+    """Return the contents of all data sets' validation scenes: a setting may be chosen on any of them."""
     numbers = itertools.product(range(len(KINDS)), range(count))
     return {get_content(scenes.make_scene(seed + kind, index, validation=True)) for kind, index in numbers}
 
@@ -117,7 +117,7 @@ def make_turns(pairs: list[tuple[str, str]]) -> list[dict]:
 
 
 def index_data_set(folder: Path, kind: str) -> None:
-    """Energon's own index, and the subflavors that the task encoder reads."""
+    """Write Energon's own index, and the subflavors that the task encoder reads."""
     index_shards(folder, subflavors={"kind": kind, "rsa": kind == "captions"}, num_workers=2)
 
 

@@ -42,8 +42,8 @@ def rows(dtype=numpy.float32) -> numpy.ndarray:
 
 
 def parts(**changes) -> dict:
-    told = [make_embedding_info(key, record(number), "") for number, key in enumerate(KEYS)]
-    return {"train": told[:10], "val": told[10:]} | changes
+    infos = [make_embedding_info(key, record(number), "") for number, key in enumerate(KEYS)]
+    return {"train": infos[:10], "val": infos[10:]} | changes
 
 
 def write(folder, found=None, keys=KEYS, dtype=numpy.float32, **options):
@@ -121,15 +121,15 @@ def test_a_conversation_gets_one_image_token_and_keeps_its_own():
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "A boat."},
     ]
-    told = make_embedding_info("k", {"messages": turns}, "")
-    assert told.id == "k" and [turn["value"] for turn in told.conversations] == [
+    info = make_embedding_info("k", {"messages": turns}, "")
+    assert info.id == "k" and [turn["value"] for turn in info.conversations] == [
         "Be kind.",
         "<image>\nWhat?",
         "A boat.",
     ]
-    told = make_embedding_info("c.txt, line 1", None, "A boat.")
-    assert told.id == "c.txt, line 1" and told.conversations[1] == {"from": "gpt", "value": "A boat."}
-    assert told.conversations[0]["value"].startswith("<image>\n")
+    info = make_embedding_info("c.txt, line 1", None, "A boat.")
+    assert info.id == "c.txt, line 1" and info.conversations[1] == {"from": "gpt", "value": "A boat."}
+    assert info.conversations[0]["value"].startswith("<image>\n")
     assert (
         make_embedding_info("k", record(1) | {"id": 7}, "", by_id=True).key == "7"
         and make_embedding_info("k", record(1), "").key == "k"
@@ -145,11 +145,11 @@ def nothing_written(folder):
 
 
 def test_a_sample_without_an_embedding_ends_it_and_leaves_nothing(tmp_path):
-    told = [make_embedding_info(f"lost {number}", record(number), "") for number in range(7)]
+    infos = [make_embedding_info(f"lost {number}", record(number), "") for number in range(7)]
     with pytest.raises(
         ValueError, match=r"^7 keys \(lost 0, lost 1, lost 2, lost 3, lost 4, ...\) have no embedding, of 19 samples;"
     ):
-        write(tmp_path / "out", parts(train=[*parts()["train"], *told]))
+        write(tmp_path / "out", parts(train=[*parts()["train"], *infos]))
     with pytest.raises(ValueError, match=r"^1 key \(val-00000.tar/000011\) has no embedding"):
         write(tmp_path / "out", keys=KEYS[:-1])
     assert nothing_written(tmp_path)
