@@ -174,7 +174,8 @@ def test_a_new_projector_goes_on_exactly_with_the_distributed_optimizer(demo, ot
     expected = script.losses(revision(demo, other_shards, pixels, tmp_path / "whole", *flags))
     stopped = (*flags, "--load", tmp_path / "stopped")
     assert (
-        "re-initialised" in revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped, "--exit-interval", 3)[0]
+        "re-initialised"
+        in revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped, "--exit-interval", 3)[0]
     )
     outputs = revision(demo, other_shards, pixels, tmp_path / "stopped", *stopped)
     resumed = script.losses(outputs)
@@ -297,5 +298,6 @@ def test_a_second_run_into_the_same_folder_is_told(demo, shards, pixels, stage, 
     assert "holds checkpoints already" not in outputs[0]
     outputs = revision(demo, shards, pixels, tmp_path, "--train-iters", 1, world_size=1)
     assert (
-        f"WARNING: --save {tmp_path} holds checkpoints already, and without --load this run starts from scratch" in outputs[0]
+        f"WARNING: --save {tmp_path} holds checkpoints already, and without --load this run starts from scratch"
+        in outputs[0]
     )
