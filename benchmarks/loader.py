@@ -128,7 +128,7 @@ def anyres_images(folder: Path, num_samples: int, sizes: list[str]) -> Data:
     shards = TarShards(folder, "train", 100, None)
     for number in range(max(len(sizes), num_samples // 2)):
         width, height = map(int, sizes[number % len(sizes)].split("x"))
-        answer = scenes.caption(scenes.make_scene(0, number, validation=False), seed=0)
+        answer = scenes.write_caption(scenes.make_scene(0, number, validation=False), seed=0)
         turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": answer}]
         image = ImportedImage(anyres.jpeg(width, height), "jpg", height, width, None)
         shards.write(ImportedSample(number, number, turns, [turn["value"] for turn in turns], [image]))

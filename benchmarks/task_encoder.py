@@ -35,7 +35,7 @@ from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcesso
 from rsa_megatron.data.synthetic import scenes
 from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
-from rsa_megatron.data.tiles import decode_images, fitted_on_black
+from rsa_megatron.data.tiles import decode_images, fit_on_black
 from rsa_megatron.models.architectures import get_architecture
 
 ARCHITECTURE = get_architecture("llava-ov-0.5b")
@@ -81,7 +81,7 @@ def parse():
 
 
 def make_contenders() -> tuple[LlavaTaskEncoder, LlavaOnevisionProcessor]:
-    texts = [scenes.caption(scenes.make_scene(0, i, validation=False), seed=0) for i in range(200)]
+    texts = [scenes.write_caption(scenes.make_scene(0, i, validation=False), seed=0) for i in range(200)]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(texts, Path(folder))
     encoder = LlavaTaskEncoder(
@@ -115,7 +115,7 @@ def make_contenders() -> tuple[LlavaTaskEncoder, LlavaOnevisionProcessor]:
 def measure(size: str, encoder: LlavaTaskEncoder, processor: LlavaOnevisionProcessor, runs: int) -> dict:
     width, height = map(int, size.split("x"))
     file = jpeg(width, height)
-    answer = scenes.caption(scenes.make_scene(0, 0, validation=False), seed=0)
+    answer = scenes.write_caption(scenes.make_scene(0, 0, validation=False), seed=0)
     turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": answer}]
     sample = StoredSample(
         __key__=size,
@@ -135,7 +135,7 @@ def measure(size: str, encoder: LlavaTaskEncoder, processor: LlavaOnevisionProce
     def pillow():
         (image,) = decode_images(sample.images)
         image.resize((TILE, TILE), Image.Resampling.BICUBIC)
-        fitted_on_black(image, **grid)
+        fit_on_black(image, **grid)
 
     check_same(size, encoder, encoded, theirs())
     functions = (lambda: encoder.encode_sample(sample), theirs, lambda: decode_images(sample.images), pillow)

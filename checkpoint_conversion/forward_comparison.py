@@ -1,7 +1,7 @@
-"""What transformers and Megatron compute of the same samples, part by part.
+"""What transformers and Megatron compute of the same samples, output by output.
 
 The samples go the way of training on our side (LlavaTaskEncoder, LlavaOneVision), and the way of serving on the other
-(Hugging Face's processor and model). One model after the other is in memory. Plain layers, one process, the GPU where
+(Hugging Face's processor and model). One model at a time is in memory. Local layers, one process, the GPU if
 there is one.
 """
 
@@ -36,24 +36,24 @@ class Sample:
     images: list[Image.Image]
     #: as it would lie in a shard
     stored: StoredSample
-    #: of the training path, one row
+    #: of the training path, one sequence
     batch: LlavaBatch
     #: what transformers' processor makes of the images
     pixels: dict[str, Tensor]
-    #: with each image's token as often as the image has tokens, and -100 where nothing is learnt; [1, L]
+    #: with each image's token as often as the image has tokens, and -100 where there is no target; [1, L]
     input_ids: Tensor
     labels: Tensor
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Noise on a slope: no two parts of it alike."""
+def make_picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Make noise on a slope: no two regions of it alike."""
     generator = torch.Generator().manual_seed(seed)
     slope = torch.linspace(0, 150, height)[:, None, None] + torch.linspace(0, 50, width)[None, :, None]
     return Image.fromarray((slope + 55 * torch.rand(height, width, 3, generator=generator)).byte().numpy())
 
 
 def make_samples(hf: Path) -> list[Sample]:
-    """One image, a wide one, a tall one, two images, none."""
+    """Make samples of one image, a wide one, a tall one, two images, none."""
     encoder, size = make_encoder(hf), read_architecture(hf).vision.image_size
     shapes = {
         "one image": [(size, size)],
@@ -63,13 +63,13 @@ def make_samples(hf: Path) -> list[Sample]:
         "no image": [],
     }
     return [
-        make_sample(name, [picture(*shape, seed) for seed, shape in enumerate(sizes)], encoder, hf)
+        make_sample(name, [make_picture(*shape, seed) for seed, shape in enumerate(sizes)], encoder, hf)
         for name, sizes in shapes.items()
     ]
 
 
 def make_encoder(hf: Path) -> LlavaTaskEncoder:
-    """Training's, for the model in a folder."""
+    """Make training's task encoder for the model in a folder."""
     architecture = read_architecture(hf)
     return LlavaTaskEncoder(
         AutoTokenizer.from_pretrained(hf),
@@ -84,7 +84,7 @@ def make_encoder(hf: Path) -> LlavaTaskEncoder:
 
 
 def make_sample(name: str, images: list[Image.Image], encoder, hf: Path, text: str = _TEXT) -> Sample:
-    """A sample of these images and a caption, from the training data's way; pixels from transformers' processor."""
+    """Make a sample of these images and a caption, as training does; pixels from transformers' processor."""
     turns = [{"from": "human", "value": "<image>\n" * len(images) + "What is this?"}, {"from": "gpt", "value": text}]
     parts = {f"{index}.png": _as_png(image) for index, image in enumerate(images)}
     record = json.dumps({"conversations": turns}).encode()
@@ -94,7 +94,7 @@ def make_sample(name: str, images: list[Image.Image], encoder, hf: Path, text: s
     counts = [
         ImageLayout(*row).num_tokens(encoder.tokens_per_side, encoder.max_tiles) for row in batch.image_layouts.tolist()
     ]
-    # Inputs are all tokens but the last one; Hugging Face takes the whole row and shifts the labels itself.
+    # Inputs are all tokens but the last one; Hugging Face takes the whole sequence and shifts the labels itself.
     tokens = [*batch.tokens[0].tolist(), batch.labels[0, -1].item()]
     is_target = [False, *(batch.loss_mask[0] > 0).tolist()]
     input_ids, labels = [], []
@@ -116,8 +116,8 @@ def _as_png(image: Image.Image) -> bytes:
 
 
 @torch.no_grad()
-def hugging_face_parts(hf: Path, samples: list[Sample], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """What transformers computes, by the names of verify.PARTS, float32 on the CPU."""
+def run_hugging_face(hf: Path, samples: list[Sample], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Compute transformers' outputs, by the names of verify.OUTPUTS, float32 on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(hf, dtype=dtype).to(device).eval()
     results = []
@@ -143,10 +143,8 @@ def hugging_face_parts(hf: Path, samples: list[Sample], dtype: torch.dtype) -> l
 
 
 @torch.no_grad()
-def megatron_parts(
-    hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype
-) -> Iterator[dict[str, Tensor]]:
-    """The same of the Megatron model, sample by sample (logits are large), on `one_process`."""
+def run_megatron(hf: Path, checkpoint: Path, samples: list[Sample], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Compute the same of the Megatron model, sample by sample (logits are large), on `one_process`."""
     model = load_model(hf, checkpoint, dtype)
     device = next(model.parameters()).device
     seen = {}
@@ -160,7 +158,7 @@ def megatron_parts(
     for sample in samples:
         seen.clear()
         batch = sample.batch
-        # The whole row, as Hugging Face has it: the last token, which is only a label, is an input too.
+        # The whole sequence, as Hugging Face has it: the last token, which is only a label, is an input too.
         tokens = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1).to(device)
         inputs = batch.images.to(device, dtype), tokens, None, None
         layouts, no_sound = batch.image_layouts.to(device), torch.zeros(0, device=device)
@@ -178,23 +176,23 @@ def megatron_parts(
 
 
 def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):
-    """The Megatron model with the checkpoint's weights, on `one_process`.
+    """Load the Megatron model with the checkpoint's weights, on `one_process`.
 
     Raises:
-        ValueError: the checkpoint is not one, or of another model than the folder says.
+        ValueError: not a checkpoint, or of another model than the folder's.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    from rsa_megatron.models.llava_onevision import LlavaOneVision, local_decoder_config
+    from rsa_megatron.models.llava_onevision import LlavaOneVision, make_local_decoder_config
 
     architecture = read_architecture(hf)
     folder = find_checkpoint(checkpoint, None)
-    # Before Megatron reads it: its reader would run what a file that is none says in its place.
+    # Before Megatron reads it: its reader would run whatever a forged file holds.
     MegatronCheckpoint(folder, table(architecture))
     model = LlavaOneVision(
         architecture,
-        local_decoder_config(architecture, dtype),
+        make_local_decoder_config(architecture, dtype),
         padded_vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.decoder.max_position_embeddings,
         image_token_index=AutoTokenizer.from_pretrained(hf).convert_tokens_to_ids("<image>"),
@@ -212,7 +210,7 @@ def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):
 
 @contextlib.contextmanager
 def one_process():
-    """Megatron's process groups for this process alone."""
+    """Set up Megatron's process groups for only this process."""
     import torch.distributed
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

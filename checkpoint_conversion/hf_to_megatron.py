@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_conversion.hf_weights import Readable, check, drop_tied_head, open_folder
-from checkpoint_conversion.initial_weights import add_vocabulary_rows, drop_last_tower_layer, first_projector
+from checkpoint_conversion.initial_weights import add_vocabulary_rows, drop_last_tower_layer, init_projector
 from checkpoint_conversion.lmms_lab import is_lmms_lab, read_lmms_lab
 from checkpoint_conversion.output_folder import output_folder
 from checkpoint_conversion.progress import progress
@@ -26,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", type=Path, help="folder of a LLaVA-OneVision: llava-hf's or lmms-lab's")
     parser.add_argument("--vision", type=Path, help="instead: folder of a SigLIP, for a new model")
     parser.add_argument("--language", type=Path, help="and folder of a Qwen2")
-    parser.add_argument("--seed", type=int, help="of a new model's projector and image_newline; default 1234")
+    parser.add_argument("--seed", type=int, help="seed of a new model's projector and image_newline; default 1234")
     parser.add_argument(
         "--untie-embeddings-and-output-weights",
         action="store_true",
-        help="of a new model: a tied Qwen2 gets an output layer of its own (as llava-ov-1.5b, the RSA paper's)",
+        help="give a new model with a tied Qwen2 its own output layer (as llava-ov-1.5b, the RSA paper's)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def run(args: argparse.Namespace) -> None:
-    sources = _sources(args)
+    sources = _check_sources(args)
     is_onevision = bool(args.hf) and not is_lmms_lab(args.hf)  # a folder that transformers reads as it is
     if args.hf:
         architecture = read_architecture(args.hf) if is_onevision else read_lmms_lab(args.hf)
@@ -62,20 +62,20 @@ def run(args: argparse.Namespace) -> None:
         if is_onevision:
             copy_model_files(args.hf, folder / "hf")
         else:
-            write_model_files(folder / "hf", architecture, _tokenizer(args.hf or args.language))
+            write_model_files(folder / "hf", architecture, _load_tokenizer(args.hf or args.language))
         with progress(len(tensors), num_bytes, args.out) as bar:
             save_checkpoint(folder / "release", rows, tensors, bar.update)
         (folder / "latest_checkpointed_iteration.txt").write_text("release")
 
 
-def _sources(args: argparse.Namespace) -> list[Path]:
+def _check_sources(args: argparse.Namespace) -> list[Path]:
     if bool(args.hf) == bool(args.vision or args.language) or bool(args.vision) != bool(args.language):
         raise ValueError("name either --hf DIR, or --vision DIR and --language DIR")
     if args.hf and args.seed is not None:
-        raise ValueError("--seed: nothing is drawn at random from --hf; leave it out")
+        raise ValueError("--seed: with --hf nothing is initialised at random; drop the flag")
     if args.hf and args.untie_embeddings_and_output_weights:
         raise ValueError(
-            "--untie-embeddings-and-output-weights: a model of --hf stays as its config.json says; leave it out"
+            "--untie-embeddings-and-output-weights: a model of --hf keeps what its config.json specifies; drop the flag"
         )
     return [args.hf] if args.hf else [args.vision, args.language]
 
@@ -87,13 +87,13 @@ def _join_towers(
     for folder, tensors, is_tower in (("--vision", vision, True), ("--language", language, False)):
         wrong = [name for name in tensors if name.startswith(TOWER) != is_tower]
         if wrong:
-            raise ValueError(f"{folder}: {tensors[wrong[0]].source} is no tensor of such a model")
+            raise ValueError(f"{folder}: {tensors[wrong[0]].source} is not a tensor of such a model")
     if EMBEDDINGS not in language:
         raise ValueError(f"--language: {EMBEDDINGS} is missing")
-    return vision | first_projector(architecture, seed, language[EMBEDDINGS].dtype) | language
+    return vision | init_projector(architecture, seed, language[EMBEDDINGS].dtype) | language
 
 
-def _tokenizer(folder: Path):
+def _load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

@@ -2,7 +2,7 @@
 
 As transformers and others have saved them: llava-hf's on the hub; transformers 4.52 to 5.5; the module tree of 5.23;
 5.23 saving a model it has built; the original lmms-lab checkpoints; and the two that training starts from, SigLIP and
-Qwen2, alone.
+Qwen2.
 """
 
 from checkpoint_conversion.weight_map import IMAGE_NEWLINE, LM_HEAD, PROJECTOR, TOWER
@@ -17,7 +17,7 @@ _PREFIXES = {
     "vision_tower.vision_model.": TOWER,
     "vision_tower.": TOWER,
     "vision_model.": TOWER,  # SigLIP
-    "embeddings.": TOWER + "embeddings.",  # SigLIP's tower alone, saved by 5.23
+    "embeddings.": TOWER + "embeddings.",  # only SigLIP's tower, saved by 5.23
     "encoder.": TOWER + "encoder.",
     "post_layernorm.": TOWER + "post_layernorm.",
     "head.": TOWER + "head.",
@@ -34,13 +34,13 @@ _PREFIXES = {
     "model.": _DECODER,  # lmms-lab, Qwen2
 }
 
-# No part of the model: SigLIP's text tower and attention pooling, and buffers that old versions have saved.
+# Not in the model: SigLIP's text tower and attention pooling, and buffers that old versions have saved.
 _STRAY_PREFIXES = ("text_model.", "logit_scale", "logit_bias", TOWER + "head.")
 _STRAY_SUFFIXES = (".position_ids", ".rotary_emb.inv_freq")
 
 
-def canonical(name: str) -> str | None:
-    """The hub's name for a tensor; None for one that is no part of the model, an unknown name unchanged."""
+def to_hub_name(name: str) -> str | None:
+    """Return the hub's name of a tensor; None for one that is not in the model, an unknown name unchanged."""
     for prefix, ours in _PREFIXES.items():
         if name.startswith(prefix):
             name = ours + name.removeprefix(prefix)

@@ -30,11 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="Megatron's --save folder, or one checkpoint in it"
     )
-    parser.add_argument("--iteration", type=int, help="of a --save folder; default: the latest")
+    parser.add_argument("--iteration", type=int, help="iteration of a --save folder; default: the latest")
     parser.add_argument("--hf-template", type=Path, help="folder to copy all but weights from; default: hf beside it")
-    parser.add_argument("--max-shard-size", type=_size, default="2GB", help="of a safetensors file; default 2GB")
+    parser.add_argument(
+        "--max-shard-size", type=_parse_size, default="2GB", help="largest safetensors file; default 2GB"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     architecture = read_architecture(template)
     if check_projector(source.parent, architecture.vision.hidden_size):
         print(
-            f"WARNING: the projector of {source} has learnt on embeddings of images; Hugging Face's model will give it the "
-            "tower's tokens, which are as wide: train it on images first",
+            f"WARNING: the projector of {source} was trained on precomputed embeddings; Hugging Face's model will give it "
+            "the tower's tokens, which have the same width: train it on images first",
             file=sys.stderr,
         )
     rows = table(architecture)
@@ -59,14 +61,14 @@ def run(args: argparse.Namespace) -> None:
         copy_model_files(template, folder)
         _set_dtype(folder / "config.json", next(dtypes[row.key] for row in rows if EMBEDDINGS in row.parts))
         with progress(len(expected_shapes(rows)), num_bytes, args.out) as bar:
-            write_folder(folder, rows, dtypes, partial(_parts, checkpoint, bar), args.max_shard_size)
+            write_folder(folder, rows, dtypes, partial(_read_parts, checkpoint, bar), args.max_shard_size)
 
 
 def check_projector(run: Path, tower_width: int) -> int | None:
-    """Numbers of an image's embedding, of a run on such (the training script's --image-positions); None of one on pixels.
+    """Return the image-embedding width of a run with the training script's --image-positions; None for a run on pixels.
 
     Raises:
-        ValueError: its projector does not take what the tower makes.
+        ValueError: its projector's input width is not the tower's.
     """
     try:
         width = json.loads((run / "run.json").read_text()).get("image_embedding_width")
@@ -74,27 +76,27 @@ def check_projector(run: Path, tower_width: int) -> int | None:
         return None  # not the training script's
     if width not in (None, tower_width):
         raise ValueError(
-            f"{run}: its projector takes embeddings of {width} numbers, for which Hugging Face's LLaVA-OneVision has no "
-            f"place: its own takes the tower's {tower_width}; there is no export of such a model"
+            f"{run}: its projector takes precomputed embeddings of width {width}, Hugging Face's LLaVA-OneVision the "
+            f"tower's tokens of width {tower_width}; such a model cannot be exported"
         )
     return width
 
 
-def _parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None) -> list[Tensor]:
+def _read_parts(checkpoint: MegatronCheckpoint, bar, row: Row, layer: int | None) -> list[Tensor]:
     whole = checkpoint.read(row, layer)
     bar.update(whole.nbytes)
     return split(whole, [shape[0] for shape in row.parts.values()], row.groups)
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Say in config.json in which dtype the weights are, under the key it has; without one, under both versions'."""
+    """Write the weights' dtype to config.json, under the key it has; without one, under both versions'."""
     config = json.loads(config_file.read_text())
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype", "dtype"]
     config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _size(text: str) -> int:
+def _parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
     if not match or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text}: write it as 500MB or 2GB")

@@ -12,16 +12,16 @@ _OTHER_FILES = 64 * 2**20  # bytes, ample for tokenizer, configs and a checkpoin
 
 @contextmanager
 def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> Iterator[Path]:
-    """A folder to write to, beside `out`, renamed to `out` at the end; removed if anything goes wrong.
+    """Yield a folder to write to, beside `out`, renamed to `out` at the end; removed if anything goes wrong.
 
     Args:
-        out: the name; there may be a folder of that name only with `overwrite`, and it is kept until the end.
+        out: the name; a folder of that name may exist only with `overwrite`, and stays until the end.
         num_bytes: of weights that will be written.
         overwrite: replace a folder of that name.
-        sources: folders that are read, which `out` must not hold.
+        sources: folders that are read, which `out` must not contain.
 
     Raises:
-        ValueError: before anything is written, when `out` cannot be, or the disk has too little room; or when the disk
+        ValueError: before anything is written, when `out` is not possible, or the disk has too little room; or when the disk
             turned out to be full.
     """
     _check(out, num_bytes, overwrite, sources)
@@ -32,7 +32,7 @@ def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterab
         _put_in_place(unfinished, out)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        full = _full_disk(error)
+        full = _find_full_disk(error)
         if full is not None:
             what = full.strerror.lower()
             raise ValueError(f"--out {out}: {what}; nothing is left there, make room or name another disk") from error
@@ -41,12 +41,12 @@ def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterab
 
 def _check(out: Path, num_bytes: int, overwrite: bool, sources: Iterable[Path]) -> None:
     if out.exists() and not overwrite:
-        raise ValueError(f"--out {out} is there already; name another folder, or pass --overwrite to replace it")
+        raise ValueError(f"--out {out} already exists; name another folder, or pass --overwrite to replace it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     for source in sources:
         if out.resolve() in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"--out {out} holds {source}, which is read; name another folder")
+            raise ValueError(f"--out {out} contains {source}, which is read; name another folder")
     existing = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     needed = num_bytes + _OTHER_FILES
@@ -74,8 +74,8 @@ def _rename(unfinished: Path, out: Path) -> None:
         os.close(folder)
 
 
-def _full_disk(error: BaseException | None) -> OSError | None:
-    """The disk's refusal behind an error: torch's writer puts errors of its own in front of it."""
+def _find_full_disk(error: BaseException | None) -> OSError | None:
+    """Find the full disk behind an error: torch's writer puts errors of its own in front of it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return error

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @contextmanager
 def progress(num_tensors: int, num_bytes: int, out: Path) -> Iterator[tqdm]:
-    """A bar to update with bytes; when all went well, the figures on standard output."""
+    """Yield a bar to update with bytes; when all went well, the figures on standard output."""
     start = time.perf_counter()
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=str(out), file=sys.stderr, mininterval=0.5) as bar:
         yield bar

@@ -1,7 +1,7 @@
 """Reads tensors of a Megatron checkpoint (torch_dist) without Megatron, one layer at a time.
 
 However a run was split over ranks, its chunks make up the tensors of the table. Nothing in the files is run: the
-chunks are read by torch.load(weights_only=True), and `.metadata`, a pickle, may name a few harmless classes alone.
+chunks are read by torch.load(weights_only=True), and `.metadata`, a pickle, may name only a few harmless classes.
 """
 
 import math
@@ -39,7 +39,7 @@ _ALLOWED = {
 
 
 def find_checkpoint(folder: Path, iteration: int | None) -> Path:
-    """The folder of one checkpoint: `folder` itself, or that of an iteration (or the latest) below it."""
+    """Find the folder of one checkpoint: `folder` itself, or that of an iteration (or the latest) below it."""
     tracker = folder / "latest_checkpointed_iteration.txt"
     if (folder / ".metadata").is_file():
         if iteration is not None:
@@ -50,17 +50,17 @@ def find_checkpoint(folder: Path, iteration: int | None) -> Path:
     elif tracker.is_file():
         latest = tracker.read_text().strip()
         if latest != "release" and not latest.isdecimal():
-            raise ValueError(f"{tracker} holds {latest!r}, which is no iteration")
+            raise ValueError(f"{tracker} holds {latest!r}, which is not an iteration")
         found = folder / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     else:
-        raise ValueError(f"{folder}: no Megatron checkpoint: neither .metadata nor {tracker.name} is there")
+        raise ValueError(f"{folder}: not a Megatron checkpoint: neither .metadata nor {tracker.name} found")
     if not found.is_dir():
         raise ValueError(
-            f"{found} is missing; there is {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}"
+            f"{found} is missing; found: {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}"
         )
     if not (found / ".metadata").is_file():
         raise ValueError(
-            f"{found}: no checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist"
+            f"{found}: not a checkpoint of the format torch_dist; save with Megatron's --ckpt-format torch_dist"
         )
     return found
 
@@ -83,7 +83,7 @@ class _Reader(FileSystemReader):
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not read: {error}") from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(f"{path} is not read: it is no checkpoint's metadata")
+            raise ValueError(f"{path} is not read: not a checkpoint's metadata")
         return metadata
 
 
@@ -111,11 +111,11 @@ class MegatronCheckpoint:
         self._check(rows)
 
     def dtype(self, row: Row) -> torch.dtype:
-        return self._tensors[self._place(row, row.layers[0])[0]].properties.dtype
+        return self._tensors[self._locate(row, row.layers[0])[0]].properties.dtype
 
     def read(self, row: Row, layer: int | None) -> Tensor:
-        """One tensor, of row.shape; without padding rows."""
-        key, first = self._place(row, layer)
+        """Read one tensor, of row.shape; without padding rows."""
+        key, first = self._locate(row, layer)
         stored = self._tensors[key]
         wanted = ChunkStorageMetadata(
             offsets=torch.Size([*first, *[0] * len(row.shape)]), sizes=torch.Size([*[1] * len(first), *row.shape])
@@ -123,15 +123,15 @@ class MegatronCheckpoint:
         target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
-            raise ValueError(f"{self._folder}: the chunks of {key} do not cover it; the checkpoint is not whole")
+            raise ValueError(f"{self._folder}: the chunks of {key} do not cover it; the checkpoint is incomplete")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self._folder}: {key} cannot be read: {error}") from error
         return target.view(row.shape)
 
-    def _place(self, row: Row, layer: int | None) -> tuple[str, tuple[int, ...]]:
-        """The key of a tensor, and where in it: a stack's layers are stored as one tensor or, by some runs, apart."""
+    def _locate(self, row: Row, layer: int | None) -> tuple[str, tuple[int, ...]]:
+        """Return the key of a tensor, and where in it: a stack's layers are stored as one tensor or, by some runs, separately."""
         if layer is None:
             return row.key, ()
         if row.key in self._tensors:
@@ -141,9 +141,9 @@ class MegatronCheckpoint:
     def _check(self, rows: list[Row]) -> None:
         unknown = set(self._tensors)
         for row, layer in walk(rows):
-            key, first = self._place(row, layer)
+            key, first = self._locate(row, layer)
             if key not in self._tensors:
-                raise ValueError(f"{self._folder}: {key} is missing, of shape {list(row.shape)} by config.json")
+                raise ValueError(f"{self._folder}: {key} is missing; config.json requires shape {list(row.shape)}")
             if key not in unknown:
                 continue  # a stack, which its first layer has had checked
             unknown.discard(key)
@@ -153,7 +153,7 @@ class MegatronCheckpoint:
             if tuple(stored.size) != padded:
                 at_least = "at least " if row.is_vocabulary else ""
                 raise ValueError(
-                    f"{self._folder}: {key} is of shape {list(stored.size)}; by config.json it has to be "
+                    f"{self._folder}: {key} has shape {list(stored.size)}; config.json requires "
                     f"{at_least}{list(expected)}"
                 )
             if stored.properties.dtype not in DTYPES.values():
@@ -161,7 +161,9 @@ class MegatronCheckpoint:
             self._check_files(key, stored)
         if unknown:
             first, more = min(unknown), len(unknown) - 1
-            raise ValueError(f"{self._folder}: {first} is no tensor of the model by config.json, nor are {more} more")
+            raise ValueError(
+                f"{self._folder}: {first} is not a tensor of the model that config.json describes, nor are {more} more"
+            )
 
     def _check_files(self, key: str, stored: TensorStorageMetadata) -> None:
         for chunk in stored.chunks:
@@ -170,7 +172,7 @@ class MegatronCheckpoint:
                 raise ValueError(f"{self._folder}/.metadata names no file in it for {key}; copy the checkpoint again")
             file = self._folder / place.relative_path
             if not file.is_file() or file.stat().st_size < place.offset + place.length:
-                raise ValueError(f"{file} is missing or cut short: it has to hold {key}; copy the checkpoint again")
+                raise ValueError(f"{file} is missing or truncated: it must hold {key}; copy the checkpoint again")
 
 
 class _Into(LoadPlanner):

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from checkpoint_conversion.hf_weights import Readable, row_blocks
+from checkpoint_conversion.hf_weights import Readable, split_rows
 from checkpoint_conversion.weight_map import Row, Shape, join, walk
 
 # What load_checkpoint of Megatron reads. There are no arguments of a run, as there has been none: they would be
@@ -41,7 +41,7 @@ _WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "f
 
 
 def save_checkpoint(
-    folder: Path, rows: list[Row], tensors: dict[str, Readable], written: Callable[[int], object]
+    folder: Path, rows: list[Row], tensors: dict[str, Readable], on_written: Callable[[int], object]
 ) -> None:
     """Write the tensors of the table.
 
@@ -49,9 +49,9 @@ def save_checkpoint(
         folder: to be made.
         rows: the table.
         tensors: by their names on the hub; checked.
-        written: told the bytes of each chunk.
+        on_written: called with the bytes of each chunk.
     """
-    planner = _Planner(rows, tensors, written)
+    planner = _Planner(rows, tensors, on_written)
     # No copies ahead: they are for tensors on a GPU, and would start CUDA where there is one.
     writer = _Writer(folder, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
@@ -66,14 +66,14 @@ def save_checkpoint(
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # neither the folder's name while it is written nor a random id
+        return StorageMeta()  # neither the folder's temporary name nor a random id
 
 
 class _Planner(SavePlanner):
     """What is written, and each piece when it is asked for."""
 
-    def __init__(self, rows: list[Row], tensors: dict[str, Readable], written: Callable[[int], object]):
-        self._tensors, self._written = tensors, written
+    def __init__(self, rows: list[Row], tensors: dict[str, Readable], on_written: Callable[[int], object]):
+        self._tensors, self._on_written = tensors, on_written
         self._items: list[WriteItem] = []
         self._contents: dict[MetadataIndex, Callable[[], Tensor | io.BytesIO]] = {}
         for row, layer in walk(rows):
@@ -81,11 +81,11 @@ class _Planner(SavePlanner):
             if layer is not None:
                 self._add_chunk(row, dtype, layer, (1, *row.shape), partial(self._join, row, layer))
             else:
-                for block in row_blocks(row.shape, dtype):
+                for block in split_rows(row.shape, dtype):
                     sizes = (block.stop - block.start, *row.shape[1:])
                     self._add_chunk(row, dtype, block.start, sizes, partial(self._copy, row, block))
         self._add_object("common_state", (1,), (0,), _COMMON_STATE)
-        for owner, num_layers in _extra_states(rows):
+        for owner, num_layers in _list_extra_states(rows):
             for layer in range(max(1, num_layers)):
                 self._add_object(f"{owner}._extra_state", (max(1, num_layers),), (layer,), None)
 
@@ -98,7 +98,7 @@ class _Planner(SavePlanner):
     def _add_object(self, key: str, shape: Shape, offset: Shape, content) -> None:
         # As Megatron names and packs the pieces of its objects.
         name = f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, shape))}"
-        self._add(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), partial(_packed, [content]))
+        self._add(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), partial(_pack, [content]))
 
     def _add(self, item: WriteItem, content: Callable[[], Tensor | io.BytesIO]) -> None:
         self._items.append(item)
@@ -126,17 +126,17 @@ class _Planner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         content = self._contents[write_item.index]()
         if isinstance(content, Tensor):
-            self._written(content.nbytes)
+            self._on_written(content.nbytes)
         return content
 
 
-def _extra_states(rows: list[Row]) -> dict[tuple[str, int], None]:
-    """Owner and number of layers of each extra state, once and in order."""
+def _list_extra_states(rows: list[Row]) -> dict[tuple[str, int], None]:
+    """List owner and number of layers of each extra state, once and in order."""
     owners = ((row.key.rpartition(".")[0], row.num_layers) for row in rows)
     return {(owner, num): None for owner, num in owners if owner.rpartition(".")[2] in _WITH_EXTRA_STATE}
 
 
-def _packed(content) -> io.BytesIO:
+def _pack(content) -> io.BytesIO:
     packed = io.BytesIO()
     torch.save(content, packed)
     return packed

@@ -29,7 +29,7 @@ class Row:
     #: name to shape, in the order in which they are joined; {layer} stands in the names of a stack's
     parts: dict[str, Shape]
     groups: int = 1
-    #: of the stack that it is of, which is stored as one tensor, [num_layers, *shape]; 0: not of a stack
+    #: of its stack, which is stored as one tensor, [num_layers, *shape]; 0: not of a stack
     num_layers: int = 0
     #: its rows are the vocabulary's, to which a checkpoint of training may have added padding
     is_vocabulary: bool = False
@@ -53,27 +53,27 @@ class Row:
 
 
 def join(parts: list[Tensor], groups: int) -> Tensor:
-    """What is stored, from its parts."""
+    """Join the parts to what is stored."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def split(whole: Tensor, num_rows: Iterable[int], groups: int) -> list[Tensor]:
-    """The inverse of join, for parts of so many rows each."""
+    """Invert join, for parts of `num_rows` rows each."""
     blocks = whole.unflatten(0, (groups, -1)).split([rows // groups for rows in num_rows], dim=1)
     return [block.flatten(0, 1) for block in blocks]
 
 
 def walk(rows: Iterable[Row]) -> Iterator[tuple[Row, int | None]]:
-    """Each tensor of the model with its layer, if it is of one, layer by layer: the order in which files hold them."""
+    """Yield each tensor of the model with its layer, if it is of one, layer by layer: the order in which files hold them."""
     for _, section in itertools.groupby(rows, key=lambda row: row.layers):
         section = list(section)
         yield from ((row, layer) for layer in section[0].layers for row in section)
 
 
 def expected_shapes(rows: Iterable[Row]) -> dict[str, Shape]:
-    """Every Hugging Face tensor's shape by its name."""
+    """Return every Hugging Face tensor's shape by its name."""
     return {name: shape for row, layer in walk(rows) for name, shape in zip(row.part_names(layer), row.parts.values())}
 
 
@@ -85,7 +85,7 @@ PROJECTOR = "multi_modal_projector."
 
 
 def table(architecture: Architecture) -> list[Row]:
-    """Every tensor of the model."""
+    """Make the rows of every tensor of the model."""
     return [
         *_tower(architecture.vision),
         *_projector(architecture.vision.hidden_size, architecture.decoder.hidden_size),
@@ -94,7 +94,7 @@ def table(architecture: Architecture) -> list[Row]:
 
 
 def _stack(key: str, name: str, num_layers: int, rows: list[tuple]) -> list[Row]:
-    """Rows of one layer, each (key, parts) or (key, parts, groups), under the prefixes of its stack."""
+    """Make the rows of one layer, each (key, parts) or (key, parts, groups), under the prefixes of its stack."""
     return [
         Row(key + row_key, {name + part: shape for part, shape in parts.items()}, *groups, num_layers=num_layers)
         for row_key, parts, *groups in rows

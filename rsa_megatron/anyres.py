@@ -1,4 +1,4 @@
-"""AnyRes: how LLaVA-OneVision cuts an image into tiles, and how many tokens come of them. Arithmetic alone.
+"""AnyRes: how LLaVA-OneVision cuts an image into tiles, and how many tokens come of them. Arithmetic only.
 
 An image is seen twice: whole, squashed into the base tile, and in detail, as a grid of tiles. The grid is the one
 of a list of resolutions that keeps most of the image's pixels. The image is fitted into it with black borders; the
@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-# A shrinking by less than this is left out.
+# A shrinking by less than this is skipped.
 _LEAST_SHRINKING = 1.1
 
 
@@ -36,17 +36,17 @@ class ImageLayout:
     #: of the image as it was, pixels
     height: int
     width: int
-    #: tiles of the grid; 0 by 0 where the base tile is alone
+    #: tiles of the grid; 0 by 0 with only the base tile
     grid_rows: int = 0
     grid_columns: int = 0
-    #: whether image_newline ends the rows (or the base tile, where it is alone)
+    #: whether image_newline ends the rows (or the only tile, the base)
     newline: int = 1
-    #: of an image that comes as one embedding: in how many positions that stands; 0 for an image of pixels
+    #: of a precomputed embedding: how many positions it fills; 0 for an image of pixels
     positions: int = 0
 
     @classmethod
     def of_embedding(cls, positions: int) -> "ImageLayout":
-        """Of an image that comes as an embedding: one "tile" of one token, repeated."""
+        """Make the layout of a precomputed embedding: one "tile" of one token, repeated."""
         return cls(height=1, width=1, newline=0, positions=positions)
 
     @property
@@ -54,7 +54,7 @@ class ImageLayout:
         return 1 + self.grid_rows * self.grid_columns
 
     def packed_grid(self, side: int, max_tiles: int) -> PackedGrid:
-        """What becomes of the grid's tokens.
+        """Compute which of the grid's tokens are kept.
 
         Args:
             side: tokens along a side of one tile.
@@ -73,7 +73,7 @@ class ImageLayout:
         return PackedGrid(top, left, rows, columns, int(rows // ratio), int(columns // ratio))
 
     def num_tokens(self, side: int, max_tiles: int) -> int:
-        """Positions that the image takes in the decoder's sequence; arguments as for packed_grid."""
+        """Count the image's positions in the decoder's sequence; arguments as for packed_grid."""
         if self.positions:
             return self.positions
         if not self.grid_rows:
@@ -82,14 +82,14 @@ class ImageLayout:
         return side**2 + grid.shrunk_rows * (grid.shrunk_columns + self.newline)
 
     def as_numbers(self) -> tuple[int, ...]:
-        """One row of LlavaBatch.image_layouts; ImageLayout(*row) is the inverse."""
+        """Return a row of LlavaBatch.image_layouts; ImageLayout(*row) is the inverse."""
         return astuple(self)
 
 
 def choose_grid(height: int, width: int, pinpoints: Sequence[tuple[int, int]], tile_size: int) -> tuple[int, int]:
-    """Rows and columns of the grid for an image of height x width pixels.
+    """Choose rows and columns of the grid for an image of height x width pixels.
 
-    The resolution that keeps most of the image's pixels; of several, the one that wastes least; of several, the first.
+    It is the resolution that keeps most of the image's pixels; of several, the one that wastes least; of several, the first.
 
     Args:
         pinpoints: the resolutions to choose from, (height, width) in pixels.

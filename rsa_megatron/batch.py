@@ -1,4 +1,4 @@
-"""What a batch holds: the contract between data/, which makes it, and llava/, which trains on it.
+"""What a batch holds: the contract between data/, which makes it, and hooks/ and training/, which train on it.
 
 Shapes: B samples, S text positions (an image is one position), T image tiles in the whole batch.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class RSASamples:
-    """What the RSA loss must know of a batch: who takes part, and where the caption and the image are. int64."""
+    """What the RSA loss must know of a batch: which samples are selected, and where the caption and the image are. int64."""
 
     #: 1 for a sample that is one image with its caption and may enter the kernels, [B]
     eligible: Tensor
@@ -32,21 +32,21 @@ class LlavaBatch:
     labels: Tensor
     #: 1 where that next token is to be predicted, [B, S] float32; RSA takes any weights of 0 or more
     loss_mask: Tensor
-    #: tiles of all images in order, [T, 3, height, width] float32; of images that come as embeddings, those, [T, D]
+    #: tiles of all images in order, [T, 3, height, width] float32; or precomputed embeddings, [T, D]
     images: Tensor
     #: how each image lies in its tiles, [number of images, 6] int64 (anyres.ImageLayout.as_numbers)
     image_layouts: Tensor
-    #: positions of each row once its images are spliced in, [B] int64; the rest of it is padding
+    #: positions of each sequence once its images are spliced in, [B] int64; the rest of it is padding
     row_lengths: Tensor
-    #: who takes part in the RSA loss
+    #: which samples enter the RSA loss
     rsa: RSASamples
     #: where each sample comes from, B strings, for messages
     keys: list[str]
-    #: what the data set says of each sample beside text and image, B records as they are stored
+    #: each sample's record as it is stored, B
     records: list[dict]
-    #: samples that were skipped as unusable since the batch before this one
+    #: samples that were skipped since the batch before this one
     num_skipped: int = 0
-    #: samples of this batch whose text was cut at its end to fit the longest row
+    #: samples of this batch whose text was truncated to the longest sequence
     num_truncated: int = 0
     #: Energon's key by which the batch can be rebuilt; Energon sets it
     __restore_key__: tuple = ()

@@ -17,9 +17,9 @@ class Line:
     values: dict[str, Any]
 
     def take(self, key: str, fits: Callable[[Any], bool], needs: str) -> Any:
-        """The value of a key, which must be there and fit."""
+        """Return the value of a key, which must be there and fit."""
         if key not in self.values:
-            raise self.fault(key, f"is missing; it is {needs}")
+            raise self.fault(key, f"is missing; it must be {needs}")
         if not fits(self.values[key]):
             raise self.fault(key, f"is {needs}, not {str(self.values[key])[:60]!r}")
         return self.values[key]
@@ -39,7 +39,7 @@ def read_lines(paths: list[Path], kind: str) -> list[Line]:
     if not lines:
         raise ValueError(f'{", ".join(map(str, paths))}: no line has "kind": "{kind}"')
     for path, count in others.items():
-        print(f'left out: {count} lines of {path} without "kind": "{kind}"')
+        print(f'skipped: {count} lines of {path} without "kind": "{kind}"')
     return lines
 
 
@@ -47,7 +47,7 @@ def json_lines(path: Path) -> list[Line]:
     try:
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # no other line ends: a JSON text may hold them
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}") from error
+        raise ValueError(f"{path} is not a text file: {error}") from error
     lines = []
     for number, text in enumerate(texts, 1):
         if text.strip():
@@ -63,7 +63,7 @@ def json_object(text: str, where: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: broken JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: it is no JSON object")
+        raise ValueError(f"{where}: not a JSON object")
     return values
 
 

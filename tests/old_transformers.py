@@ -86,7 +86,7 @@ def write_expected(hf: Path, file: Path) -> None:
     import torch
     from transformers import LlavaOnevisionForConditionalGeneration
 
-    from checkpoint_conversion.forward_comparison import picture as make_picture
+    from checkpoint_conversion.forward_comparison import make_picture
     from tests.support import tiny_hf
 
     processor, model = tiny_hf.load_processor(hf), LlavaOnevisionForConditionalGeneration.from_pretrained(hf)

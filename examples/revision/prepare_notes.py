@@ -20,7 +20,7 @@ import webdataset
 from tqdm import tqdm
 
 from rsa_megatron import atomic
-from rsa_megatron.data.synthetic.data_sets import PROMPT, index_data_set, turns
+from rsa_megatron.data.synthetic.data_sets import PROMPT, index_data_set, make_turns
 
 #: Labels of a scene's contents that say no more than others of them, or nothing.
 _LEFT_OUT = ("thing ", "colour ", "word None")
@@ -58,7 +58,7 @@ def with_notes(sample: dict) -> dict:
     record = json.loads(sample["json"])
     caption = record["conversations"][-1]["value"]
     text = " ".join([*notes(record["contents"], record["id"]), caption])
-    record |= {"id": f"notes of {record['id']}", "conversations": turns([(PROMPT, text)])}
+    record |= {"id": f"notes of {record['id']}", "conversations": make_turns([(PROMPT, text)])}
     return {"__key__": sample["__key__"], "png": sample["png"], "json": json.dumps(record).encode()}
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rsa_megatron.cli.measure import DTYPES, check_device, print_skipped
 from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.open_pairs import open_pairs
-from rsa_megatron.data.sources.pairs import Pairs, in_words
+from rsa_megatron.data.sources.pairs import Pairs, format_counts
 from rsa_megatron.evaluation.dual_encoders import ImageEmbedder, TextEmbedder
 from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings, open_store
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
@@ -167,7 +167,7 @@ def draw_split(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, i
     source = {"language": args.language_code, "images": str(images and images.resolve())}
     chosen = draw_samples(pairs, args.num_samples, [0], data=f"{data.resolve().name}-{split}", **source)
     if pairs.left_out:
-        print(f"skipped: of {data}, split {split}: {in_words(pairs.left_out)}", file=sys.stderr)
+        print(f"skipped: of {data}, split {split}: {format_counts(pairs.left_out)}", file=sys.stderr)
     return chosen
 
 

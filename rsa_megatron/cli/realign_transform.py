@@ -24,17 +24,17 @@ from rsa_megatron.cli.realign_sources import (
     progress,
 )
 from rsa_megatron.data.prepare.embedding_shards import (
+    EmbeddingInfo,
     EmbeddingTable,
-    Told,
     check_free,
-    tell,
+    make_embedding_info,
     write_embedding_shards,
 )
 from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs
-from rsa_megatron.data.sources.pairs import CaptionedImage, in_words
+from rsa_megatron.data.sources.pairs import CaptionedImage, format_counts
 from rsa_megatron.data.sources.record import Unusable
-from rsa_megatron.data.sources.shards import is_rsa, parts_of
+from rsa_megatron.data.sources.shards import is_rsa, list_splits
 from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings, open_store
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.evaluation.stored_features import SampleSet
@@ -176,7 +176,7 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     summary = ", ".join(f"{count} samples for {part}" for part, count in counts.items())
     print(f"{args.out}: {summary}; embeddings of {what}, {rows.sources[0].width} numbers each")
     if left_out:
-        print(f"    skipped: {in_words(left_out)}")
+        print(f"    skipped: {format_counts(left_out)}")
     stage = "--stage revision" if operator else "--image-positions N"
     print(f"    train with {stage} --data-path {args.out} --image-embedding-width {rows.sources[0].width}")
 
@@ -192,7 +192,7 @@ def draw_splits(args: argparse.Namespace) -> dict[str, SampleSet]:
             raise ValueError(
                 f"--rsa and --val: {args.data} itself specifies its RSA samples and validation split; omit them"
             )
-    parts = parts_of(args.data) if is_prepared(args.data) else ["train"]
+    parts = list_splits(args.data) if is_prepared(args.data) else ["train"]
     options = {"language": args.language_code}
     if get_side(args) == "text":
         return {
@@ -244,13 +244,13 @@ def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
 
 def _describe_pairs(
     pairs: list[CaptionedImage], not_embedded: set[str], by_id: bool, left_out: Counter
-) -> Iterator[Told]:
+) -> Iterator[EmbeddingInfo]:
     for pair in pairs:
         if pair.key in not_embedded:
             left_out["that could not be embedded"] += 1
             continue
         try:
-            yield tell(pair.key, pair.record, pair.caption, by_id=by_id)
+            yield make_embedding_info(pair.key, pair.record, pair.caption, by_id=by_id)
         except Unusable as fault:
             left_out[fault.kind] += 1
 

@@ -1,8 +1,8 @@
-"""From a LLaVA conversation to tokens, with what is learnt and what is the caption marked on each.
+"""From a LLaVA conversation to tokens, each marked as target or not, and as caption or not.
 
 A conversation is LLaVA's: [{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "..."}].
 Two templates of LLaVA's, token for token:
-    plain       <image>ANSWER\\n                     stage 1: the image, then its caption; all but the image is learnt
+    plain       <image>ANSWER\\n                     stage 1: the image, then its caption; all but the image are targets
     qwen_1_5    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
                 <|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\nANSWER<|im_end|>\\n
 and two styles of labels for the second:
@@ -19,7 +19,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
@@ -40,8 +40,8 @@ class EncodedText:
     #: this token is the caption's
     is_caption: list[bool] = field(default_factory=list)
 
-    def truncated(self, length: int) -> "EncodedText":
-        """The first `length` tokens."""
+    def truncate(self, length: int) -> "EncodedText":
+        """Return the first `length` tokens."""
         return EncodedText(self.tokens[:length], self.is_target[:length], self.is_caption[:length])
 
 
@@ -60,20 +60,20 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} is a slow one, which cannot tell where in the text a token is: "
+            f"the tokenizer {tokenizer.name_or_path} is a slow one, which gives no token offsets: "
             "save its fast version (tokenizer.json)"
         )
 
 
 def check_conversation(conversation: list) -> list[tuple[str, str]]:
-    """Its turns as (role, text), role being system, user or assistant.
+    """Return the turns as (role, text), role being system, user or assistant.
 
     Raises:
-        ValueError: when it is not a conversation, or has no answer.
+        ValueError: it is not a conversation, or has no answer.
     """
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
-        raise ValueError('a turn of "conversations" is no {"from": ..., "value": ...}')
-    turns = [(_role(turn), turn.get("value", turn.get("content"))) for turn in conversation]
+        raise ValueError('a turn of "conversations" is not {"from": ..., "value": ...}')
+    turns = [(_get_role(turn), turn.get("value", turn.get("content"))) for turn in conversation]
     answers = [value for role, value in turns if role == "assistant"]
     if not answers or not all(isinstance(value, str) for _, value in turns):
         raise ValueError('"conversations" needs turns {"from": "human" or "gpt", "value": text}, one of them from gpt')
@@ -88,16 +88,16 @@ def encode(
     """Encode a conversation; `<image>` in its text becomes the image token, which is never a target.
 
     Args:
-        label_style: of the template qwen_1_5; plain has one alone.
+        label_style: of the template qwen_1_5; plain has only one.
 
     Raises:
         ValueError: when it is not a conversation, or has no answer.
     """
-    turns = [(role, _image_first(value)) for role, value in check_conversation(conversation)]
-    pieces = _plain(turns) if template == "plain" else _qwen_1_5(turns, label_style)
+    turns = [(role, _move_image_first(value)) for role, value in check_conversation(conversation)]
+    pieces = _format_plain(turns) if template == "plain" else _format_qwen_1_5(turns, label_style)
     text = _tokenize(tokenizer, pieces)
     if template == "qwen_1_5" and label_style == "llava":
-        always = _always_learnt(tokenizer)
+        always = _get_always_trained(tokenizer)
         text.is_target = [target or token in always for token, target in zip(text.tokens, text.is_target)]
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text.is_target = [target and token != image for token, target in zip(text.tokens, text.is_target)]
@@ -106,25 +106,25 @@ def encode(
 
 
 @functools.lru_cache(maxsize=8)
-def _always_learnt(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Of the style llava, wherever they stand; asked for once, not for each sample."""
+def _get_always_trained(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return the tokens that the style llava trains wherever they stand; cached, not looked up for each sample."""
     return frozenset(
         [*tokenizer.convert_tokens_to_ids(_CHAT_TOKENS), *tokenizer("\n", add_special_tokens=False)["input_ids"]]
     )
 
 
-def _role(turn: dict) -> str:
+def _get_role(turn: dict) -> str:
     speaker = turn.get("from", turn.get("role"))
     if not isinstance(speaker, str) or speaker not in _ROLES:
         raise ValueError(f'a turn of "conversations" is from {speaker!r}; it must be human, gpt or system')
     return _ROLES[speaker]
 
 
-#: A stretch of text, whether it is learnt, and whether it is the caption.
+#: A stretch of text, whether it is a target, and whether it is the caption.
 _Piece = tuple[str, bool, bool]
 
 
-def _plain(turns: list[tuple[str, str]]) -> list[_Piece]:
+def _format_plain(turns: list[tuple[str, str]]) -> list[_Piece]:
     num_images = sum(value.count(IMAGE_TOKEN) for role, value in turns if role != "assistant")
     pieces = [(IMAGE_TOKEN * num_images, False, False)]
     for role, value in turns:
@@ -133,7 +133,7 @@ def _plain(turns: list[tuple[str, str]]) -> list[_Piece]:
     return pieces
 
 
-def _qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
+def _format_qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
     if turns[0][0] != "system":
         turns = [("system", SYSTEM_PROMPT), *turns]
     if turns[1][0] == "assistant":
@@ -154,15 +154,15 @@ def _qwen_1_5(turns: list[tuple[str, str]], label_style: str) -> list[_Piece]:
     return pieces
 
 
-def _image_first(value: str) -> str:
-    """A turn's only image comes first, on a line of its own."""
+def _move_image_first(value: str) -> str:
+    """Put a turn's only image first, on a line of its own."""
     if value.count(IMAGE_TOKEN) != 1 or value.startswith(IMAGE_TOKEN):
         return value
     return f"{IMAGE_TOKEN}\n{value.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", pieces: list[_Piece]) -> EncodedText:
-    # The text as a whole: where a word ends and the template goes on, the pieces alone would be other tokens (".\n").
+    # The text as a whole: where a word ends and the template goes on, separate pieces would be other tokens (".\n").
     text, starts = "", []
     for piece, _, _ in pieces:
         starts.append(len(text))

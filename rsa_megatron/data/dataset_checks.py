@@ -12,23 +12,23 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
 
-def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
+def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
     """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole, and large enough.
 
     Args:
         path: a prepared data set, or a mixture of such.
-        parts: the parts that will be read: train, val.
-        num_readers: data workers of all data-parallel ranks, between which a part's samples are divided.
+        splits: those that will be read: train, val.
+        num_readers: data workers of all data-parallel ranks, between which a split's samples are divided.
         micro_batch_size: which each of them must fill at least once in an evaluation.
     """
-    for part in parts:
-        shards = _shards(path, part)
+    for split in splits:
+        shards = _list_shards(path, split)
         num_samples = sum(shard.count for shard in shards)
-        if part == "val" and shards and num_samples // num_readers < micro_batch_size:
+        if split == "val" and shards and num_samples // num_readers < micro_batch_size:
             raise ValueError(
-                f"--data-path {path}: the {num_samples} samples of its validation part, divided between {num_readers} data "
+                f"--data-path {path}: the {num_samples} samples of its validation split, divided between {num_readers} data "
                 f"workers (data-parallel ranks x --num-workers), do not fill a micro-batch of {micro_batch_size} each; add "
-                "samples, lower --num-workers or --micro-batch-size, or leave out the evaluation (--eval-iters 0)"
+                "samples, lower --num-workers or --micro-batch-size, or disable evaluation (--eval-iters 0)"
             )
         for shard in shards:
             if not shard.path.is_local():
@@ -48,49 +48,53 @@ def check_data(path: str, parts: Iterable[str], *, num_readers: int, micro_batch
 
 
 def fingerprint(path: str) -> str:
-    """A short name for what the training part behind `path` holds: shards by name and size, and how they are mixed."""
+    """Hash what the training split behind `path` holds: shards by name and size, and how they are mixed."""
     parts = [
         (
-            [(shard.path.parent.name, shard.name, shard.count) for shard in _shards_of(loaded)],
+            [(shard.path.parent.name, shard.name, shard.count) for shard in _get_shards(loaded)],
             loaded.weight,
             loaded.repetitions,
             repr(getattr(loaded.dataset, "subset", None)),
         )
-        for loaded in _loaded(path, "train")
+        for loaded in _load(path, "train")
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
-def _shards(path: str, part: str) -> list[ShardInfo]:
-    return [shard for loaded in _loaded(path, part) for shard in _shards_of(loaded)]
+def _list_shards(path: str, split: str) -> list[ShardInfo]:
+    return [shard for loaded in _load(path, split) for shard in _get_shards(loaded)]
 
 
-def _shards_of(loaded: LoadedDataset) -> list[ShardInfo]:
+def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:
     dataset = loaded.dataset
     if isinstance(dataset, CrudeJsonlDatasetFactory):
         return [ShardInfo(name=dataset.path.name, path=dataset.path, count=len(dataset))]
     return getattr(dataset, "shards", [])
 
 
-def _loaded(path: str, part: str) -> list[LoadedDataset]:
+def _load(path: str, split: str) -> list[LoadedDataset]:
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
-        return load_dataset(path).get_datasets(training=part == "train", split_part=part, worker_config=config).datasets
+        return (
+            load_dataset(path).get_datasets(training=split == "train", split_part=split, worker_config=config).datasets
+        )
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
-        raise ValueError(f"--data-path {path}, part {part!r}: {error}; {_remedy(path, str(error))}") from error
+        raise ValueError(
+            f"--data-path {path}, split {split!r}: {error}; {_suggest_remedy(path, str(error))}"
+        ) from error
 
 
-def _remedy(path: str, error: str) -> str:
+def _suggest_remedy(path: str, error: str) -> str:
     if "://" not in path and not Path(path).exists():
-        return "it is not there"
+        return "it does not exist"
     if Path(path, "mixture.yaml").is_file():
         return f"name {Path(path, 'mixture.yaml')}"
     if "split part" in error.lower():
         return (
-            "hold samples out for validation (rsa-megatron data pack --val), or leave out the evaluation (--eval-iters 0 "
+            "hold samples out for validation (rsa-megatron data pack --val), or disable evaluation (--eval-iters 0 "
             "--mutual-knn-samples 0)"
         )
     return (
         "name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
-        ".yaml of such folders, all of which must be there"
+        ".yaml of such folders, all of which must exist"
     )

@@ -1,7 +1,7 @@
-"""Images that come as one embedding each, in the place of pixels: what ReVision's stages train on.
+"""Images as one precomputed embedding each, instead of pixels: what ReVision's stages train on.
 
-In a shard the embedding is a part "npy" beside the json (several images: "0.npy", "1.npy", ...), in a JSONL record the path
-of such a file: numpy's format, one row of D numbers. Pixels that a sample has as well are not looked at, so that the same
+In a shard the embedding is a file "npy" beside the json (several images: "0.npy", "1.npy", ...), in a JSONL record the path
+of such a file: numpy's format, one vector of D numbers. Pixels that a sample has as well are not looked at, so that the same
 shards may serve other stages.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.anyres import ImageLayout
-from rsa_megatron.data.tiles import in_order
+from rsa_megatron.data.tiles import sort_by_number
 
-#: The name of a part of a stored sample that is an embedding: "npy" or "0.npy".
+#: The name of a stored sample's file that is an embedding: "npy" or "0.npy".
 EMBEDDING_PART = re.compile(r"(?:([0-9]+)\.)?npy")
 
 
@@ -33,29 +33,29 @@ class ImageEmbeddings:
         self.width, self.positions = width, positions
 
     def decode(self, parts: dict[str, bytes]) -> list[Tensor]:
-        """A sample's embeddings in order, [D] float32 each.
+        """Decode a sample's embeddings in order, [D] float32 each.
 
         Raises:
-            ValueError: the names are neither "npy" alone nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
+            ValueError: the names are neither just "npy" nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
         """
-        return [self._decode(name, parts[name]) for name in in_order(parts, self.part, "0.npy, 1.npy, ...")]
+        return [self._decode(name, parts[name]) for name in sort_by_number(parts, self.part, "0.npy, 1.npy, ...")]
 
     def layouts(self, embeddings: list[Tensor]) -> list[ImageLayout]:
         return [ImageLayout.of_embedding(self.positions)] * len(embeddings)
 
     def tiles(self, embeddings: list[Tensor]) -> Tensor:
-        """[n, D] of a sample's n embeddings."""
+        """Stack a sample's n embeddings, [n, D]."""
         return torch.stack(embeddings) if embeddings else torch.zeros(0, self.width)
 
     def _decode(self, name: str, part: bytes) -> Tensor:
         try:
             row_D = numpy.lib.format.read_array(io.BytesIO(part), allow_pickle=False)
         except Exception as error:  # whatever numpy comes upon in broken bytes
-            raise ValueError(f"{name}: it is no array in numpy's format: {error}") from error
+            raise ValueError(f"{name}: not an array in numpy's format: {error}") from error
         if row_D.ndim != 1 or row_D.dtype.kind != "f" or self.width not in (None, len(row_D)):
-            asks = "it must be" if self.width is None else f"and by --image-embedding-width it has to be {self.width}"
+            expected = "" if self.width is None else f" of --image-embedding-width {self.width}"
             raise ValueError(
-                f"{name}: it is {row_D.dtype} of shape {list(row_D.shape)}, {asks} floating-point numbers in a row"
+                f"{name}: {row_D.dtype} array of shape {list(row_D.shape)}; it must be a floating-point vector{expected}"
             )
         embedding_D = torch.from_numpy(row_D).float()
         if not embedding_D.isfinite().all():

@@ -2,7 +2,7 @@
 
 Megatron writes it beside each checkpoint, one file a data-parallel rank; it says exactly which sample comes next. It
 holds for the same data, number of data-parallel ranks and of data workers, micro-batch and shuffle buffer; anything else
-is refused with the remedy, never answered with data from the beginning.
+raises an error with the remedy; the data never silently starts again.
 """
 
 import dataclasses
@@ -60,25 +60,25 @@ class DataLayout:
     def check_same(self, then: dict, state_file: Path) -> None:
         """Raise ValueError unless a position saved with the layout `then` means the same samples here."""
         for name, what in self.FLAGS.items():
-            # Before there was a choice, all runs went on for ever.
+            # Without the key: a run from before single passes, whose data never ended.
             saved, current = then.get(name, 0), getattr(self, name)
             if saved != current:
                 raise ValueError(
                     f"{state_file}: the data position was saved with {what} = {saved}, this run has {current}; an exact "
-                    f"resume is impossible. Set it back to {saved}, or pass --restart-data to begin the data anew"
+                    f"resume is impossible. Set it back to {saved}, or pass --restart-data to read the data from the beginning"
                 )
 
 
 def find_train_state(folder: str | Path, iteration: int, rank: int, world_size: int) -> Path:
-    """The state file of a data-parallel rank, as Megatron has laid it down for that iteration.
+    """Return the state file of a data-parallel rank, as Megatron wrote it for that iteration.
 
     Raises:
-        FileNotFoundError: there is none, or there are files of another number of ranks.
+        FileNotFoundError: no file found, or files of another number of ranks.
     """
     # Megatron puts them under the name of the first model-parallel rank, whose digits depend on the layout.
     files = sorted(Path(folder).glob(f"iter_{iteration:07d}/mp_rank_*/train_dataloader_dprank*.pt"))
     ranks = {int(re.search(r"dprank(\d+)", file.name)[1]): file for file in files}
-    remedy = "pass --restart-data to begin the data anew"
+    remedy = "pass --restart-data to read the data from the beginning"
     if not ranks:
         raise FileNotFoundError(f"{folder}: no data position is saved for iteration {iteration}; {remedy}")
     if len(ranks) != world_size:

@@ -25,12 +25,12 @@ from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 
 class TrainLoader:
-    """Batches of the training part, with a position that can be saved and taken up again.
+    """Batches of the training split, with a position that can be saved and resumed.
 
     Args:
-        one_epoch: iterations of a single pass over the data (`epoch_iterations`), after which there are empty batches: ranks
+        one_epoch: iterations of a single pass over the data (`count_epoch_iterations`), after which there are empty batches: ranks
             end together, whatever each has read. 0: the data never ends.
-        drop_last: with one_epoch, leave out samples that do not fill a micro-batch.
+        drop_last: with one_epoch, skip samples that do not fill a micro-batch.
 
     Raises:
         ValueError: one epoch of data that has none.
@@ -67,7 +67,7 @@ class TrainLoader:
             drop_last=drop_last,
         )
         self._task_encoder = task_encoder
-        self._loader: SavableDataLoader = _with_workers_apart(get_savable_loader(dataset))
+        self._loader: SavableDataLoader = _isolate_workers(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
         self._ended = False
 
@@ -84,15 +84,15 @@ class TrainLoader:
         return batch
 
     def save_state(self) -> dict:
-        """Called by Megatron when it writes a checkpoint."""
+        """Return the position; called by Megatron when it writes a checkpoint."""
         energon = None if self._ended else to_plain(self._loader.save_state_rank())
         return {"layout": dataclasses.asdict(self.layout), "energon": energon}
 
     def restore_state(self, state_file: Path) -> None:
-        """Take up the position of a state file; before the first batch.
+        """Resume at the position of a state file; before the first batch.
 
         Raises:
-            ValueError: when the file is of another layout.
+            ValueError: the file is of another layout.
         """
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
         self.layout.check_same(state["layout"], state_file)
@@ -101,7 +101,7 @@ class TrainLoader:
             self._loader.restore_state_rank(from_plain(state["energon"]))
 
 
-def epoch_iterations(
+def count_epoch_iterations(
     path: str,
     *,
     data_parallel_size: int,
@@ -110,9 +110,9 @@ def epoch_iterations(
     global_batch_size: int,
     drop_last: bool,
 ) -> int:
-    """Iterations of one pass over the training part behind `path`, as Energon divides it between ranks and workers.
+    """Count the iterations of one pass over the training split behind `path`, as Energon divides it between workers.
 
-    Each worker of each rank has a part of each data set, and its last micro-batch may be a partial one. The rank with
+    Each worker of each rank has a share of each data set, and its last micro-batch may be a partial one. The rank with
     the most micro-batches decides, or with drop_last (and without partial ones) the rank with the fewest.
 
     Raises:
@@ -129,7 +129,7 @@ def epoch_iterations(
 
 
 class _Counter(DefaultTaskEncoder):
-    """For a data set that is counted, not read."""
+    """A task encoder for a data set that is counted, not read."""
 
     cookers = LlavaTaskEncoder.cookers
 
@@ -150,13 +150,13 @@ def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_
         if not one_epoch or "repeat" not in str(error):
             raise
         raise ValueError(
-            f"--data-path {path}: a blend by weight has no end: name --train-iters, or write the mixture with "
+            f"--data-path {path}: a blend by weight has no end: set --train-iters, or write the mixture with "
             "blend_epochized and repetitions, of which a run without --train-iters is one pass"
         ) from error
 
 
 class ValidationLoader:
-    """The validation part over and over, each time in the same order."""
+    """The validation split over and over, each time in the same order."""
 
     def __init__(self, path: str, task_encoder: TaskEncoder, worker_config: WorkerConfig, micro_batch_size: int):
         dataset = get_val_dataset(
@@ -166,7 +166,7 @@ class ValidationLoader:
             batch_drop_last=True,
             task_encoder=task_encoder,
         )
-        self._loader = _with_workers_apart(get_loader(dataset))
+        self._loader = _isolate_workers(get_loader(dataset))
         self._batches: Iterator[LlavaBatch] = iter(())
 
     def __iter__(self):
@@ -178,16 +178,16 @@ class ValidationLoader:
             self._batches = iter(self._loader)
             batch = next(self._batches, None)
         if batch is None:
-            raise ValueError("the validation part does not fill one micro-batch in each data worker of each rank")
+            raise ValueError("the validation split does not fill one micro-batch in each data worker of each rank")
         return batch
 
     def one_pass(self) -> Iterator[LlavaBatch]:
-        """Each batch of the part once; for a loader that has not been read from."""
+        """Yield each batch of the split once; for a loader that has not been read from."""
         return iter(self._loader)
 
 
-def _with_workers_apart(loader: DataLoader) -> DataLoader:
-    """Its data workers in process groups of their own.
+def _isolate_workers(loader: DataLoader) -> DataLoader:
+    """Put data workers into process groups of their own.
 
     A scheduler's signal to end with a checkpoint may go to a rank's whole group, and ends data workers on the spot:
     the rank would fail before it has saved. Workers end by themselves when their rank is gone.

@@ -11,7 +11,7 @@ from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_v
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 
-# A mixture may begin with texts: among so many samples there is one with an image, or none is looked at.
+# A mixture may begin with texts: one of the first so many has an image, or none is looked at.
 _LOOKED_AT = 64
 
 
@@ -23,7 +23,7 @@ class _AsStored(DefaultTaskEncoder):
 
 
 def stored_samples(path: str | Path, part: str) -> Iterator[StoredSample]:
-    """In the order in which they lie; those of a mixture one data set after the other."""
+    """Yield a split's samples in the order in which they lie; those of a mixture one data set after the other."""
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
         dataset = get_val_dataset(
@@ -33,7 +33,7 @@ def stored_samples(path: str | Path, part: str) -> Iterator[StoredSample]:
 
 
 def check_embeddings(path: str, part: str, embeddings: ImageEmbeddings) -> None:
-    """Raise ValueError, with the remedy, unless the first image of a part is an embedding of the right width."""
+    """Raise ValueError, with the remedy, unless the first image of a split is an embedding of the right width."""
     for sample in itertools.islice(stored_samples(path, part), _LOOKED_AT):
         if not sample.images:
             continue
@@ -42,13 +42,13 @@ def check_embeddings(path: str, part: str, embeddings: ImageEmbeddings) -> None:
             "it has no embedding (.npy); name data that rsa-megatron realign transform has written, or train on pixels"
         )
         if found:
-            fault = _fault(found, embeddings)
+            fault = _find_fault(found, embeddings)
         if fault:
-            raise ValueError(f"--data-path {path}: sample {sample.__key__} of its part {part}: {fault}")
+            raise ValueError(f"--data-path {path}: sample {sample.__key__} of split {part}: {fault}")
         return
 
 
-def _fault(found: dict, embeddings: ImageEmbeddings) -> str | None:
+def _find_fault(found: dict, embeddings: ImageEmbeddings) -> str | None:
     try:
         embeddings.decode(found)
     except Exception as error:  # of a linked sample the file may be missing

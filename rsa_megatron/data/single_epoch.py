@@ -8,8 +8,8 @@ from megatron.energon.wrappers import ShuffleBufferDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 
-def shuffled_once(dataset: SavableDataset, shuffle_buffer_size: int, worker_config: WorkerConfig) -> SavableDataset:
-    """Each sample of a data set that ends, once, in the order of Energon's shuffle buffer."""
+def shuffle_once(dataset: SavableDataset, shuffle_buffer_size: int, worker_config: WorkerConfig) -> SavableDataset:
+    """Yield each sample of a data set that ends, once, in the order of Energon's shuffle buffer."""
     dataset = _OnePass(dataset, worker_config=worker_config)
     if shuffle_buffer_size <= 1:
         return dataset
@@ -19,7 +19,7 @@ def shuffled_once(dataset: SavableDataset, shuffle_buffer_size: int, worker_conf
 class _OnePass(BaseWrapperDataset):
     """A data set that has ended stays so.
 
-    Energon's begin anew when they are read again. A position that is taken up while the shuffle buffer is being emptied
+    Energon's start again when they are read again. A position that is resumed while the shuffle buffer is being emptied
     reads on in them: the whole data set would come a second time.
     """
 

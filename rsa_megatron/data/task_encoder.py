@@ -1,8 +1,8 @@
 """From a stored sample to what the model trains on: Energon's task encoder for LLaVA data.
 
 A stored sample is an image (png, jpg, ...) and a json with LLaVA's "conversations". Several images are numbered
-parts in its place: 0.png, 1.jpg, ...; text alone has none. An image may also come as its embedding, as ReVision's do
-(image_embeddings.py). Or a sample is a line of a JSONL file, whose images lie as files below the folder that the mixture
+files in its place: 0.png, 1.jpg, ...; only text has none. An image may also be a precomputed embedding, as ReVision's
+are (image_embeddings.py). Or a sample is a line of a JSONL file, whose images lie as files below the folder that the mixture
 names as `aux: {images: filesystem://FOLDER}`.
 The data set's subflavor `rsa: true` lets its samples into the RSA loss, one image and a caption each.
 
@@ -33,11 +33,11 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
-from rsa_megatron.data.single_epoch import shuffled_once
-from rsa_megatron.data.sources.record import Unusable, inside
+from rsa_megatron.data.single_epoch import shuffle_once
+from rsa_megatron.data.sources.record import Unusable, resolve_inside
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
 
-if TYPE_CHECKING:  # for annotations alone
+if TYPE_CHECKING:  # only for annotations
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ _MOST_SKIPPED_IN_A_ROW = 100
 class StoredSample(Sample):
     """What lies in the shard, not decoded yet."""
 
-    #: by the part's name: "png" alone, or "0.png", "1.jpg", ... in any order ("npy" for embeddings); or why it could not be read
+    #: by the file's name: just "png", or "0.png", "1.jpg", ... in any order ("npy" for embeddings); or why it could not be read
     images: dict[str, bytes | Exception]
     record: bytes | dict | None
 
 
 @dataclass(kw_only=True)
 class EncodedSample(Sample):
-    """One row of a batch."""
+    """One sequence of a batch."""
 
     text: conversation.EncodedText
     layouts: list[ImageLayout]
@@ -64,10 +64,10 @@ class EncodedSample(Sample):
     tiles: Tensor
     eligible: bool
     record: dict
-    #: positions of the row, image tokens included; 0 for an empty sample
+    #: positions of the sequence, image tokens included; 0 for an empty sample
     row_length: int
     #: whether its text was longer
-    is_cut: bool
+    is_truncated: bool
 
 
 @stateless
@@ -85,7 +85,7 @@ def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
 
 
 def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dict[str, bytes | Exception]:
-    # What goes wrong is kept, not raised: the sample is counted and named where all that cannot be used are.
+    # What goes wrong is stored, not raised: the sample is counted and named where all skipped ones are.
     parts = {}
     for number, path in enumerate(paths if isinstance(paths, list) else [] if paths is None else [paths]):
         name = f"{number}.npy" if isinstance(path, str) and path.endswith(".npy") else f"{number}.png"
@@ -103,9 +103,9 @@ def _read_image(path: str, images: FileStore | None) -> bytes:
         raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
     root = EPath(images.get_path())
     if (
-        root.is_local() and not inside(Path(images.get_path()).resolve(), path).is_file()
+        root.is_local() and not resolve_inside(Path(images.get_path()).resolve(), path).is_file()
     ):  # reading a pipe would never end
-        raise ValueError(f"its image {path} is no file in {root}")
+        raise ValueError(f"its image {path} is not a file in {root}")
     return images[path][0]
 
 
@@ -116,12 +116,12 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         tokenizer: with an <image> token.
         image_size: side of a tile, pixels.
         patch_size: of the vision tower, pixels; what is left of image_size / patch_size is no token.
-        max_sequence_length: longest row, image tokens included; the text of a longer sample is cut at its end.
-        template, label_style: how a conversation becomes tokens, and which are learnt (conversation.py).
+        max_sequence_length: longest sequence, image tokens included; the text of a longer sample is truncated.
+        template, label_style: how a conversation becomes tokens, and which are targets (conversation.py).
         image_aspect_ratio, grid_pinpoints: how an image is cut into tiles (tiles.py).
         max_tiles: tokens of how many tiles a grid may keep (anyres.py).
         embeddings: reads images as embeddings; the arguments of pixels and tiles then do not count.
-        say_skipped: whether to print the line about a skipped sample; its count is kept in any case.
+        say_skipped: whether to print the line about a skipped sample; it is counted in any case.
     """
 
     cookers = [Cooker(cook)]
@@ -159,7 +159,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         self._num_skipped = self._num_skipped_in_a_row = 0
 
     def of_one_epoch(self, batch_size: int, shuffle_buffer_size: int) -> "LlavaTaskEncoder":
-        """The same for one pass over the data, of which the number of batches is known before.
+        """Return a copy for one pass over the data, of which the number of batches is known before.
 
         A sample that cannot be used is replaced by an empty one, and a batch of fewer samples is filled up. The data set
         is shuffled here, not by Energon's `shuffle_buffer_size` (single_epoch.py).
@@ -170,23 +170,23 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
 
     def build_encode_sample(self, dataset, *, worker_config):
         if self._shuffle_once is not None:
-            dataset = shuffled_once(dataset, self._shuffle_once, worker_config)
+            dataset = shuffle_once(dataset, self._shuffle_once, worker_config)
         return super().build_encode_sample(dataset, worker_config=worker_config)
 
     @stateless
     def encode_sample(self, sample: StoredSample) -> EncodedSample:
         try:
             encoded = self._encode(sample)
-        except Exception as error:  # whatever lies in a file of millions; what is wrong with all ends the run below
+        except Exception as error:  # whatever lies in a file of millions; a fault of all samples ends the run below
             self._skip(sample, error)
             if not self._fill_to:
                 raise SkipSample from error
-            return EncodedSample.derive_from(sample, **self._empty())
+            return EncodedSample.derive_from(sample, **self._make_empty())
         self._num_skipped_in_a_row = 0
         return encoded
 
     def batch(self, samples: list[EncodedSample]) -> LlavaBatch:
-        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._empty())] * (
+        samples = samples + [EncodedSample(__key__="", __restore_key__=(), **self._make_empty())] * (
             (self._fill_to or 0) - len(samples)
         )
         texts = [sample.text for sample in samples]
@@ -204,7 +204,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             tokens=rows(lambda text: text.tokens, 0, -1, pad),
             labels=rows(lambda text: text.tokens, 1, 0, pad),
             loss_mask=rows(lambda text: text.is_target, 1, 0).float(),
-            images=_joined([sample.tiles for sample in samples]),
+            images=_join_tiles([sample.tiles for sample in samples]),
             image_layouts=torch.tensor(layouts, dtype=torch.int64).reshape(len(layouts), 6),
             row_lengths=torch.tensor([sample.row_length for sample in samples]),
             rsa=RSASamples(
@@ -216,59 +216,67 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             keys=[sample.__key__ for sample in samples],
             records=[sample.record for sample in samples],
             num_skipped=num_skipped,
-            num_truncated=sum(sample.is_cut for sample in samples),
+            num_truncated=sum(sample.is_truncated for sample in samples),
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
         record = _read_record(sample.record)
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
-        num_told = text.tokens.count(self._image_token_id)
+        num_image_tokens = text.tokens.count(self._image_token_id)
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
-        if num_told != len(parts):
-            what = "embedding(s) of images (.npy)"
+        if num_image_tokens != len(parts):
+            what = "precomputed embedding(s) (.npy)"
             if isinstance(self._images, ImageTiler):
                 what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (
                     len(sample.images) > len(parts)
                 )
-            raise ValueError(f"its text has {num_told} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}")
-        images = self._images.decode(_readable(parts))
+            raise ValueError(
+                f"its text has {num_image_tokens} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}"
+            )
+        images = self._images.decode(_check_readable(parts))
         layouts = self._images.layouts(images)
-        whole, text = text, self._cut(text, layouts)
+        whole, text = text, self._truncate(text, layouts)
         return EncodedSample.derive_from(
             sample,
             text=text,
             layouts=layouts,
             tiles=self._images.tiles(images),
-            # An image-caption pair, as the paper asks for (section 3.3), of which the caption is still there.
+            # An image-caption pair, as the paper asks for (section 3.3), whose caption is not truncated away.
             eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption[:-1]),
             record=record,
-            row_length=len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts),
-            is_cut=text is not whole,
+            row_length=len(text.tokens) - 1 + self._count_image_tokens(layouts) - len(layouts),
+            is_truncated=text is not whole,
         )
 
-    def _num_image_tokens(self, layouts: list[ImageLayout]) -> int:
+    def _count_image_tokens(self, layouts: list[ImageLayout]) -> int:
         return sum(layout.num_tokens(self.tokens_per_side, self.max_tiles) for layout in layouts)
 
-    def _cut(self, text: conversation.EncodedText, layouts: list[ImageLayout]) -> conversation.EncodedText:
-        """What fits the longest row: the row is all tokens but the last, each image being as many as it is cut into."""
-        room = self.max_sequence_length + 1 + len(layouts) - self._num_image_tokens(layouts)
+    def _truncate(self, text: conversation.EncodedText, layouts: list[ImageLayout]) -> conversation.EncodedText:
+        """Truncate to the longest sequence: all tokens but the last, each image counting as its number of tokens."""
+        room = self.max_sequence_length + 1 + len(layouts) - self._count_image_tokens(layouts)
         if len(text.tokens) <= room:
             return text
-        cut = text.truncated(max(room, 0))
-        # The last token is label alone: an image there would have tiles and no place.
+        cut = text.truncate(max(room, 0))
+        # The last token is only a label: an image there would have tiles and no position.
         if cut.tokens[:-1].count(self._image_token_id) < len(layouts) or not any(cut.is_target[1:]):
             raise ValueError(
-                f"{len(text.tokens) - 1 + self._num_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
-                f"{self.max_sequence_length}, and what fits has nothing to learn: raise it"
+                f"{len(text.tokens) - 1 + self._count_image_tokens(layouts) - len(layouts)} positions do not fit --seq-length "
+                f"{self.max_sequence_length}, and what fits has no training target: raise it"
             )
         return cut
 
-    def _empty(self) -> dict:
-        """What an empty sample holds: a row of padding, nothing to learn, no image."""
+    def _make_empty(self) -> dict:
+        """Make the fields of an empty sample: a sequence of padding, no target, no image."""
         pad = self.tokenizer.pad_token_id
         text = conversation.EncodedText([pad] * 2, [False] * 2, [False] * 2)
         return dict(
-            text=text, layouts=[], tiles=self._images.tiles([]), eligible=False, record={}, row_length=0, is_cut=False
+            text=text,
+            layouts=[],
+            tiles=self._images.tiles([]),
+            eligible=False,
+            record={},
+            row_length=0,
+            is_truncated=False,
         )
 
     def _skip(self, sample: StoredSample, error: Exception) -> None:
@@ -277,18 +285,18 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         reason = (
             str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
         )
-        line = f"skipped sample {sample.__key__}{_where(sample)}: {reason}"
+        line = f"skipped sample {sample.__key__}{_format_source(sample)}: {reason}"
         if isinstance(sample.record, dict) and sample.record.get("image"):
             line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            # Something is wrong with all of them: going on would spin through the data set for ever.
-            raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row cannot be used; the last: {line}")
+            # Something is wrong with all of them: continuing would loop through the data set forever.
+            raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row were skipped; the last: {line}")
         if self.say_skipped:
             logger.warning(line)
 
 
-def _joined(tiles: list[Tensor]) -> Tensor:
-    """All samples' tiles, [T, 3, height, width]; not copied where one sample alone has any.
+def _join_tiles(tiles: list[Tensor]) -> Tensor:
+    """Join all samples' tiles, [T, 3, height, width]; not copied where only one sample has any.
 
     In a data worker torch's default_collate writes straight into the memory that it shares with the training process, where
     the batch would have to be copied otherwise.
@@ -298,7 +306,7 @@ def _joined(tiles: list[Tensor]) -> Tensor:
 
 
 def sample_id(key: str) -> int:
-    """A number for a sample's key, the same in every process: 63 bits of its hash."""
+    """Hash a sample's key to a number, the same in every process: 63 bits."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -314,13 +322,13 @@ def _read_record(record: bytes | dict | None) -> dict:
     return content
 
 
-def _readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
+def _check_readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
     for part in images.values():
         if isinstance(part, Exception):
             raise part
     return images
 
 
-def _where(sample: StoredSample) -> str:
+def _format_source(sample: StoredSample) -> str:
     sources = sample.__sources__ or ()
     return f" of {sources[0].dataset_path}" if sources else ""

@@ -21,7 +21,7 @@ from torch import Tensor
 from rsa_megatron.anyres import ImageLayout, choose_grid
 
 ASPECT_RATIOS = ("square", "anyres")
-#: The name of a part of a stored sample that is an image: "png" or "0.png".
+#: The name of a stored sample's file that is an image: "png" or "0.png".
 IMAGE_PART = re.compile(r"(?:([0-9]+)\.)?(?:png|jpg|jpeg|webp|bmp|gif|tif|tiff)")
 # Those that the names stand for, whichever of them it says. Pillow knows more, and runs Ghostscript on PostScript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -38,7 +38,7 @@ class ImageTiler:
 
     Args:
         image_size: side of a tile, pixels.
-        image_aspect_ratio: "square": each image is squashed to one tile. "anyres", as LLaVA-OneVision: an image alone
+        image_aspect_ratio: "square": each image is squashed to one tile. "anyres", as LLaVA-OneVision: a single image
             is a base tile and a grid of tiles; each of several is padded to a square, one tile.
         grid_pinpoints: the resolutions of anyres, (height, width) in pixels, multiples of image_size.
     """
@@ -55,7 +55,7 @@ class ImageTiler:
         return decode_images(parts)
 
     def layouts(self, images: list[Image.Image]) -> list[ImageLayout]:
-        """How the images of one sample lie in the tiles of `tiles`.
+        """Return how the images of one sample lie in the tiles of `tiles`.
 
         Raises:
             ValueError: for an image too long to be padded.
@@ -73,11 +73,11 @@ class ImageTiler:
         return [ImageLayout(image.height, image.width) for image in images]
 
     def tiles(self, images: list[Image.Image]) -> Tensor:
-        """The tiles of one sample's RGB images in order, [n, 3, image_size, image_size]; after `layouts`."""
+        """Make the tiles of one sample's RGB images in order, [n, 3, image_size, image_size]; after `layouts`."""
         side, layouts = self.image_size, self.layouts(images)
         tiles = numpy.empty((sum(layout.num_tiles for layout in layouts), 3, side, side), numpy.float32)
         if len(images) > 1 and self.image_aspect_ratio == "anyres":
-            images = map(_padded_to_square, images)  # one at a time: see _LONGEST_SIDE_MADE_SQUARE
+            images = map(_pad_to_square, images)  # one at a time: see _LONGEST_SIDE_MADE_SQUARE
         cuts = (cut for image, layout in zip(images, layouts) for cut in self._cut(image, layout))
         # Shades to [-1, 1], as SigLIP was trained: for each of the 256, to the bit, transformers'
         # (shade * (1 / 255) - 0.5) / 0.5. A tile at a time stays in the processor's cache.
@@ -88,28 +88,28 @@ class ImageTiler:
         return torch.from_numpy(tiles)
 
     def _cut(self, image: Image.Image, layout: ImageLayout) -> Iterator[numpy.ndarray]:
-        """The base tile, then the grid's, row by row: shades of 0 to 255, [image_size, image_size, 3]."""
+        """Yield the base tile, then the grid's, row by row: shades of 0 to 255, [image_size, image_size, 3]."""
         side = self.image_size
         yield numpy.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
         if not layout.grid_rows:
             return
         height, width = side * layout.grid_rows, side * layout.grid_columns
-        grid = numpy.asarray(fitted_on_black(image, height=height, width=width))
+        grid = numpy.asarray(fit_on_black(image, height=height, width=width))
         for top, left in itertools.product(range(0, height, side), range(0, width, side)):
             yield grid[top : top + side, left : left + side]
 
 
 def decode_images(parts: dict[str, bytes]) -> list[Image.Image]:
-    """A sample's images in order, upright RGB, from its parts by name: "png" alone, or "0.png", "1.jpg", ....
+    """Decode a sample's images in order, upright RGB, from its files by name: just "png", or "0.png", "1.jpg", ....
 
     Raises:
         ValueError: the names are neither, or an image cannot be read; it says which and why.
     """
-    return [_decode(name, parts[name]) for name in in_order(parts, IMAGE_PART, "0.png, 1.jpg, ...")]
+    return [_decode(name, parts[name]) for name in sort_by_number(parts, IMAGE_PART, "0.png, 1.jpg, ...")]
 
 
-def in_order(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[str]:
-    """The names of a sample's images by their numbers; `pattern` finds the number in each.
+def sort_by_number(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[str]:
+    """Sort the names of a sample's images by their numbers; `pattern` finds the number in each.
 
     Raises:
         ValueError: it is neither one without a number nor all from 0 on.
@@ -122,7 +122,7 @@ def in_order(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[st
 
 
 def _decode(name: str, part: bytes) -> Image.Image:
-    """The image, or the first of several in the file (of an animation, of pages)."""
+    """Decode the image, or the first of several in the file (of an animation, of pages)."""
     try:
         with Image.open(io.BytesIO(part), formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS:
@@ -143,7 +143,7 @@ def _decode(name: str, part: bytes) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise ValueError("its shades are numbers of 32 bits, and no one says which of them is white")
+        raise ValueError("its pixels are 32-bit numbers, of which none is known to be white")
     if image.mode.startswith("I;16"):
         # The upper 8 bits, as Pillow reads 16-bit colour. Its convert would make everything above 255 white.
         image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
@@ -154,15 +154,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _padded_to_square(image: Image.Image) -> Image.Image:
+def _pad_to_square(image: Image.Image) -> Image.Image:
     side = max(image.size)
     square = Image.new("RGB", (side, side), _GREY)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-def fitted_on_black(image: Image.Image, *, height: int, width: int) -> Image.Image:
-    """The image as large as it fits, in the middle."""
+def fit_on_black(image: Image.Image, *, height: int, width: int) -> Image.Image:
+    """Scale the image as large as fits, in the middle."""
     across, down = width / image.width, height / image.height
     if across < down:
         size = width, min(math.ceil(image.height * across), height)

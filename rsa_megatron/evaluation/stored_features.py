@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, every, sample
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, load_all, sample
 from rsa_megatron.evaluation.extraction import Backbone, extract
 from rsa_megatron.evaluation.feature_store import FeatureStore
 
@@ -35,7 +35,7 @@ def draw_samples(
     Raises:
         ValueError: there are fewer pairs.
     """
-    samples = [sample(pairs, num_samples, seed) if num_samples is not None else every(pairs) for seed in seeds]
+    samples = [sample(pairs, num_samples, seed) if num_samples is not None else load_all(pairs) for seed in seeds]
     num_samples = num_samples or len(samples[0])
     union = {pair.key: pair for chosen in samples for pair in chosen}
     place = {key: number for number, key in enumerate(union)}

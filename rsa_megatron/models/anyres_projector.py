@@ -1,9 +1,9 @@
 """LLaVA-OneVision's projector: Megatron's, and after it the packing of an image's tiles into its tokens (AnyRes).
 
-An image that comes as one embedding (ReVision) is projected once and stands in as many positions as its layout says.
+A precomputed embedding (ReVision) is projected once and fills as many positions as its layout says.
 
 LLaVAModel splices a fixed number of tokens a tile into the text. Here an image's number of tokens depends on its shape.
-So the projector packs, and returns the tokens of all images in one row; LLaVAModel is told that a "tile" is one
+So the projector packs, and returns the tokens of all images in one sequence; LLaVAModel is passed that a "tile" is one
 token and how many such tiles each image has, and its own splice puts them where they belong.
 
 Shapes: T tiles, P tokens of a tile (P = side * side), D and H widths of tower and decoder.
@@ -31,14 +31,14 @@ class AnyResProjector(MultimodalProjector):
     def __init__(self, config, submodules, input_size: int, *, side: int, max_tiles: int, tp_group=None):
         super().__init__(config, submodules, "mlp", input_size, tp_group=tp_group)
         self.side, self.max_tiles = side, max_tiles
-        # Drawn as LLaVA-OneVision draws it; the same on every tensor-parallel rank, as they share this generator.
+        # Initialised as LLaVA-OneVision does; the same on every tensor-parallel rank, as they share this generator.
         newline_H = torch.randn(config.hidden_size) / math.sqrt(config.hidden_size)
         self.image_newline = torch.nn.Parameter(newline_H.to(config.params_dtype))
         #: of the images whose tiles come next; the model sets it before each forward pass
         self.layouts: Sequence[ImageLayout] = ()
 
     def forward(self, tokens_PTD: Tensor) -> Tensor:
-        """All images' tokens, [number of tokens, 1, H]."""
+        """Project and pack all images' tokens, [number of tokens, 1, H]."""
         projected_PTH = super().forward(tokens_PTD)
         packed = pack_images(projected_PTH.transpose(0, 1), self.layouts, self.image_newline, self.side, self.max_tiles)
         return packed[:, None]
@@ -47,9 +47,9 @@ class AnyResProjector(MultimodalProjector):
 def pack_images(
     tokens_TPH: Tensor, layouts: Sequence[ImageLayout], newline_H: Tensor, side: int, max_tiles: int
 ) -> Tensor:
-    """The tokens of all images in order, [number of tokens, H]; differentiable.
+    """Pack the tokens of all images in order, [number of tokens, H]; differentiable.
 
-    Without a layout tiles give no token (the stand-in in a batch of text): their gradient, and that of a newline that is
+    Without a layout tiles give no token (the dummy tile in a batch of text): their gradient, and that of a newline that is
     used nowhere, is zero and not missing. Megatron's overlapped gradient reduction waits for every parameter.
     """
     num_tiles = sum(layout.num_tiles for layout in layouts)

@@ -20,13 +20,13 @@ class VisionTower:
 
     @property
     def tokens_per_side(self) -> int:
-        """Tokens along a side of one tile; pixels that fill no patch are left out."""
+        """Tokens along a side of one tile; pixels that fill no patch are dropped."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Qwen2 decoder: RMSNorm, SwiGLU, RoPE, grouped queries, biases on q, k, v alone."""
+    """A Qwen2 decoder: RMSNorm, SwiGLU, RoPE, grouped queries, biases only on q, k, v."""
 
     num_layers: int
     hidden_size: int
@@ -51,7 +51,7 @@ class Architecture:
     #: AnyRes: the grids to choose from, (height, width) in pixels, and how many tiles' tokens a grid may keep
     grid_pinpoints: tuple[tuple[int, int], ...]
     max_tiles: int = 9
-    #: numbers of an image's embedding, of a model whose images come as such, past the tower; None for the tower's width
+    #: width of precomputed image embeddings, which bypass the tower; None for the tower's width
     image_embedding_width: int | None = None
 
     @property
@@ -59,7 +59,7 @@ class Architecture:
         return self.image_embedding_width or self.vision.hidden_size
 
     def megatron_defaults(self) -> dict:
-        """The decoder in the names of Megatron's arguments, so that each can be overridden by its flag."""
+        """Return the decoder in the names of Megatron's arguments, so that each can be overridden by its flag."""
         decoder = self.decoder
         return dict(
             num_layers=decoder.num_layers,
@@ -84,7 +84,7 @@ class Architecture:
         )
 
     def with_arguments(self, arguments: Mapping[str, object]) -> "Architecture":
-        """The architecture that is built once flags have overridden the decoder's sizes."""
+        """Return the architecture after flags have overridden the decoder's sizes."""
         names = (
             "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
             "max_position_embeddings rotary_base"
@@ -96,7 +96,7 @@ class Architecture:
         return dataclasses.replace(self, decoder=decoder, image_embedding_width=arguments.get("image_embedding_width"))
 
     def parameter_counts(self) -> dict[str, dict[str, int]]:
-        """Parameters of each part, as --trainable names them, piece by piece; without padding rows of the vocabulary."""
+        """Count the parameters of each module, as --trainable names them, piece by piece; without padding rows of the vocabulary."""
         vision, decoder = self.vision, self.decoder
         width, ffn = vision.hidden_size, vision.ffn_hidden_size
         # attention: q, k, v, out with biases; MLP: two matrices with biases; two norms of weight and bias
@@ -148,7 +148,7 @@ class Architecture:
 
 
 def square_grids(tile_size: int, most_rows: int, most_columns: int) -> tuple[tuple[int, int], ...]:
-    """Every grid of up to so many rows and columns of tiles, (height, width) in pixels."""
+    """List every grid of up to so many rows and columns of tiles, (height, width) in pixels."""
     return tuple(
         (tile_size * rows, tile_size * columns)
         for rows in range(1, most_rows + 1)
@@ -233,7 +233,7 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _ARCHITECTU
 
 
 def get_architecture(name: str) -> Architecture:
-    """The architecture of that name; ValueError names the known ones."""
+    """Return the architecture of that name; ValueError names the known ones."""
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"--model {name}: neither a folder with a config.json nor one of {known}")

@@ -1,6 +1,6 @@
 """Reads a model's sizes from Hugging Face folders: LLaVA-OneVision's, or a SigLIP's and a Qwen2's.
 
-What the Megatron model cannot do is refused here, by its key.
+What the Megatron model does not support raises an error here that names its key.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from rsa_megatron.models.architectures import (
     get_architecture,
     square_grids,
 )
-from rsa_megatron.models.hf_files import image_processor_config, read_json, read_json_if_there
+from rsa_megatron.models.hf_files import make_image_processor_config, read_json, read_json_if_there
 
-if TYPE_CHECKING:  # for annotations alone: the known architectures need no transformers, which takes a second to import
+if TYPE_CHECKING:  # only for annotations: the known architectures need no transformers, which takes a second to import
     from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 # How images are prepared.
@@ -40,30 +40,30 @@ _PIXEL_KEYS = (
 
 
 def is_model_folder(model: str) -> bool:
-    """Whether --model names a folder with a config.json, and not one of the known architectures."""
+    """Return whether --model names a folder with a config.json, and not one of the known architectures."""
     return (Path(model) / "config.json").is_file()
 
 
 def find_architecture(model: str) -> Architecture:
-    """What --model names."""
+    """Return the architecture that --model names."""
     return read_architecture(Path(model)) if is_model_folder(model) else get_architecture(model)
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The sizes in a folder's config.json.
+    """Read the sizes in a folder's config.json.
 
     Raises:
-        ValueError: when it is of another kind of model, or asks for what the Megatron model does not do; names the key.
+        ValueError: another kind of model, or a setting that the Megatron model does not support; names the key.
     """
     raw = read_json(folder / "config.json")
     where = f"{folder}/config.json"
     if "mm_vision_tower" in raw:
         raise ValueError(
-            f"{where} is lmms-lab's own; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
+            f"{where} is in lmms-lab's format; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
         )
     if raw.get("model_type") != "llava_onevision":
         raise ValueError(
-            f"{where}: model_type is {raw.get('model_type')!r}; llava_onevision is what can be read (for a SigLIP and a "
+            f"{where}: model_type is {raw.get('model_type')!r}; only llava_onevision is supported (for a SigLIP and a "
             "Qwen2 checkpoint: python -m checkpoint_conversion hf-to-megatron --vision DIR --language DIR)"
         )
     config = _load_config(folder)
@@ -88,7 +88,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def read_towers(vision: Path, language: Path) -> Architecture:
-    """The model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
+    """Read the model that a SigLIP and a Qwen2 checkpoint make together, in LLaVA-OneVision's way.
 
     The vocabulary gets rows for <image> and <video>, and is rounded up to a multiple of 64, as in the published
     checkpoints. Embeddings stay tied or untied, as they are: Qwen2-1.5B-Instruct's are tied, those of the paper's
@@ -97,7 +97,7 @@ def read_towers(vision: Path, language: Path) -> Architecture:
     vision_config, text_config = _load_config(vision), _load_config(language)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     tower = _read_tower(vision_config, f"{vision}/config.json")
-    tower = dataclasses.replace(tower, num_layers=_layers_used(tower.num_layers))
+    tower = dataclasses.replace(tower, num_layers=_count_used_layers(tower.num_layers))
     return Architecture(
         name=f"{vision.name}+{language.name}",
         vision=tower,
@@ -107,8 +107,8 @@ def read_towers(vision: Path, language: Path) -> Architecture:
     )
 
 
-def _layers_used(num_layers: int) -> int:
-    """Of SigLIP-so400m's 27 layers 26 are used. A tower of 26 has lost its last one already; others are used whole."""
+def _count_used_layers(num_layers: int) -> int:
+    """Count the layers used: of SigLIP-so400m's 27, 26. A tower of 26 has lost its last one already; others are used whole."""
     return num_layers - 1 if num_layers == 27 else num_layers
 
 
@@ -119,7 +119,9 @@ def _read_tower(config: "SiglipVisionConfig", where: str) -> VisionTower:
     require(where, "attention_dropout", config.attention_dropout, 0)
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config, key), int):
-            raise ValueError(f"{where}: {key} is {getattr(config, key)}; one number, the side of a square, can be read")
+            raise ValueError(
+                f"{where}: {key} is {getattr(config, key)}; only one number, the side of a square, is supported"
+            )
     return VisionTower(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -158,13 +160,13 @@ def read_decoder(config: "Qwen2Config", where: str) -> Decoder:
 
 def require(where: str, key: str, value, wanted) -> None:
     if value != wanted:
-        raise ValueError(f"{where}: {key} is {value!r}; only {wanted!r} can be read")
+        raise ValueError(f"{where}: {key} is {value!r}; only {wanted!r} is supported")
 
 
 def read_max_tiles(key: str, aspect_ratio: str | None, where: str) -> int:
     match = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
     if not match:
-        raise ValueError(f"{where}: {key} is {aspect_ratio!r}; anyres_max_N can be read")
+        raise ValueError(f"{where}: {key} is {aspect_ratio!r}; only anyres_max_N is supported")
     return int(match[1])
 
 
@@ -172,12 +174,14 @@ def check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) 
     wrong = [grid for grid in grids if any(side < tile_size or side % tile_size for side in grid)]
     if wrong or not grids:
         what = f"has {list(wrong[0])}" if wrong else "is empty"
-        raise ValueError(f"{where}: image_grid_pinpoints {what}; multiples of image_size {tile_size} can be read")
+        raise ValueError(
+            f"{where}: image_grid_pinpoints {what}; only multiples of image_size {tile_size} are supported"
+        )
 
 
 def _check_image_processor(folder: Path, architecture: Architecture) -> None:
-    """Refuse a folder whose images are prepared in another way than here: it is served with that way."""
-    expected = image_processor_config(architecture)
+    """Raise ValueError if a folder prepares images in another way than we do: it would be served that way."""
+    expected = make_image_processor_config(architecture)
     for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         content = read_json_if_there(folder / name)
         found = content.get(part, {}) if part else content

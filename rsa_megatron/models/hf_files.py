@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rsa_megatron.data.conversation import IMAGE_TOKEN, SYSTEM_PROMPT
 from rsa_megatron.models.architectures import Architecture
 
-if TYPE_CHECKING:  # for annotations alone: importing it takes a second
+if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
 VIDEO_TOKEN = "<video>"
@@ -32,7 +32,7 @@ WEIGHT_PATTERNS = (
     "*.onnx_data",
     "*.distcp",
 )
-# Parts of processor_config.json that have files of their own before transformers 5.
+# Sections of processor_config.json that have files of their own before transformers 5.
 _PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 # As data/conversation.py's qwen_1_5.
 _CHAT_TEMPLATE = (
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: no table of keys and values")
+        raise ValueError(f"{path} cannot be read: not a JSON object")
     return content
 
 
@@ -64,7 +64,7 @@ def read_json_if_there(path: Path) -> dict:
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Every file of a Hugging Face folder but its weights, readable to old versions of transformers too."""
+    """Copy every file of a Hugging Face folder but its weights, readable to old versions of transformers too."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
@@ -73,7 +73,7 @@ def copy_model_files(source: Path, target: Path) -> None:
 
 
 def _add_old_names(folder: Path) -> None:
-    """What transformers 5 saves under names or in files of its own, by those that 4.45 knows. 5 reads these as well.
+    """Add the names and files that 4.45 knows for what transformers 5 saves under its own. 5 reads these as well.
 
     Without rope_theta an old version would take 10000, and without preprocessor_config.json find no processor.
     """
@@ -107,7 +107,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def write_chat_template(folder: Path) -> None:
-    """Put the template of our qwen_1_5 into a folder, for processor and tokenizer: what a model was trained with."""
+    """Write the template of our qwen_1_5 to a folder, for processor and tokenizer: what a model was trained with."""
     _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
     tokenizer = read_json_if_there(folder / "tokenizer_config.json")
@@ -118,7 +118,7 @@ def write_chat_template(folder: Path) -> None:
 
 
 def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Everything of a Hugging Face folder but its weights. Gives the tokenizer <image> and <video> where it has none."""
+    """Write a Hugging Face folder but its weights. Adds <image> and <video> to the tokenizer if it lacks them."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token not in tokenizer.get_vocab()]
     if missing:
@@ -131,18 +131,18 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreT
     tokenizer.chat_template = _CHAT_TEMPLATE  # a text model's own would not show the images
     tokenizer.save_pretrained(folder)
     for name, content in {
-        "config.json": _config(architecture, tokenizer),
-        "generation_config.json": _generation_config(tokenizer),
-        "preprocessor_config.json": image_processor_config(architecture),
-        "video_preprocessor_config.json": _video_processor_config(architecture),
-        "processor_config.json": _processor_config(architecture),
+        "config.json": _make_config(architecture, tokenizer),
+        "generation_config.json": _make_generation_config(tokenizer),
+        "preprocessor_config.json": make_image_processor_config(architecture),
+        "video_preprocessor_config.json": _make_video_processor_config(architecture),
+        "processor_config.json": _make_processor_config(architecture),
         "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
     }.items():
         _write_json(folder / name, content)
     _add_old_names(folder)
 
 
-def _config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
+def _make_config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
     vision, decoder = architecture.vision, architecture.decoder
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -190,12 +190,12 @@ def _config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") ->
     }
 
 
-def _generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
+def _make_generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return {"eos_token_id": sorted({end for end in ends if end is not None}), "pad_token_id": tokenizer.pad_token_id}
 
 
-def _pixels(architecture: Architecture) -> dict:
+def _make_pixels(architecture: Architecture) -> dict:
     # SigLIP's mean and deviation: the class defaults are CLIP's.
     side = architecture.vision.image_size
     return {
@@ -211,8 +211,8 @@ def _pixels(architecture: Architecture) -> dict:
     }
 
 
-def image_processor_config(architecture: Architecture) -> dict:
-    return _pixels(architecture) | {
+def make_image_processor_config(architecture: Architecture) -> dict:
+    return _make_pixels(architecture) | {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "processor_class": "LlavaOnevisionProcessor",
         "do_pad": True,
@@ -220,14 +220,14 @@ def image_processor_config(architecture: Architecture) -> dict:
     }
 
 
-def _video_processor_config(architecture: Architecture) -> dict:
-    return _pixels(architecture) | {
+def _make_video_processor_config(architecture: Architecture) -> dict:
+    return _make_pixels(architecture) | {
         "video_processor_type": "LlavaOnevisionVideoProcessor",
         "processor_class": "LlavaOnevisionProcessor",
     }
 
 
-def _processor_config(architecture: Architecture) -> dict:
+def _make_processor_config(architecture: Architecture) -> dict:
     return {
         "processor_class": "LlavaOnevisionProcessor",
         "num_image_tokens": architecture.vision.tokens_per_side**2,

@@ -41,10 +41,10 @@ LOCAL_ARGUMENTS = dict(
 
 
 def layer_specs(transformer_impl: str) -> tuple[ModuleSpec, ModuleSpec, MLPSubmodules]:
-    """Specs of a vision layer, a decoder layer and the projector for --transformer-impl.
+    """Return the specs of a vision layer, a decoder layer and the projector for --transformer-impl.
 
     Raises:
-        ValueError: for another implementation, or Transformer Engine where it is not installed.
+        ValueError: another implementation, or Transformer Engine where it is not installed.
     """
     if transformer_impl == "transformer_engine":
         if not HAVE_TE:

@@ -22,21 +22,21 @@ from rsa_megatron.models.layer_specs import layer_specs
 
 
 class LlavaOneVision(LLaVAModel):
-    """This rank's part of the model (a chunk of it, under interleaved pipelines).
+    """This rank's modules of the model (a chunk of them, under interleaved pipelines).
 
     Args:
         architecture: sizes of tower and vocabulary; the decoder's come from decoder_config.
         decoder_config: Megatron's config, as made from its flags; the tower's and projector's are derived from it.
         padded_vocab_size: rows of the word embeddings. Those beyond architecture.vocab_size are padding: no text has
             their ids, and their logits are as if they were not there.
-        max_sequence_length: longest row, image tokens included. Longer rows are cut by LLaVAModel.
+        max_sequence_length: longest sequence, image tokens included. LLaVAModel truncates longer ones.
         image_token_index: the token id at which an image's tokens are put in.
         tie_word_embeddings: the output layer's weight is the word embeddings'.
         rotary_base: of the decoder's rotary position embedding.
         pre_process: this is the first pipeline stage: it holds the tower, the projector and the embeddings.
         post_process: this is the last one: it holds the output layer.
         vp_stage: which of this rank's chunks, under interleaved pipelines.
-        pg_collection: process groups; Megatron's global ones where there is none.
+        pg_collection: process groups; default: Megatron's global ones.
     """
 
     def __init__(
@@ -135,24 +135,24 @@ class LlavaOneVision(LLaVAModel):
         image_layouts: Tensor | None = None,
         **kwargs,
     ):
-        """LLaVAModel's forward pass, with image_layouts in the place of num_image_tiles.
+        """Run LLaVAModel's forward pass, with image_layouts instead of num_image_tiles.
 
         Args:
-            images: all images' tiles in order, [T, 3, image_size, image_size]; or the images' embeddings, [T, D], which
-                go past the tower into the projector.
+            images: all images' tiles in order, [T, 3, image_size, image_size]; or precomputed embeddings, [T, D], which
+                bypass the tower.
             image_layouts: how each image lies in its tiles, [number of images, 6] (LlavaBatch). Without it each tile
                 is an image, without a newline.
             Others as LLaVAModel's.
         """
         num_tokens = None
         if input_ids is not None:
-            layouts = self._layouts(images, image_layouts)
+            layouts = self._get_layouts(images, image_layouts)
             num_tokens = [layout.num_tokens(self._side, self._max_tiles) for layout in layouts]
             num_tokens = torch.tensor(num_tokens, dtype=torch.int, device=input_ids.device)
             if self.add_encoder:
                 self.vision_projection.layouts = layouts
                 if images is not None and not len(images) and torch.is_grad_enabled():
-                    images = self._black_tile(images)
+                    images = self._make_black_tile(images)
         return super().forward(
             images,
             input_ids,
@@ -179,7 +179,7 @@ class LlavaOneVision(LLaVAModel):
         *args,
         **kwargs,
     ):
-        """LLaVAModel's splice; and the token after an image is learnt where the loss mask says so, as LLaVA learns it.
+        """Splice as LLaVAModel; and train the token after an image where the loss mask says so, as LLaVA does.
 
         LLaVAModel masks all positions of an image, also its last, whose label is the next token of the text.
         """
@@ -200,20 +200,20 @@ class LlavaOneVision(LLaVAModel):
             is_image_BS = input_ids == image_token_index
             lengths_BS = torch.ones_like(input_ids)
             lengths_BS[is_image_BS] = num_image_tiles.to(lengths_BS.dtype)
-            last_BS = lengths_BS.cumsum(dim=1) - 1  # where each token's last position is in the spliced row
+            last_BS = lengths_BS.cumsum(dim=1) - 1  # where each token's last position is in the spliced sequence
             is_image_BS &= last_BS < new_mask.shape[1]
             rows, _ = torch.where(is_image_BS)
             new_mask[rows, last_BS[is_image_BS]] = loss_mask[is_image_BS]
         return combined, new_labels, new_mask
 
-    def _black_tile(self, images: Tensor) -> Tensor:
-        """Goes through the vision parts in a batch of text, and nothing of it into the text: a gradient of zero.
+    def _make_black_tile(self, images: Tensor) -> Tensor:
+        """Make a tile that goes through the vision modules in a batch of text, and not into the text: a gradient of zero.
 
         Without it they would have none, and Megatron's overlapped gradient reduction would wait for it.
         """
         return images.new_zeros(1, *images.shape[1:])
 
-    def _layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
+    def _get_layouts(self, images: Tensor | None, image_layouts: Tensor | None) -> list[ImageLayout]:
         if image_layouts is not None:
             return [ImageLayout(*row) for row in image_layouts.tolist()]
         num_images = 0 if images is None else len(images)
@@ -221,20 +221,20 @@ class LlavaOneVision(LLaVAModel):
 
 
 class _Tower(CLIPViTModel):
-    """The tower; an image that comes as its embedding (ReVision's stages) is its own only token.
+    """The tower; a precomputed embedding (ReVision's stages) is its own only token.
 
     The tower stays in such a model, so that its checkpoints are those of any other stage.
     """
 
     def forward(self, images: Tensor, *args, **kwargs) -> Tensor:
-        """[T, P, D] of tiles, [T, 1, D] of embeddings [T, D]."""
+        """Return [T, P, D] of tiles, [T, 1, D] of embeddings [T, D]."""
         return images[:, None] if images.dim() == 2 else super().forward(images, *args, **kwargs)
 
 
 class _UnusedNorm(torch.nn.Module):
     """SigLIP's last norm: LLaVA-OneVision takes the tokens as the last layer leaves them, but its checkpoints have it.
 
-    Buffers, as nothing is learnt: they go from checkpoint to checkpoint and back to Hugging Face as they are.
+    Buffers, as nothing is trained: they go from checkpoint to checkpoint and back to Hugging Face as they are.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
@@ -247,7 +247,7 @@ class _UnusedNorm(torch.nn.Module):
 
 
 def _mask_padding(vocab_size: int, padded_vocab_size: int, tp_rank: int, layer, args, output):
-    """Hook on the output layer: logits of padding rows go to the lowest number, out of softmax and gradient."""
+    """Mask padding as a hook on the output layer: logits of padding rows go to the lowest number, out of softmax and gradient."""
     logits, bias = output
     width = logits.shape[-1]  # this rank's columns, or all of them where they were gathered
     first = 0 if width == padded_vocab_size else tp_rank * width
@@ -256,8 +256,8 @@ def _mask_padding(vocab_size: int, padded_vocab_size: int, tp_rank: int, layer, 
     return logits, bias
 
 
-def local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
-    """The decoder's config on one process with plain layers, for those who have no Megatron arguments to make it from."""
+def make_local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
+    """Make the decoder's config on one process with local layers, where there are no Megatron arguments."""
     decoder = architecture.decoder
     return TransformerConfig(
         num_layers=decoder.num_layers,
@@ -284,7 +284,7 @@ def local_decoder_config(architecture: Architecture, dtype: torch.dtype) -> Tran
     )
 
 
-#: The parts that --trainable names, and where they are in the model.
+#: The modules that --trainable names, and where they are in the model.
 PARTS = {
     "vision": ("vision_model.",),
     "projector": ("vision_projection.",),
@@ -293,17 +293,17 @@ PARTS = {
 }
 
 
-def part_of(parameter_name: str, parameter: torch.nn.Parameter) -> str:
-    """The part that a parameter of the model belongs to."""
+def get_part(parameter_name: str, parameter: torch.nn.Parameter) -> str:
+    """Return the module of PARTS that a parameter of the model belongs to."""
     if getattr(parameter, "shared_embedding", False):
         return "embeddings"  # the last stage's copy of tied word embeddings is called output_layer
     return next(part for part, prefixes in PARTS.items() if parameter_name.startswith(prefixes))
 
 
 def set_trainable(model: LLaVAModel, trainable: Iterable[str]) -> None:
-    """Freeze all parts but those named."""
+    """Freeze all modules but those named."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = part_of(name, parameter) in trainable
+        parameter.requires_grad = get_part(name, parameter) in trainable
 
 
 # Whatever lays the decoder's layers out over pipeline stages, or its sequence over ranks, must not reach the
@@ -320,7 +320,7 @@ _WHOLE_ON_ONE_STAGE = dict(
     sequence_parallel=False,
     tp_comm_overlap=False,
     context_parallel_size=1,
-    # Set anew for the width and depth of these layers.
+    # Recomputed for the width and depth of these layers.
     init_method=None,
     output_layer_init_method=None,
     embedding_init_method=None,

@@ -1,7 +1,7 @@
 """The attention of local layers by PyTorch's scaled_dot_product_attention, whose fused kernels make no matrix of scores.
 
 Megatron's own makes the scores of every head, [B, heads, S, S], and keeps their softmax for the backward pass, in fp32 and once more
-in bf16: of a row of 8192 positions 5.6 GB a layer of the 0.5B. (PyTorch has such kernels for CPUs, and for bf16 and fp16 on GPUs since
+in bf16: of a sequence of 8192 positions 5.6 GB a layer of the 0.5B. (PyTorch has such kernels for CPUs, and for bf16 and fp16 on GPUs since
 Ampere; elsewhere, with grouped queries, it makes scores too.) What this does not do (a mask of its own, windows, dropout, softmax offsets,
 packed sequences, keys from a cache) goes to Megatron's, of which this is a subclass.
 
@@ -26,7 +26,7 @@ class LocalAttention(DotProductAttention):
         attn_mask_type: AttnMaskType | None = None,
         **rest,
     ) -> Tensor:
-        """[S, B, N * W] of query [S, B, N, W], key and value [S, B, G, W]."""
+        """Attend: [S, B, N * W] of query [S, B, N, W], key and value [S, B, G, W]."""
         if not self._is_plain(query, key, attention_mask, **rest):
             return super().forward(query, key, value, attention_mask, attn_mask_type=attn_mask_type, **rest)
         # (As in DotProductAttention the layer's own type of mask counts.)

@@ -20,7 +20,7 @@ from rsa_megatron import megatron_on_cpu
 from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
 from rsa_megatron.data.dataset_checks import check_data
-from rsa_megatron.data.loaders import epoch_iterations
+from rsa_megatron.data.loaders import count_epoch_iterations
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.hooks.isolated_captions import check_settings
@@ -314,7 +314,7 @@ def set_one_epoch(args) -> None:
         return
     if args.rampup_batch_size:
         raise ValueError("--rampup-batch-size does not go with a single pass over the data: name --train-samples")
-    args.train_iters = epoch_iterations(
+    args.train_iters = count_epoch_iterations(
         args.data_path[0],
         data_parallel_size=args.data_parallel_size,
         num_workers=args.num_workers,

@@ -9,13 +9,13 @@ from tests.support import layouts, processes, tiny
 def built_counts(argv):
     from megatron.core.utils import unwrap_model
 
-    from rsa_megatron.models.llava_onevision import PARTS, part_of
+    from rsa_megatron.models.llava_onevision import PARTS, get_part
 
     trainer = layouts.Trainer(argv)
     (model,) = unwrap_model(trainer.model)
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        counts[part_of(name, parameter)] += parameter.numel()
+        counts[get_part(name, parameter)] += parameter.numel()
     return counts
 
 

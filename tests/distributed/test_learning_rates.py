@@ -40,11 +40,11 @@ def movements(argv, sabotage=None) -> dict[str, set]:
     """{part: (smallest, largest) movement of each parameter of this rank} in one step of a gradient of ones."""
     from megatron.core.utils import get_attr_wrapped_model
 
-    from rsa_megatron.models.llava_onevision import part_of
+    from rsa_megatron.models.llava_onevision import get_part
 
     trainer = layouts.Trainer(argv, sabotage)
     parameters = [
-        (part_of(name, parameter), parameter)
+        (get_part(name, parameter), parameter)
         for chunk in trainer.model
         for name, parameter in get_attr_wrapped_model(
             chunk, "image_token_index", return_model_obj=True

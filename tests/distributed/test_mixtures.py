@@ -15,7 +15,7 @@ from PIL import Image
 
 from rsa_megatron.cli import data
 from rsa_megatron.data.dataset_checks import check_data, fingerprint
-from rsa_megatron.data.loaders import TrainLoader, epoch_iterations
+from rsa_megatron.data.loaders import TrainLoader, count_epoch_iterations
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from tests.support import broken_data, processes
 from tests.support.environment import ROOT
@@ -112,7 +112,9 @@ def epochized(demo, linked, tmp_path_factory):
 def one_epoch(demo, path, *, micro_batch_size, world_size, num_workers, drop_last=False, global_batch_size):
     """Batches of each rank in as many iterations as there are said to be."""
     layout = dict(num_workers=num_workers, micro_batch_size=micro_batch_size, drop_last=drop_last)
-    iterations = epoch_iterations(path, data_parallel_size=world_size, global_batch_size=global_batch_size, **layout)
+    iterations = count_epoch_iterations(
+        path, data_parallel_size=world_size, global_batch_size=global_batch_size, **layout
+    )
     ranks = []
     for rank in range(world_size):
         encoder = make_encoder(demo)
@@ -198,7 +200,7 @@ def test_the_papers_mixtures_are_read(demo, tmp_path, name, num_sets, flagged):
     layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=1, global_batch_size=1, drop_last=False)
     shares = [int(each.get("subset", {"range": ["0%", "100%"]})["range"][1].rstrip("%")) for each in sources]
     assert len(sources) == num_sets and shares.count(100) >= num_sets - 19
-    assert epoch_iterations(str(mixture), **layout) == sum(240 * share // 100 for share in shares)
+    assert count_epoch_iterations(str(mixture), **layout) == sum(240 * share // 100 for share in shares)
     assert sum(each.get("subflavors", {}).get("rsa", False) for each in sources) == flagged
     batch = next(TrainLoader(str(mixture), make_encoder(demo), WorkerConfig(rank=0, world_size=1, num_workers=0), 8, 1))
     assert batch.tokens.shape[0] == 8
@@ -207,9 +209,9 @@ def test_the_papers_mixtures_are_read(demo, tmp_path, name, num_sets, flagged):
 def test_a_blend_by_weight_has_no_epoch(demo):
     layout = dict(data_parallel_size=1, num_workers=0, micro_batch_size=4, global_batch_size=8, drop_last=False)
     with pytest.raises(
-        ValueError, match="stage1_5.yaml: a blend by weight has no end: name --train-iters, or .*blend_epochized"
+        ValueError, match="stage1_5.yaml: a blend by weight has no end: set --train-iters, or .*blend_epochized"
     ):
-        epoch_iterations(str(demo / "data" / "stage1_5.yaml"), **layout)
+        count_epoch_iterations(str(demo / "data" / "stage1_5.yaml"), **layout)
 
 
 @pytest.mark.parametrize("one_epoch", [False, True])
@@ -315,11 +317,11 @@ def test_a_linked_image_outside_its_folder_or_gone_is_named(demo, linked, tmp_pa
     learnt = {key for keys, row in batches for key, targets in zip(keys, row) if targets}
     assert learnt == {"train.jsonl/0", "train.jsonl/4", "train.jsonl/9"} and len(batches) == 2
     for line in (
-        "train.jsonl/1 .*gone.png is no file",
+        "train.jsonl/1 .*gone.png is not a file",
         "train.jsonl/2 .*outside.png leads out",
         "train.jsonl/3 .*0.png leads out",
         "train.jsonl/5 .*its image is 5; it must",
-        "train.jsonl/6 .*pipe.png is no file",
+        "train.jsonl/6 .*pipe.png is not a file",
         "train.jsonl/7 .*link.png leads out",
         "train.jsonl/8 .*its image is 7; it must",
     ):

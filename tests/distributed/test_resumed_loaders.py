@@ -32,7 +32,7 @@ def test_a_validation_part_too_small_for_the_run_is_named_before_training(demo):
     data = str(demo / "data" / "captions")
     check_data(data, ["val"], num_readers=8, micro_batch_size=8)
     with pytest.raises(
-        ValueError, match="the 64 samples of its validation part, divided between 9 data workers .* of 8 each"
+        ValueError, match="the 64 samples of its validation split, divided between 9 data workers .* of 8 each"
     ):
         check_data(data, ["train", "val"], num_readers=9, micro_batch_size=8)
     # What the check foresees: two workers, neither of which fills a micro-batch.

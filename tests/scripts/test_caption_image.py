@@ -43,7 +43,7 @@ def model(demo, tmp_path_factory):
 def test_the_base_tile_is_the_first_of_the_processors(model):
     """The prompt of stage 1 is the beginning of transformers' own: the base tile's tokens come first."""
     llava, processor = model
-    picture = forward_comparison.picture(80, 60)
+    picture = forward_comparison.make_picture(80, 60)
     base = caption_image.base_tile(llava, processor, picture)["inputs_embeds"]
     inputs = caption_image.tiles(processor, picture)
     with torch.no_grad():
@@ -58,8 +58,8 @@ def test_the_base_tile_is_the_first_of_the_processors(model):
 def test_a_caption_ends_with_its_line(model):
     llava, processor = model
     for inputs in (
-        caption_image.base_tile(llava, processor, forward_comparison.picture(80, 60)),
-        caption_image.tiles(processor, forward_comparison.picture(80, 60)),
+        caption_image.base_tile(llava, processor, forward_comparison.make_picture(80, 60)),
+        caption_image.tiles(processor, forward_comparison.make_picture(80, 60)),
     ):
         text = caption_image.describe(llava, processor, inputs)
         assert "\n" not in text and "<image>" not in text

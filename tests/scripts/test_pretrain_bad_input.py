@@ -98,7 +98,7 @@ BAD_FLAGS = [
     (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
     (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),
     (["--stage", "7"], "error: --stage 7: no such recipe; there is revision, 1, 1.5, 2"),
-    (["--data-path", "/nowhere"], "error: --data-path /nowhere, part 'train': .*it is not there"),
+    (["--data-path", "/nowhere"], "error: --data-path /nowhere, split 'train': .*it does not exist"),
     (
         ["--load", "/nowhere"],
         "error: --load /nowhere: no latest_checkpointed_iteration.txt there; name the folder that --save",
@@ -120,7 +120,7 @@ BAD_FLAGS = [
     (["--context-parallel-size", 2], "error: --context-parallel-size above 1 needs Transformer Engine"),
     (
         ["--eval-iters", 1, "--micro-batch-size", 40, "--global-batch-size", 80],
-        "error: --data-path .*the 64 samples of its validation part, divided between 2 data workers",
+        "error: --data-path .*the 64 samples of its validation split, divided between 2 data workers",
     ),
 ]
 
@@ -148,7 +148,7 @@ def test_several_ranks_say_it_once(demo, flags, message):
 
 def test_a_hugging_face_folder_of_another_kind_is_one_line(demo, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
-    assert "config.json: model_type is 'llava'; llava_onevision is what can be read" in script.error_line(
+    assert "config.json: model_type is 'llava'; only llava_onevision is supported" in script.error_line(
         2, demo, "--model", tmp_path
     )
 

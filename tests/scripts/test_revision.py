@@ -222,15 +222,15 @@ def test_what_has_no_place_in_hugging_faces_model_is_not_exported(stage, other, 
 
     (said,) = processes.run(convert, 1, export(other[0], "other"))
     assert (
-        f"error: {other[0]}: its projector takes embeddings of {OTHER_WIDTH} numbers, for which Hugging Face's" in said
+        f"error: {other[0]}: its projector takes precomputed embeddings of width {OTHER_WIDTH}, Hugging Face's" in said
     )
     assert not (tmp_path / "other").exists()
     (said,) = processes.run(convert, 1, ["verify", "--hf", str(pixels / "hf"), "--checkpoint", str(other[0])])
-    assert f"error: {other[0]}: its projector takes embeddings" in said
+    assert f"error: {other[0]}: its projector takes precomputed embeddings" in said
     (said,) = processes.run(convert, 1, export(stage[0], "stage"))
-    assert "has learnt on embeddings of images" in said and (tmp_path / "stage" / "config.json").is_file()
+    assert "was trained on precomputed embeddings" in said and (tmp_path / "stage" / "config.json").is_file()
     (said,) = processes.run(convert, 1, export(pixels, "pixels"))
-    assert "embeddings of images" not in said and (tmp_path / "pixels" / "config.json").is_file()
+    assert "precomputed embeddings" not in said and (tmp_path / "pixels" / "config.json").is_file()
 
 
 def convert(argv) -> str:
@@ -255,7 +255,7 @@ def test_samples_without_an_embedding_are_skipped_and_counted(demo, pixels, tmp_
 
     shards = embedding_data.write_shards(demo / "data" / "captions", tmp_path / "shards", WIDTH, change=kept)
     outputs = revision(demo, shards, pixels, tmp_path / "run")
-    assert "the sample 0 embedding(s) of images (.npy)" in "".join(outputs)
+    assert "the sample 0 precomputed embedding(s) (.npy)" in "".join(outputs)
     assert sum(float(figures["skipped samples"]) for figures in script.iterations(outputs).values()) > 0
 
 
@@ -283,13 +283,13 @@ def test_what_does_not_go_together_is_one_line(demo, shards, pixels, tmp_path, f
 @pytest.mark.parametrize(
     "width, kind, says",
     [
-        (20, "embeddings", r"npy: it is float16 of shape \[48\], and by --image-embedding-width it has to be 20"),
+        (20, "embeddings", r"npy: float16 array of shape \[48\]; it must be .* of --image-embedding-width 20"),
         (48, "pixels", r"it has no embedding \(.npy\); name data that rsa-megatron realign transform has written"),
     ],
 )
 def test_data_of_another_kind_is_seen_before_anything_is_trained(demo, shards, pixels, tmp_path, width, kind, says):
     data = shards if kind == "embeddings" else demo / "data" / "captions"
-    with pytest.raises(Failed, match=f"--data-path {data}: sample .* of its part train: {says}"):
+    with pytest.raises(Failed, match=f"--data-path {data}: sample .* of split train: {says}"):
         revision(demo, data, pixels, tmp_path, "--image-embedding-width", width, world_size=1)
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from revision_plan import ARMS, MOVED, PAIRED, UNTRAINED, Arm
 
-from rsa_megatron.data.prepare.embedding_shards import EmbeddingTable, Told, write_embedding_shards
+from rsa_megatron.data.prepare.embedding_shards import EmbeddingInfo, EmbeddingTable, write_embedding_shards
 from rsa_megatron.data.sources.open_pairs import open_pairs
 
 pytestmark = pytest.mark.usefixtures("preloaded_commands")
@@ -141,7 +141,9 @@ def test_the_gap_of_an_arm_is_that_of_its_held_out_rows(tmp_path):
     for name, row in (("images", [3.0, 0.0]), ("texts", [0.0, 0.5])):
         told = {
             part: [
-                Told(f"{part}{number}", number, [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}])
+                EmbeddingInfo(
+                    f"{part}{number}", number, [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+                )
                 for number in range(4)
             ]
             for part in ("train", "val")

@@ -97,7 +97,7 @@ def test_a_trained_model_says_the_same_in_transformers(models, trained, tmp_path
     assert len({tuple(row) for row in expected}) == len(expected)
     # It is another model than before training.
     before, after = (
-        forward_comparison.hugging_face_parts(folder, samples[:1], torch.float32)[0]["logits"]
+        forward_comparison.run_hugging_face(folder, samples[:1], torch.float32)[0]["logits"]
         for folder in (models.hf, tmp_path / "hf")
     )
     assert (before - after).abs().max() > 0.1

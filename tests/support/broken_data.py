@@ -19,11 +19,11 @@ REASONS = {
     "no-image": "its text has 1 <image> and the sample 0 image(s)",
     "two-images-told": "its text has 2 <image> and the sample 1 image(s)",
     "one-of-two-images": "its images are 1.png: it must have one, or 0.png, 1.jpg, ... without a gap",
-    "too-long": "do not fit --seq-length 128, and what fits has nothing to learn: raise it",
+    "too-long": "do not fit --seq-length 128, and what fits has no training target: raise it",
     "no-json": "it has no .json",
     "broken-json": "its .json cannot be read",
     "no-conversation": 'its .json has no list "conversations"',
-    "turn-of-text": 'a turn of "conversations" is no {',
+    "turn-of-text": 'a turn of "conversations" is not {',
     "speaker-of-two": "is from ['human', 'gpt']; it must be",
     "huge": "Image size (400000000 pixels) exceeds limit",
     "zero-bytes": "cannot identify image file, 0 bytes",
@@ -77,7 +77,7 @@ def write(folder: Path, num_good: int = 40) -> None:
 
 def _good(key: str, index: int) -> dict:
     sizes = data_sets.Sizes(seed=0, image_size=56)
-    return data_sets.stored_sample("captions", index, "train", sizes) | {"__key__": key}
+    return data_sets.make_sample("captions", index, "train", sizes) | {"__key__": key}
 
 
 def _bad(key: str) -> dict:

@@ -35,7 +35,7 @@ class Models:
         self.megatron = self.convert(folder / "megatron")
         encoder, pictures = (
             forward_comparison.make_encoder(self.hf),
-            [forward_comparison.picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)],
+            [forward_comparison.make_picture(*size, seed) for seed, size in enumerate(tiny_hf.IMAGE_SIZES)],
         )
         images = {f"{picture.width} x {picture.height}": [picture] for picture in pictures}
         images |= {"two images": pictures[1:3], "three images": pictures[6:9], "no image": []}
@@ -46,7 +46,7 @@ class Models:
             for (name, pictures), caption in zip(images.items(), captions)
         ]
         self.batch = encoder.batch([encoder.encode_sample(sample.stored) for sample in self.samples])
-        self.expected = forward_comparison.hugging_face_parts(self.hf, self.samples, torch.float32)
+        self.expected = forward_comparison.run_hugging_face(self.hf, self.samples, torch.float32)
 
     def flags(self, *flags: str) -> list[str]:
         """The main job's arguments for this model."""

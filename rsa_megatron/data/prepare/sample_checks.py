@@ -1,7 +1,7 @@
-"""Whether a record that was found can be trained on, and what of it is kept.
+"""Whether a record that was found can be trained on, and what of it is stored.
 
-Images stay the bytes that they are; they are decoded once, as training will, to know that they can be. What is wrong is
-said as an Unusable, of which kinds are counted.
+Images stay the bytes that they are; they are decoded once, as training will, to know that they can be. What is wrong
+raises an Unusable, whose kinds are counted.
 """
 
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
-from rsa_megatron.data.sources.record import Record, Unusable, inside
+from rsa_megatron.data.sources.record import Record, Unusable, resolve_inside
 from rsa_megatron.data.tiles import decode_images
 
 # By content, not by name: many a .jpg is a PNG. MPO is what some cameras' .jpg are. GIF and TIFF are stored as "png": the
@@ -43,23 +43,23 @@ class ImportedSample:
 
     @property
     def key(self) -> str:
-        """Its name in a shard: the record's number. Ids repeat in real data, and may hold dots and slashes."""
+        """Return its name in a shard: the record's number. Ids repeat in real data, and may hold dots and slashes."""
         return f"{self.number:06d}"
 
     def in_shard(self) -> dict[str, bytes]:
-        """Its parts, by their names: "jpg" or "0.jpg", "1.png", ...; and "json"."""
-        alone = len(self.images) == 1
-        names = [image.extension if alone else f"{i}.{image.extension}" for i, image in enumerate(self.images)]
+        """Return its files by name: "jpg" or "0.jpg", "1.png", ...; and "json"."""
+        is_single = len(self.images) == 1
+        names = [image.extension if is_single else f"{i}.{image.extension}" for i, image in enumerate(self.images)]
         record = json.dumps({"id": self.id, "conversations": self.conversations}, ensure_ascii=False).encode()
         return {name: image.data for name, image in zip(names, self.images)} | {"json": record}
 
     def as_line(self) -> dict:
-        """Its line in a JSONL file, with the paths of its images."""
+        """Return its line in a JSONL file, with the paths of its images."""
         return {"id": self.id, "image": [image.path for image in self.images], "conversations": self.conversations}
 
 
 def check(record: Record, image_root: Path) -> ImportedSample:
-    """The sample of a record; its images' paths are relative to `image_root`, a resolved folder.
+    """Check a record and return its sample; its images' paths are relative to `image_root`, a resolved folder.
 
     Raises:
         Unusable: it cannot be trained on.
@@ -70,25 +70,25 @@ def check(record: Record, image_root: Path) -> ImportedSample:
     if not isinstance(content, dict):
         raise Unusable("wrong type", f"it is a {type(content).__name__}, not an object with conversations")
     if content.get("video") is not None:
-        raise Unusable("video", "it has a video, which is not trained")
+        raise Unusable("video", "it has a video, which is not supported")
     number = content.get("id")
     if not isinstance(number, str | int | None):
         raise Unusable("wrong type", f"its id is a {type(number).__name__}")
-    images = _references(content)
-    turns, texts = checked_turns(content)
-    num_told = sum(text.count(IMAGE_TOKEN) for text in texts)
-    if num_told == 0 and len(images) == 1 and record.may_lack_image_token:
-        turns = with_image_token(turns)
-        num_told = 1
-    if num_told != len(images):
+    images = _find_images(content)
+    turns, texts = check_turns(content)
+    num_image_tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
+    if num_image_tokens == 0 and len(images) == 1 and record.may_lack_image_token:
+        turns = add_image_token(turns)
+        num_image_tokens = 1
+    if num_image_tokens != len(images):
         raise Unusable(
-            "number of images", f"its text has {num_told} {IMAGE_TOKEN} and the record {len(images)} image(s)"
+            "number of images", f"its text has {num_image_tokens} {IMAGE_TOKEN} and the record {len(images)} image(s)"
         )
     number = f"{record.number:06d}" if number is None else number
     return ImportedSample(record.number, number, turns, texts, [_load(image, image_root) for image in images])
 
 
-def _references(content: dict) -> list[str | bytes]:
+def _find_images(content: dict) -> list[str | bytes]:
     found = content["image"] if content.get("image") is not None else content.get("images")
     found = [] if found is None else found if isinstance(found, list) else [found]
     for reference in found:
@@ -98,8 +98,8 @@ def _references(content: dict) -> list[str | bytes]:
     return found
 
 
-def checked_turns(content: dict) -> tuple[list[dict], list[str]]:
-    """A record's turns as {"from", "value"}, and the text of each. Raises Unusable where they are no conversation."""
+def check_turns(content: dict) -> tuple[list[dict], list[str]]:
+    """Return a record's turns as {"from", "value"}, and the text of each. Raises Unusable if they are not a conversation."""
     turns = content.get("conversations")
     if turns is None:
         turns = content.get("messages")
@@ -117,12 +117,12 @@ def checked_turns(content: dict) -> tuple[list[dict], list[str]]:
     return turns, texts
 
 
-def with_image_token(turns: list[dict]) -> list[dict]:
-    """The turns with an <image> before the first human one's text. Raises Unusable where there is none."""
+def add_image_token(turns: list[dict]) -> list[dict]:
+    """Put an <image> before the first human turn's text. Raises Unusable without such a turn."""
     for index, turn in enumerate(turns):
         if turn["from"] in ("human", "user"):
-            asked = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}
-            return [*turns[:index], asked, *turns[index + 1 :]]
+            turn_with_image = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}
+            return [*turns[:index], turn_with_image, *turns[index + 1 :]]
     raise Unusable("conversation", "it has an image and no human turn to put it in")
 
 
@@ -139,19 +139,21 @@ def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
     except Exception as error:  # Pillow raises whatever a decoder of broken bytes comes upon
         # The bytes' address in memory would differ from run to run.
         reason = (
-            "no known image format" if isinstance(error, UnidentifiedImageError) else str(error).removeprefix("png: ")
+            "not a known image format"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error).removeprefix("png: ")
         )
         raise Unusable("unreadable image", f"{name} cannot be decoded: {reason or type(error).__name__}") from error
     return ImportedImage(data, extension, image.height, image.width, path)
 
 
 def _read(path: str, image_root: Path) -> bytes:
-    file = inside(image_root, path)
+    file = resolve_inside(image_root, path)
     try:
         if not file.exists():
             raise Unusable("missing image", f"{path} is not in {image_root}; --images names the folder")
         if not file.is_file():  # reading a pipe would never end
-            raise Unusable("unreadable image", f"{path} is no file")
+            raise Unusable("unreadable image", f"{path} is not a file")
         return file.read_bytes()
     except OSError as error:
         raise Unusable("unreadable image", f"{path} cannot be read: {error.strerror}") from error

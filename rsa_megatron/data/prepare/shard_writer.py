@@ -1,8 +1,8 @@
-"""Writes samples into files whose length at any time can be noted, so that a run that was killed goes on from there.
+"""Writes samples into files whose length at any time can be noted, so that a run that was killed resumes there.
 
-A position says how long a file was and what it held; files are cut back to it before they are written on. What is
-written depends on the samples alone: no clock, no user's name. So the bytes are those of a run that was never killed,
-and a later file that lies there already is written over.
+A position says how long a file was and what it held; files are truncated to it before more is written. What is
+written depends only on the samples: no clock, no user's name. So the bytes are those of a run that was never killed,
+and a later file that exists is overwritten.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ class ShardSample(Protocol):
     key: str
 
     def in_shard(self) -> dict[str, bytes]:
-        """Its parts by their names."""
+        """Return its files by name."""
 
 
 class TarShards:
-    """PART-00000.tar, PART-00001.tar, ..., of `shard_size` samples each.
+    """SPLIT-00000.tar, SPLIT-00001.tar, ..., of `shard_size` samples each.
 
     Args:
         position: as `position` gave it; None for the beginning.
@@ -45,7 +45,7 @@ class TarShards:
             self._open()
 
     def write(self, sample: ShardSample) -> bool:
-        """Whether a shard is whole with it."""
+        """Write a sample; return whether it completes a shard."""
         if self._tar is None:
             self._open()
         for name, data in sample.in_shard().items():
@@ -62,18 +62,18 @@ class TarShards:
 
     def position(self) -> dict:
         if self._file is not None:
-            _to_disk(self._file)
+            _sync(self._file)
         return {"shard": self._shard, "samples": self._samples, "bytes": self._bytes}
 
     def close(self) -> None:
         if self._tar is not None:
             self._tar.close()
-            _to_disk(self._file)
+            _sync(self._file)
             self._file.close()
             self._file = self._tar = None
 
     def _open(self) -> None:
-        self._file = _cut(self._folder / f"{self._part}-{self._shard:05d}.tar", self._bytes)
+        self._file = _open_truncated(self._folder / f"{self._part}-{self._shard:05d}.tar", self._bytes)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 
 
@@ -82,41 +82,41 @@ class Lines:
 
     Args:
         position: as `position` gave it; None for the beginning.
-        note_every: after so many lines `write` says that it is time to note the position.
+        note_every: every so many lines `write` returns True: time to note the position.
     """
 
     def __init__(self, path: Path, position: dict | None, *, note_every: int = 1000):
         position = position or {"lines": 0, "bytes": 0}
         self._num_lines, self._note_every = position["lines"], note_every
-        self._file = _cut(path, position["bytes"])
+        self._file = _open_truncated(path, position["bytes"])
 
     def write(self, content: dict) -> bool:
-        # The parts of names and texts that are no UTF-8 become JSON's escapes.
+        # Bytes of names and texts that are not UTF-8 become JSON's escapes.
         self._file.write(json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._num_lines += 1
         return self._num_lines % self._note_every == 0
 
     def position(self) -> dict:
-        _to_disk(self._file)
+        _sync(self._file)
         return {"lines": self._num_lines, "bytes": self._file.tell()}
 
     def close(self) -> None:
-        _to_disk(self._file)
+        _sync(self._file)
         self._file.close()
 
 
-def _cut(path: Path, length: int) -> io.BufferedRandom:
-    """The file opened at its first `length` bytes, what comes after them taken away."""
+def _open_truncated(path: Path, length: int) -> io.BufferedRandom:
+    """Open a file truncated to its first `length` bytes, at its end."""
     file = path.open("r+b" if path.exists() else "w+b")
     if file.seek(0, io.SEEK_END) < length:
         file.close()
-        raise ValueError(f"{path} has lost some of what was written to it; remove its folder and begin anew")
+        raise ValueError(f"{path} is shorter than it was when written; remove its folder and start again")
     file.truncate(length)
     file.seek(length)
     return file
 
 
-def _to_disk(file) -> None:
+def _sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())
 

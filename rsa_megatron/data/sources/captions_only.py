@@ -1,4 +1,4 @@
-"""Captions without their images: what stands in for image data where text is moved onto images (ReVision's stage 1).
+"""Captions without their images, which replace image data where text is moved onto images (ReVision's stage 1).
 
     captions.txt             a caption a line
     llava.json, .jsonl       LLaVA's records of one image or of none; the images need not be there
@@ -14,18 +14,18 @@ from pathlib import Path
 from rsa_megatron.data.sources.coco import read_records
 from rsa_megatron.data.sources.llava_records import open_source
 from rsa_megatron.data.sources.open_pairs import is_json_object, is_prepared, open_pairs
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, in_words, without_image
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, without_image
 from rsa_megatron.data.sources.shards import read_shards
 
 
 def open_captions(path: str | Path, *, split: str = "train", language: str = "en") -> Pairs:
-    """The captions of a file or folder; see above.
+    """Read the captions of a file or folder; see above.
 
     Args:
         split, language: as for `open_pairs`.
 
     Raises:
-        ValueError: there is no caption in it, or it cannot be read; names file and remedy.
+        ValueError: it has no caption, or cannot be read; names file and remedy.
     """
     path = Path(path)
     try:
@@ -36,20 +36,20 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
         return open_pairs(path, split=split, language=language)
     if not len(captions):
         reasons = (
-            f": {in_words(captions.left_out)}"
+            f": {format_counts(captions.left_out)}"
             if captions.left_out
-            else "; name a .txt of a caption a line, or LLaVA's records"
+            else "; name a .txt with a caption a line, or LLaVA's records"
         )
-        raise ValueError(f"{path}: there is no caption in it{reasons}")
+        raise ValueError(f"{path}: no caption found{reasons}")
     return captions
 
 
 def _open(path: Path, split: str) -> Pairs | None:
-    """None for what is read with its images."""
+    """Return None for what is read with its images."""
     if not path.exists():
         return None  # whose message names the forms
     if path.suffix.lower() == ".txt" and path.is_file():
-        return _lines(path)
+        return _read_lines(path)
     if is_prepared(path):
         return read_shards(path, split, needs_image=False)
     if path.suffix.lower() in (".json", ".jsonl") and not is_json_object(path):
@@ -57,7 +57,7 @@ def _open(path: Path, split: str) -> Pairs | None:
     return None
 
 
-def _lines(path: Path) -> Pairs:
+def _read_lines(path: Path) -> Pairs:
     found, left_out = [], Counter()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

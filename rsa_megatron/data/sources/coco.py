@@ -11,12 +11,12 @@ from rsa_megatron.data.conversation import check_conversation
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, find_image, open_image, without_image
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
-#: How samples are called that have not as many images as are asked for: exactly one (True), or at most one.
+#: Reason for skipping samples by whether exactly one image is needed (True), or at most one.
 WRONG_NUMBER_OF_IMAGES = {True: "that have no image, or several", False: "that have several images"}
 
 
 class FoundPairs:
-    """Pairs as they are found, one an image, and what is left out.
+    """Pairs as they are found, one an image, and what is skipped.
 
     Args:
         root: resolved folder that the paths of images are relative to.
@@ -28,13 +28,13 @@ class FoundPairs:
         self.left_out: Counter[str] = Counter()
 
     def add(self, key: str, caption: str, image: str | Callable, record: dict | None = None) -> None:
-        """One more, unless its key is there already; `image` is a path below the folder, or opens the image."""
+        """Add a pair, unless its key exists already; `image` is a path below the folder, or opens the image."""
         caption = caption.strip()
         if key in self._pairs:
             self.left_out["of an image that has a caption already"] += 1
         elif not caption:
             self.left_out["without a caption"] += 1
-        elif any("\ud800" <= letter <= "\udfff" for letter in caption):  # what is left of bytes that are no text
+        elif any("\ud800" <= letter <= "\udfff" for letter in caption):  # what is left of bytes that are not text
             self.left_out["whose caption is not UTF-8"] += 1
         else:
             try:
@@ -48,7 +48,7 @@ class FoundPairs:
 
 
 def read_coco(path: Path, content: dict, root: Path) -> Pairs:
-    """COCO's captions: of each image the caption of lowest annotation id."""
+    """Read COCO's captions: of each image the caption of lowest annotation id."""
     for name in ("images", "annotations"):
         if not isinstance(content.get(name), list):
             raise ValueError(
@@ -65,7 +65,7 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
             f"{path}: an entry has no {error}; name COCO's captions_*.json, not instances_*.json"
         ) from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no captions file of COCO's: {error}") from error
+        raise ValueError(f"{path} is not a COCO captions file: {error}") from error
     found = FoundPairs(root)
     for number, name in names:
         found.add(str(number), captions.get(number, ""), str(name))
@@ -75,18 +75,18 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
 def read_records(
     source: Source, root: Path, numbers: range | None = None, prefix: str = "", *, needs_image: bool = True
 ) -> Pairs:
-    """Records of exactly one image; the caption is the answer, of several turns all answers.
+    """Read records of exactly one image; the caption is the answer, of several turns all answers.
 
     Args:
-        needs_image: without it also records of no image, and images are not looked for.
-        numbers: of the records that are taken; all.
+        needs_image: False takes records of no image too, and looks for no images.
+        numbers: of the records to read; default: all.
         prefix: of the keys, before the record's place in its file.
     """
     numbers = range(len(source)) if numbers is None else numbers
     found = FoundPairs(root)
     for record in islice(source.records(numbers.start), len(numbers)):
         try:
-            caption, image = _caption_and_image(record, needs_image)
+            caption, image = _get_caption_and_image(record, needs_image)
             place = prefix + record.place
             found.add(place, caption, image if needs_image else without_image(place), record.content)
         except Unusable as fault:
@@ -94,26 +94,26 @@ def read_records(
     return found.pairs()
 
 
-def _caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | None]:
+def _get_caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | None]:
     content = record.content
     if isinstance(content, Unusable):
         raise Unusable(f"that cannot be used ({content.kind})", str(content)) from content
     if not isinstance(content, dict):
-        raise Unusable("that are no objects with conversations", record.place)
+        raise Unusable("that are not objects with conversations", record.place)
     images = content.get("image", content.get("images"))
     images = images if isinstance(images, list) else [] if images is None else [images]
     if len(images) > 1 or (needs_image and (not images or not isinstance(images[0], str))):
         raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], record.place)
     try:
-        return answers(content.get("conversations", content.get("messages"))), images[0] if images else None
+        return join_answers(content.get("conversations", content.get("messages"))), images[0] if images else None
     except ValueError as error:
         raise Unusable("without a caption", str(error)) from error
 
 
-def answers(conversation: list) -> str:
-    """The text of its answers, a line each.
+def join_answers(conversation: list) -> str:
+    """Join the texts of its answers, a line each.
 
     Raises:
-        ValueError: it is no conversation, or has no answer.
+        ValueError: it is not a conversation, or has no answer.
     """
     return "\n".join(text.strip() for role, text in check_conversation(conversation) if role == "assistant")

@@ -6,8 +6,8 @@
     x.parquet, or a folder of them   Hugging Face's: the same columns, the images within
     a folder                         a.jpg beside a.txt with its caption, in folders of folders
 
-A source has a length, and `records(start)` begins anywhere: the n-th record is the same one each time, which is what a
-run that is taken up again stands on. Here a record is only found; sample_checks.py judges what is in it.
+A source has a length, and `records(start)` begins anywhere: the n-th record is the same one each time, which is what
+a resumed run relies on. Here a record is only found; sample_checks.py judges what is in it.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from rsa_megatron.data.sources.onevision_yaml import Mixture
-from rsa_megatron.data.sources.record import Record, Source, Unusable, inside
+from rsa_megatron.data.sources.record import Record, Source, Unusable, resolve_inside
 
 CAPTION_PROMPT = "<image>\nPlease generate detailed descriptions of the given image."
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -41,26 +41,28 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(source):
         needs = ": it needs images with a .txt beside each, or .parquet files" if path.is_dir() else ""
-        raise ValueError(f"{path}: there is no sample in it{needs}")
+        raise ValueError(f"{path}: no sample found{needs}")
     return source
 
 
 def _open(path: Path, seed: int) -> Source:
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
-        return _parquet(files, path) if files else CaptionFolder(path)
+        return _open_parquet(files, path) if files else CaptionFolder(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet([path], path.parent)
+        return _open_parquet([path], path.parent)
     if suffix in (".yaml", ".yml"):
         return Mixture(path, open_source, seed=seed)
     if suffix in (".json", ".jsonl"):
-        return JsonLines(path) if suffix == ".jsonl" or _first_character(path) != "[" else JsonList(path)
-    raise ValueError(f"{path} is no .json, .jsonl, .yaml, .parquet or folder of images with texts or of .parquet files")
+        return JsonLines(path) if suffix == ".jsonl" or _read_first_character(path) != "[" else JsonList(path)
+    raise ValueError(
+        f"{path} is not a .json, .jsonl, .yaml, .parquet or folder of images with texts or of .parquet files"
+    )
 
 
-def _parquet(files: list[Path], image_root: Path) -> Source:
-    # Not at the top: whoever has no parquet files need not have pyarrow.
+def _open_parquet(files: list[Path], image_root: Path) -> Source:
+    # Not at the top: pyarrow is needed only for parquet files.
     try:
         from rsa_megatron.data.sources.parquet import Parquet
     except ImportError as error:
@@ -68,7 +70,7 @@ def _parquet(files: list[Path], image_root: Path) -> Source:
     return Parquet(files, image_root)
 
 
-def _first_character(path: Path) -> str:
+def _read_first_character(path: Path) -> str:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         return file.read(10_000).lstrip()[:1]
 
@@ -83,7 +85,9 @@ class JsonList:
         try:
             self._records = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is broken JSON: {error}; of a .jsonl, broken lines alone are left out") from error
+            raise ValueError(
+                f"{path} is broken JSON: {error}; in a .jsonl, only the broken lines are skipped"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -98,16 +102,16 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path, self.image_root = path, path.parent
-        self._length = sum(1 for _ in self._lines())
+        self._length = sum(1 for _ in self._read_lines())
 
     def __len__(self) -> int:
         return self._length
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        for number, (line_number, line) in enumerate(islice(self._lines(), start, None), start):
+        for number, (line_number, line) in enumerate(islice(self._read_lines(), start, None), start):
             yield Record(number, f"{self.path.name}, line {line_number}", _parse_line(line))
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
+    def _read_lines(self) -> Iterator[tuple[int, bytes]]:
         with self.path.open("rb") as file:
             for line_number, line in enumerate(file, 1):
                 if line_number == 1:
@@ -149,12 +153,12 @@ class CaptionFolder:
         for number in range(start, len(self)):
             stem = self._stems[number]
             try:
-                content = self._content(stem)
+                content = self._read_content(stem)
             except Unusable as fault:
                 content = fault
             yield Record(number, stem, content, may_lack_image_token=True)
 
-    def _content(self, stem: str) -> dict:
+    def _read_content(self, stem: str) -> dict:
         images = self._images.get(stem, [])
         if not images:
             raise Unusable("missing image", f"{stem}.txt has no image of that name beside it")
@@ -164,7 +168,9 @@ class CaptionFolder:
             raise Unusable("no text", f"{images[0]} has no {stem}.txt beside it")
         try:
             caption = (
-                inside(self.image_root.resolve(), stem + ".txt").read_bytes().decode("utf-8-sig", "surrogateescape")
+                resolve_inside(self.image_root.resolve(), stem + ".txt")
+                .read_bytes()
+                .decode("utf-8-sig", "surrogateescape")
             )
         except OSError as error:
             raise Unusable("no text", f"{stem}.txt cannot be read: {error}") from error

@@ -27,7 +27,7 @@ class Mixture:
         named = [isinstance(e, dict) and isinstance(e.get("json_path"), str) for e in entries or []]
         if not isinstance(entries, list) or not all(named):
             raise ValueError(f"{path} needs a list `datasets:` of {{json_path: ..., sampling_strategy: ...}}")
-        #: of each entry its source, and the numbers of the records that are taken from it, in order
+        #: of each entry its source, and the numbers of the records chosen from it, in order
         self._parts: list[tuple[Source, Sequence[int]]] = []
         for position, entry in enumerate(entries):
             source = open_source(path.parent / entry["json_path"], seed=seed)
@@ -46,13 +46,13 @@ class Mixture:
         for source, chosen in self._parts:
             skipped = min(max(start - number, 0), len(chosen))
             number += skipped
-            for record in _some(source, chosen[skipped:]):
+            for record in _select_records(source, chosen[skipped:]):
                 yield replace(record, number=number)
                 number += 1
 
 
 def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:
-    """Which of `count` records LLaVA's sampling_strategy takes: all, first:N, end:N or random:N; N or P%, rounded up.
+    """Choose which of `count` records LLaVA's sampling_strategy takes: all, first:N, end:N or random:N; N or P%, rounded up.
 
     Those of "random" keep their order, so that a file can be read from front to end.
     """
@@ -60,7 +60,9 @@ def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:
         return range(count)
     match = _STRATEGY.fullmatch(str(strategy))
     if not match:
-        raise ValueError(f"sampling_strategy {strategy!r} is none of all, first:N, end:N, random:N (N a number or P%)")
+        raise ValueError(
+            f"sampling_strategy {strategy!r} is not one of all, first:N, end:N, random:N (N a number or P%)"
+        )
     which, amount = match.groups()
     wanted = math.ceil(Fraction(amount[:-1]) * count / 100) if amount.endswith("%") else int(amount)
     wanted = min(wanted, count)
@@ -69,7 +71,7 @@ def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:
     return range(wanted) if which == "first" else range(count - wanted, count)
 
 
-def _some(source: Source, chosen: Sequence[int]) -> Iterator[Record]:
+def _select_records(source: Source, chosen: Sequence[int]) -> Iterator[Record]:
     if not chosen:
         return
     for record in source.records(chosen[0]):

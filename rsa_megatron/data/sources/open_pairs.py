@@ -10,7 +10,7 @@
 
 One pair an image. The caption is the answer of a conversation, or the first caption of several: COCO's of the lowest
 annotation id (platonic-rep takes the first of a list), a table's first row of an image, a list's first item.
-Images are opened when they are wanted, as training opens them; nothing is downloaded.
+Images are opened on access, as training opens them; nothing is downloaded.
 """
 
 import json
@@ -21,10 +21,10 @@ import yaml
 from rsa_megatron.data.sources import coco
 from rsa_megatron.data.sources import tables as caption_tables
 from rsa_megatron.data.sources.llava_records import open_source
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, in_words, sample
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, sample
 from rsa_megatron.data.sources.shards import read_shards
 
-__all__ = ["CaptionedImage", "Pairs", "in_words", "open_pairs", "sample"]
+__all__ = ["CaptionedImage", "Pairs", "format_counts", "open_pairs", "sample"]
 
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 _FORMS = (
@@ -34,48 +34,48 @@ _FORMS = (
 
 
 def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "val", language: str = "en") -> Pairs:
-    """The pairs of a file or folder; see above.
+    """Read the pairs of a file or folder; see above.
 
     Args:
         images: folder that the paths of images are relative to; the folder of the file itself.
-        split: part of shards and mixtures, and of tables with a column `split`; the others are one part.
+        split: of shards and mixtures, and of tables with a column `split`; the others have only one.
         language: of tables with a column `language`.
 
     Raises:
-        ValueError: there is no pair in it, or it cannot be read; names file, column and remedy.
+        ValueError: it has no pair, or cannot be read; names file, column and remedy.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} is not there; name {_FORMS}")
+        raise ValueError(f"{path} does not exist; name {_FORMS}")
     if images is not None and not Path(images).is_dir():
-        raise ValueError(f"--images {images} is no folder")
+        raise ValueError(f"--images {images} is not a folder")
     try:
         pairs = _open(path, images, split, language)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(pairs):
-        reasons = f": {in_words(pairs.left_out)}" if pairs.left_out else f"; name {_FORMS}"
-        raise ValueError(f"{path}: there is no image with a caption in it{reasons}")
+        reasons = f": {format_counts(pairs.left_out)}" if pairs.left_out else f"; name {_FORMS}"
+        raise ValueError(f"{path}: no image with a caption found{reasons}")
     return pairs
 
 
 def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
     if is_prepared(path):
         if images is not None:
-            raise ValueError(f"--images {images}: {path} says itself where its images are; leave it out")
+            raise ValueError(f"--images {images}: {path} already specifies where its images are; drop the flag")
         return read_shards(path, split)
     root = Path(images or (path if path.is_dir() else path.parent)).resolve()
     tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.name.lower().endswith(_TABLES) else []
     if tables:
         return caption_tables.read_tables(tables, root, split, language)
-    content = _json_object(path)
+    content = _read_json_object(path)
     if content is not None:
         return coco.read_coco(path, content, root)
     return coco.read_records(open_source(path), root)
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether it is Energon's: an indexed folder, or a mixture."""
+    """Return whether it is Energon's: an indexed folder, or a mixture."""
     if path.is_dir():
         return (path / ".nv-meta").is_dir()
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -88,12 +88,12 @@ def is_prepared(path: Path) -> bool:
 
 
 def is_json_object(path: Path) -> bool:
-    """Whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
-    return _json_object(path) is not None
+    """Return whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
+    return _read_json_object(path) is not None
 
 
-def _json_object(path: Path) -> dict | None:
-    """What a .json holds if that is one object, as COCO's; not a list of records, nor one a line."""
+def _read_json_object(path: Path) -> dict | None:
+    """Read a .json that is one object, as COCO's captions; None for a list of records, or one a line."""
     if path.suffix.lower() != ".json":
         return None
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")

@@ -13,12 +13,12 @@ from rsa_megatron.data.sources.record import Unusable
 
 # Rows that are in memory at once, without their images.
 _ROWS = 4096
-# Wikimedia's WIT has a row an image; what is said of it in each language lies in here.
+# Wikimedia's WIT has a row an image; its texts in each language are in this column.
 _NESTED = "wit_features"
 
 
 def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
-    """A file's rows, of which the columns `wanted` are read.
+    """Open a file's rows, of which the columns `wanted` are read.
 
     Args:
         name: of the file among others.
@@ -28,7 +28,7 @@ def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
         with ParquetFile(path) as file:
             schema = file.schema_arrow
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no parquet file that can be read: {error}; fetch it again") from error
+        raise ValueError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
     columns = [column for column in schema.names if column != _NESTED]
     if _NESTED in schema.names:
         inner = schema.field(_NESTED).type
@@ -36,16 +36,16 @@ def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
         columns += [field.name for field in inner]
     image_column = "image" if "image" in schema.names and _holds_images(schema.field("image").type) else None
     texts = [column for column in schema.names if column in wanted | {_NESTED} and column != image_column]
-    return Table(path, columns, image_column, _rows(path, name, root, texts, image_column))
+    return Table(path, columns, image_column, _read_rows(path, name, root, texts, image_column))
 
 
 def _holds_images(kind: pyarrow.DataType) -> bool:
-    """Bytes, or Hugging Face's {bytes, path}."""
+    """Return whether a column holds bytes, or Hugging Face's {bytes, path}."""
     types = pyarrow.types
     return types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _rows(path: Path, name: str, root: Path, columns: list[str], image_column: str | None) -> Iterator[Row]:
+def _read_rows(path: Path, name: str, root: Path, columns: list[str], image_column: str | None) -> Iterator[Row]:
     try:
         with ParquetFile(path) as file:
             for group in range(file.metadata.num_row_groups):
@@ -54,13 +54,13 @@ def _rows(path: Path, name: str, root: Path, columns: list[str], image_column: s
                     for content in batch.to_pylist():
                         place = f"{name}, row group {group}, row {number}"
                         image = partial(_open, path, group, number, root) if image_column else None
-                        yield from (Row(place, texts, image) for texts in _in_each_language(content))
+                        yield from (Row(place, texts, image) for texts in _split_languages(content))
                         number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; fetch it again") from error
 
 
-def _in_each_language(content: dict) -> list[dict]:
+def _split_languages(content: dict) -> list[dict]:
     nested = content.pop(_NESTED, None)
     if nested is None:
         return [content]
@@ -71,7 +71,7 @@ def _in_each_language(content: dict) -> list[dict]:
 
 def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
     place = f"{path}, row group {group}, row {number}"
-    value = _images(path, group)[number].as_py()
+    value = _read_images(path, group)[number].as_py()
     value = value if isinstance(value, dict) else {"bytes": value}
     if value.get("bytes"):
         return decode(value["bytes"], place)
@@ -82,8 +82,8 @@ def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _images(path: Path, group: int) -> pyarrow.ChunkedArray:
-    """The images of a row group, which is what can be read at once; samples come in the data's order, so each is read once."""
+def _read_images(path: Path, group: int) -> pyarrow.ChunkedArray:
+    """Read the images of a row group, the unit of reading; samples come in the data's order, so each is read once."""
     try:
         with ParquetFile(path) as file:
             return file.read_row_group(group, columns=["image"]).column("image")

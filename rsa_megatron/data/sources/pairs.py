@@ -1,4 +1,4 @@
-"""Image-caption pairs to measure on: what one is, a collection of which any can be had, and the choice of some."""
+"""Image-caption pairs to measure on: what one is, a collection with random access, and the choice of some."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rsa_megatron.data.sources.record import Unusable, inside
+from rsa_megatron.data.sources.record import Unusable, resolve_inside
 from rsa_megatron.data.tiles import decode_images
 
 
@@ -22,9 +22,9 @@ class CaptionedImage:
     key: str
     caption: str
     #: Opens the image, upright RGB. Raises ValueError, naming the file, for one that cannot be read: among thousands there
-    #: may be such, which whoever opens them leaves out and counts.
+    #: may be such, which the caller skips and counts.
     image: Callable[[], Image.Image]
-    #: what the source says of it, where that is a record with a conversation
+    #: its record in the source, if that has a conversation
     record: dict | None = None
 
 
@@ -52,15 +52,15 @@ class Table:
 
 
 class Pairs(Sequence[CaptionedImage]):
-    """Pairs by number; a caption is read when its pair is asked for, an image when it is opened.
+    """Pairs by number; a caption is read when its pair is accessed, an image when it is opened.
 
-    `pairs[i]` raises ValueError, naming the sample, where that is what shows that it has no caption (in shards alone).
+    `pairs[i]` raises ValueError, naming the sample, if only reading it shows that it has no caption (only in shards).
     """
 
     def __init__(self, keys: Sequence[str], load: Callable[[int], CaptionedImage], left_out: Counter[str]):
         #: of each pair, in the data's order
         self.keys = keys
-        #: what was found and is no pair: how many, by what is wrong with them and what to do about it
+        #: what was skipped: how many, by what is wrong with them and what to do about it
         self.left_out = left_out
         self._load = load
 
@@ -78,7 +78,7 @@ class Pairs(Sequence[CaptionedImage]):
 
 
 def join(parts: list[Pairs]) -> Pairs:
-    """The pairs of several sources, one after the other; of those with the same key the first."""
+    """Join the pairs of several sources, one after the other; of those with the same key the first."""
     places = {key: (part, index) for part in reversed(parts) for index, key in reversed([*enumerate(part.keys)])}
     places = [places[key] for key in dict.fromkeys(key for part in parts for key in part.keys)]
 
@@ -90,13 +90,13 @@ def join(parts: list[Pairs]) -> Pairs:
 
 
 def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
-    """`num_samples` of the pairs, without replacement, in the data's order: files are read from front to end.
+    """Sample `num_samples` of the pairs, without replacement, in the data's order: files are read from front to end.
 
     The pairs whose hash of seed and key is smallest: the same on each machine and version of Python, whatever order the
-    files are listed in, and a smaller sample lies in a larger one. A pair that turns out to have no caption is passed over.
+    files are listed in, and a smaller sample lies in a larger one. A pair that turns out to have no caption is skipped.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are too few.
     """
     if num_samples < 1:
         raise ValueError(f"--num-samples {num_samples}: it must be at least 1")
@@ -105,21 +105,19 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
         try:
             chosen[index] = pairs[index]
         except ValueError as error:
-            fault = f"; passed over, the last: {error}"
+            fault = f"; last error: {error}"
             continue
         if len(chosen) == num_samples:
             return [chosen[index] for index in sorted(chosen)]
-    left_out = f"; left out: {in_words(pairs.left_out)}" if pairs.left_out else ""
-    raise ValueError(
-        f"--num-samples {num_samples}: there are {len(chosen)} pairs with a caption; lower it{left_out}{fault}"
-    )
+    left_out = f"; skipped: {format_counts(pairs.left_out)}" if pairs.left_out else ""
+    raise ValueError(f"--num-samples {num_samples}: only {len(chosen)} pairs have a caption; lower it{left_out}{fault}")
 
 
-def every(pairs: Pairs) -> list[CaptionedImage]:
-    """All pairs that have a caption, in the data's order; the others are counted in `left_out`.
+def load_all(pairs: Pairs) -> list[CaptionedImage]:
+    """Load all pairs that have a caption, in the data's order; the others are counted in `left_out`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no pair has one.
     """
     chosen, fault = [], None
     for index in range(len(pairs)):
@@ -129,46 +127,46 @@ def every(pairs: Pairs) -> list[CaptionedImage]:
             fault = error
             pairs.left_out["without a caption"] += 1
     if not chosen:
-        raise ValueError(f"there is no pair with a caption; the last: {fault}")
+        raise ValueError(f"no pair has a caption; last error: {fault}")
     return chosen
 
 
 def _hash(seed: int, key: str) -> bytes:
-    # A name of a file that is no UTF-8 has surrogates.
+    # A file name that is not UTF-8 has surrogates.
     return hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def in_words(left_out: Counter[str]) -> str:
-    """What was left out: "12 without a caption; 3 of a language other than en"."""
+def format_counts(left_out: Counter[str]) -> str:
+    """Format what was skipped: "12 without a caption; 3 of a language other than en"."""
     return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
 
 
 def without_image(key: str) -> Callable[[], Image.Image]:
-    """In the place of an image where texts alone are read."""
-    return partial(_no_image, key)
+    """Return what opens no image, where only texts are read: it raises ValueError."""
+    return partial(_raise_no_image, key)
 
 
-def _no_image(key: str) -> Image.Image:
-    raise ValueError(f"{key} was read as text alone")
+def _raise_no_image(key: str) -> Image.Image:
+    raise ValueError(f"{key} was read as text only")
 
 
 def find_image(root: Path, name: str) -> Path:
-    """The path of an image below `root`, a resolved folder; not opened yet.
+    """Find the path of an image below `root`, a resolved folder; not opened yet.
 
     Raises:
-        Unusable: it is not there, or leads out of the folder. Its kind says so for all such images of the folder.
+        Unusable: it is missing, or leads out of the folder. Its kind says so for all such images of the folder.
     """
-    # Before `inside`, which looks at each folder on the way: of millions of rows few images may be there.
+    # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may exist.
     if not os.path.isfile(os.path.join(root, name)):
         raise Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
     try:
-        return inside(root, name)
+        return resolve_inside(root, name)
     except Unusable as fault:
         raise Unusable(f"whose image's path leads out of {root}", name) from fault
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image of a file, as training opens it: upright, RGB, transparency on white.
+    """Open the image of a file, as training does: upright, RGB, transparency on white.
 
     Raises:
         ValueError: it cannot be read; names the file.
@@ -181,7 +179,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def decode(data: bytes, place: str) -> Image.Image:
-    """The same for the bytes of an image that lie in `place`."""
+    """Open an image from its bytes, which lie in `place`."""
     try:
         (image,) = decode_images({"png": data})  # whatever it is: its bytes say so
     except ValueError as error:

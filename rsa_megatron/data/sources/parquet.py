@@ -30,7 +30,7 @@ class Parquet:
                     metadata, names = file.metadata, file.schema_arrow.names
                     self._groups.append([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
             except (pyarrow.ArrowException, OSError) as error:
-                raise ValueError(f"{path} is no parquet file that can be read: {error}; fetch it again") from error
+                raise ValueError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
             if not {"conversations", "messages"} & set(names):
                 raise ValueError(f"{path} has no column conversations or messages; its columns are {', '.join(names)}")
 
@@ -47,7 +47,7 @@ class Parquet:
                 row = 0
                 for group, num_rows in enumerate(groups):
                     if start < number + num_rows:
-                        for offset, content in enumerate(_rows(file, group, num_rows)):
+                        for offset, content in enumerate(_read_rows(file, group, num_rows)):
                             if number + offset >= start:
                                 place = f"{path.name}, row {row + offset}"
                                 yield Record(number + offset, place, content, may_lack_image_token=True)
@@ -55,33 +55,33 @@ class Parquet:
                     row += num_rows
 
 
-def _rows(file: ParquetFile, group: int, num_rows: int) -> Iterator:
+def _read_rows(file: ParquetFile, group: int, num_rows: int) -> Iterator:
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
     done = 0
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
             for index in range(batch.num_rows):
-                yield _row(batch.slice(index, 1))
+                yield _read_row(batch.slice(index, 1))
                 done += 1
     except (pyarrow.ArrowException, OSError) as error:
         for _ in range(done, num_rows):
             yield Unusable("broken row group", f"its row group {group} cannot be read: {error}")
 
 
-def _row(batch: pyarrow.RecordBatch):
+def _read_row(batch: pyarrow.RecordBatch):
     try:
         (row,) = batch.to_pylist()
     except UnicodeDecodeError as error:
         return Unusable("not UTF-8", f"its text is not UTF-8: {error}")
     for name in ("image", "images"):
         if isinstance(row.get(name), list):
-            row[name] = [_image(item) for item in row[name]]
+            row[name] = [_get_image(item) for item in row[name]]
         elif name in row:
-            row[name] = _image(row[name])
+            row[name] = _get_image(row[name])
     return row
 
 
-def _image(value):
+def _get_image(value):
     if not isinstance(value, dict):
         return value
     return value.get("bytes") if value.get("bytes") is not None else value.get("path")

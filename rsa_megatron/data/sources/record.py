@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Unusable(Exception):
-    """A sample that is left out: the kind of fault, to be counted by, and what it is in this one."""
+    """A sample that is skipped: the kind of fault, to be counted by, and what it is in this one."""
 
     def __init__(self, kind: str, reason: str):
         # A "path" may be a whole picture in base64.
@@ -41,15 +41,15 @@ class Source(Protocol):
     def records(self, start: int = 0) -> Iterator[Record]: ...
 
 
-def inside(root: Path, relative: str) -> Path:
-    """The path of a file below `root`, a resolved folder; links that lead out of it count as outside."""
+def resolve_inside(root: Path, relative: str) -> Path:
+    """Resolve the path of a file below `root`, a resolved folder; links that lead out of it count as outside."""
     fault = Unusable("outside of the image folder", f"{relative} leads out of {root}")
     if os.path.isabs(relative) or ".." in Path(relative).parts:
         raise fault
     try:
         resolved = (root / relative).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links
-        raise Unusable("missing image", f"{relative!r} is no path: {error}") from error
+        raise Unusable("missing image", f"{relative!r} is not a path: {error}") from error
     if not resolved.is_relative_to(root):
         raise fault
     return resolved

@@ -1,6 +1,6 @@
-"""Pairs of Energon shards, any of them at once: Energon's index says where in which tar each part of a sample lies.
+"""Pairs of Energon shards, any of them at once: Energon's index says where in which tar each file of a sample lies.
 
-Of the tars nothing is read until a pair is asked for: then its record, and its image when that is opened.
+Of the tars nothing is read until a pair is accessed: then its record, and its image when that is opened.
 """
 
 import json
@@ -22,7 +22,7 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 from PIL import Image
 
-from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, answers, read_records
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, join_answers, read_records
 from rsa_megatron.data.sources.llava_records import JsonLines
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, decode, join, without_image
 from rsa_megatron.data.tiles import IMAGE_PART
@@ -35,7 +35,7 @@ _PARTS_OF_A_TAR = """
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _File:
     """A file in a tar."""
 
     tar: Path
@@ -53,56 +53,58 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class _StoredPair:
     """A sample of one image, or of none, not read yet."""
 
     key: str
-    record: _Part
-    image: _Part | None
+    record: _File
+    image: _File | None
 
     def load(self) -> CaptionedImage:
         try:
             record = json.loads(self.record.read())
-            caption = answers(record.get("conversations"))
+            caption = join_answers(record.get("conversations"))
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.record.tar}, {self.record.name}: it has no caption: {error}") from error
         image = partial(_open, self.image) if self.image else without_image(self.key)
         return CaptionedImage(self.key, caption, image, record)
 
 
-def _open(part: _Part) -> Image.Image:
+def _open(part: _File) -> Image.Image:
     return decode(part.read(), f"{part.tar}, {part.name}")
 
 
 def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
-    """The samples of exactly one image of a data set, or of the data sets of a mixture one after the other.
+    """Read the samples of exactly one image of a data set, or of the data sets of a mixture one after the other.
 
-    Of a mixture, data sets that say `rsa: false` are left out: their answers are no captions. Weights and repetitions do
+    Of a mixture, data sets with `rsa: false` are skipped: their answers are not captions. Weights and repetitions do
     not count, a `subset` does. Keys are "SHARD/SAMPLE", in a mixture with the data set's folder before it.
 
     Args:
-        needs_image: without it also samples of no image, and images are not looked for.
+        needs_image: False takes samples of no image too, and looks for no images.
     """
     is_mixture = path.is_file()
     parts = []
-    for loaded in _data_sets(path, split):
-        data_set, data_path = loaded.dataset, _local(path, loaded)
+    for loaded in _load_data_sets(path, split):
+        data_set, data_path = loaded.dataset, _get_local_path(path, loaded)
         is_jsonl = isinstance(data_set, CrudeJsonlDatasetFactory)
         name = os.path.relpath(data_path, os.path.abspath(path.parent))
         prefix = f"{os.path.dirname(name) if is_jsonl else name}/" if is_mixture else ""
         if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
-            parts.append(Pairs.of([], Counter({f"of {name}, which says rsa: false": len(data_set)})))
+            parts.append(Pairs.of([], Counter({f"of {name}, which has rsa: false": len(data_set)})))
         elif is_jsonl:
-            images = _images_of(path, loaded) if needs_image else data_path.parent
-            parts.append(read_records(JsonLines(data_path), images, _subset(data_set), prefix, needs_image=needs_image))
+            images = _get_image_folder(path, loaded) if needs_image else data_path.parent
+            parts.append(
+                read_records(JsonLines(data_path), images, _get_subset(data_set), prefix, needs_image=needs_image)
+            )
         else:
-            parts.append(_indexed(data_set, data_path, prefix, needs_image))
+            parts.append(_read_index(data_set, data_path, prefix, needs_image))
     return join(parts)
 
 
-def parts_of(folder: Path) -> list[str]:
-    """The parts of a folder of shards that have any: train, val, ...; ValueError where its index cannot be read."""
-    parts = _nv_meta(folder, "split.yaml").get("split_parts")
+def list_splits(folder: Path) -> list[str]:
+    """List the splits of a folder that have shards: train, val, ...; ValueError if its index cannot be read."""
+    parts = _read_nv_meta(folder, "split.yaml").get("split_parts")
     if not isinstance(parts, dict):
         raise ValueError(
             f"{folder / '.nv-meta' / 'split.yaml'} names no split_parts; run `energon prepare --force-overwrite {folder}`"
@@ -111,11 +113,11 @@ def parts_of(folder: Path) -> list[str]:
 
 
 def is_rsa(folder: Path) -> bool:
-    """Whether a folder of shards says `rsa: true` of its samples."""
-    return bool((_nv_meta(folder, "dataset.yaml").get("subflavors") or {}).get("rsa"))
+    """Return whether a folder of shards has `rsa: true`."""
+    return bool((_read_nv_meta(folder, "dataset.yaml").get("subflavors") or {}).get("rsa"))
 
 
-def _nv_meta(folder: Path, name: str) -> dict:
+def _read_nv_meta(folder: Path, name: str) -> dict:
     path = folder / ".nv-meta" / name
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -124,24 +126,24 @@ def _nv_meta(folder: Path, name: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _data_sets(path: Path, split: str) -> list[LoadedDataset]:
+def _load_data_sets(path: Path, split: str) -> list[LoadedDataset]:
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
         return load_dataset(path).get_datasets(training=False, split_part=split, worker_config=config).datasets
     except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
         raise ValueError(
-            f"{path}, part {split!r}: {error}; name another --split, or data that has this one "
-            "(rsa-megatron data pack --val) and all of whose data sets are there"
+            f"{path}, split {split!r}: {error}; name another --split, or data that has this one "
+            "(rsa-megatron data pack --val) and all of whose data sets exist"
         ) from error
 
 
-def _local(path: Path, loaded: LoadedDataset) -> Path:
+def _get_local_path(path: Path, loaded: LoadedDataset) -> Path:
     if not loaded.dataset.path.is_local():
         raise ValueError(f"{path}: {loaded.dataset.path} is not on this machine; copy it here")
     return Path(loaded.dataset.path.local_path())
 
 
-def _images_of(path: Path, loaded: LoadedDataset) -> Path:
+def _get_image_folder(path: Path, loaded: LoadedDataset) -> Path:
     store = (loaded.aux or {}).get("images")
     if store is None:
         raise ValueError(
@@ -150,22 +152,22 @@ def _images_of(path: Path, loaded: LoadedDataset) -> Path:
     return Path(str(store.get_path())).resolve()
 
 
-def _subset(data_set) -> range:
-    """Numbers of the samples that the mixture takes of a data set: all, or its `subset`."""
+def _get_subset(data_set) -> range:
+    """Return the numbers of the samples that the mixture takes of a data set: all, or its `subset`."""
     return range(*data_set.subset.compute_subset(len(data_set))) if data_set.subset else range(len(data_set))
 
 
-def _indexed(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, needs_image: bool) -> Pairs:
-    numbers, first, stored, left_out = _subset(data_set), 0, [], Counter()
+def _read_index(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, needs_image: bool) -> Pairs:
+    numbers, first, stored, left_out = _get_subset(data_set), 0, [], Counter()
     index = folder / ".nv-meta" / "index.sqlite"
     tar_ids = {name: number for number, name in enumerate(get_info_shard_files(data_set.path))}
     try:
         with closing(sqlite3.connect(f"{index.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
             for shard in data_set.shards:
-                samples = _samples(database, tar_ids[shard.name], folder / shard.name)
+                samples = _read_samples(database, tar_ids[shard.name], folder / shard.name)
                 for number, (key, parts) in enumerate(samples.items(), first):
                     if number in numbers and f"{shard.name}/{key}" not in data_set.sample_excludes:
-                        stored += _stored(f"{prefix}{shard.name}/{key}", parts, left_out, needs_image)
+                        stored += _select_sample(f"{prefix}{shard.name}/{key}", parts, left_out, needs_image)
                 first += len(samples)
     except sqlite3.Error as error:
         raise ValueError(
@@ -174,19 +176,19 @@ def _indexed(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, needs_i
     return Pairs([sample.key for sample in stored], lambda number: stored[number].load(), left_out)
 
 
-def _samples(database: sqlite3.Connection, tar_id: int, tar: Path) -> dict[str, list[_Part]]:
+def _read_samples(database: sqlite3.Connection, tar_id: int, tar: Path) -> dict[str, list[_File]]:
     if not tar.is_file():
         raise ValueError(f"{tar} is missing, which its index lists; restore the file")
     samples = defaultdict(list)
     for key, name, offset, size in database.execute(_PARTS_OF_A_TAR, (tar_id,)):
-        samples[key].append(_Part(tar, name, offset, size))
+        samples[key].append(_File(tar, name, offset, size))
     return samples
 
 
-def _stored(key: str, parts: list[_Part], left_out: Counter[str], needs_image: bool) -> list[_Stored]:
+def _select_sample(key: str, parts: list[_File], left_out: Counter[str], needs_image: bool) -> list[_StoredPair]:
     images = [part for part in parts if IMAGE_PART.fullmatch(part.name)]
     records = [part for part in parts if part.name == "json"]
     if records and (len(images) == 1 or (not images and not needs_image)):
-        return [_Stored(key, records[0], images[0] if needs_image else None)]
+        return [_StoredPair(key, records[0], images[0] if needs_image else None)]
     left_out[WRONG_NUMBER_OF_IMAGES[needs_image] if records else "without a .json"] += 1
     return []

@@ -4,7 +4,7 @@ A scene belongs to one of twelve themes. The theme decides what is likely in it:
 on which ground, laid out how, with which written word. So scenes, and captions, have a geometry to learn: near
 are those of one theme, nearer those that share things, colours and places. Nothing here needs a network.
 
-`Scene` says what is in a picture; `render`, `caption`, `questions` and `text` are views of it. Scenes are split
+`Scene` says what is in a picture; `render`, `write_caption`, `write_questions` and `write_text` are views of it. Scenes are split
 into training and validation by content: the combination of coloured things in a validation scene never occurs in
 training.
 """
@@ -29,7 +29,7 @@ COLOURS = {
     "brown": (125, 80, 45),
     "pink": (240, 130, 170),
 }
-SIZES = {"small": 0.10, "large": 0.17}  # half the width of a thing, as a part of the picture's
+SIZES = {"small": 0.10, "large": 0.17}  # half the width of a thing, as a fraction of the picture's
 PLACES = {
     (0, 0): "at the top left", (1, 0): "at the top", (2, 0): "at the top right",
     (0, 1): "on the left", (1, 1): "in the middle", (2, 1): "on the right",
@@ -44,7 +44,7 @@ class Theme:
 
     name: str
     ground: str
-    """How the background is told."""
+    """How captions describe the background."""
     sky_colour: tuple[int, int, int]
     ground_colour: tuple[int, int, int]
     horizon: float
@@ -126,7 +126,7 @@ class Scene:
 
     @property
     def contents(self) -> list[str]:
-        """Everything that is there to be recognised, as labels."""
+        """Return everything that can be recognised, as labels."""
         labels = {f"theme {self.theme.name}", f"count {len(self.things)}", f"word {self.word}"}
         for thing in self.things:
             labels |= {f"thing {thing.noun}", f"colour {thing.colour}", f"{thing.colour} {thing.noun}"}
@@ -135,13 +135,13 @@ class Scene:
 
     @property
     def is_validation(self) -> bool:
-        """By content: about one combination of theme and coloured things in ten."""
+        """Split by content: about one combination of theme and coloured things in ten."""
         content = json.dumps([self.theme.name, sorted(f"{thing.colour} {thing.noun}" for thing in self.things)])
         return hashlib.sha256(content.encode()).digest()[0] < 26
 
 
 def all_labels() -> list[str]:
-    """Every label that `Scene.contents` can hold, sorted."""
+    """Return every label that `Scene.contents` can hold, sorted."""
     nouns = {noun for theme in THEMES for noun in theme.things}
     words = {word for theme in THEMES for word in theme.words} | {None}
     labels = {f"theme {theme.name}" for theme in THEMES} | {f"count {count}" for count in NUMBERS}
@@ -151,7 +151,7 @@ def all_labels() -> list[str]:
 
 
 def make_scene(seed: int, index: int, *, validation: bool) -> Scene:
-    """Scene number `index` of the training or the validation part of the data set that `seed` names."""
+    """Make scene number `index` of the training or the validation split of the data set that `seed` names."""
     rng = random.Random(f"{seed}/{index}/{validation}")
     while True:
         scene = _random_scene(rng)
@@ -176,7 +176,7 @@ def _random_scene(rng: random.Random) -> Scene:
 
 
 def _likely(rng: random.Random, choices: list[str], count: int) -> list[str]:
-    """`count` different ones; each half as likely again as the next."""
+    """Choose `count` different ones; each half as likely again as the next."""
     taken = []
     for _ in range(count):
         weights = [1.5 ** -i for i in range(len(choices))]  # fmt: skip
@@ -184,8 +184,8 @@ def _likely(rng: random.Random, choices: list[str], count: int) -> list[str]:
     return taken
 
 
-def caption(scene: Scene, seed: int | str) -> str:
-    """A dense caption of some 40 to 80 words: ground, every thing with size, colour, place and relation, the word."""
+def write_caption(scene: Scene, seed: int | str) -> str:
+    """Write a dense caption of some 40 to 80 words: ground, every thing with size, colour, place and relation, the word."""
     rng = random.Random(f"{seed}/caption")
     opening = rng.choice(("This is a picture of a {}, with {}.", "We see a {} scene, with {}.", "A {} is shown: {}."))
     sentences = [opening.format(scene.theme.name, scene.theme.ground)]
@@ -211,8 +211,8 @@ def _relation(cell: tuple[int, int], other: tuple[int, int]) -> str:
     return "below" if down > 0 else "above"
 
 
-def questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
-    """Questions with short answers, in a random order."""
+def write_questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
+    """Write questions with short answers, in a random order."""
     rng = random.Random(f"{seed}/questions")
     thing = rng.choice(scene.things)
     pairs = [
@@ -226,8 +226,8 @@ def questions(scene: Scene, seed: int | str) -> list[tuple[str, str]]:
     return pairs
 
 
-def text(scene: Scene, seed: int | str) -> str:
-    """A text without a picture: what belongs to such a scene."""
+def write_text(scene: Scene, seed: int | str) -> str:
+    """Write a text without a picture: what belongs to such a scene."""
     rng = random.Random(f"{seed}/text")
     things = rng.sample(list(scene.theme.things), 3)
     colour = rng.choice(scene.theme.colours)
@@ -238,7 +238,7 @@ def text(scene: Scene, seed: int | str) -> str:
 
 
 def render(scene: Scene, size: int, seed: int | str) -> Image.Image:
-    """The picture, size x size pixels; `seed` jitters places and shades a little."""
+    """Render the picture, size x size pixels; `seed` jitters places and shades a little."""
     rng = random.Random(f"{seed}/render")
     scale = 2  # drawn twice as large and reduced, for smooth edges
     side = size * scale

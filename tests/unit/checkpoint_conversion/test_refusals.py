@@ -38,7 +38,7 @@ def refuses(capsys, tmp_path):
     [
         (lambda s: s.pop(LAYER + "self_attn.k_proj.bias"), [LAYER + "self_attn.k_proj.bias is missing", "[16]"]),
         (lambda s: s.update({LAYER + "self_attn.q_proj.bias": torch.zeros(47)}), ["q_proj.bias", "[47]", "[48]"]),
-        (lambda s: s.update({"adapter.weight": torch.zeros(2)}), ["adapter.weight", "no part of the model"]),
+        (lambda s: s.update({"adapter.weight": torch.zeros(2)}), ["adapter.weight", "not part of the model"]),
         (lambda s: s.update({"model.image_newline": torch.zeros(48)}), ["image_newline", "remove one"]),
         (lambda s: s.update({LAYER + "mlp.up_proj.weight": torch.zeros(37, 48).half()}), ["up_proj", "one dtype"]),
         (lambda s: s.update({"image_newline": torch.zeros(48).int()}), ["image_newline", "I32"]),
@@ -141,11 +141,11 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, refuses):
     there(tmp_path / "hf", tmp_path / "megatron")
     file = tmp_path / "megatron" / "release" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
-    refuses(back, tmp_path / "megatron", words=[str(file), "cut short"])
+    refuses(back, tmp_path / "megatron", words=[str(file), "truncated"])
     shutil.rmtree(tmp_path / "megatron" / "hf")
     refuses(back, tmp_path / "megatron", words=["hf/config.json is missing", "--hf-template"])
-    refuses(back, tmp_path / "hf", words=["no Megatron checkpoint"])
-    refuses(back, tmp_path / "megatron", "--iteration", "3", words=["iter_0000003 is missing; there is none"])
+    refuses(back, tmp_path / "hf", words=["not a Megatron checkpoint"])
+    refuses(back, tmp_path / "megatron", "--iteration", "3", words=["iter_0000003 is missing; found: none"])
 
 
 class _Malicious:

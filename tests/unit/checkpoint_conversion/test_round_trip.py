@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checkpoint_conversion import torch_dist_save
-from checkpoint_conversion.hf_weights import row_blocks
+from checkpoint_conversion.hf_weights import split_rows
 from tests.support import hf_checkpoints
 from tests.support.hf_checkpoints import back, there, write_training_checkpoint
 
@@ -82,7 +82,7 @@ def test_chunks_of_any_ranks_become_the_same_model(tmp_path, stacked, num_ranks)
 
 
 def test_a_large_tensor_goes_in_blocks_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_dist_save, "row_blocks", lambda shape, dtype: row_blocks(shape, dtype, block_bytes=1000))
+    monkeypatch.setattr(torch_dist_save, "split_rows", lambda shape, dtype: split_rows(shape, dtype, block_bytes=1000))
     expected = hf_checkpoints.write(tmp_path / "hf")
     there(tmp_path / "hf", tmp_path / "megatron")
     back(tmp_path / "megatron", tmp_path / "back")

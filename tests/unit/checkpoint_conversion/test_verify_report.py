@@ -6,7 +6,7 @@ from checkpoint_conversion import verify
 
 
 def report(capsys, **changed) -> tuple[int, str]:
-    expected = [{part: torch.ones(3) for part in verify.PARTS}, {part: torch.ones(3) for part in verify.PARTS[3:]}]
+    expected = [{part: torch.ones(3) for part in verify.OUTPUTS}, {part: torch.ones(3) for part in verify.OUTPUTS[3:]}]
     actual = [{part: changed.get(part.replace(" ", "_"), value) for part, value in parts.items()} for parts in expected]
     code = verify.report(["one image", "no image"], expected, actual, 1e-4)
     return code, capsys.readouterr().err

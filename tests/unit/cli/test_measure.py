@@ -246,8 +246,8 @@ def test_what_is_wrong_is_one_line(models, data, capsys):
             "--data",
             data,
         ): "needs a vision-language model",
-        ("--model", internvl, "--data", data, "--num-samples", 31): "--num-samples 31: there are 30 pairs",
-        ("--model", internvl, "--data", "missing"): "missing is not there",
+        ("--model", internvl, "--data", data, "--num-samples", 31): "--num-samples 31: only 30 pairs",
+        ("--model", internvl, "--data", "missing"): "missing does not exist",
         ("--features", "a", "b"): "a holds no features",
     }
     for flags, message in wrong.items():

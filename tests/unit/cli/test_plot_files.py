@@ -47,7 +47,7 @@ def test_an_older_figure_is_replaced_as_a_whole(write_lines, tmp_path):
 def test_lines_of_other_kinds_are_left_out_and_told(write_lines, capsys, tmp_path):
     old = write_lines([{"group": "with RSA"}, "", trained()], "old.jsonl")
     plot.main(["bars", str(old), str(write_lines([measured()])), "--out", str(tmp_path / "bars")])
-    assert f'left out: 2 lines of {old} without "kind": "alignment"' in capsys.readouterr().out
+    assert f'skipped: 2 lines of {old} without "kind": "alignment"' in capsys.readouterr().out
 
 
 def without(key: str) -> dict:
@@ -62,12 +62,12 @@ def pair_with(**changes) -> dict:
 FAULTS = {
     "empty": ("heatmap", [], "{path} is empty"),
     "broken JSON": ("bars", [GOOD, "{"], "{path}, line 2: broken JSON: "),
-    "no object": ("bars", ["[1]"], "{path}, line 1: it is no JSON object"),
+    "no object": ("bars", ["[1]"], "{path}, line 1: not a JSON object"),
     "other kind": ("stages", [GOOD], '{path}: no line has "kind": "run"'),
     "missing key": (
         "heatmap",
         [GOOD, without("mean")],
-        "{path}, line 2: 'mean' is missing; it is numbers [row][column], 5 x 7",
+        "{path}, line 2: 'mean' is missing; it must be numbers [row][column], 5 x 7",
     ),
     "no seeds": ("bars", [GOOD | {"seeds": []}], "{path}, line 1: 'seeds' is a list of at least one seed, not '[]'"),
     "too few seeds": (

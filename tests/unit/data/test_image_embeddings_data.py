@@ -88,21 +88,21 @@ def pickled() -> bytes:
 @pytest.mark.parametrize(
     "images, says",
     [
-        ({}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
-        ({"png": b"..."}, "its text has 1 <image> and the sample 0 embedding(s) of images (.npy)"),
+        ({}, "its text has 1 <image> and the sample 0 precomputed embedding(s) (.npy)"),
+        ({"png": b"..."}, "its text has 1 <image> and the sample 0 precomputed embedding(s) (.npy)"),
         (
             {"npy": as_npy(numpy.ones(WIDTH + 1))},
-            "npy: it is float64 of shape [21], and by --image-embedding-width it has to be 20",
+            "npy: float64 array of shape [21]; it must be a floating-point vector of --image-embedding-width 20",
         ),
-        ({"npy": as_npy(numpy.ones((1, WIDTH)))}, "npy: it is float64 of shape [1, 20]"),
-        ({"npy": as_npy(numpy.ones(WIDTH, int))}, "npy: it is int64 of shape [20]"),
+        ({"npy": as_npy(numpy.ones((1, WIDTH)))}, "npy: float64 array of shape [1, 20]"),
+        ({"npy": as_npy(numpy.ones(WIDTH, int))}, "npy: int64 array of shape [20]"),
         ({"npy": as_npy(numpy.full(WIDTH, numpy.nan))}, "npy: it holds NaN, infinity or a number beyond float32"),
         ({"npy": as_npy(numpy.full(WIDTH, 1e300))}, "npy: it holds NaN, infinity or a number beyond float32"),
-        ({"npy": b"no array"}, "npy: it is no array in numpy's format"),
-        ({"npy": as_npy(numpy.ones(WIDTH))[:-8]}, "npy: it is no array in numpy's format"),
+        ({"npy": b"no array"}, "npy: not an array in numpy's format"),
+        ({"npy": as_npy(numpy.ones(WIDTH))[:-8]}, "npy: not an array in numpy's format"),
         (
             {"npy": pickled()},
-            "npy: it is no array in numpy's format: Object arrays cannot be loaded when allow_pickle=False",
+            "npy: not an array in numpy's format: Object arrays cannot be loaded when allow_pickle=False",
         ),
         (
             {"1.npy": as_npy(numpy.ones(WIDTH))},

@@ -121,7 +121,7 @@ def test_numbered_images_come_out_of_a_shard_in_order(encoder, tmp_path):
 
 def test_data_that_is_not_there_is_named(demo, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="--data-path .*empty, part 'train': .*energon prepare"):
+    with pytest.raises(ValueError, match="--data-path .*empty, split 'train': .*energon prepare"):
         check_data(str(tmp_path / "empty"), ["train"], num_readers=1, micro_batch_size=4)
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(

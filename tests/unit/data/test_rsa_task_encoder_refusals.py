@@ -66,7 +66,7 @@ def returning(name, result):
         (
             CaptionRSAJob,
             {"rsa_text_field": "ids"},
-            "a dict of Wrong has no 'ids', of which the caption mask .*: set rsa_text_field",
+            "a dict of Wrong has no 'ids', which sets the caption mask's length: set rsa_text_field",
         ),
         (
             CaptionRSAJob,
@@ -76,12 +76,12 @@ def returning(name, result):
         (
             CaptionRSAJob,
             returning("rsa_caption_mask", None),
-            "rsa_caption_mask returned None for sample .*which rsa_eligible lets in",
+            "rsa_caption_mask returned None for sample .*which rsa_eligible selects",
         ),
         (
             CaptionRSAJob,
             returning("encode_batch", lambda batch: {"tokens": batch.tokens[:3]}),
-            "made of 4 samples.*a row for each",
+            "made of 4 samples.*one sequence for each",
         ),
         (
             RSAJob,
@@ -143,7 +143,7 @@ def test_a_cooker_that_drops_the_subflavors_is_named(job_data):
 def test_a_job_it_cannot_follow_is_refused_before_it_runs(job_data):
     with pytest.raises(ValueError, match="class Last: RSATaskEncoder must be the first of its bases"):
         type("Last", (Job, RSATaskEncoder), {})
-    with pytest.raises(ValueError, match="batch_size is None: rsa_eligible is a part of a batch; give a batch_size"):
+    with pytest.raises(ValueError, match="batch_size is None: rsa_eligible is added to batches; give a batch_size"):
         train_dataset(job_data / "mixture.yaml", RSAJob(), batch_size=None)
 
     class Many(RSAJob):
@@ -160,6 +160,6 @@ def test_a_job_it_cannot_follow_is_refused_before_it_runs(job_data):
 
     # Here Energon counts a hundred failures before it gives up, unless it is told at once.
     with pytest.raises(
-        FatalSampleError, match="select_samples_to_pack returned sample .*none of those it was given: return"
+        FatalSampleError, match="select_samples_to_pack returned sample .*which it was not given: return"
     ):
         take(train_loader(job_data / "mixture.yaml", Copying(), packing_buffer_size=8), 1)

@@ -276,7 +276,7 @@ def test_the_longest_row_that_fits_is_whole_and_one_more_token_is_cut(tokenizer,
         encoder.encode_sample(stored(answer=answer_of(tokenizer, room + more), images=[noise(*picture)]))
         for more in (0, 5)
     )
-    assert fits.row_length == longer.row_length == 128 and (fits.is_cut, longer.is_cut) == (False, True)
+    assert fits.row_length == longer.row_length == 128 and (fits.is_truncated, longer.is_truncated) == (False, True)
     assert len(longer.text.tokens) == len(fits.text.tokens)
     assert fits.text.is_caption == [False] + [True] * room + [False]
     assert longer.text.is_caption == [False] + [True] * (room + 1)  # a caption's part in the place of the newline
@@ -336,7 +336,7 @@ def test_rsa_takes_one_image_with_a_caption_that_is_left(tokenizer):
     sample = stored()
     sample.record = {"conversations": turns}
     cut = encoder.encode_sample(sample)
-    assert cut.is_cut and any(cut.text.is_target) and not cut.eligible
+    assert cut.is_truncated and any(cut.text.is_target) and not cut.eligible
     # A caption whose only token that is left is label alone has none in the row.
     for length, is_eligible in ((4, False), (5, True)):
         encoder = make_encoder(tokenizer, "square")
@@ -378,5 +378,5 @@ def test_a_data_set_of_unusable_samples_ends_the_run(encoder):
     for _ in range(99):
         with pytest.raises(SkipSample):
             encoder.encode_sample(stored(answer=""))
-    with pytest.raises(FatalSampleError, match="100 samples in a row cannot be used; the last: .*the caption is empty"):
+    with pytest.raises(FatalSampleError, match="100 samples in a row were skipped; the last: .*the caption is empty"):
         encoder.encode_sample(stored(answer=""))

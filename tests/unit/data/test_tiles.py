@@ -238,8 +238,8 @@ def test_a_strip_of_one_pixel_is_used():
         (file(noise())[:60] + b"damage" + file(noise())[66:], "0.png: "),
         (png(10_000, 9_000, 8, 2, b""), "an image of 10000 x 9000 pixels is larger than 89478485 pixels"),
         (png(20_000, 20_000, 8, 2, b""), "Image size (400000000 pixels) exceeds limit of 178956970 pixels"),
-        (file(Image.new("F", (9, 9)), "TIFF"), "its shades are numbers of 32 bits"),
-        (file(Image.new("I", (9, 9)), "TIFF"), "its shades are numbers of 32 bits"),
+        (file(Image.new("F", (9, 9)), "TIFF"), "its pixels are 32-bit numbers"),
+        (file(Image.new("I", (9, 9)), "TIFF"), "its pixels are 32-bit numbers"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Image size")

@@ -93,14 +93,16 @@ def test_openmoji_is_stage_1_from_the_parts_of_the_scenes():
 
 def test_test_scenes_are_like_none_of_training_or_validation():
     sizes = data_sets.Sizes(seed=0, validation=200)
-    test = [data_sets.scene_of(kind, index, "test", sizes) for kind in data_sets.KINDS for index in range(100)]
+    test = [data_sets.get_scene(kind, index, "test", sizes) for kind in data_sets.KINDS for index in range(100)]
     val = {
-        data_sets.content(data_sets.scene_of(kind, index, "val", sizes))
+        data_sets.get_content(data_sets.get_scene(kind, index, "val", sizes))
         for kind in data_sets.KINDS
         for index in range(200)
     }
     assert all(scene.is_validation for scene in test)  # training has none of that content
-    assert not val & {data_sets.content(scene) for scene in test} and len({repr(scene) for scene in test}) == len(test)
+    assert not val & {data_sets.get_content(scene) for scene in test} and len({repr(scene) for scene in test}) == len(
+        test
+    )
 
 
 METRICS = """\

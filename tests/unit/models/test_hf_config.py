@@ -72,7 +72,7 @@ def test_what_a_decoder_may_have_of_its_own(tmp_path, text, changed):
         (hub(vision_feature_select_strategy="cls"), ["vision_feature_select_strategy", "cls"]),
         (hub(projector_hidden_act="relu"), ["projector_hidden_act is 'relu'"]),
         (hub(multimodal_projector_bias=False), ["multimodal_projector_bias is False"]),
-        (hub(vision_aspect_ratio="anyres"), ["vision_aspect_ratio is 'anyres'; anyres_max_N"]),
+        (hub(vision_aspect_ratio="anyres"), ["vision_aspect_ratio is 'anyres'; only anyres_max_N"]),
         (hub(vision_aspect_ratio="anyres_max_0"), ["vision_aspect_ratio is 'anyres_max_0'"]),
         (hub(image_grid_pinpoints=[[384, 384], [336, 672]]), ["image_grid_pinpoints has [336, 672]", "image_size 384"]),
         (hub(image_grid_pinpoints=[[0, 384]]), ["image_grid_pinpoints has [0, 384]"]),
@@ -145,7 +145,7 @@ def test_a_folder_that_prepares_images_in_another_way_is_refused(tmp_path):
 
 
 def test_an_original_of_lmms_lab_is_sent_to_conversion(tmp_path):
-    with pytest.raises(ValueError, match="config.json is lmms-lab's own; convert the folder"):
+    with pytest.raises(ValueError, match="config.json is in lmms-lab's format; convert the folder"):
         read_architecture(
             write_config(tmp_path, {"model_type": "llava", "mm_vision_tower": "google/siglip-so400m-patch14-384"})
         )

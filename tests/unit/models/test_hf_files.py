@@ -81,7 +81,7 @@ def test_the_hubs_sizes_give_known_numbers_of_image_tokens(tmp_path, tokenizer):
 
 
 def num_image_tokens(processor, size: tuple[int, int]) -> int:
-    inputs = processor(images=[forward_comparison.picture(*size)], text=[IMAGE_TOKEN], return_tensors="pt")
+    inputs = processor(images=[forward_comparison.make_picture(*size)], text=[IMAGE_TOKEN], return_tensors="pt")
     return int((inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).sum())
 
 
@@ -91,9 +91,9 @@ def test_a_served_conversation_has_the_tokens_of_training(written, size):
 
     def served(**options):
         text = processor.apply_chat_template(MESSAGES, tokenize=False, **options)
-        return processor(images=[forward_comparison.picture(*size)], text=[text], return_tensors="pt")["input_ids"][
-            0
-        ].tolist()
+        return processor(images=[forward_comparison.make_picture(*size)], text=[text], return_tensors="pt")[
+            "input_ids"
+        ][0].tolist()
 
     training = encode(processor.tokenizer, CONVERSATION, "qwen_1_5").tokens
     expected = [token for token in training for _ in range(expected_tokens(size) if token == 3 else 1)]

@@ -181,7 +181,7 @@ def test_images_and_texts_the_other_way_round_are_seen(clip, shards, capsys):
         (("fit", *GIVEN, "--steps", "trace", "anchor", "--out", "o"), "in this order"),
         (("fit", *GIVEN, "--batch-size", "0", "--out", "o"), "--batch-size must be at least 1"),
         (("fit", *GIVEN, "--device", "cuda:99", "--out", "o"), "--device cuda:99 cannot be used"),
-        (("fit", *GIVEN, "--out", "there"), "there is there already"),
+        (("fit", *GIVEN, "--out", "there"), "there already exists"),
         (
             ("fit", "--images", "images.npy", "--texts", "wide.npy", "--out", "o"),
             "images.npy has 7 numbers a row and wide.npy has 8: .*--encoder",

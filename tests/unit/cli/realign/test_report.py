@@ -363,7 +363,7 @@ def changed(line: dict, path: str, value) -> dict:
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("scale", None, "line 1: 'scale' is missing; it is a number"),
+        ("scale", None, "line 1: 'scale' is missing; it must be a number"),
         ("num_images", 1.5, "line 1: 'num_images' is a whole number above 0, not '1.5'"),
         ("steps.1.held_out", -1, "line 1, 'steps' 1: 'held_out' is a number of at least 0, not '-1'"),
         (

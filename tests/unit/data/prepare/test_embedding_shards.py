@@ -14,7 +14,12 @@ from transformers import AutoTokenizer
 from rsa_megatron.cli.show_sample import stored_samples
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.loaders import TrainLoader
-from rsa_megatron.data.prepare.embedding_shards import EmbeddingTable, as_npy, tell, write_embedding_shards
+from rsa_megatron.data.prepare.embedding_shards import (
+    EmbeddingTable,
+    as_npy,
+    make_embedding_info,
+    write_embedding_shards,
+)
 from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
@@ -37,8 +42,8 @@ def rows(dtype=numpy.float32) -> numpy.ndarray:
 
 
 def parts(**changes) -> dict:
-    told = [tell(key, record(number), "") for number, key in enumerate(KEYS)]
-    return {"train": told[:10], "val": told[10:]} | changes
+    infos = [make_embedding_info(key, record(number), "") for number, key in enumerate(KEYS)]
+    return {"train": infos[:10], "val": infos[10:]} | changes
 
 
 def write(folder, found=None, keys=KEYS, dtype=numpy.float32, **options):
@@ -110,26 +115,29 @@ def test_the_same_bytes_twice(tmp_path):
 
 
 def test_a_conversation_gets_one_image_token_and_keeps_its_own():
-    assert tell("k", record(1), "").conversations == record(1)["conversations"]
+    assert make_embedding_info("k", record(1), "").conversations == record(1)["conversations"]
     turns = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "A boat."},
     ]
-    told = tell("k", {"messages": turns}, "")
-    assert told.id == "k" and [turn["value"] for turn in told.conversations] == [
+    info = make_embedding_info("k", {"messages": turns}, "")
+    assert info.id == "k" and [turn["value"] for turn in info.conversations] == [
         "Be kind.",
         "<image>\nWhat?",
         "A boat.",
     ]
-    told = tell("c.txt, line 1", None, "A boat.")
-    assert told.id == "c.txt, line 1" and told.conversations[1] == {"from": "gpt", "value": "A boat."}
-    assert told.conversations[0]["value"].startswith("<image>\n")
-    assert tell("k", record(1) | {"id": 7}, "", by_id=True).key == "7" and tell("k", record(1), "").key == "k"
+    info = make_embedding_info("c.txt, line 1", None, "A boat.")
+    assert info.id == "c.txt, line 1" and info.conversations[1] == {"from": "gpt", "value": "A boat."}
+    assert info.conversations[0]["value"].startswith("<image>\n")
+    assert (
+        make_embedding_info("k", record(1) | {"id": 7}, "", by_id=True).key == "7"
+        and make_embedding_info("k", record(1), "").key == "k"
+    )
     with pytest.raises(Unusable, match="its text has 2 <image>"):
-        tell("k", record(1, "<image><image>?"), "")
+        make_embedding_info("k", record(1, "<image><image>?"), "")
     with pytest.raises(Unusable, match="no conversations"):
-        tell("k", {"id": 1}, "")
+        make_embedding_info("k", {"id": 1}, "")
 
 
 def nothing_written(folder):
@@ -137,11 +145,11 @@ def nothing_written(folder):
 
 
 def test_a_sample_without_an_embedding_ends_it_and_leaves_nothing(tmp_path):
-    told = [tell(f"lost {number}", record(number), "") for number in range(7)]
+    infos = [make_embedding_info(f"lost {number}", record(number), "") for number in range(7)]
     with pytest.raises(
         ValueError, match=r"^7 keys \(lost 0, lost 1, lost 2, lost 3, lost 4, ...\) have no embedding, of 19 samples;"
     ):
-        write(tmp_path / "out", parts(train=[*parts()["train"], *told]))
+        write(tmp_path / "out", parts(train=[*parts()["train"], *infos]))
     with pytest.raises(ValueError, match=r"^1 key \(val-00000.tar/000011\) has no embedding"):
         write(tmp_path / "out", keys=KEYS[:-1])
     assert nothing_written(tmp_path)
@@ -155,8 +163,8 @@ def test_doubled_keys_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"^1 key \(train-00000.tar/000003\) has more than one sample, which would share"
     ):
-        write(tmp_path / "out", parts(val=[tell(KEYS[3], record(3), "")]))
-    with pytest.raises(ValueError, match="no sample to write"):
+        write(tmp_path / "out", parts(val=[make_embedding_info(KEYS[3], record(3), "")]))
+    with pytest.raises(ValueError, match="no samples to write"):
         write(tmp_path / "out", {"train": []})
     assert nothing_written(tmp_path)
 
@@ -164,7 +172,7 @@ def test_doubled_keys_are_named(tmp_path):
 def test_what_is_there_is_not_written_over(tmp_path):
     write(tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match="out is there already: name another --out"):
+    with pytest.raises(ValueError, match="out already exists: name another --out"):
         write(tmp_path / "out")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
     (tmp_path / "two.unfinished").mkdir()

@@ -25,9 +25,9 @@ def test_records_need_no_image(form, tmp_path):
     found = open_captions(tmp_path / f"d.{form}")
     assert [pair.caption for pair in found] == [f"Number {n}." for n in range(6)]
     assert [pair.record["id"] for pair in found] == list(range(6)) and found.left_out == {"that have several images": 1}
-    with pytest.raises(ValueError, match="was read as text alone"):
+    with pytest.raises(ValueError, match="was read as text only"):
         found[0].image()
-    with pytest.raises(ValueError, match="there is no image with a caption"):
+    with pytest.raises(ValueError, match="no image with a caption found"):
         open_pairs(tmp_path / f"d.{form}")
     images(tmp_path, [f"{n}.png" for n in range(6)])
     both = open_pairs(tmp_path / f"d.{form}")
@@ -41,7 +41,7 @@ def test_a_text_file_is_a_caption_a_line(tmp_path):
     assert [(pair.key, pair.caption) for pair in found] == expected
     assert found.left_out == {"whose line is not UTF-8": 1} and found[0].record is None
     (tmp_path / "c.txt").write_text("\n")
-    with pytest.raises(ValueError, match="c.txt: there is no caption in it"):
+    with pytest.raises(ValueError, match="c.txt: no caption found"):
         open_captions(tmp_path / "c.txt")
 
 
@@ -67,5 +67,5 @@ def test_other_forms_are_read_with_their_images(tmp_path):
     coco = {"images": [{"id": 4, "file_name": "a.png"}], "annotations": [{"id": 1, "image_id": 4, "caption": "Dogs."}]}
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     assert [(pair.key, pair.caption) for pair in open_captions(tmp_path / "coco.json")] == [("4", "Dogs.")]
-    with pytest.raises(ValueError, match="is not there; name"):
+    with pytest.raises(ValueError, match="does not exist; name"):
         open_captions(tmp_path / "none.txt")

@@ -198,7 +198,7 @@ def bad_records(folder):
     return {
         "missing": (record(0, image="none.png"), "missing image", "none.png is not in"),
         "loop": (record(0, image="loop.png"), "missing image", "loop.png"),
-        "zero in the name": (record(0, image="a\0.png"), "missing image", "is no path"),
+        "zero in the name": (record(0, image="a\0.png"), "missing image", "is not a path"),
         "long name": (record(0, image="a" * 5000), "unreadable image", "aaa..."),
         "above": (record(0, image="../outside.png"), "outside of the image folder", "../outside.png leads out of"),
         "absolute": (record(0, image=str(folder / "a.png")), "outside of the image folder", "leads out of"),
@@ -207,10 +207,10 @@ def bad_records(folder):
         "no image": (
             record(0, image="text.png"),
             "unreadable image",
-            "text.png cannot be decoded: no known image format",
+            "text.png cannot be decoded: not a known image format",
         ),
         "cut": (record(0, image="cut.png"), "unreadable image", "cut.png cannot be decoded: "),
-        "folder": (record(0, image="folder.png"), "unreadable image", "folder.png is no file"),
+        "folder": (record(0, image="folder.png"), "unreadable image", "folder.png is not a file"),
         "broken line": (b'{"id": 1, "conv', "broken line", "broken JSON"),
         "deep": (b"[" * 100_000, "broken line", "broken JSON"),
         "not UTF-8": (json.dumps(record(0)).encode().replace(b"Number", b"N\xfcmber"), "not UTF-8", "not UTF-8"),
@@ -314,11 +314,11 @@ def test_faults_of_a_folder_are_named(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("d.json", b"", "there is no sample"),
-        ("d.jsonl", b"\n\n", "there is no sample"),
-        ("d.json", b'[{"id": 1}', "d.json is broken JSON: .*of a .jsonl"),
-        ("d.csv", b"1,2", "is no .json, .jsonl, .yaml, .parquet or folder"),
-        ("d.parquet", b"PAR1 or so", "d.parquet is no parquet file .* fetch it again"),
+        ("d.json", b"", "no sample found"),
+        ("d.jsonl", b"\n\n", "no sample found"),
+        ("d.json", b'[{"id": 1}', "d.json is broken JSON: .*in a .jsonl"),
+        ("d.csv", b"1,2", "is not a .json, .jsonl, .yaml, .parquet or folder"),
+        ("d.parquet", b"PAR1 or so", "d.parquet is not a readable parquet file: .* fetch it again"),
         ("m.yaml", b"a: [", "m.yaml cannot be read"),
         ("m.yaml", b"datasets: [{path: x}]", "needs a list `datasets:`"),
         ("m.yaml", b"datasets: [{json_path: none.json}]", "none.json"),

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from rsa_megatron.data.sources.open_pairs import in_words, open_pairs, sample
+from rsa_megatron.data.sources.open_pairs import format_counts, open_pairs, sample
 from tests.support.pictures import captions, conversation, images, picture, table, widths
 
 
@@ -59,7 +59,7 @@ def test_images_that_are_not_there_or_lead_out_are_counted_with_the_remedy(tmp_p
         f"whose image is not in {root} (--images names the folder; nothing is downloaded)": 3,
         f"whose image's path leads out of {root}": 3,
     }
-    assert in_words(pairs.left_out).startswith("3 whose image is not in")
+    assert format_counts(pairs.left_out).startswith("3 whose image is not in")
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_images_that_are_not_there_or_lead_out_are_counted_with_the_remedy(tmp_p
         ),
         ({"annotations": [{"image_id": 7, "caption": "x"}]}, "an entry has no 'id'"),
         ({"images": [{"id": 7}]}, "an entry has no 'file_name'"),
-        ({"annotations": ["x"]}, "is no captions file of COCO's"),
-        ({"annotations": []}, "there is no image with a caption in it: 3 without a caption"),
+        ({"annotations": ["x"]}, "is not a COCO captions file"),
+        ({"annotations": []}, "no image with a caption found: 3 without a caption"),
     ],
 )
 def test_a_json_that_is_not_cocos_captions_is_named(tmp_path, changes, message):
@@ -121,10 +121,10 @@ def test_karpathys_csv_gives_a_splits_first_sentences(tmp_path):
     expected = {"2.jpg": 'A dog says "woof" .', "3.jpg": "A child , climbing .", "5.jpg": "The second is there ."}
     assert captions(pairs) == expected
     assert widths(pairs) == [2, 3, 5]
-    assert list(pairs.left_out) == ["of another split than 'val' (--split names it; there are train (1), test (1))"]
+    assert list(pairs.left_out) == ["of another split than 'val' (--split selects it; found: train (1), test (1))"]
     assert captions(open_pairs(path, images=folder, split="test")) == {"4.jpg": "Test ."}
     with pytest.raises(
-        ValueError, match=r"5 of another split than 'dev' \(--split names it; there are val \(3\), train"
+        ValueError, match=r"5 of another split than 'dev' \(--split selects it; found: val \(3\), train"
     ):
         open_pairs(path, images=folder, split="dev")
 
@@ -201,12 +201,12 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
         f"whose image is not in {tmp_path.resolve() / 'images'} (--images names the folder; nothing is downloaded)": 1,
         "without a caption": 1,
         "of an image that has a caption already": 1,
-        "of another language than 'en' (--language names it; there are de (1))": 1,
+        "of another language than 'en' (--language selects it; found: de (1))": 1,
     }
     # Control: another language gives the same image another caption.
     assert captions(open_pairs(path, images=tmp_path / "images", language="de")) == {"Tour_(Paris).jpg": "Der Turm."}
     with pytest.raises(
-        ValueError, match=r"6 of another language than 'fr' \(--language names it; there are en \(5\), de \(1\)\)"
+        ValueError, match=r"6 of another language than 'fr' \(--language selects it; found: en \(5\), de \(1\)\)"
     ):
         open_pairs(path, images=tmp_path / "images", language="fr")
 
@@ -282,7 +282,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
             r"no column that names images \(file_name, .*its columns are caption, label; rename",
         ),
         ("a.csv", b"", "a.csv has no column of captions"),
-        ("a.csv", b"image,caption\n", "a.csv: there is no image with a caption in it; name"),
+        ("a.csv", b"image,caption\n", "a.csv: no image with a caption found; name"),
         ("a.csv", b"filename,raw\na.png,no list\n", "1 whose column raw cannot be read"),
         ("a.csv", b"filename,caption\n,x\n", "1 that name no image"),
         ("a.csv", b"filename,caption\na.png,N\xfcmber\n", "1 whose caption is not UTF-8"),
@@ -299,11 +299,11 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         (
             "a.tsv.gz",
             gzip.compress(b"filename\tcaption\n" * 100, mtime=0)[:30],
-            "a.tsv.gz is cut off or broken: .*fetch it again",
+            "a.tsv.gz is truncated or broken: .*fetch it again",
         ),
-        ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is cut off or broken: .*fetch it again"),
-        ("a.parquet", b"PAR1 or so", "a.parquet is no parquet file that can be read: .*fetch it again"),
-        ("a.txt", b"x", "a.txt is no .json, .jsonl"),
+        ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is truncated or broken: .*fetch it again"),
+        ("a.parquet", b"PAR1 or so", "a.parquet is not a readable parquet file: .*fetch it again"),
+        ("a.txt", b"x", "a.txt is not a .json, .jsonl"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(tmp_path, name, content, message):
@@ -402,7 +402,7 @@ def test_a_sample_is_without_replacement_and_lies_in_a_larger_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "count, message", [(41, "--num-samples 41: there are 40 pairs with a caption; lower it"), (0, "least 1")]
+    "count, message", [(41, "--num-samples 41: only 40 pairs have a caption; lower it"), (0, "least 1")]
 )
 def test_a_sample_that_is_too_large_says_how_many_there_are(tmp_path, count, message):
     with pytest.raises(ValueError, match=message):

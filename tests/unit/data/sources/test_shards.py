@@ -72,7 +72,7 @@ def test_a_mixture_concatenates_its_data_sets(packed, tmp_path):
     pairs = open_pairs(path)
     assert as_pairs(path, "val") == expected and len(set(pairs.keys)) == len(pairs)
     assert pairs.keys[0].startswith("link/val.jsonl, line ") and "packed" in pairs.keys[-1]
-    assert [count for reason, count in pairs.left_out.items() if reason.endswith("which says rsa: false")] == [12]
+    assert [count for reason, count in pairs.left_out.items() if reason.endswith("which has rsa: false")] == [12]
 
 
 def test_a_mixture_takes_subsets_and_leaves_excluded_samples(packed, tmp_path):
@@ -92,7 +92,7 @@ def test_opening_shards_reads_no_tar(packed, tmp_path, monkeypatch):
     pairs = open_pairs(packed)
     read = []
     module = "rsa_megatron.data.sources.shards"
-    monkeypatch.setattr(f"{module}._Part.read", lambda part: read.append(part.name) or b"{}")
+    monkeypatch.setattr(f"{module}._File.read", lambda part: read.append(part.name) or b"{}")
     assert len(open_pairs(packed)) == len(pairs) and read == []
     with pytest.raises(ValueError, match=r"val-00000.tar, json: it has no caption: "):
         pairs[0]
@@ -102,14 +102,17 @@ def test_opening_shards_reads_no_tar(packed, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("split", "captions, part 'test': Invalid split part: 'test'; name another --split, or data that has this one"),
-        ("--images", "--images .*: .*captions says itself where its images are; leave it out"),
+        (
+            "split",
+            "captions, split 'test': Invalid split part: 'test'; name another --split, or data that has this one",
+        ),
+        ("--images", "--images .*: .*captions already specifies where its images are; drop the flag"),
         ("missing tar", "val-00000.tar is missing, which its index lists; restore the file"),
         ("broken index", "index.sqlite cannot be read: .*; run `energon prepare --force-overwrite"),
         ("lines without images", "val.jsonl has no images: add `aux: {images: filesystem://FOLDER}` to it"),
-        ("missing data set", "part 'val': .*all of whose data sets are there"),
-        ("no such path", "nowhere is not there; name a folder of shards"),
-        ("no images folder", "--images .*nowhere is no folder"),
+        ("missing data set", "split 'val': .*all of whose data sets exist"),
+        ("no such path", "nowhere does not exist; name a folder of shards"),
+        ("no images folder", "--images .*nowhere is not a folder"),
         ("empty folder", "needs images with a .txt beside each"),
         ("broken yaml", "mixture.yaml cannot be read"),
     ],
@@ -171,8 +174,6 @@ def test_a_sample_of_shards_passes_over_what_has_no_caption(tmp_path):
     pairs = open_pairs(folder)
     assert len(pairs) == len(before) == width
     assert len(sample(pairs, width - 1, 0)) == width - 1
-    message = (
-        f"--num-samples {width}: there are {width - 1} pairs.*; passed over, the last: .*val-00000.tar, json: it has no"
-    )
+    message = f"--num-samples {width}: only {width - 1} pairs .*; last error: .*val-00000.tar, json: it has no"
     with pytest.raises(ValueError, match=message):
         sample(pairs, width, 0)

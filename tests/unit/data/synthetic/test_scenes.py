@@ -13,7 +13,7 @@ def test_a_seed_gives_the_same_scene_picture_and_texts():
     first, second = (scenes.make_scene(7, 3, validation=False) for _ in range(2))
     assert first == second
     assert scenes.render(first, 64, "a").tobytes() == scenes.render(second, 64, "a").tobytes()
-    for view in (scenes.caption, scenes.questions, scenes.text):
+    for view in (scenes.write_caption, scenes.write_questions, scenes.write_text):
         assert view(first, "a") == view(second, "a")
     assert some(20, seed=1) != some(20, seed=2)
 
@@ -29,13 +29,13 @@ def test_no_combination_of_validation_occurs_in_training():
 
 
 def test_captions_are_dense():
-    lengths = [len(scenes.caption(scene, index).split()) for index, scene in enumerate(some())]
+    lengths = [len(scenes.write_caption(scene, index).split()) for index, scene in enumerate(some())]
     assert 40 <= min(lengths) and max(lengths) <= 90 and 55 <= sum(lengths) / len(lengths) <= 75
 
 
 def test_a_caption_tells_what_is_there():
     for index, scene in enumerate(some(50)):
-        text = scenes.caption(scene, index)
+        text = scenes.write_caption(scene, index)
         assert scene.theme.name in text and (scene.word or "") in text
         for thing in scene.things:
             assert f"{thing.size} {thing.colour} {thing.noun} is {scenes.PLACES[thing.cell]}" in text
@@ -53,7 +53,7 @@ def test_every_shape_is_drawn_and_every_label_known():
 
 def test_answers_are_true():
     for index, scene in enumerate(some(100)):
-        for question, answer in scenes.questions(scene, index):
+        for question, answer in scenes.write_questions(scene, index):
             for thing in scene.things:
                 if question == f"What colour is the {thing.noun}?":
                     assert answer == thing.colour
