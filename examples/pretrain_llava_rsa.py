@@ -15,8 +15,9 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from rsa_megatron.plugin import RSAPlugin
+from rsa_megatron.ranks import print_once
 from rsa_megatron.training.alignment_scores import AlignmentScores, write_scores
-from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse, say
+from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse
 from rsa_megatron.training.learning_rates import LearningRates, format_table
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
@@ -39,12 +40,12 @@ def main():
         write_stage(args)
     except (ValueError, OSError) as error:
         end_with(error)
-    say(format_table(args, architecture))
+    print_once(format_table(args, architecture))
     rates = LearningRates(args)
     rates.apply()
     utilisation = Utilisation(args, architecture)
     utilisation.apply()
-    say(utilisation.description)
+    print_once(utilisation.description)
     write_metrics(args)
     pretrain(
         pretrain_cfg_container_from_args(args),

@@ -34,13 +34,14 @@ from torch import Tensor
 
 from rsa_megatron import atomic
 from rsa_megatron.cli.gap_splits import Splits, split_sources
-from rsa_megatron.cli.realign_sources import add_source_arguments, count_ranks, open_sources, progress
+from rsa_megatron.cli.realign_sources import add_source_arguments, open_sources, progress
 from rsa_megatron.evaluation.embedding_files import Embeddings
 from rsa_megatron.json_lines import Line
 from rsa_megatron.plots import style
 from rsa_megatron.plots.gap import draw_gap
 from rsa_megatron.plots.gap_records import STEPS, parse_gap
 from rsa_megatron.plots.gap_table import format_summary
+from rsa_megatron.ranks import count_ranks
 from rsa_megatron.realign.baselines import METHODS
 from rsa_megatron.realign.decomposition import compute_gap_figures, compute_term_moments
 from rsa_megatron.realign.frame import Frame

@@ -21,7 +21,6 @@ stopped. --out gets one line per metric, which replaces an earlier one of the sa
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +39,7 @@ from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, 
 from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
 from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, compute_cone_figures, find_common_samples, score_layers
 from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_store
+from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STANDARD_NORMAL = "standard normal"
@@ -57,32 +57,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         measure(args)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        exit_with_own_error(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}")
+        exit_with_own_error(f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command resumes from here")
-
-
-# Under torchrun, of --checkpoint: the first rank does everything; the others only run their shard of the model.
-RANK = int(os.environ.get("RANK", "0"))
-
-
-def fail(message: str) -> None:
-    print(f"error{f' on rank {RANK}' if RANK else ''}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def fail_once(message: str) -> None:
-    """Report, on the first rank, an error that every rank finds."""
-    if RANK:
-        sys.exit(2)
-    fail(message)
+        exit_with_own_error("interrupted; the same command resumes from here")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        fail_once(message)
+        exit_with_error(message)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -172,43 +156,43 @@ def check(args: argparse.Namespace) -> None:
     """Check what argparse cannot; fail with one line."""
     sides = len(args.vision) + len(args.language)
     if args.megatron_flags and not args.checkpoint:
-        fail_once(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
+        exit_with_error(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
     given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + [
         "vision and --language"
     ] * bool(sides)
     if args.projected and not args.checkpoint:
-        fail_once("--projected needs a --checkpoint, whose projector it reads")
+        exit_with_error("--projected needs a --checkpoint, whose projector it reads")
     if len(given) != 1:
         found = f", not --{' and --'.join(given)}" if given else ""
-        fail_once(
+        exit_with_error(
             f"name what to measure: one of --model, --checkpoint, two of --vision and --language, --features, --random{found}"
         )
     if sides not in (0, 2):
-        fail_once(f"--vision and --language must name two backbones in total, not {sides}")
+        exit_with_error(f"--vision and --language must name two backbones in total, not {sides}")
     needs_data = bool(args.model or args.checkpoint or sides)
     if needs_data != bool(args.data):
-        fail_once(
+        exit_with_error(
             "--data is needed: image-caption pairs"
             if needs_data
             else f"--data needs models; it cannot be used with --{given[0]}"
         )
     if args.text_reading != TEXT_READINGS[0] and not (args.model or args.language):
-        fail_once(f"--text-reading {args.text_reading} needs --model or --language")
+        exit_with_error(f"--text-reading {args.text_reading} needs --model or --language")
     for name in ("num_samples", "seeds", "k", "batch_size", "num_workers"):
         if getattr(args, name) < 1:
-            fail_once(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+            exit_with_error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if min(args.random_dims) < 1:
-        fail_once(f"--random-dims must be at least 1, not {min(args.random_dims)}")
+        exit_with_error(f"--random-dims must be at least 1, not {min(args.random_dims)}")
     if args.k >= args.num_samples and not args.features:
-        fail_once(f"--k {args.k} needs more than {args.k} samples; --num-samples is {args.num_samples}")
+        exit_with_error(f"--k {args.k} needs more than {args.k} samples; --num-samples is {args.num_samples}")
     if args.out.is_dir():
-        fail_once(f"--out {args.out} is a folder; name a file")
-    if RANK:
+        exit_with_error(f"--out {args.out} is a folder; name a file")
+    if get_rank():
         return
     try:
         check_device(args.device)
     except ValueError as error:
-        fail_once(str(error))
+        exit_with_error(str(error))
 
 
 def check_device(device: str) -> None:
@@ -264,7 +248,7 @@ def open_stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNorma
     if args.random:
         return StandardNormal(args, 0), StandardNormal(args, 1)
     opened = open_backbones(args)
-    if RANK:
+    if get_rank():
         with opened:
             raise AssertionError("the other ranks serve in there, and end")
     pairs = open_pairs(args.data, images=args.images, split=args.split, language=args.language_code)

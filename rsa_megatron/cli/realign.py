@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from rsa_megatron.cli import realign_fit, realign_transform
-from rsa_megatron.cli.realign_sources import add_source_arguments, get_rank, open_sources
+from rsa_megatron.cli.realign_sources import add_source_arguments, open_sources
+from rsa_megatron.ranks import exit_with_error
 
 __all__ = ["add_source_arguments", "main", "open_sources"]
 
@@ -45,11 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command.run(command)
     except (ValueError, OSError) as error:
-        fail(str(error))
+        exit_with_error(str(error))
     except torch.OutOfMemoryError as error:
-        fail(f"--batch-size {command.batch_size} is too large for the device: {str(error).splitlines()[0]}")
+        exit_with_error(f"--batch-size {command.batch_size} is too large for the device: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command resumes from here")
+        exit_with_error("interrupted; the same command resumes from here")
 
 
 def join_ranks() -> None:
@@ -59,16 +60,9 @@ def join_ranks() -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
-def fail(message: str) -> None:
-    """Print, on the first rank, the error that every rank finds; exit."""
-    if get_rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        fail(message)
+        exit_with_error(message)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -10,15 +10,12 @@ import torch
 from rsa_megatron.cli.gap_splits import Rows
 from rsa_megatron.cli.realign_sources import (
     add_source_arguments,
-    count_ranks,
-    get_group,
-    get_rank,
     open_sources,
     progress,
-    run_on_first_rank,
 )
 from rsa_megatron.data.prepare.embedding_shards import check_free
 from rsa_megatron.evaluation.embedding_files import Embeddings
+from rsa_megatron.ranks import count_ranks, get_group, get_rank, run_on_first_rank
 from rsa_megatron.realign.baselines import METHODS
 from rsa_megatron.realign.moments import compute_moments
 from rsa_megatron.realign.operator import EmbeddingOperator

@@ -5,7 +5,7 @@ Under torchrun every rank opens the same two sets; what is not stored is embedde
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings,
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
 from rsa_megatron.evaluation.hf_models import HFModel
 from rsa_megatron.evaluation.stored_features import SampleSet, draw_samples, extract_to_store
+from rsa_megatron.ranks import get_rank, run_on_all_ranks, run_on_first_rank
 
 EMBEDDERS = {"image": ImageEmbedder, "text": TextEmbedder}
 Found = TypeVar("Found")
@@ -196,47 +197,3 @@ def progress(pieces: Iterable[Tensor], what: str) -> Iterable[Tensor]:
         for piece_ND in pieces:
             yield piece_ND
             bar.update(len(piece_ND))
-
-
-def get_group() -> torch.distributed.ProcessGroup | None:
-    """Return the group of all ranks of torchrun; None for one process."""
-    return torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-
-
-def get_rank() -> int:
-    return torch.distributed.get_rank() if get_group() else 0
-
-
-def count_ranks() -> int:
-    return torch.distributed.get_world_size() if get_group() else 1
-
-
-def run_on_first_rank(function: Callable[[], Found]) -> Found:
-    """Return the first rank's result on all ranks, or raise its ValueError."""
-    found = [None, None]
-    if get_rank() == 0:
-        try:
-            found = [function(), None]
-        except (ValueError, OSError) as error:
-            found = [None, str(error)]
-    if get_group():
-        torch.distributed.broadcast_object_list(found, src=0)
-    if found[1]:
-        raise ValueError(found[1])
-    return found[0]
-
-
-def run_on_all_ranks(function: Callable[[], Found]) -> Found:
-    """Return each rank's own result, or raise any rank's ValueError on all: none waits for one that has ended."""
-    found, fault = None, None
-    try:
-        found = function()
-    except (ValueError, OSError) as error:
-        fault = str(error)
-    faults = [fault]
-    if get_group():
-        faults = [None] * count_ranks()
-        torch.distributed.all_gather_object(faults, fault)
-    if any(faults):
-        raise ValueError(next(fault for fault in faults if fault))
-    return found

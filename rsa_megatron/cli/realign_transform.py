@@ -18,7 +18,6 @@ from rsa_megatron.cli.realign_sources import (
     add_encoder_arguments,
     check_numbers,
     check_sides,
-    count_ranks,
     draw_split,
     embed_samples,
     progress,
@@ -38,6 +37,7 @@ from rsa_megatron.data.sources.shards import is_rsa, list_splits
 from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings, open_store
 from rsa_megatron.evaluation.feature_store import FeatureStore
 from rsa_megatron.evaluation.stored_features import SampleSet
+from rsa_megatron.ranks import count_ranks
 from rsa_megatron.realign.baselines import load_operator
 from rsa_megatron.realign.operator import EmbeddingOperator
 from rsa_megatron.realign.realign import normalise_rows

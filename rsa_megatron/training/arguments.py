@@ -6,11 +6,9 @@ Nothing here trains. Every mistake that can be seen before the model is built en
 import argparse
 import dataclasses
 import functools
-import os
-import platform
-import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import parse_and_validate_args
@@ -30,6 +28,7 @@ from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.models.llava_onevision import PARTS
 from rsa_megatron.plugin import RSAPlugin
+from rsa_megatron.ranks import exit_with_error, get_rank, print_once
 from rsa_megatron.recipes import recipe
 from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
@@ -55,39 +54,29 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
     for message in filter(None, (weights, projector)):
-        say(message)
+        print_once(message)
     if args.virtual_pipeline_model_parallel_size:
-        say(
+        print_once(
             "WARNING: megatron-core cannot save the data position of interleaved pipelines; "
             "a resumed run will need --restart-data"
         )
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
     if args.save and Path(args.save, TRACKER).is_file() and not args.load and not args.skip_train:
-        say(
+        print_once(
             f"WARNING: --save {args.save} holds checkpoints already, and without --load this run starts from scratch; to resume, add --load {args.save}"
         )
     if "language" not in args.trainable and not has_checkpoint(args):
-        say("WARNING: the language model is frozen and no checkpoint is named: it keeps its random initialisation")
+        print_once(
+            "WARNING: the language model is frozen and no checkpoint is named: it keeps its random initialisation"
+        )
     return args
 
 
-def say(message: str) -> None:
-    """Once, on the first rank. (Megatron's print_rank_0 prints on every rank until the ranks know each other.)"""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(message, flush=True)
-
-
-def end_with(error: Exception):
-    """One line from each node, and the exit status of a wrong command line."""
-    # Some of Megatron's assertions say nothing: their own line says what was wrong.
-    message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        # A node may fail where the first one does not.
-        print(f"error on {platform.node()}: {message}", file=sys.stderr)
-    sys.exit(2)
+def end_with(error: Exception) -> NoReturn:
+    """End the run with one line for a mistake that every rank finds."""
+    # Some of Megatron's assertions have no text: their own line says what was wrong.
+    exit_with_error(str(error) or traceback.extract_tb(error.__traceback__)[-1].line)
 
 
 def raise_value_error(message: str):
@@ -256,7 +245,7 @@ def check_data_path(args) -> None:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
     if len(args.data_path) > 1:
         raise ValueError(f"--data-path takes one data set, not {len(args.data_path)}: name a mixture (.yaml) of them")
-    if int(os.environ.get("RANK", "0")) == 0:
+    if get_rank() == 0:
         check_data(
             args.data_path[0],
             (["train"] if not args.skip_train else []) + (["val"] if args.eval_iters else []),
@@ -327,7 +316,7 @@ def set_one_epoch(args) -> None:
             f"--data-path {args.data_path[0]}: one pass over it does not fill a batch of {args.global_batch_size}; lower "
             "--global-batch-size or leave out --drop-last"
         )
-    say(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")
+    print_once(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")
 
 
 def architecture_of(args) -> Architecture:
@@ -351,8 +340,8 @@ def load_tokenizer(args):
 def dry_run(args, rsa: RSAPlugin) -> None:
     """Print the settings (Megatron has printed its own), the parameters of each part, and which are trained."""
     architecture = architecture_of(args)
-    say(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
-    say(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
-    say(learning_rates.format_table(args, architecture))
+    print_once(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
+    print_once(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
+    print_once(learning_rates.format_table(args, architecture))
     padding = args.padded_vocab_size - architecture.vocab_size
-    say(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")
+    print_once(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")

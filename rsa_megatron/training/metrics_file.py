@@ -16,6 +16,8 @@ from pathlib import Path
 from megatron.training import training
 from megatron.training.utils import is_last_rank
 
+from rsa_megatron.ranks import get_rank
+
 
 def add_arguments(group) -> None:
     group.add_argument(
@@ -90,7 +92,7 @@ def write_metrics(args) -> None:
         path = Path(args.save, "metrics.jsonl")
     else:
         return
-    if int(os.environ.get("RANK", "0")) == args.world_size - 1:
+    if get_rank() == args.world_size - 1:
         _drop_half_line(path)
     MetricsFile(path).apply()
 

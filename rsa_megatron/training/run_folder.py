@@ -6,7 +6,6 @@ has come to its end, at which iteration; and hf/: the model's files in Hugging F
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -15,6 +14,7 @@ from rsa_megatron import atomic
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
+from rsa_megatron.ranks import get_rank
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -61,7 +61,7 @@ def run_of(folder: str) -> dict:
 
 def write_stage(args, **more) -> None:
     """Beside the checkpoints: whose they are, for the next stage, and `finished` once the run has come to its end."""
-    if args.save and not args.skip_train and int(os.environ.get("RANK", "0")) == 0:
+    if args.save and not args.skip_train and get_rank() == 0:
         if args.image_positions:
             more["image_embedding_width"] = args.image_embedding_width
         atomic.write_text(
@@ -71,7 +71,7 @@ def write_stage(args, **more) -> None:
 
 def write_hugging_face_files(args, architecture: Architecture) -> None:
     """Beside the checkpoints, what `checkpoint_conversion megatron-to-hf` needs to know of the model."""
-    if not args.save or int(os.environ.get("RANK", "0")) != 0:
+    if not args.save or get_rank() != 0:
         return
     folder = Path(args.save) / "hf"
     if folder.exists():

@@ -13,6 +13,7 @@ from tests.support import processes
 from tests.support.environment import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.remove(ROOT / "docs" / "log.md")  # history: commands and files of their day
 OF_MEGATRON_LM = ("examples/multimodal/train.py",)
 TRAINING = re.compile(r"(examples/pretrain_llava_rsa\.py|-m rsa_megatron\.training)")
 

@@ -49,7 +49,7 @@ def test_what_is_wrong_on_one_rank_ends_all_and_is_said_once(tmp_path):
     assert "SystemExit: 2" in str(end.value) and not Path("bad").exists()
     with pytest.raises(processes.Failed) as end:
         processes.run(run_on_a_rank, 2, tmp_path, ["fit", "--encoder", "none", "--data", "none", "--out", "bad"])
-    assert end.value.output.count("error: none is not there") == 1
+    assert end.value.output.count("error: none does not exist") == 1
 
 
 def test_help_names_every_command():

@@ -20,6 +20,7 @@ ARROWS = {
     "job_queue": [],
     "job_commands": [],
     "example_files": [],
+    "ranks": [],
     "alignment": [],
     "realign": ["alignment"],
     "hooks": ["alignment", "batch", "config"],
@@ -41,6 +42,7 @@ ARROWS = {
         "models",
         "planning",
         "plugin",
+        "ranks",
         "recipes",
     ],
     "cli": [
@@ -53,6 +55,7 @@ ARROWS = {
         "models",
         "planning",
         "plots",
+        "ranks",
         "realign",
         "recipes",
         "training",
@@ -66,7 +69,9 @@ FORBIDDEN = {
         ["config", "anyres", "recipes", "json_lines", "job_queue", "job_commands", "example_files"],
         ["torch", "numpy", "megatron", "transformers", "PIL"],
     ),
-    **dict.fromkeys(["batch", "alignment", "realign", "planning", "atomic"], ["megatron", "transformers", "PIL"]),
+    **dict.fromkeys(
+        ["batch", "alignment", "realign", "planning", "atomic", "ranks"], ["megatron", "transformers", "PIL"]
+    ),
     **dict.fromkeys(["hooks", "plugin"], ["megatron.training", "megatron.energon", "transformers", "PIL"]),
     "models": ["megatron.training", "megatron.energon", "PIL"],
     "data": ["megatron.core", "megatron.training"],

@@ -1,0 +1,80 @@
+"""What the ranks of a job do as one: a line on the screen once, an error that ends all, one rank's result for all.
+
+Until torch.distributed is initialised, a rank knows itself by torchrun's environment.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import torch.distributed
+
+Result = TypeVar("Result")
+
+
+def get_rank() -> int:
+    return torch.distributed.get_rank() if get_group() else int(os.environ.get("RANK", "0"))
+
+
+def count_ranks() -> int:
+    return torch.distributed.get_world_size() if get_group() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def get_group() -> torch.distributed.ProcessGroup | None:
+    """Return the group of all ranks; None until it is there."""
+    return torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+
+
+def print_once(message: str) -> None:
+    """Print on the first rank only. (Megatron's print_rank_0 prints on every rank until the ranks know each other.)"""
+    if get_rank() == 0:
+        print(message, flush=True)
+
+
+def exit_with_error(message: str) -> NoReturn:
+    """End a rank with exit status 2 for what every rank finds: one line, and one from each other node, where it may differ."""
+    if get_rank() == 0:
+        print(f"error: {message}", file=sys.stderr)
+    elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"error on {platform.node()}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def exit_with_own_error(message: str) -> NoReturn:
+    """End a rank with exit status 2 for what it may have found alone."""
+    rank = get_rank()
+    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_on_first_rank(function: Callable[[], Result]) -> Result:
+    """Return the first rank's result on all ranks, or raise its ValueError there."""
+    found = [None, None]
+    if get_rank() == 0:
+        try:
+            found = [function(), None]
+        except (ValueError, OSError) as error:
+            found = [None, str(error)]
+    if get_group():
+        torch.distributed.broadcast_object_list(found, src=0)
+    if found[1]:
+        raise ValueError(found[1])
+    return found[0]
+
+
+def run_on_all_ranks(function: Callable[[], Result]) -> Result:
+    """Return each rank's own result, or raise any rank's ValueError on all: none waits for one that has ended."""
+    found, fault = None, None
+    try:
+        found = function()
+    except (ValueError, OSError) as error:
+        fault = str(error)
+    faults = [fault]
+    if get_group():
+        faults = [None] * count_ranks()
+        torch.distributed.all_gather_object(faults, fault)
+    if any(faults):
+        raise ValueError(next(fault for fault in faults if fault))
+    return found
