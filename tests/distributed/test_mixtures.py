@@ -283,7 +283,7 @@ def test_a_pass_in_another_number_of_iterations_is_refused(demo, epochized, tmp_
 
 
 def test_linked_data_is_checked_like_shards(linked, epochized):
-    with pytest.raises(ValueError, match="part 'val'"):
+    with pytest.raises(ValueError, match="split 'val'"):
         check_data(linked, ["train", "val"], num_readers=1, micro_batch_size=4)
     check_data(linked, ["train"], num_readers=1, micro_batch_size=4)
     assert fingerprint(linked) != fingerprint(epochized)

@@ -80,5 +80,5 @@ def with_wrong_tiles():
 
 
 def test_tiles_that_are_not_the_images_are_named(demo):
-    with pytest.raises(processes.Failed, match="the tower has been given 4 tiles, and the batch's samples have 5"):
+    with pytest.raises(processes.Failed, match="the tower was given 4 tiles, and the batch's samples have 5"):
         layouts.run(layouts.SINGLE, [[with_wrong_tiles()]], [*flags(demo), "--rsa-weight", "1"])

@@ -93,7 +93,7 @@ def test_images_of_several_tiles_and_texts_in_every_layout(parity, layout, kind)
 def no_black_tile():
     from rsa_megatron.models import llava_onevision
 
-    llava_onevision.LlavaOneVision._black_tile = lambda self, images: images
+    llava_onevision.LlavaOneVision._make_black_tile = lambda self, images: images
 
 
 def test_texts_without_the_black_tile_would_be_seen(parity):

@@ -88,15 +88,15 @@ def message_on_rank(kind):
     [
         (
             "rows",
-            "image embeddings: rank 1: of 150 rows 2 hold NaN (rows 3, 4), 1 are zero (row 9): they have no direction; leave them out",
+            "image embeddings: rank 1: of 150 rows 2 hold NaN (rows 3, 4), 1 are zero (row 9): they have no direction; remove them",
         ),
         ("file", "text embeddings: rank 1: shard-00003.npy ends after 50 rows"),
-        ("width", "image embeddings: embeddings of a set have one width, but it is 24 on rank 0, 20 on rank 1"),
+        ("width", "image embeddings: embeddings of a set must have one width, not 24 on rank 0, 20 on rank 1"),
         (
             "all",
             "image embeddings have width 24 and text embeddings 20: they must come from one space, so from the two halves of one encoder",
         ),
-        ("one row", "text embeddings: a mean and a variance need at least 2 rows, and there are 1"),
+        ("one row", "text embeddings: a mean and a variance need at least 2 rows, got 1"),
         ("nothing", None),
     ],
 )

@@ -93,7 +93,7 @@ BAD_FLAGS = [
         ["--drop-last"],
         "error: --drop-last is about a single pass over the data; leave it out, or leave out the number of iter",
     ),
-    (["--vision-lr", 0, "--lr-warmup-init", 1e-7], "error: --vision-lr goes with a warm-up from 0 alone"),
+    (["--vision-lr", 0, "--lr-warmup-init", 1e-7], "error: --vision-lr needs a warm-up from 0"),
     (["--vision-lr", -1], "error: --vision-lr -1.0: a learning rate is 0 or more"),
     (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
     (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),

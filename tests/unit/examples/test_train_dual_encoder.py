@@ -140,5 +140,5 @@ def test_what_is_there_is_not_done_again_and_nothing_else_is_taken_for_it(traine
     assert json.loads((folder / "figures.json").read_text())["pairs"] == 32
     with pytest.raises(SystemExit, match=f"error: {folder} holds something of other settings"):
         train_dual_encoder.main(flags(demo, folder, "--seed", 3))
-    with pytest.raises(SystemExit, match="error: .*nowhere is not there"):
+    with pytest.raises(SystemExit, match="error: .*nowhere does not exist"):
         train_dual_encoder.main(["--data", "nowhere", *flags(demo, folder.with_name("x"))[2:]])
