@@ -344,4 +344,4 @@ def dry_run(args, rsa: RSAPlugin) -> None:
     print_once(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
     print_once(learning_rates.format_table(args, architecture))
     padding = args.padded_vocab_size - architecture.vocab_size
-    print_once(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, which are not counted")
+    print_once(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, not counted")

@@ -55,8 +55,8 @@ def format_table(args, architecture: Architecture) -> str:
         lines.append(
             f"{part:<12}{totals[part]:>16,}  {rate:<18}  " + ", ".join(f"{k} {v:,}" for k, v in pieces.items())
         )
-    learn = sum(totals[part] for part in rates)
-    return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {learn:,} learn"])
+    trained = sum(totals[part] for part in rates)
+    return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {trained:,} are trained"])
 
 
 class LearningRates:

@@ -96,7 +96,7 @@ def test_dry_run_prints_what_would_run_and_stops(demo):
         assert re.search(rf"^{part} +{counts[part]:,}  {learns} ", output, flags=re.MULTILINE)
     assert re.search(r"^projector .* two linear layers 2,624, image_newline 32$", output, flags=re.MULTILINE)
     assert re.search(
-        rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} learn$", output, re.M
+        rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} are trained$", output, re.M
     )
     assert "word embeddings: 1,024 rows, and 512 of padding, which are not counted" in output
     assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
