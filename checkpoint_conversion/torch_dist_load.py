@@ -35,6 +35,7 @@ _ALLOWED = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # the same, as Python 3.13 calls it
 }
 
 

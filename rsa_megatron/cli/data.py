@@ -6,7 +6,8 @@
     rsa-megatron data show PATH --index 3 --tokenizer TOKENIZER --stage 1.5
 
 SOURCE: LLaVA's JSON or JSONL, LLaVA-OneVision's YAML of such files, Hugging Face's parquet files (one, or a folder of
-them), or a folder of images with a text file beside each. PATH is a SOURCE, a folder that pack has written, or a mixture.
+them), a folder of images with a text file beside each, COCO's captions .json, or a .csv, .tsv or .parquet with a column of
+captions. PATH is a SOURCE, a folder that pack has written, or a mixture.
 
 A sample that cannot be used is skipped; DIR/skipped.jsonl lists each with the reason. A run that was killed resumes where
 it stopped; DIR appears under its name when it is complete. DIR/summary.json and summary.png show what is in it.
@@ -31,7 +32,8 @@ from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, sho
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
 from rsa_megatron.data.prepare.shard_writer import Lines, TarShards, index_lines, index_shards
-from rsa_megatron.data.sources.llava_records import open_source
+from rsa_megatron.data.sources.open_records import CaptionRecords, open_records
+from rsa_megatron.data.sources.pairs import format_counts
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
 
@@ -86,7 +88,9 @@ def parse(arguments: list[str] | None):
 
 def make(args) -> None:
     """Run pack and link."""
-    source = open_source(args.source, seed=args.seed)
+    source = open_records(args.source, images=args.images, seed=args.seed)
+    if isinstance(source, CaptionRecords) and source.left_out:
+        print(f"skipped: {format_counts(source.left_out)}", file=sys.stderr)
     image_root = (args.images or source.image_root).resolve()
     if not image_root.is_dir():
         raise ValueError(f"--images {image_root} is not a folder")

@@ -17,7 +17,7 @@ from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
-from rsa_megatron.data.sources.llava_records import open_source
+from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.task_encoder import StoredSample
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
@@ -142,7 +142,7 @@ def read_stored_sample(args) -> StoredSample:
 
 def read_source_sample(args) -> StoredSample:
     """Read a record of a SOURCE as pack would store it with --rsa."""
-    source = open_source(args.path, seed=args.seed)
+    source = open_records(args.path, images=args.images, seed=args.seed)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
     record = next(source.records(args.index))

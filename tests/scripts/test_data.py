@@ -121,6 +121,46 @@ def test_pack_and_link_give_back_every_byte_and_the_same_samples(tmp_path):
         assert Image.open(folder / "summary.png").size[0] > 500 and not list(tmp_path.glob("*.unfinished"))
 
 
+def test_captions_of_coco_and_of_tables_are_packed_and_linked(tmp_path, capsys):
+    """What can be measured can be trained on: each image with its caption, byte for byte."""
+    data = [image_bytes(n) for n in range(6)]
+    (tmp_path / "images").mkdir()
+    for n in range(6):
+        (tmp_path / "images" / f"{n}.jpg").write_bytes(data[n])
+    coco = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(7)],  # the last is missing
+        "annotations": [{"id": n, "image_id": n, "caption": f"Caption {n}."} for n in range(7)],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{n}.jpg,Caption {n}.\n" for n in range(6)))
+    rows = [{"image": {"bytes": data[n], "path": None}, "caption": f"Caption {n}."} for n in range(6)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=4)
+    expected = {f"Caption {n}.": [data[n]] for n in range(6)}
+    for name, how in (
+        ("coco.json", "pack"),
+        ("coco.json", "link"),
+        ("t.csv", "pack"),
+        ("t.csv", "link"),
+        ("t.parquet", "pack"),
+    ):
+        out = tmp_path / f"{how}-{name}"
+        run(how, tmp_path / name, out, "--images", tmp_path / "images", "--val", 2, "--rsa")
+        assert ("skipped: 1 whose image is not in" in capsys.readouterr().err) == (name == "coco.json")
+        path = out / "mixture.yaml" if how == "link" else out
+        found = {}
+        for part, count in (("train", 4), ("val", 2)):
+            samples = list(stored_samples(path, part))
+            assert len(samples) == count
+            for sample in samples:
+                record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
+                human, answer = record["conversations"]
+                assert human["value"].startswith("<image>\n") and answer["from"] == "gpt"
+                found[answer["value"]] = list(sample.images.values())
+        assert found == expected
+    with pytest.raises(SystemExit, match="t.parquet.*linked|images within|link"):
+        run("link", tmp_path / "t.parquet", tmp_path / "linked-parquet", "--val", 2)
+
+
 def test_every_other_format_is_packed_with_its_bytes(tmp_path, capsys):
     data = [image_bytes(n) for n in range(6)]
     images = [{"bytes": data[n], "path": None} for n in range(6)]

@@ -3,12 +3,11 @@ and JSONL, a folder of images with texts)."""
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from rsa_megatron.data.conversation import check_conversation
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, find_image, open_image, without_image
+from rsa_megatron.data.sources.pairs import CaptionedImage, ImageFile, Pairs, find_image, without_image
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
 #: Reason for skipping samples by whether exactly one image is needed (True), or at most one.
@@ -38,7 +37,7 @@ class FoundPairs:
             self.left_out["whose caption is not UTF-8"] += 1
         else:
             try:
-                image = partial(open_image, find_image(self._root, image)) if isinstance(image, str) else image
+                image = ImageFile(find_image(self._root, image)) if isinstance(image, str) else image
                 self._pairs[key] = CaptionedImage(key, caption, image, record)
             except Unusable as fault:
                 self.left_out[fault.kind] += 1

@@ -26,7 +26,7 @@ from rsa_megatron.data.sources.shards import read_shards
 
 __all__ = ["CaptionedImage", "Pairs", "format_counts", "open_pairs", "sample"]
 
-_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 _FORMS = (
     "a folder of shards that rsa-megatron data pack has written, a mixture.yaml, COCO's captions .json, a .csv, .tsv or "
     ".parquet with a column of captions, or a folder of images with a .txt beside each"
@@ -65,10 +65,10 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
             raise ValueError(f"--images {images}: {path} already specifies where its images are; drop the flag")
         return read_shards(path, split)
     root = Path(images or (path if path.is_dir() else path.parent)).resolve()
-    tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.name.lower().endswith(_TABLES) else []
+    tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.name.lower().endswith(TABLES) else []
     if tables:
         return caption_tables.read_tables(tables, root, split, language)
-    content = _read_json_object(path)
+    content = read_json_object(path)
     if content is not None:
         return coco.read_coco(path, content, root)
     return coco.read_records(open_source(path), root)
@@ -89,10 +89,10 @@ def is_prepared(path: Path) -> bool:
 
 def is_json_object(path: Path) -> bool:
     """Return whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
-    return _read_json_object(path) is not None
+    return read_json_object(path) is not None
 
 
-def _read_json_object(path: Path) -> dict | None:
+def read_json_object(path: Path) -> dict | None:
     """Read a .json that is one object, as COCO's captions; None for a list of records, or one a line."""
     if path.suffix.lower() != ".json":
         return None

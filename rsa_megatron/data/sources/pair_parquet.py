@@ -1,14 +1,15 @@
 """Parquet files as tables of captions: texts are read a batch at a time, images when they are opened."""
 
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow
 from PIL import Image
 from pyarrow.parquet import ParquetFile
 
-from rsa_megatron.data.sources.pairs import Row, Table, decode, find_image, open_image
+from rsa_megatron.data.sources.pairs import ImageFile, Row, Table, decode, find_image
 from rsa_megatron.data.sources.record import Unusable
 
 # Rows that are in memory at once, without their images.
@@ -53,7 +54,7 @@ def _read_rows(path: Path, name: str, root: Path, columns: list[str], image_colu
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
                     for content in batch.to_pylist():
                         place = f"{name}, row group {group}, row {number}"
-                        image = partial(_open, path, group, number, root) if image_column else None
+                        image = ImageOfRow(path, group, number, root) if image_column else None
                         yield from (Row(place, texts, image) for texts in _split_languages(content))
                         number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -69,16 +70,34 @@ def _split_languages(content: dict) -> list[dict]:
     return [content | texts for texts in nested]
 
 
-def _open(path: Path, group: int, number: int, root: Path) -> Image.Image:
-    place = f"{path}, row group {group}, row {number}"
-    value = _read_images(path, group)[number].as_py()
-    value = value if isinstance(value, dict) else {"bytes": value}
-    if value.get("bytes"):
-        return decode(value["bytes"], place)
-    try:
-        return open_image(find_image(root, value.get("path") or ""))
-    except Unusable as fault:
-        raise ValueError(f"{place}: it has no image of its own, and its path {fault} is not in {root}") from fault
+@dataclass(frozen=True)
+class ImageOfRow:
+    """Opens the image of a row: its bytes, or the file that it names."""
+
+    file: Path
+    group: int
+    number: int
+    root: Path
+
+    def read(self) -> bytes:
+        return self._find()[0]
+
+    def __call__(self) -> Image.Image:
+        return decode(*self._find())
+
+    def _find(self) -> tuple[bytes, str]:
+        place = f"{self.file}, row group {self.group}, row {self.number}"
+        value = _read_images(self.file, self.group)[self.number].as_py()
+        value = value if isinstance(value, dict) else {"bytes": value}
+        if value.get("bytes"):
+            return value["bytes"], place
+        try:
+            path = find_image(self.root, value.get("path") or "")
+        except Unusable as fault:
+            raise ValueError(
+                f"{place}: it has no image of its own, and its path {fault} is not in {self.root}"
+            ) from fault
+        return ImageFile(path).read(), str(path)
 
 
 @lru_cache(maxsize=1)

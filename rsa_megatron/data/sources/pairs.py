@@ -165,17 +165,24 @@ def find_image(root: Path, name: str) -> Path:
         raise Unusable(f"whose image's path leads out of {root}", name) from fault
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open the image of a file, as training does: upright, RGB, transparency on white.
+@dataclass(frozen=True)
+class ImageFile:
+    """Opens the image of a file, as training does: upright, RGB, transparency on white.
 
     Raises:
         ValueError: it cannot be read; names the file.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    return decode(data, str(path))
+
+    path: Path
+
+    def read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def __call__(self) -> Image.Image:
+        return decode(self.read(), str(self.path))
 
 
 def decode(data: bytes, place: str) -> Image.Image:
