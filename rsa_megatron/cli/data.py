@@ -1,4 +1,4 @@
-"""Make training data of data as people have it, and look at it.
+"""Make training data from what you have, and look at it.
 
     rsa-megatron data pack SOURCE --out DIR --rsa          Energon shards; --data-path DIR
     rsa-megatron data link SOURCE --out DIR --images ROOT  images stay where they are;
@@ -59,24 +59,33 @@ def parse(arguments: list[str] | None):
         ("link", "write JSONL files that point to images where they are"),
     ):
         command = commands.add_parser(name, help=help)
-        command.add_argument("source", type=Path, metavar="SOURCE", help="the data: see above")
+        command.add_argument(
+            "source", type=Path, metavar="SOURCE", help="the data; `rsa-megatron data --help` lists the formats"
+        )
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument(
             "--images", type=Path, help="folder that the paths of images are relative to; default: SOURCE's own"
         )
         command.add_argument("--rsa", action="store_true", help="samples with one image enter the RSA loss")
         command.add_argument(
-            "--val", default="0.01", help="held out for validation: a fraction below 1, or a number of samples"
+            "--val",
+            default="0.01",
+            help="held out for validation: a fraction below 1, or a number of samples; default: %(default)s",
         )
-        command.add_argument("--num-workers", type=int, default=2, help="images decoded in parallel")
         command.add_argument(
-            "--seed", type=int, default=0, help="seed of the validation split and of sampling_strategy random"
+            "--num-workers", type=int, default=2, help="images decoded in parallel; default: %(default)s"
+        )
+        command.add_argument(
+            "--seed",
+            type=int,
+            default=0,
+            help="seed of the validation split and of sampling_strategy random; default: %(default)s",
         )
         command.add_argument(
             "--tokenizer", type=Path, help="Hugging Face folder; the summary then counts tokens, not words"
         )
         if name == "pack":
-            command.add_argument("--shard-size", type=int, default=1000, help="samples per tar")
+            command.add_argument("--shard-size", type=int, default=1000, help="samples per tar; default: %(default)s")
     add_show_arguments(commands.add_parser("show", help="show one sample as training sees it"))
     args = parser.parse_args(arguments)
     if args.command != "show" and args.num_workers < 1:

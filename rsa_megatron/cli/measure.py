@@ -112,21 +112,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder that the paths of images are relative to; default: DATA's own",
     )
-    data.add_argument("--split", default="val", help="split of shards, and of tables with a column `split`")
-    data.add_argument("--language-code", default="en", help="language to select in tables with a column `language`")
-    data.add_argument("--num-samples", type=int, default=1000, help="pairs per seed")
     data.add_argument(
-        "--seeds", type=int, default=3, help="number of seeds (0, 1, ...), each with its own sample of pairs"
+        "--split", default="val", help="split of shards, and of tables with a column `split`; default: %(default)s"
+    )
+    data.add_argument("--language-code", default="en", help="language to select in tables with a column `language`")
+    data.add_argument("--num-samples", type=int, default=1000, help="pairs per seed; default: %(default)s")
+    data.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="number of seeds (0, 1, ...), each with its own sample of pairs; default: %(default)s",
     )
     how = parser.add_argument_group("measurement")
-    how.add_argument("--k", type=int, default=10, help="number of neighbours")
+    how.add_argument("--k", type=int, default=10, help="number of neighbours; default: %(default)s")
     how.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
         default=[MUTUAL_KNN],
         metavar="NAME",
-        help=f"one or more of {', '.join(METRICS)}",
+        help=f"one or more of {', '.join(METRICS)}; default: {MUTUAL_KNN}",
     )
     how.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
@@ -136,7 +141,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     how.add_argument("--batch-size", type=int, default=32, help="images or captions per forward pass")
     how.add_argument("--num-workers", type=int, default=2, help="threads that open images")
-    how.add_argument("--store", type=Path, default=Path("features"), metavar="DIR", help="folder for stored features")
+    how.add_argument(
+        "--store",
+        type=Path,
+        default=Path("features"),
+        metavar="DIR",
+        help="folder for stored features; default: %(default)s",
+    )
     how.add_argument(
         "--store-dtype",
         choices=STORE_DTYPES,

@@ -58,7 +58,8 @@ def log_scores(
     """Write the scores to the log and return them by the names that they have there."""
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
-    chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > 1 else math.nan
+    # With k pairs or fewer there is neither a score nor a chance.
+    chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > args.mutual_knn_k else math.nan
     named = {}
     for (metric, pair), score in scores.items():
         name = metric + ("" if pair == (-1, -1) else " {}:{}".format(*pair))

@@ -68,7 +68,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         )
     if "language" not in args.trainable and not has_checkpoint(args):
         print_once(
-            "WARNING: the language model is frozen and no checkpoint is named: it keeps its random initialisation"
+            "WARNING: the language model is frozen and no checkpoint was found: it keeps its random initialisation"
         )
     return args
 

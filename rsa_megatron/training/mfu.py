@@ -55,7 +55,7 @@ def add_arguments(group) -> None:
     group.add_argument(
         "--peak-tflops",
         type=float,
-        help="what mfu in the log is a part of: TFLOP/s of one device; default: its data sheet's for dense bf16, "
+        help="what mfu in the log is a fraction of: TFLOP/s of one device; default: its data sheet's for dense bf16, "
         "and where that is not known, or in fp32, those of a matrix product at the start",
     )
 
@@ -117,7 +117,7 @@ class Utilisation:
         self._peak_flops, source = peak_flops(args)
         #: for the log, once
         self.description = (
-            f"mfu: model FLOPs utilisation, a part of {self._peak_flops / 1e12:.4g} TFLOP/s a device, {source}"
+            f"mfu: model FLOPs utilisation, relative to {self._peak_flops / 1e12:.4g} TFLOP/s per device, {source}"
         )
         self._last_report: float | None = None
         self._flops_so_far, self._samples_so_far = 0.0, 0

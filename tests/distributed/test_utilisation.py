@@ -199,7 +199,7 @@ def test_evaluations_do_not_count(demo, tmp_path):
 def test_the_log_says_what_the_peak_is(demo):
     outputs = script.run(2, demo, "--train-iters", 2)
     (said,) = re.findall(
-        r"^mfu: .* a part of ([\d.e+-]+) TFLOP/s a device, measured here, .* float32", "".join(outputs), re.M
+        r"^mfu: .* relative to ([\d.e+-]+) TFLOP/s per device, measured here, .* float32", "".join(outputs), re.M
     )
     assert float(said) > 0
     for figures in script.iterations(outputs).values():

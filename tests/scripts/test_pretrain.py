@@ -98,7 +98,7 @@ def test_dry_run_prints_what_would_run_and_stops(demo):
     assert re.search(
         rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} are trained$", output, re.M
     )
-    assert "word embeddings: 1,024 rows, and 512 of padding, which are not counted" in output
+    assert "word embeddings: 1,024 rows, and 512 of padding, not counted" in output
     assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
     assert "iteration        1" not in output
 
@@ -171,7 +171,7 @@ def test_a_collapsed_space_has_no_neighbours_and_the_run_goes_on(demo):
 
 def test_a_frozen_language_model_without_a_checkpoint_is_warned_of(demo):
     flags = ("--train-iters", 1, "--trainable", "vision", "projector")
-    assert "the language model is frozen and no checkpoint is named" in script.run(1, demo, *flags)[0]
+    assert "the language model is frozen and no checkpoint was found" in script.run(1, demo, *flags)[0]
 
 
 # Layouts
