@@ -14,6 +14,14 @@ from tests.support.environment import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.remove(ROOT / "docs" / "log.md")  # history: commands and files of their day
+#: until version 0.3
+MOVED = {
+    "measure_alignment": "measure",
+    "plan_run": "plan",
+    "plot_alignment": "plot",
+    "prepare_shards": "data",
+    "realign": "realign",
+}
 OF_MEGATRON_LM = ("examples/multimodal/train.py",)
 TRAINING = re.compile(r"(examples/pretrain_llava_rsa\.py|-m rsa_megatron\.training)")
 
@@ -90,6 +98,14 @@ def test_a_command_of_the_docs_is_there_with_its_flags(page, line, help_of):
         return
     missing = [flag for flag in flags if flag not in text]
     assert not missing, f"{page}: {line}"
+
+
+@pytest.mark.parametrize("script, command", MOVED.items())
+def test_a_script_that_became_a_command_points_to_it_and_still_runs(script, command, preloaded_python):
+    line = [preloaded_python, f"examples/{script}.py", "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and f"usage: rsa-megatron {command}" in result.stdout
+    assert f"note: examples/{script}.py is now the command rsa-megatron {command}\n" in result.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
