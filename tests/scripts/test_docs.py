@@ -138,6 +138,23 @@ def test_the_code_of_the_pages_runs():
     assert result.stdout == "tensor(1.5000)\n"
 
 
+def test_the_plugin_pages_code_runs():
+    """A selection, and a task encoder of a job with the mixin before it; the lines with + are a diff."""
+    code = [
+        block for block in blocks(ROOT / "docs" / "plugin.md") if block.startswith(("def select", "from rsa_megatron"))
+    ]
+    assert len(code) == 2
+    from rsa_megatron import RSAConfig, RSAPlugin
+    from tests.support.energon_jobs import Job
+
+    names = {"RSAConfig": RSAConfig, "RSAPlugin": RSAPlugin, "TheirTaskEncoder": Job}
+    for block in code:
+        exec(block, names)
+    assert names["rsa"].config.weight == 0.01
+    assert names["select"]({"caption_mask": 1, "is_caption_pair": 2}) == (1, 2)
+    assert issubclass(names["MyEncoder"], Job)
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)

@@ -37,12 +37,25 @@ def folder(tmp_path, demo, preloaded_python):
     return tmp_path
 
 
+def test_a_run_by_hand_can_be_looked_at_first(folder, preloaded_python):
+    """ "Start a run by hand", but for the making of the data, which are there."""
+    section = (ROOT / "docs" / "quickstart.md").read_text().partition("## Start a run by hand")[2]
+    (command,) = re.findall(r"^    (torchrun (?:.*\\\n)*.*--dry-run)$", section, re.MULTILINE)
+    result = run(command, folder, preloaded_python)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "model demo, stage 1, RSAConfig(weight=0.001" in result.stdout
+
+
+def run(commands: str, folder, preloaded_python):
+    path = os.pathsep.join([str(folder / "bin"), os.path.dirname(preloaded_python), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path}
+    return subprocess.run(["bash", "-e"], input=commands, capture_output=True, text=True, cwd=folder, env=environment)
+
+
 def test_own_captions_become_a_model_scores_and_figures(folder, preloaded_python):
     section = (ROOT / "docs" / "quickstart.md").read_text().partition("## Try your own captions")[2]
     (block,) = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
-    path = os.pathsep.join([str(folder / "bin"), os.path.dirname(preloaded_python), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path}
-    result = subprocess.run(["bash", "-e"], input=block, capture_output=True, text=True, cwd=folder, env=environment)
+    result = run(block, folder, preloaded_python)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     figures = read_figures(folder / "runs" / "mine" / "metrics.jsonl")
     assert list(figures["lm loss"]) == list(range(1, 41)) and list(figures["mutual-knn"]) == [20, 40]
