@@ -272,7 +272,7 @@ SIDES = {"megatron": megatron_step, "transformers": transformers_step}
 
 
 def serve(connection, side: str, folder: Path, args) -> None:
-    """One side's process: so many steps at each request, none to end; their mean time in seconds, and the first one's loss."""
+    """One side's process: N steps at each request, 0 to end; their mean time in seconds, and the first one's loss."""
     torch.set_num_threads(args.threads)
     os.dup2(
         os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -310,7 +310,7 @@ def measure(folder: Path, args) -> dict:
             process.join()
         return figures
     except EOFError:
-        raise SystemExit("error: a side ended early; what it said stands above") from None
+        raise SystemExit("error: a side ended early; see its output above") from None
     finally:
         for process in processes:
             process.kill()

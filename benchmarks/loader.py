@@ -98,7 +98,7 @@ def main():
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--captions", type=int, default=2400, help="of the demo's samples so many are timed")
+    parser.add_argument("--captions", type=int, default=2400, help="number of the demo's samples that are timed")
     parser.add_argument("--images", type=int, default=240, help="of the AnyRes images")
     parser.add_argument("--sizes", nargs="+", default=anyres.SIZES, help="of the AnyRes images, WIDTHxHEIGHT")
     parser.add_argument("--runs", type=int, default=5, help="of each number of workers, on each data set")

@@ -60,7 +60,7 @@ def growth_at_peak(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
     before = resident_bytes("VmRSS")
     work()
     return resident_bytes("VmHWM") - before

@@ -10,7 +10,7 @@ that in float16. They come in pieces of 2048 rows (10 MB in float32), read into 
     means      unit rows and their mean in float64 and nothing else, in one pass over each file: less than any fit must do
     plain      ReAlign as it is written down, a piece at a time: unit rows, means; traces; mu'. Images twice, texts three times
 
-"cached" runs find the files in memory as far as they fit, "disk" runs begin after the system was told to drop them. Times are medians;
+"cached" runs find the files in memory as far as they fit, "disk" runs start after the system has dropped them. Times are medians;
 ratios are of medians. Memory is the growth of a fresh process's resident size at its peak, one process each, cached; the buffer
 of a piece is part of it. The difference is the largest between ours and plain over the three means and the scale.
 """
@@ -32,7 +32,7 @@ import torch
 from rsa_megatron.realign.realign import ReAlign
 from rsa_megatron.realign.unit_rows import RowFaults, iterate_unit_blocks
 
-# Copies of a piece in float64 are 21 MB. Above 32 MB the C library maps memory anew for each, which costs plain more than its sums.
+# Copies of a piece in float64 are 21 MB. Above 32 MB the C library maps new memory for each, which costs plain more than its sums.
 PIECE_ROWS = 2048
 COLUMNS = (
     "type",

@@ -123,15 +123,15 @@ def timed_start(folder: Path, threads: int) -> dict[str, dict[str, float]]:
     arguments = ["-c", _TRAIN, demo_run.SCRIPT.parent, *demo_run.flags(folder, "--train-iters", "1")]
     then, cpu_then = time.perf_counter(), 0.0
     process = start_python(arguments, threads)
-    marks, found, said = list(PARTS.items()), {}, []
+    marks, found, output = list(PARTS.items()), {}, []
     for line in process.stdout:
-        said.append(line)
+        output.append(line)
         if marks and marks[0][1] in line:
             now, cpu_now = time.perf_counter(), cpu_seconds(process.pid)
             found[marks.pop(0)[0]] = {"s": now - then, "cpu_s": cpu_now - cpu_then}
             then, cpu_then = now, cpu_now
     if process.wait() or marks:
-        sys.exit(f"the training run failed, or did not say {marks and marks[0][1]!r}:\n{''.join(said[-20:])}")
+        sys.exit(f"the training run failed, or did not print {marks and marks[0][1]!r}:\n{''.join(output[-20:])}")
     return found
 
 

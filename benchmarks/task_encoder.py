@@ -3,7 +3,7 @@
     python benchmarks/task_encoder.py [--runs 15] [--append results/benchmarks.jsonl]
 
 Both begin with a JPEG file's bytes and the same conversation and end with tensors: ours is
-LlavaTaskEncoder.encode_sample, which also marks what is learnt; theirs is Pillow's decoder and LlavaOnevisionProcessor
+LlavaTaskEncoder.encode_sample, which also marks trained tokens; theirs is Pillow's decoder and LlavaOnevisionProcessor
 with the image processor that works on Pillow's images. Tiles of 384 pixels, grids of up to 6 x 6. Before anything is
 timed, both must give the same pixels, bit for bit, and the same tokens.
 Times are the process's CPU seconds, in turns, and medians of the runs. Two parts of ours are timed alone: decoding, and

@@ -22,7 +22,7 @@ def get_checkpoint_flags(folder: Path, iterations: int) -> tuple:
 
 
 def get_evaluation_interval(iterations: int, times: int) -> int:
-    """Return the interval for so many evaluations, the end included.
+    """Return the interval for a number of evaluations, the end included.
 
     Megatron evaluates once more at the end: an interval that divides the iterations would do it twice there.
     """

@@ -123,7 +123,7 @@ def format_spread(points: list) -> str:
 
 
 def draw(groups: dict[str, list[dict]]) -> Figure:
-    """Draw five panels in two rows, and the legend in the place of a sixth."""
+    """Draw five panels in two rows, and the legend where a sixth would be."""
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     *panels, corner = figure.subplots(2, 3).flat
     for axis, (title, (unit, *names)) in zip(panels, PANELS.items()):

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/existing_jobs/megatron_lm.py --train-iters 20 --save runs/job
 
-The rest is a job as a team has it, in small: a provider of megatron-core's LLaVAModel, a get_batch that broadcasts over the
+The rest is a job as a team has it, scaled down: a provider of megatron-core's LLaVAModel, a get_batch that broadcasts over the
 tensor-parallel ranks, a loss function, and Megatron's pretrain(), whose flags all work. The data is noise.
 """
 

@@ -13,7 +13,7 @@ No family of pictures is in both parts. A family are the names whose commonest w
 flags of places are one, all clock faces another. The validation part is taken family by family, in an order that the seed
 names, from those that are at most a tenth of it: faces and flags are for training.
 
-It takes seconds: a run that was killed begins anew, and DIR appears under its name when it is whole.
+It takes seconds: a run that was killed starts from scratch, and DIR appears under its name when it is whole.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command begins anew")
+        sys.exit("interrupted; the same command starts from scratch")
 
 
 def parse(arguments: list[str] | None):
@@ -242,7 +242,7 @@ def draw(drawing: Path, size: int) -> bytes:
 def counts(parts: dict[str, list[Picture]]) -> dict[str, int]:
     """Pictures of each part, and how many of all have a caption that another has, or nearly has."""
     same = Counter(picture.caption for pictures in parts.values() for picture in pictures)
-    near = defaultdict(list)  # flags and clock faces are told apart by their own words
+    near = defaultdict(list)  # flags and clock faces are distinguished by their own words
     for part, pictures in parts.items():
         for picture in pictures:
             near[words(picture.name) or picture.telling_words].append(part)

@@ -81,7 +81,7 @@ def parse(arguments):
     parser.add_argument(
         "--image-aspect-ratio", choices=ASPECT_RATIOS, default="anyres", help="as in training; %(default)s"
     )
-    parser.add_argument("--samples", type=int, help="the first so many of each; all of them by default")
+    parser.add_argument("--samples", type=int, help="the first N of each; default: all")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     return parser.parse_args(arguments)
 
@@ -142,7 +142,7 @@ def pairs(record: dict) -> list[tuple[str, str]]:
 def asked(tokenizer, image: Image.Image, record: dict) -> Asked:
     """A conversation's tokens, <image> being one, and its answers in them."""
     text = encode(tokenizer, record["conversations"], "qwen_1_5", label_style="answer_only")
-    # Of answer_only what is learnt are the answers, each with its end: a stretch without a gap.
+    # With answer_only the answers are trained on, each with its end: a stretch without a gap.
     edges = [i for i, (a, b) in enumerate(zip([False, *text.is_target], [*text.is_target, False])) if a != b]
     answers = [
         Answer(question, answer, range(first, end))

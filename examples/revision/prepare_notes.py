@@ -63,15 +63,15 @@ def with_notes(sample: dict) -> dict:
 
 
 def notes(contents: list[str], seed: str) -> list[str]:
-    """What is told of a scene's labels, in the order of telling."""
+    """Return the notes of a scene's labels, in random order."""
     draw = random.Random(f"{seed}/notes")
     if draw.random() < 0.2:
         return []
-    told = [label for label in contents if not label.startswith(_LEFT_OUT) and draw.random() < 0.8]
-    draw.shuffle(told)
+    chosen = [label for label in contents if not label.startswith(_LEFT_OUT) and draw.random() < 0.8]
+    draw.shuffle(chosen)
     for kind in _KINDS:
-        told = [label.removeprefix(kind) for label in told]
-    return [f"{label}." for label in told]
+        chosen = [label.removeprefix(kind) for label in chosen]
+    return [f"{label}." for label in chosen]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ On the demo's scenes, once:
 and of each seed:
     encoder     a small CLIP (train_dual_encoder.py)
     operator    each way to move text embeddings onto images, fitted by `rsa-megatron realign fit`
-    shards      for each arm the captions with an embedding in the place of the picture, by `rsa-megatron realign transform`
+    shards      for each arm the captions with an embedding instead of the picture, by `rsa-megatron realign transform`
     train       one run an arm of pretrain_llava_rsa.py --stage revision: the projector alone learns, with equal steps, captions
                 and order. Validation is on embeddings of REAL images of held-out scenes in all arms
     own         the same projector on held-out embeddings of its own arm's kind: what is lost from there to real images

@@ -26,7 +26,7 @@ ARMS = (UNTRAINED, *MOVED, PAIRED)
 #: What runs unless --arms says otherwise: an ablation would take three minutes more.
 USUAL = [arm for arm in ARMS if arm != "anchor and trace"]
 EVALUATIONS = 3
-# Narrower than the demo's tower: a projector for embeddings of another width than the checkpoint's begins anew, from the seed.
+# Narrower than the demo's tower: a projector for embeddings of another width than the checkpoint's is re-initialised, from the seed.
 WIDTH = 128
 LANGUAGE = "language/train"
 # Seconds on one core of two that are both at work.

@@ -133,13 +133,13 @@ def table_of(lines: list[dict], reference: str = "raw text") -> str:
 
 def setting(lines: list[dict]) -> str:
     first, encoders = lines[0], {line["seed"]: line["encoder"] for line in lines}
-    said = {
+    spread = {
         name: format_spread([encoder[name] for encoder in encoders.values()]) for name in ("R@1", "centroid gap", "s")
     }
     return (
         f"Losses in nats a token on {first['held out']} held-out captions; {first['iterations']} iterations of 32. Dual encoders, "
-        f"seeds {', '.join(map(str, encoders))}: R@1 of {first['encoder']['pairs']} held-out images {said['R@1']}, "
-        f"centroid gap {said['centroid gap']}, s {said['s']}."
+        f"seeds {', '.join(map(str, encoders))}: R@1 of {first['encoder']['pairs']} held-out images {spread['R@1']}, "
+        f"centroid gap {spread['centroid gap']}, s {spread['s']}."
     )
 
 

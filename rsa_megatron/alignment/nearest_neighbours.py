@@ -42,7 +42,7 @@ def nearest_neighbours(
 ) -> Tensor:
     """The k rows of largest cosine similarity to each row, itself left out: [N, k] in int64, in order of index.
 
-    A set for each row: which of the k is the nearest is not told. Cosines within 1e-9 of each other are ties, and the
+    A set for each row: which of the k is the nearest is not returned. Cosines within 1e-9 of each other are ties, and the
     smaller index goes first. A zero row has cosine 0 with every other.
 
     Args:

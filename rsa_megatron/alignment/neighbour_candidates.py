@@ -22,7 +22,7 @@ _SPARE_CANDIDATES = 22
 # A factor rounded to nearest errs by a standard deviation of at most 0.58 units, a product of two by 0.82, and the
 # difference of two products by 1.2. Each product is given 2.5, their difference 5: more than four deviations at worst.
 _ROUNDING_ERRORS = 2.5
-_TINY = torch.finfo(torch.float64).tiny  # in the place of a zero row's length: 0 / _TINY is 0
+_TINY = torch.finfo(torch.float64).tiny  # instead of a zero row's length: 0 / _TINY is 0
 
 
 def slices(stop: int, size: int) -> list[slice]:

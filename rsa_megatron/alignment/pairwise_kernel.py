@@ -2,7 +2,7 @@
 
 No N x N matrix exists anywhere in it. The subtraction in s_ij = |x_i|^2 + |x_j|^2 - 2 x_i.x_j (distances.py) loses digits when rows are
 far from the origin and close to each other. A common shift changes no distance, so rows are centred first; what is left is noise of a
-few rounding errors of |x|^2 in s. Pairs closer than that noise cannot be told apart and count as equal: distance and gradient 0.
+few rounding errors of |x|^2 in s. Pairs closer than that noise cannot be distinguished and count as equal: distance and gradient 0.
 
 Shapes: N rows, D width; b rows of one block, c rows of another.
 """

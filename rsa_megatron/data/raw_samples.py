@@ -11,7 +11,7 @@ from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_v
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 
-# A mixture may begin with texts: one of the first so many has an image, or none is looked at.
+# A mixture may start with texts: one of the first N has an image, or none is looked at.
 _LOOKED_AT = 64
 
 

@@ -45,7 +45,7 @@ class GlobalBatch:
         return sum(map(len, self._rows)) * self.num_micro_batches / self._place
 
     def expected_tokens(self, num_tokens: Tensor) -> Tensor:
-        """The same of the tokens, of which this micro-batch has so many."""
+        """Return the same estimate for tokens, given this micro-batch's."""
         self._num_tokens = self._num_tokens + num_tokens
         return self._num_tokens * (self.num_micro_batches / self._place)
 

@@ -148,7 +148,7 @@ class Architecture:
 
 
 def square_grids(tile_size: int, most_rows: int, most_columns: int) -> tuple[tuple[int, int], ...]:
-    """List every grid of up to so many rows and columns of tiles, (height, width) in pixels."""
+    """List every grid of tiles up to a number of rows and columns, (height, width) in pixels."""
     return tuple(
         (tile_size * rows, tile_size * columns)
         for rows in range(1, most_rows + 1)

@@ -137,7 +137,7 @@ def read_decoder(config: "Qwen2Config", where: str) -> Decoder:
     require(where, "model_type", config.model_type, "qwen2")
     require(where, "hidden_act", config.hidden_act, "silu")
     require(where, "attention_dropout", config.attention_dropout, 0)
-    # max_window_layers may be so many that use_sliding_window means no layer.
+    # max_window_layers may be so large that use_sliding_window means no layer.
     require(where, "use_sliding_window", "sliding_attention" in config.layer_types, False)
     head_size = config.hidden_size / config.num_attention_heads
     require(where, "head_dim", getattr(config, "head_dim", None) or head_size, head_size)

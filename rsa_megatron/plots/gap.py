@@ -74,7 +74,7 @@ def add_panel(figure: Figure, row: str, column: int, **shared) -> Axes:
 
 
 def add_legend(axis: Axes, below: float = 0.47, handles=None, **place) -> None:
-    """Add a legend so many inches below a panel, where it hides nothing."""
+    """Add a legend some inches below a panel, where it hides nothing."""
     height = axis.get_position().height * SIZE[1]
     place = {"bbox_to_anchor": (0.5, -below / height), "ncols": 2} | place
     handles = handles or axis.get_legend_handles_labels()[0]

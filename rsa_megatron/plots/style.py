@@ -1,6 +1,6 @@
 """How the figures of rsa-megatron plot look, and how they are written.
 
-Nothing is shown only by colour: a series has a colour of Okabe and Ito's palette (told apart with any colour vision), and a
+Nothing is shown only by colour: a series has a colour of Okabe and Ito's palette (distinct with any colour vision), and a
 marker, a line style or a hatch beside it, so that a greyscale print says the same. Heat maps have cividis, whose lightness
 rises evenly. Sizes are for a width of 9 inches, shown at 800 pixels on a page: a point is then 1.2 pixels. A linear axis begins
 at 0, or is marked where it does not.
@@ -98,7 +98,7 @@ def label_axis(figure: str) -> str:
 
 
 def arrange(count: int) -> tuple[int, int]:
-    """Return rows and columns for so many panels, at most three in a row: more would not be legible on a page."""
+    """Return rows and columns for a number of panels, at most three in a row: more would not be legible on a page."""
     return math.ceil(count / MAX_COLUMNS), min(count, MAX_COLUMNS)
 
 
@@ -169,7 +169,7 @@ def unique(values: Iterable) -> list:
 
 
 def wrap(text: str, width: int) -> str:
-    """Wrap into lines of at most so many characters; a name with hyphens stays whole."""
+    """Wrap into lines of at most `width` characters; a name with hyphens stays whole."""
     return textwrap.fill(text, width, break_on_hyphens=False)
 
 

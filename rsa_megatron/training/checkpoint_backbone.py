@@ -54,7 +54,7 @@ def checkpoint_backbones(
     """Tower and decoder of a checkpoint, on the first rank; the others serve while it is open, and end.
 
     Args:
-        projected: the images after the projector in the place of the tower's layers.
+        projected: the images after the projector instead of the tower's layers.
     """
     one_process_without_torchrun()
     model = CheckpointModel(checkpoint, megatron_flags, dtype=dtype, batch_size=batch_size, projected=projected)

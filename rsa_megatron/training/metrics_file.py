@@ -56,7 +56,7 @@ class MetricsFile:
         """As torch.utils.tensorboard.SummaryWriter has it."""
         if self._to_tensorboard and self._find_tensorboard():
             self._find_tensorboard().add_scalar(name, value, iteration)
-        if name.endswith(" vs samples"):  # the same figures, with the number of samples in the place of the iteration
+        if name.endswith(" vs samples"):  # the same figures, against the number of samples instead of the iteration
             return
         value = float(value)
         self._iteration = iteration

@@ -27,7 +27,7 @@ def take_weights_of_another_stage(args) -> str | None:
     Returns:
         A message for the log.
     """
-    said = None
+    message = None
     for folder in filter(None, (args.load, args.save)):
         stage = run_of(folder).get("stage")
         if stage in (None, args.stage):
@@ -45,8 +45,8 @@ def take_weights_of_another_stage(args) -> str | None:
             raise ValueError(f"--load {folder}: stage {stage} has no checkpoint there yet; let it end first")
         args.pretrained_checkpoint, args.load = args.load, args.save
         if not (args.save and Path(args.save, TRACKER).is_file()):
-            said = f"weights from {folder}, of stage {stage}; optimizer, learning rates and data start from scratch"
-    return said
+            message = f"weights from {folder}, of stage {stage}; optimizer, learning rates and data start from scratch"
+    return message
 
 
 def run_of(folder: str) -> dict:

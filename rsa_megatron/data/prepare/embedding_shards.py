@@ -26,7 +26,7 @@ from rsa_megatron.data.sources.record import Unusable
 
 #: The file of a sample that holds its embedding.
 PART = "npy"
-# At most so many missing or repeated keys are named.
+# The most missing or repeated keys that are named.
 _NAMED = 5
 
 

@@ -82,7 +82,7 @@ class Lines:
 
     Args:
         position: as `position` gave it; None for the beginning.
-        note_every: every so many lines `write` returns True: time to note the position.
+        note_every: every N lines `write` returns True: time to note the position.
     """
 
     def __init__(self, path: Path, position: dict | None, *, note_every: int = 1000):

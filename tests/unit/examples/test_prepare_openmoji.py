@@ -189,7 +189,7 @@ def test_what_is_there_is_kept_and_a_killed_run_ends_with_the_same_bytes(openmoj
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare_openmoji, "TarShards", Killed)
-        with pytest.raises(SystemExit, match="interrupted; the same command begins anew"):
+        with pytest.raises(SystemExit, match="interrupted; the same command starts from scratch"):
             prepare_openmoji.main(["--out", str(other), *flags])
     stale = tmp_path / "openmoji.unfinished"
     assert not other.exists() and not stale.exists()
