@@ -120,6 +120,7 @@ def make(args) -> None:
         return
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
+    atomic.remove_unfinished_files(unfinished)  # those of a killed run
     state = read_state(unfinished, settings)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     figures = Figures(tokenizer, state.get("figures"))

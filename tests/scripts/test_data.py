@@ -157,7 +157,10 @@ def test_captions_of_coco_and_of_tables_are_packed_and_linked(tmp_path, capsys):
                 assert human["value"].startswith("<image>\n") and answer["from"] == "gpt"
                 found[answer["value"]] = list(sample.images.values())
         assert found == expected
-    with pytest.raises(SystemExit, match="t.parquet.*linked|images within|link"):
+    with pytest.raises(
+        SystemExit,
+        match="t.parquet, row group 0, row 0: its images are stored in the file itself, so link has nothing to point to: use pack",
+    ):
         run("link", tmp_path / "t.parquet", tmp_path / "linked-parquet", "--val", 2)
 
 
@@ -273,6 +276,7 @@ def test_a_killed_run_ends_as_one_that_was_not(command, tmp_path, monkeypatch):
         for path in being_written(unfinished):
             with path.open("ab") as file:
                 file.write(b"what came after the last position")
+        (unfinished / "state.json.unfinished-1").write_text('{"half')  # killed while it noted its position
     run(command, source, tmp_path / "out", *flags)
     expected = files(tmp_path / "expected")
     assert files(tmp_path / "out") == expected and len(expected) > 4
