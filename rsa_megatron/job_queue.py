@@ -55,7 +55,6 @@ class Queue:
 
     def __post_init__(self):
         self.done = {job.name for job in self.jobs if self.is_done(job)}
-        self.done_before = frozenset(self.done)
         self.failed: set[str] = set()
         self.running: dict[str, tuple[subprocess.Popen, float]] = {}
         self.took: dict[str, float] = {}

@@ -141,10 +141,13 @@ def clip_outliers(x: Tensor, quantile: float = 0.95, *, exact: bool = True) -> T
     return x.clamp(-limit, limit)
 
 
+MUTUAL_KNN = "mutual-knn"
+#: the metrics that k is for
+NEIGHBOUR_METRICS = (MUTUAL_KNN, "cknna", "cycle-knn")
 #: by their names on the command line: of features a_ND and b_NE and k. Kernels are of unit rows, as in platonic-rep's
 #: scores; neighbours depend on directions alone; the others take the features as they are.
 METRICS: dict[str, Callable[[Tensor, Tensor, int], float]] = {
-    "mutual-knn": mutual_knn,
+    MUTUAL_KNN: mutual_knn,
     "cka": lambda a_ND, b_NE, k: cka(*_unit(a_ND, b_NE)),
     "cka-rbf": lambda a_ND, b_NE, k: cka(*_unit(a_ND, b_NE), kernel="rbf"),
     "unbiased-cka": lambda a_ND, b_NE, k: unbiased_cka(*_unit(a_ND, b_NE)),

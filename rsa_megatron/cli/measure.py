@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rsa_megatron.alignment.metrics import METRICS
+from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN
 from rsa_megatron.cli.measure_results import format_table, make_line, read_lines, write_lines
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.evaluation.extraction import Backbone
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
 from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, make_text_backbone
 from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
-from rsa_megatron.evaluation.layer_scores import MUTUAL_KNN, compute_cone_figures, find_common_samples, score_layers
+from rsa_megatron.evaluation.layer_scores import compute_cone_figures, find_common_samples, score_layers
 from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_store
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank
 

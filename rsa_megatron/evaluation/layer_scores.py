@@ -18,7 +18,6 @@ from rsa_megatron.alignment.modality_gap import modality_gap
 from rsa_megatron.alignment.nearest_neighbours import nearest_neighbours, shared_neighbours
 from rsa_megatron.evaluation.feature_store import FeatureStore
 
-MUTUAL_KNN = "mutual-knn"
 #: Of these the best pair is the lowest.
 DISCREPANCIES = ("rsa",)
 # What two stores must agree on to be compared.
@@ -104,10 +103,12 @@ def score_layers(
     Raises:
         ValueError: a layer's features do not allow the metric; names the layer.
     """
-    compute = _score_mutual_knn if metric == MUTUAL_KNN else _score_any_metric
+    compute = _score_mutual_knn if metric == metrics.MUTUAL_KNN else _score_any_metric
     scores_SRC = torch.zeros(len(samples), len(rows.layers), len(columns.layers), dtype=torch.float64)
     compute(scores_SRC, rows, columns, metric, k, samples, device, each)
-    chance = sum(k / (len(of_rows) - 1) for of_rows, _ in samples) / len(samples) if metric == MUTUAL_KNN else None
+    chance = (
+        sum(k / (len(of_rows) - 1) for of_rows, _ in samples) / len(samples) if metric == metrics.MUTUAL_KNN else None
+    )
     return LayerScores(metric, rows.layers, columns.layers, scores_SRC, chance)
 
 

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 
 from rsa_megatron.alignment.gather import gather_rows
-from rsa_megatron.alignment.metrics import METRICS
+from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN
 from rsa_megatron.alignment.nearest_neighbours import nearest_neighbours, shared_neighbours
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.evaluation.megatron_features import (
@@ -22,7 +22,6 @@ from rsa_megatron.evaluation.megatron_features import (
 )
 from rsa_megatron.hooks.layer_hooks import layer_number
 
-MUTUAL_KNN = "mutual-knn"
 #: A layer of the tower and one of the decoder; -1 is the last (paper, section 3.2), 0 what goes into the first.
 LayerPair = tuple[int, int]
 

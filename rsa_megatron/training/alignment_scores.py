@@ -7,11 +7,10 @@ from megatron.core import mpu
 from megatron.training import get_args, get_wandb_writer
 from megatron.training.utils import is_last_rank, print_rank_last
 
-from rsa_megatron.evaluation.online import MUTUAL_KNN, measure_alignment, read_pairs
+from rsa_megatron.alignment.metrics import MUTUAL_KNN, NEIGHBOUR_METRICS
+from rsa_megatron.evaluation.online import measure_alignment, read_pairs
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.training.providers import validation_loader
-
-NEIGHBOUR_METRICS = (MUTUAL_KNN, "cknna", "cycle-knn")
 
 
 class AlignmentScores:
