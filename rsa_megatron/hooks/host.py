@@ -61,6 +61,9 @@ class Host(Protocol):
     def positions(self, arguments: dict, is_image_BS: Tensor, tiles: Tensor) -> Tensor:
         """Where each text position lies in the decoder's row, [B, S]."""
 
+    def row_lengths(self, num_positions: int) -> set[int]:
+        """How long the decoder's row of so many positions may be: as it is, cut, or filled up for the ranks that share it."""
+
     def keeps_caption(self, caption_mask_BS: Tensor, is_image_BS: Tensor, *, at_end: bool) -> Tensor:
         """The caption mask without positions that do not come through to the decoder; `at_end`: no image follows them."""
 
@@ -207,6 +210,13 @@ class LLaVAHost:
 
     def positions(self, arguments: dict, is_image_BS: Tensor, tiles: Tensor) -> Tensor:
         return token_positions.positions(is_image_BS, tiles * self.model.img_seq_len)
+
+    def row_lengths(self, num_positions: int) -> set[int]:
+        model = self.model
+        cut = min(num_positions, model._language_max_sequence_length)
+        shards = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
+        shards *= 2 * model.context_parallel_lm if model.context_parallel_lm > 1 else 1
+        return {num_positions, cut, -(-cut // shards) * shards}
 
     def keeps_caption(self, caption_mask_BS: Tensor, is_image_BS: Tensor, *, at_end: bool) -> Tensor:
         if at_end:
