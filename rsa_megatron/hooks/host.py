@@ -86,6 +86,9 @@ class Host(Protocol):
     def put_on_caption_mask(self, arguments: dict, mask_BS: Tensor, *, packed: bool) -> torch.dtype:
         """Let the caption mask ride along; what `take_off_caption_mask` needs to put back what it rode in."""
 
+    def on_loss_mask(self, without_caption_mask: Callable[[Tensor], Tensor]) -> None:
+        """Where the model gives what the caption mask rides in to its language model, give without_caption_mask(it)."""
+
     def take_off_caption_mask(self, result, dtype: torch.dtype, *, packed: bool) -> tuple[object, Tensor]:
         """The model's result as it would be without, and the caption mask, [B, L]."""
 
@@ -114,7 +117,7 @@ class LLaVAHost:
 
     The caption mask has to follow the text through the splice: image tokens put in, padding, truncation, the split over
     context-parallel ranks. LLaVAModel does all that to the loss mask on the last stage, and the caption mask rides in it
-    (caption_mask.py).
+    (caption_mask.py) as far as the language model, which is given the loss mask without it.
     """
 
     def __init__(self, model: LLaVAModel):
@@ -272,6 +275,14 @@ class LLaVAHost:
         loss_mask_BS = arguments["loss_mask"]
         arguments["loss_mask"] = caption_mask.put_on(loss_mask_BS, mask_BS, packed=packed)
         return loss_mask_BS.dtype
+
+    def on_loss_mask(self, without_caption_mask: Callable[[Tensor], Tensor]) -> None:
+        def take_off(language_model, args, kwargs):
+            if kwargs.get("loss_mask") is None:  # before 0.20 it is given none
+                return None
+            return args, kwargs | {"loss_mask": without_caption_mask(kwargs["loss_mask"])}
+
+        self.model.language_model.register_forward_pre_hook(take_off, with_kwargs=True)
 
     def take_off_caption_mask(self, result, dtype: torch.dtype, *, packed: bool) -> tuple[object, Tensor]:
         output, marked_BL = result
