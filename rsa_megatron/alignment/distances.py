@@ -34,6 +34,17 @@ def unit_rows_and_inverse_lengths(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return u_ND, (scale_N1 * inverse_N1).clamp(max=torch.finfo(x_ND.dtype).max)
 
 
+def largest_number(x_ND: Tensor, dim: tuple[int, ...] = (0, 1)) -> Tensor:
+    """The largest absolute value along these dimensions, which stay with size 1 unless they are all; 0 of none."""
+    keepdim = len(dim) < 2
+    if 0 in x_ND.shape:
+        return x_ND.new_zeros([1 if d in dim else size for d, size in enumerate(x_ND.shape)] if keepdim else ())
+    if x_ND.is_cuda:
+        return torch.linalg.vector_norm(x_ND, torch.inf, dim=dim, keepdim=keepdim)
+    # On the CPU that norm takes as long as a matrix product.
+    return torch.maximum(x_ND.amax(dim=dim, keepdim=keepdim), -x_ND.amin(dim=dim, keepdim=keepdim))
+
+
 def scale_near_one(largest: Tensor) -> Tensor:
     """A power of two, so that no digit is lost, which brings numbers of this size to between 1 and 4: their squares are floats.
 
@@ -48,8 +59,7 @@ def scale_near_one(largest: Tensor) -> Tensor:
 
 def _scaled_rows(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u = x / |x|, a power of two for each row and the inverse length of the row times that."""
-    largest_N1 = torch.linalg.vector_norm(x_ND.detach(), torch.inf, dim=-1, keepdim=True) if x_ND.shape[-1] else None
-    scale_N1 = x_ND.new_ones(len(x_ND), 1) if largest_N1 is None else scale_near_one(largest_N1)
+    scale_N1 = scale_near_one(largest_number(x_ND.detach(), dim=(1,)))
     y_ND = x_ND * scale_N1
     norm_N1 = y_ND.norm(dim=-1, keepdim=True)
     is_zero_N1 = norm_N1 == 0

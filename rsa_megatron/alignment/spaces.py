@@ -17,7 +17,12 @@ Shapes: N pairs, n of them this rank's own; D and E widths.
 import torch
 from torch import Tensor
 
-from rsa_megatron.alignment.distances import find_distance, scale_near_one, unit_rows_and_inverse_lengths
+from rsa_megatron.alignment.distances import (
+    find_distance,
+    largest_number,
+    scale_near_one,
+    unit_rows_and_inverse_lengths,
+)
 from rsa_megatron.alignment.pairwise_kernel import PairwiseKernel
 
 _MOST_BELOW = {torch.float32: 2.0**-40, torch.float64: 2.0**-300}
@@ -39,7 +44,7 @@ class Spaces:
             self._unit = [unit_rows_and_inverse_lengths(x) for x in (v_ND, t_NE)]
             self.kernels = tuple(PairwiseKernel(u_ND, distance) for u_ND, _ in self._unit)
             return
-        own_2 = scale_near_one(torch.stack([_largest(v_ND), _largest(t_NE)]))
+        own_2 = scale_near_one(torch.stack([largest_number(v_ND), largest_number(t_NE)]))
         scale_1 = own_2.amin(dim=0, keepdim=True)
         self._scale_2 = own_2 if normalizes else torch.maximum(scale_1, own_2 * _MOST_BELOW[own_2.dtype])
         self.kernels = tuple(PairwiseKernel(x, distance, c) for x, c in zip((v_ND, t_NE), self._scale_2))
@@ -72,10 +77,6 @@ class Spaces:
             return tuple(self._scale_2)
         back = self._back_3[0] ** self._degree
         return (back, back) if self._degree == 1 else tuple(back * self._back_3[1:])
-
-
-def _largest(x_ND: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x_ND, torch.inf) if x_ND.numel() else x_ND.new_zeros(())
 
 
 def _across(u_nD: Tensor, g_nD: Tensor) -> Tensor:
