@@ -9,7 +9,7 @@ replaces anything (rsa_megatron/training/megatron_patches.py does, for the train
     torch.cuda.is_available(), device_count(),            True, the local world size, the CPU, fixed values
       current_device(), properties and capability
     streams, events, synchronize, nvtx, memory figures    objects and functions that do nothing
-    x.cuda(), module.cuda(), x.pin_memory(), x.to("cuda") x itself
+    x.cuda(), module.cuda(), x.pin_memory(), x.to("cuda") x itself; of an expanded tensor a copy, which can be written to
     torch.zeros(..., device="cuda") and its like          the same on the CPU
     type names: grad.type() == "torch.cuda.FloatTensor"   Tensor.type() reports the cuda name
     the CUDA generator's state                            the CPU generator's: dropout draws from it, and must find it
@@ -182,10 +182,11 @@ def _stand_in_for_placement():
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
+    for name in ("cuda", "pin_memory"):
+        setattr(torch.Tensor, name, lambda self, *args, **kwargs: _with_memory_of_its_own(self))
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.cuda = lambda self, *args, **kwargs: self
         owner.to = _to_with_cuda_as_cpu(owner.to)
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor_type = torch.Tensor.type
     torch.Tensor.type = lambda self, dtype=None, *args, **kwargs: (
         tensor_type(self).replace("torch.", "torch.cuda.")
@@ -199,13 +200,26 @@ def _stand_in_for_placement():
 def _to_with_cuda_as_cpu(to):
     @functools.wraps(to)
     def move(self, *args, **kwargs):
+        onto_cuda = False
         if args and (isinstance(args[0], (str, torch.device)) or type(args[0]) is int) and _on_cuda(args[0]):
-            args = (_CPU, *args[1:])
+            args, onto_cuda = (_CPU, *args[1:]), True
         if kwargs.get("device") is not None and _on_cuda(kwargs["device"]):
-            kwargs["device"] = _CPU
-        return to(self, *args, **kwargs)
+            kwargs["device"], onto_cuda = _CPU, True
+        moved = to(self, *args, **kwargs)
+        return _with_memory_of_its_own(moved) if onto_cuda and isinstance(moved, torch.Tensor) else moved
 
     return move
+
+
+def _with_memory_of_its_own(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where several of its elements are one in memory: a GPU's copy would have a place for each.
+
+    (Not a copy of all: x that a script has moved already is x on a GPU, too.)
+    """
+    is_expanded = x.layout == torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())
+    )
+    return x.clone(memory_format=torch.contiguous_format) if is_expanded else x
 
 
 def _stand_in_for_compilation():

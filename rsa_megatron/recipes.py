@@ -81,7 +81,8 @@ def stage_1_5() -> dict:
         trainable=["vision", "projector", "embeddings", "language"],
         template="qwen_1_5",
         image_aspect_ratio="anyres",
-        image_grids=[(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)],
+        # LLaVA-OneVision's list (its pairs are width, height) in its order: of grids that keep as much of an image, the first is taken.
+        image_grids=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
         seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768; under PP every row is padded to this
         micro_batch_size=1,
         lr=1e-5,

@@ -23,16 +23,56 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def unit_rows(x_ND: Tensor) -> Tensor:
-    """Rows divided by their length. A zero row has no direction: it stays zero and gets gradient zero."""
-    norm_N1 = x_ND.norm(dim=-1, keepdim=True)
+    """Rows divided by their length, however long or short. A zero row has no direction: it stays zero and gets gradient zero."""
+    return _scaled_rows(x_ND)[0]
+
+
+def unit_rows_and_inverse_lengths(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and 1 / |x| of each row, [N, 1]; 0 of a zero row."""
+    u_ND, scale_N1, inverse_N1 = _scaled_rows(x_ND)
+    # Of a row below the least normal number it could be infinite, and times a gradient of 0 no number.
+    return u_ND, (scale_N1 * inverse_N1).clamp(max=torch.finfo(x_ND.dtype).max)
+
+
+def largest_number(x_ND: Tensor, dim: tuple[int, ...] = (0, 1)) -> Tensor:
+    """The largest absolute value along these dimensions, which stay with size 1 unless they are all; 0 of none."""
+    keepdim = len(dim) < 2
+    if 0 in x_ND.shape:
+        return x_ND.new_zeros([1 if d in dim else size for d, size in enumerate(x_ND.shape)] if keepdim else ())
+    if x_ND.is_cuda:
+        return torch.linalg.vector_norm(x_ND, torch.inf, dim=dim, keepdim=keepdim)
+    # On the CPU that norm takes as long as a matrix product.
+    return torch.maximum(x_ND.amax(dim=dim, keepdim=keepdim), -x_ND.amin(dim=dim, keepdim=keepdim))
+
+
+def scale_near_one(largest: Tensor) -> Tensor:
+    """A power of two, so that no digit is lost, which brings numbers of this size to between 1 and 4: their squares are floats.
+
+    (Of 0, infinity and what is no number, some finite one.) The exponent's bits are turned round: 2^e becomes 2^-e.
+    """
+    integer, shift, bias = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}[
+        largest.dtype
+    ]
+    exponent = largest.detach().view(integer).bitwise_and((2 * bias + 1) << shift)
+    return torch.rsub(exponent, 2 * bias << shift).clamp(min=1 << shift).view(largest.dtype)
+
+
+def _scaled_rows(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u = x / |x|, a power of two for each row and the inverse length of the row times that."""
+    scale_N1 = scale_near_one(largest_number(x_ND.detach(), dim=(1,)))
+    y_ND = x_ND * scale_N1
+    norm_N1 = y_ND.norm(dim=-1, keepdim=True)
     is_zero_N1 = norm_N1 == 0
-    return x_ND * (1 / norm_N1.masked_fill(is_zero_N1, 1.0)).masked_fill(is_zero_N1, 0.0)
+    inverse_N1 = (1 / norm_N1.masked_fill(is_zero_N1, 1.0)).masked_fill(is_zero_N1, 0.0)
+    return y_ND * inverse_N1, scale_N1, inverse_N1
 
 
 class ProductDistance:
     """A distance that comes from a product of rows."""
 
     name: str
+    #: K of rows times c is c^degree K
+    degree = 1
     is_product = True
     #: whether it is one of unit rows
     uses_unit_rows = False
@@ -77,6 +117,7 @@ class Euclidean(ProductDistance):
 
 class SquaredEuclidean(ProductDistance):
     name = "sqeuclidean"
+    degree = 2
 
     def between(self, x_ND: Tensor) -> Tensor:
         return _squares(x_ND)
@@ -92,6 +133,7 @@ class Cosine(ProductDistance):
     """A zero row has cosine distance 1 to all others, and every row has distance 0 to itself."""
 
     name = "cosine"
+    degree = 0
     uses_unit_rows = True
 
     def between(self, x_ND: Tensor) -> Tensor:
@@ -114,6 +156,7 @@ class Manhattan:
     """sum_d |x_id - x_jd|: no product of rows, and a gradient that is a sum over [b, c, D]."""
 
     name = "manhattan"
+    degree = 1
     is_product = False
     uses_unit_rows = False
     is_fused = False

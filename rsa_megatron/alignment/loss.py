@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment import fused_blocks
-from rsa_megatron.alignment.distances import at_least_fp32, find_distance, pairwise_distance, unit_rows
+from rsa_megatron.alignment.distances import at_least_fp32, find_distance, pairwise_distance
 from rsa_megatron.alignment.pairwise_kernel import PairwiseKernel, float32_products
+from rsa_megatron.alignment.spaces import Spaces
 
 NORMALIZATIONS = ("none", "mean-distance")
 
@@ -35,6 +36,7 @@ _BLOCK_FUSED = (4096, 4096)
 
 def rsa_loss_reference(v_ND: Tensor, t_NE: Tensor, *, distance: str = "euclidean", normalize: str = "none") -> Tensor:
     """Eq. 5 as it stands, differentiated by autograd: the specification of all that follows. Scalar."""
+    _check_rows(v_ND, t_NE)
     num_pairs = v_ND.shape[0]
     if num_pairs < 2:
         return 0.0 * (at_least_fp32(v_ND).sum() + at_least_fp32(t_NE).sum())
@@ -60,11 +62,14 @@ def rsa_loss(
             tf32 or bf16 (fused_blocks.py has their errors). For an NVIDIA GPU, and not for manhattan or float64.
 
     Returns:
-        A scalar, 0 with zero gradients for fewer than two pairs. Equal and zero rows give no NaN.
+        A scalar, 0 with zero gradients for fewer than two pairs. Equal and zero rows give no NaN, nor do rows whose squares no
+        float can hold; a loss that none can hold is infinite. With a row that is not finite the loss is NaN.
 
     Raises:
-        ValueError: for unknown settings, rows that do not pair up, or `fused` where it cannot be.
+        ValueError: for unknown settings, tensors that are no rows of floats or do not pair up, or `fused` where it cannot be.
+        RuntimeError: when it is differentiated twice (create_graph=True, and then its gradient): `rsa_loss_reference` can be.
     """
+    _check_rows(v_ND, t_NE)
     settings = dict(distance=distance, normalize=normalize, fused=fused)
     return rsa_loss_of_rows(v_ND, t_NE, v_ND.detach(), t_NE.detach(), 0, **settings).loss
 
@@ -102,37 +107,63 @@ def rsa_loss_of_rows(
         group: the ranks that hold the other rows. Used by normalize="mean-distance" alone, for the sums of
             five numbers that the normalisation needs (one all-reduce, in the forward pass).
     """
-    uses_unit_rows = find_distance(distance).uses_unit_rows
+    find_distance(distance)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalize {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}")
-    if v_ND.shape[0] != t_NE.shape[0] or v_nD.shape[0] != t_nE.shape[0]:
-        raise ValueError(f"image and caption vectors must pair up: {tuple(v_ND.shape)} against {tuple(t_NE.shape)}")
-    v_nD, t_nE, v_ND, t_NE = (at_least_fp32(x) for x in (v_nD, t_nE, v_ND, t_NE))
+    _check_rows(v_nD, t_nE)
+    _check_rows(v_ND, t_NE)
+    for own, every in ((v_nD, v_ND), (t_nE, t_NE)):
+        if own.shape[1] != every.shape[1] or not 0 <= first_row <= len(every) - len(own):
+            raise ValueError(
+                f"rows {first_row} to {first_row + len(own)} of {tuple(every.shape)} cannot be own rows {tuple(own.shape)}"
+            )
+    v_ND, t_NE = at_least_fp32(v_ND), at_least_fp32(t_NE)
+    dtype = torch.promote_types(v_ND.dtype, t_NE.dtype)
+    v_ND, t_NE = v_ND.to(dtype), t_NE.to(dtype)
     if fused is not None:
         fused_blocks.check_available(fused, distance, v_ND, t_NE)
-    if uses_unit_rows:
-        v_nD, t_nE, v_ND, t_NE = (unit_rows(x) for x in (v_nD, t_nE, v_ND, t_NE))
     # Inside the function autograd's switch is off: whether a gradient is wanted is asked here.
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (v_nD, t_nE)]
+    # Nothing of the rows but their place in the graph, for a second derivative to find (_OneDerivative).
+    places = [x[:0].clone() if is_wanted else x.new_empty(0) for x, is_wanted in zip((v_nD, t_nE), wanted)]
     return RSALossOfRows(
-        *_RowsOfRSA.apply(v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted)
+        *_RowsOfRSA.apply(v_nD, t_nE, *places, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted)
     )
 
 
+def _check_rows(v_ND: Tensor, t_NE: Tensor) -> None:
+    for name, x in (("image", v_ND), ("caption", t_NE)):
+        if x.dim() != 2:
+            raise ValueError(
+                f"{name} vectors must be rows, one a pair, [N, width]; these are of shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} vectors must be of a real float type, and these are {x.dtype}: convert them first"
+            )
+    if v_ND.shape[0] != t_NE.shape[0]:
+        raise ValueError(f"image and caption vectors must pair up: {tuple(v_ND.shape)} against {tuple(t_NE.shape)}")
+
+
 class _RowsOfRSA(torch.autograd.Function):
-    """Forward: the rows' sums, and in the same pass over blocks the gradient. Backward: one multiplication."""
+    """Forward: the rows' sums, and in the same pass over blocks the gradient. Backward: one multiplication.
+
+    The own rows' numbers are those among all ranks' rows: of v_nD and t_nE only shape and type are asked.
+    """
 
     @staticmethod
     @float32_products()
-    def forward(ctx, v_nD, t_nE, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted):
+    def forward(ctx, v_nD, t_nE, place_v, place_t, v_ND, t_NE, first_row, distance, normalize, group, fused, wanted):
         num_pairs = v_ND.shape[0]
+        ctx.dtypes = v_nD.dtype, t_nE.dtype
         sums = v_ND.new_zeros(3)
         if num_pairs < 2:  # eq. 5 compares pairs: there is none
-            ctx.save_for_backward(torch.zeros_like(v_nD), torch.zeros_like(t_nE))
-            ctx.factors = 1.0, 1.0
+            ctx.save_for_backward(v_ND.new_zeros(v_nD.shape), t_NE.new_zeros(t_nE.shape), place_v, place_t)
+            ctx.factors = (1.0, 1.0), (1.0, 1.0)
         else:
             rows = slice(first_row, first_row + v_nD.shape[0])
-            kernels = PairwiseKernel(v_ND, distance), PairwiseKernel(t_NE, distance)
+            spaces = Spaces(v_ND, t_NE, distance, normalizes=normalize == "mean-distance")
+            kernels = spaces.kernels
             normal = _normalization(*kernels, rows, num_pairs, group) if normalize == "mean-distance" else None
             gradients = [k.gradient(rows) if is_wanted else None for k, is_wanted in zip(kernels, wanted)]
             sums = _sweep(*kernels, rows, num_pairs, normal, *gradients, fused)
@@ -141,18 +172,48 @@ class _RowsOfRSA(torch.autograd.Function):
             signs = 2 * scale_v / num_pairs**2, -2 * scale_t / num_pairs**2
             results = [g.result() if g else (None, 1.0) for g in gradients]
             # The factors wait for the backward pass, which multiplies all numbers anyway.
-            ctx.save_for_backward(*(tensor for tensor, _ in results))
-            ctx.factors = tuple(sign * factor for sign, (_, factor) in zip(signs, results))
+            ctx.save_for_backward(*spaces.gradients([tensor for tensor, _ in results], rows), place_v, place_t)
+            of_spaces = spaces.gradient_factors()
+            ctx.factors = tuple(
+                (sign * factor, of_space) for sign, (_, factor), of_space in zip(signs, results, of_spaces)
+            )
+            sums = spaces.sums(sums)
             sums[0] /= num_pairs**2
-        loss, distance_sum_v, distance_sum_t = (total.to(v_nD.dtype, copy=True) for total in sums)
+        loss, distance_sum_v, distance_sum_t = (total.to(v_ND.dtype, copy=True) for total in sums)
         ctx.mark_non_differentiable(distance_sum_v, distance_sum_t)
         return loss, distance_sum_v, distance_sum_t
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, loss_gradient, *_):
-        scaled = (g if g is None else g * (f * loss_gradient) for g, f in zip(ctx.saved_tensors, ctx.factors))
-        return *scaled, *(None,) * 8
+        *gradients, place_v, place_t = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = [
+                None if g is None else (g * (loss_gradient * of_space * factor)).to(dtype)
+                for g, (factor, of_space), dtype in zip(gradients, ctx.factors, ctx.dtypes)
+            ]
+        if torch.is_grad_enabled():  # create_graph=True
+            scaled = [None if g is None else _OneDerivative.apply(g, place_v, place_t, loss_gradient) for g in scaled]
+        return *scaled, *(None,) * 10
+
+
+class _OneDerivative(torch.autograd.Function):
+    """The gradient, from which no other can be had.
+
+    torch's once_differentiable leaves it a constant where the loss's own gradient is one (a backward pass that begins here, or a sum
+    with another loss), and its error stands where a search for some inputs' gradients does not come by: either way the second derivative
+    would be without RSA's part. This one has its place in the graph before the rows.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient, place_v, place_t, loss_gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "rsa_loss has no second derivative: take rsa_megatron.alignment.loss.rsa_loss_reference, which has "
+            "(its memory grows with N x N x width), or leave create_graph out"
+        )
 
 
 class _Normalization(NamedTuple):

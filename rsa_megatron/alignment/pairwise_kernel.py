@@ -53,12 +53,18 @@ class PairwiseKernel:
     Args:
         x_ND: the rows, float32 or float64, without gradient; unit rows for `cosine`.
         distance: the name of one of DISTANCES.
+        scale: K and the derivative are those of the rows times this, a power of two in a tensor; None for 1.
     """
 
-    def __init__(self, x_ND: Tensor, distance: str):
+    def __init__(self, x_ND: Tensor, distance: str, scale: Tensor | None = None):
         self.distance = find_distance(distance)
         self.offset_N = self.distance.offsets(x_ND)
-        self.x_ND = x_ND - x_ND.mean(0)
+        if scale is None:
+            self.x_ND = x_ND - x_ND.mean(0)
+        else:
+            # In one pass after the sum's, which takes the rows times the scale, too: theirs could leave float's range.
+            minus_mean_D = torch.mv(x_ND.T, (scale / -len(x_ND)).repeat(len(x_ND)))
+            self.x_ND = torch.addcmul(minus_mean_D, x_ND, scale)
         self.square_N = torch.linalg.vector_norm(self.x_ND, dim=1).square_()  # no copy of all rows
         self._memory = [x_ND.new_empty(0), x_ND.new_empty(0)]
 

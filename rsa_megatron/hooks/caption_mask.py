@@ -1,8 +1,9 @@
 """The caption mask on its way through LLaVAModel's splice, inside the loss mask.
 
-LLaVAModel moves the loss mask's numbers to where the tokens come to lie and computes nothing with them. So a caption's row
-is marked by the sign of its number (-0.0 is a caption's row that the LM loss skips): exact in every float type and for every
-weight of 0 or more. A packed row has several samples' captions: their number is added, 64 s for sample s, in float64,
+Between the arguments of its forward and its language model LLaVAModel moves the loss mask's numbers to where the tokens come to
+lie, and sets some to 0; no more. There alone they are marked: the language model and whoever takes the result get them as they
+were. A caption's row is marked by the sign of its number (-0.0 is a caption's row that the LM loss skips): exact in every float
+type and for every weight of 0 or more. A packed row has several samples' captions: their number is added, 64 s for sample s, in float64,
 whose 53 bits hold a float32 weight below 64 beside it (to 2^-38 for a thousand samples: the rounding of a weight of 2^-14).
 
 Shapes: B rows, S text positions, L positions of the spliced row.

@@ -61,6 +61,9 @@ class Host(Protocol):
     def positions(self, arguments: dict, is_image_BS: Tensor, tiles: Tensor) -> Tensor:
         """Where each text position lies in the decoder's row, [B, S]."""
 
+    def row_lengths(self, num_positions: int) -> set[int]:
+        """How long the decoder's row of so many positions may be: as it is, cut, or filled up for the ranks that share it."""
+
     def keeps_caption(self, caption_mask_BS: Tensor, is_image_BS: Tensor, *, at_end: bool) -> Tensor:
         """The caption mask without positions that do not come through to the decoder; `at_end`: no image follows them."""
 
@@ -82,6 +85,9 @@ class Host(Protocol):
 
     def put_on_caption_mask(self, arguments: dict, mask_BS: Tensor, *, packed: bool) -> torch.dtype:
         """Let the caption mask ride along; what `take_off_caption_mask` needs to put back what it rode in."""
+
+    def on_loss_mask(self, without_caption_mask: Callable[[Tensor], Tensor]) -> None:
+        """Where the model gives what the caption mask rides in to its language model, give without_caption_mask(it)."""
 
     def take_off_caption_mask(self, result, dtype: torch.dtype, *, packed: bool) -> tuple[object, Tensor]:
         """The model's result as it would be without, and the caption mask, [B, L]."""
@@ -111,7 +117,7 @@ class LLaVAHost:
 
     The caption mask has to follow the text through the splice: image tokens put in, padding, truncation, the split over
     context-parallel ranks. LLaVAModel does all that to the loss mask on the last stage, and the caption mask rides in it
-    (caption_mask.py).
+    (caption_mask.py) as far as the language model, which is given the loss mask without it.
     """
 
     def __init__(self, model: LLaVAModel):
@@ -208,6 +214,13 @@ class LLaVAHost:
     def positions(self, arguments: dict, is_image_BS: Tensor, tiles: Tensor) -> Tensor:
         return token_positions.positions(is_image_BS, tiles * self.model.img_seq_len)
 
+    def row_lengths(self, num_positions: int) -> set[int]:
+        model = self.model
+        cut = min(num_positions, model._language_max_sequence_length)
+        shards = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
+        shards *= 2 * model.context_parallel_lm if model.context_parallel_lm > 1 else 1
+        return {num_positions, cut, -(-cut // shards) * shards}
+
     def keeps_caption(self, caption_mask_BS: Tensor, is_image_BS: Tensor, *, at_end: bool) -> Tensor:
         if at_end:
             return caption_mask_BS * ~is_image_BS
@@ -262,6 +275,14 @@ class LLaVAHost:
         loss_mask_BS = arguments["loss_mask"]
         arguments["loss_mask"] = caption_mask.put_on(loss_mask_BS, mask_BS, packed=packed)
         return loss_mask_BS.dtype
+
+    def on_loss_mask(self, without_caption_mask: Callable[[Tensor], Tensor]) -> None:
+        def take_off(language_model, args, kwargs):
+            if kwargs.get("loss_mask") is None:  # before 0.20 it is given none
+                return None
+            return args, kwargs | {"loss_mask": without_caption_mask(kwargs["loss_mask"])}
+
+        self.model.language_model.register_forward_pre_hook(take_off, with_kwargs=True)
 
     def take_off_caption_mask(self, result, dtype: torch.dtype, *, packed: bool) -> tuple[object, Tensor]:
         output, marked_BL = result

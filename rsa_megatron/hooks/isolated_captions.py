@@ -148,8 +148,11 @@ def packed_segments(start_B: Tensor, length: int) -> PackedSeqParams:
     row_B = torch.arange(len(start_B), device=start_B.device) * length
     end_1 = torch.tensor([len(start_B) * length], device=start_B.device)
     bounds = torch.cat([torch.stack([row_B, row_B + start_B], dim=1).flatten(), end_1]).int()
+    # Not just a bound: Megatron's unfused RoPE takes as many frequencies as all positions together for one a position, and
+    # lets none of the sequences begin anew. It waits for the device, just after the splice, which has done so itself.
+    longest = int(torch.maximum(start_B, length - start_B).max())
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=length, max_seqlen_kv=length
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 

@@ -5,7 +5,8 @@ model they know. They fire in this order, and each works on the one `MicroBatch`
 
     before the forward pass    transport takes the payload off what the stage before has sent; selection says which samples take
                                part, and the caption mask is put on (first and last stage)
-    within it                  capture keeps v and the decoder's states; the splice says where the text has come to lie
+    within it                  capture keeps v and the decoder's states; the splice says where the text has come to lie; the
+                               language model is given the loss mask without the caption mask
     after it                   the caption mask is taken off and the payload unpacked (last stage), or the payload is put on (others)
 
 With --rsa-text-source caption the captions are copied to the end of their rows before it, and kept apart in the decoder
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.config import RSAConfig
-from rsa_megatron.hooks import checks, isolated_captions
+from rsa_megatron.hooks import caption_mask, checks, isolated_captions
 from rsa_megatron.hooks.capture import Capture
 from rsa_megatron.hooks.host import Host
 from rsa_megatron.hooks.layer_hooks import layer_number
@@ -72,6 +73,8 @@ class RepresentationHooks:
             )
         if self._copies_captions or self._transport.carries_mask:
             host.on_splice(self._num_added, self._keep_positions)
+        if host.is_last:
+            host.on_loss_mask(self._without_caption_mask)
         host.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         host.model.register_forward_hook(self._after_forward)
         Capture(host, config, self._vision_layers, text_layers, lambda: self._micro_batch)
@@ -125,6 +128,13 @@ class RepresentationHooks:
         if host.is_last:
             mask_BS = batch.samples.caption_mask
             batch.loss_mask_dtype = host.put_on_caption_mask(arguments, mask_BS, packed=batch.is_packed)
+
+    def _without_caption_mask(self, loss_mask_BL: Tensor) -> Tensor:
+        """The loss mask as the language model would get it without RSA."""
+        batch = self._micro_batch
+        if batch.loss_mask_dtype is None:  # no caption mask was put on
+            return loss_mask_BL
+        return caption_mask.take_off(loss_mask_BL, batch.loss_mask_dtype, packed=batch.is_packed)[0]
 
     def _num_added(self) -> int | None:
         """Positions that this forward pass adds to each row; None where it is not one that RSA reads."""

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.hooks.broadcast import broadcast_tensors
 from rsa_megatron.hooks.host import Host
+from rsa_megatron.hooks.packed_row import check_bounds, packed_row
 
 _FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
 
@@ -66,14 +66,17 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
     input_ids, is_image_BS = arguments["input_ids"], host.images_in(arguments)
     tiles = host.tiles_of_images(arguments, is_image_BS)
     if not is_packed(arguments):
-        num_samples = len(input_ids)
+        num_samples, row = len(input_ids), None
         sample_BS = torch.arange(num_samples, device=input_ids.device)[:, None].expand_as(input_ids)
+        tiles_BS = torch.zeros_like(input_ids)
+        tiles_BS[is_image_BS] = tiles.to(tiles_BS)
     else:
         position_BS = host.positions(arguments, is_image_BS, tiles)
-        num_samples, sample_BS = _packed_samples(arguments["packed_seq_params"], position_BS)
+        # (Unlike an index, this does not wait for a GPU; that images and tiles are as many `positions` has seen.)
+        tiles_BS = torch.zeros_like(input_ids).masked_scatter(is_image_BS, tiles.to(input_ids))
+        row = packed_row(arguments["packed_seq_params"], position_BS)
+        num_samples, sample_BS = row.num_samples, row.sample_BS
     num_images = _per_sample(is_image_BS.long(), sample_BS, num_samples)
-    tiles_BS = torch.zeros_like(input_ids)
-    tiles_BS[is_image_BS] = tiles.to(tiles_BS)
     eligible = (num_images == 1).long()
     if selection.eligible is not None:
         _check("eligible", selection.eligible, eligible.shape)
@@ -81,12 +84,18 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
     caption_BS = selection.caption_mask
     if caption_BS is None:
         caption_BS = _trained_tokens(arguments.get("loss_mask"), sample_BS)
+        if row is not None:  # the last token of a sequence predicts none of it, nor of its padding
+            caption_BS = caption_BS * ~row.in_padding_BS
     else:
         if caption_BS.shape[1] == input_ids.shape[1] + 1:  # of texts whose last token is a label alone
             caption_BS = caption_BS[:, :-1]
         _check("caption_mask", caption_BS, input_ids.shape)
         caption_BS = (caption_BS > 0).to(input_ids)
-    if is_packed(arguments):
+    if row is not None:
+        is_read_BS = is_image_BS | (caption_BS > 0)
+        if arguments.get("loss_mask") is not None:
+            is_read_BS = is_read_BS | (arguments["loss_mask"] != 0)
+        check_bounds(row, arguments["packed_seq_params"], position_BS, is_read_BS, host)
         caption_BS = caption_BS * (sample_BS + 1)
     return RSASamples(eligible, caption_BS, _per_sample(tiles_BS, sample_BS, num_samples), _ids(input_ids, num_samples))
 
@@ -95,15 +104,6 @@ def is_packed(arguments: dict) -> bool:
     """Whether several samples, or one, share a row as packed sequences."""
     packed = arguments.get("packed_seq_params")
     return packed is not None and packed.qkv_format == "thd"
-
-
-def _packed_samples(packed: PackedSeqParams, position_BS: Tensor) -> tuple[int, Tensor]:
-    """How many sequences are packed into the row, and which of them each text position belongs to, from 0."""
-    bounds = packed.cu_seqlens_q_padded if packed.cu_seqlens_q_padded is not None else packed.cu_seqlens_q
-    if len(position_BS) != 1:
-        raise ValueError(f"RSA reads packed sequences from one row, not {len(position_BS)}: set --micro-batch-size 1")
-    sample_BS = torch.searchsorted(bounds.to(position_BS), position_BS, right=True) - 1
-    return len(bounds) - 1, sample_BS.clamp(max=len(bounds) - 2)
 
 
 def _trained_tokens(loss_mask_BS: Tensor | None, sample_BS: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=grid,
         metavar="ROWSxCOLUMNS",
-        help="the grids of tiles that anyres may choose from; default: the model's own",
+        help="the grids of tiles that anyres may choose from, of equally good ones the first; default: the model's own",
     )
     embedding_arguments.add_arguments(group)
     group.add_argument(

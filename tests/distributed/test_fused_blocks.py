@@ -134,6 +134,21 @@ def test_loss_and_gradients_are_those_of_equation_5(interpreter, distance, norma
 
 
 @needs_triton
+@pytest.mark.parametrize("size_v, size_t", [(1e-23, 1e-23), (1e19, 1.0)])
+@pytest.mark.parametrize("distance", FUSED)
+def test_rows_whose_squares_no_float_holds_are_those_of_float64(interpreter, distance, size_v, size_t):
+    given = [x * size for x, size in zip(pairs(), (size_v, size_t))]
+    settings = dict(distance=distance, normalize="mean-distance")
+    actual = interpreter(value_and_gradients, *given, **settings, fused="ieee")
+    rows = [x.double().requires_grad_() for x in given]
+    expected = rsa_loss_reference(*rows, **settings)
+    of_value, of_gradients = TOLERANCES["ieee"]
+    assert relative(actual[0], expected.detach()) < of_value
+    for x, y in zip(actual[1:], torch.autograd.grad(expected, rows)):
+        assert relative(x, y) < of_gradients
+
+
+@needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
 @pytest.mark.parametrize("own", [OWN, slice(36, N), slice(20, 20)])
 def test_a_rank_with_other_rows_around_its_own_has_its_share(interpreter, own, precision):

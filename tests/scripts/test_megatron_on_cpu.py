@@ -82,6 +82,39 @@ def test_what_asks_for_cuda_gets_the_cpu():
     assert result == (["cpu"] * 5, True, True, True, True)
 
 
+def writes_to_what_was_moved():
+    """Where numbers stand after a write to a moved tensor: of an expanded one, in the source and in the result."""
+    moves = {
+        "cuda()": lambda x: x.cuda(),
+        "cuda(non_blocking)": lambda x: x.cuda(non_blocking=True),
+        "to(cuda)": lambda x: x.to("cuda"),
+        "to(device=0)": lambda x: x.to(device=0, non_blocking=True),
+        "pin_memory()": lambda x: x.pin_memory(),
+    }
+    found = {}
+    for name, move in moves.items():
+        source = torch.zeros(3)
+        moved = move(source.expand(2, 3))
+        moved[0, 1] = 1.0
+        found[name] = source.tolist(), moved.tolist(), moved.is_contiguous()
+    parameter, dense = torch.nn.Parameter(torch.zeros(2)), torch.zeros(3)
+    gradient_of = torch.zeros(3, requires_grad=True)
+    gradient_of.expand(2, 3).cuda().sum().backward()
+    # What a GPU gives back as it is when it is there already: a parameter stays the module's.
+    stay = [parameter.cuda() is parameter, dense.to("cuda") is dense, dense.expand(2, 3).to("cpu").stride() == (0, 1)]
+    return found, stay, gradient_of.grad.tolist()
+
+
+def test_a_copy_of_an_expanded_tensor_can_be_written_to():
+    ((found, stay, gradient),) = processes.run(writes_to_what_was_moved, 1)
+    assert len(found) == 5
+    for name, result in found.items():
+        assert result == ([0.0] * 3, [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], True), name
+    assert stay == [True] * 3 and gradient == [2.0] * 3
+    with pytest.raises(RuntimeError, match="single memory location"):  # what x itself would do
+        torch.zeros(3).expand(2, 3).add_(1.0)
+
+
 def parameters_and_buffers(folder: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoModel
 

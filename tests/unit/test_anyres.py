@@ -1,5 +1,6 @@
 """Grids and token counts are transformers': known numbers, thousands of random sizes, and the very tokens kept."""
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,14 +10,14 @@ from transformers import LlavaOnevisionProcessor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 
-from rsa_megatron import anyres
+from rsa_megatron import anyres, recipes
 from rsa_megatron.anyres import ImageLayout, choose_grid
 
 ONEVISION = [(384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)]
 # name: tile in pixels, side in tokens, max_tiles, pinpoints. The last two shrink often, and have even sides.
 CASES = {
     "onevision": (384, 27, 9, ONEVISION),
-    "stage 1.5": (384, 27, 9, [(768, 384), (384, 768), (768, 768), (384, 1152), (1152, 384)]),
+    "stage 1.5": (384, 27, 9, [(384 * rows, 384 * columns) for rows, columns in recipes.stage_1_5()["image_grids"]]),
     "wide lists": (58, 4, 2, [(58, 58), (58, 116), (116, 58), (58, 232), (116, 174), (174, 116)]),
     "tiny": (28, 2, 2, [(28, 56), (56, 28), (56, 56), (84, 56), (84, 84), (28, 140)]),
 }
@@ -105,6 +106,45 @@ def test_the_tokens_kept_are_those_that_transformers_keeps(case):
         kept = ImageLayout(height, width, rows, columns).packed_grid(side, max_tiles)
         actual = positions[0, kept.top : kept.top + kept.rows, kept.left : kept.left + kept.columns]
         assert torch.equal(actual, expected), (height, width)
+
+
+# As LLaVA-NeXT's scripts write them, (width, height): of its mid stage, and of its last ("(1x1),...,(6x6)").
+LLAVA_NEXT = {
+    "1.5": [(384, 768), (768, 384), (768, 768), (1152, 384), (384, 1152)],
+    "2": [(384 * columns, 384 * rows) for columns in range(1, 7) for rows in range(1, 7)],
+}
+
+
+def best_as_llava_next_has_it(width: int, height: int, resolutions: list[tuple[int, int]]) -> tuple[int, int]:
+    """From its description: scaled to fit, most of the image's own pixels win, then least area left over, then the first."""
+    best, most, least = None, -1, math.inf
+    for columns, rows in resolutions:
+        factor = min(columns / width, rows / height)
+        pixels = min(int(width * factor) * int(height * factor), width * height)
+        left_over = columns * rows - pixels
+        if (pixels, -left_over) > (most, -least):
+            best, most, least = (columns, rows), pixels, left_over
+    return best
+
+
+def num_other_grids(stage: str, grids: list[tuple[int, int]]) -> int:
+    """Of 20,000 sizes, most of them small, those for which (rows, columns) of `grids` are not LLaVA-NeXT's."""
+    rng, pinpoints = random.Random(0), [(384 * rows, 384 * columns) for rows, columns in grids]
+    count = 0
+    for _ in range(20_000):
+        height, width = (rng.randint(1, rng.choice((384, 768, 3000))) for _ in range(2))
+        best_width, best_height = best_as_llava_next_has_it(width, height, LLAVA_NEXT[stage])
+        count += choose_grid(height, width, pinpoints, 384) != (best_height // 384, best_width // 384)
+    return count
+
+
+def test_the_stages_grids_are_those_that_llava_next_takes():
+    grids = recipes.stage_1_5()["image_grids"]
+    assert num_other_grids("1.5", grids) == 0
+    # In the model's own list no two grids that tie are the best: its order is Hugging Face's.
+    assert num_other_grids("2", [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]) == 0
+    # Images below a tile's size keep all their pixels in either of the small grids: the order decides.
+    assert num_other_grids("1.5", [(1, 2), (2, 1), *grids[2:]]) > 2000
 
 
 def test_of_grids_as_good_the_first_is_taken():

@@ -7,12 +7,20 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from rsa_megatron.hooks import caption_mask as caption_marks
-from rsa_megatron.hooks import token_positions
+from rsa_megatron.hooks import sample_selection, token_positions
 from rsa_megatron.hooks.host import LLaVAHost
 from rsa_megatron.hooks.sample_selection import Selection, samples_of
 
 IMAGE = -200
-HOST = LLaVAHost(SimpleNamespace(image_token_index=IMAGE, img_seq_len=4))
+MODEL = dict(
+    image_token_index=IMAGE,
+    img_seq_len=4,
+    _language_max_sequence_length=64,
+    sequence_parallel_lm=False,
+    context_parallel_lm=1,
+    tensor_model_parallel_size_lm=2,
+)
+HOST = LLaVAHost(SimpleNamespace(**MODEL))
 # One image of three tiles with a caption of two tokens; text; two images of one and two tiles.
 TOKENS = torch.tensor([[1, IMAGE, 11, 12, 0], [21, 22, 23, 24, 25], [IMAGE, IMAGE, 31, 32, 0]])
 LOSS_MASK = torch.tensor(
@@ -76,19 +84,125 @@ def test_ids_tell_samples_apart_and_are_found_again():
     assert not (samples_of(arguments(input_ids=swapped), HOST).sample_id == ids).any()
 
 
+# One row of three: an image (4 positions) with a caption, text alone, an image of two tiles (8) with a caption. Of its loss mask
+# the third 1 would learn the next sample's first token.
+PACKED_TOKENS = torch.tensor([[IMAGE, 11, 12, 21, 22, IMAGE, 31, 0]])
+PACKED_LOSS_MASK = torch.tensor([[1, 1, 1, 1, 0, 1, 0, 0]])
+ENDS = [0, 6, 8, 18]
+
+
+def packed_samples(host=HOST, **bounds):
+    """samples_of of that row with bounds as a script gives them, lists or anything else."""
+    given = {
+        name: torch.tensor(ends, dtype=torch.int32) if isinstance(ends, list) else ends for name, ends in bounds.items()
+    }
+    packed = PackedSeqParams(qkv_format="thd", **given)
+    return samples_of(
+        dict(
+            input_ids=PACKED_TOKENS,
+            loss_mask=PACKED_LOSS_MASK,
+            num_image_tiles=torch.tensor([1, 2]),
+            packed_seq_params=packed,
+        ),
+        host,
+    )
+
+
 def test_packed_samples_are_told_apart_by_where_they_end():
-    """One row of three: an image (4 positions) with a caption, text alone, an image of two tiles (8) with a caption."""
-    tokens = torch.tensor([[IMAGE, 11, 12, 21, 22, IMAGE, 31, 0]])
-    loss_mask = torch.tensor([[1, 1, 1, 1, 0, 1, 0, 0]])  # the third 1 would learn the next sample's first token
-    bounds = torch.tensor([0, 6, 8, 18], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    given = dict(input_ids=tokens, loss_mask=loss_mask, num_image_tiles=torch.tensor([1, 2]), packed_seq_params=packed)
-    samples = samples_of(given, HOST)
+    samples = packed_samples(cu_seqlens_q=ENDS)
     assert samples.eligible.tolist() == [1, 0, 1] and samples.num_tiles.tolist() == [1, 0, 2]
     assert samples.caption_mask.tolist() == [[0, 1, 1, 0, 2, 0, 3, 0]]
     assert len(set(samples.sample_id.tolist())) == 3
+    two_rows = dict(input_ids=PACKED_TOKENS.expand(2, -1), num_image_tiles=torch.tensor([1, 2, 1, 2]))
+    two_rows |= dict(packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(ENDS)))
     with pytest.raises(ValueError, match="from one row, not 2: set --micro-batch-size 1"):
-        samples_of(given | dict(input_ids=tokens.expand(2, -1), num_image_tiles=torch.tensor([1, 2, 1, 2])), HOST)
+        samples_of(two_rows, HOST)
+
+
+# (bounds, samples that take part, caption mask)
+@pytest.mark.parametrize(
+    "bounds, eligible, caption_mask",
+    [
+        (dict(cu_seqlens_q=[0, 6, 6, 8, 18, 18]), [1, 0, 0, 1, 0], [0, 1, 1, 0, 3, 0, 4, 0]),
+        (dict(cu_seqlens_q_padded=ENDS), [1, 0, 1], [0, 1, 1, 0, 2, 0, 3, 0]),
+        # The last token of all is padding, which the second bounds count alone; the third leaves it behind the sequences.
+        (dict(cu_seqlens_q=[0, 6, 8, 17], cu_seqlens_q_padded=ENDS), [1, 0, 1], [0, 1, 1, 0, 2, 0, 3, 0]),
+        (dict(cu_seqlens_q=[0, 6, 8, 17], total_tokens=18), [1, 0, 1], [0, 1, 1, 0, 2, 0, 3, 0]),
+        # Token 12 is padding, and predicted by the one before it.
+        (dict(cu_seqlens_q=[0, 5, 7, 17], cu_seqlens_q_padded=ENDS), None, "1 image, trained or caption tokens"),
+    ],
+    ids=["empty sequences", "padded alone", "padding of a sequence", "padding of the row", "a loss in padding"],
+)
+def test_bounds_with_padding_and_empty_sequences(bounds, eligible, caption_mask):
+    if eligible is None:
+        with pytest.raises(ValueError, match=f"{caption_mask} of the packed row lie in .* padding"):
+            packed_samples(**bounds)
+        return
+    samples = packed_samples(**bounds)
+    assert samples.eligible.tolist() == eligible and samples.caption_mask.tolist() == [caption_mask]
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        # As the texts have them, an image one token: image 2 would be in no sequence, its caption sample 3's.
+        (
+            dict(cu_seqlens_q=[0, 3, 5, 8]),
+            "cu_seqlens_q ends at 8, and the packed row has 18 positions with its images'",
+        ),
+        # Each image counted as one tile.
+        (dict(cu_seqlens_q=[0, 6, 8, 14]), "ends at 14, and the packed row has 18 positions"),
+        (dict(cu_seqlens_q=[0, 3, 5, 8], cu_seqlens_q_padded=[0, 3, 5, 8]), "cu_seqlens_q_padded ends at 8, and .* 18"),
+        (
+            dict(cu_seqlens_q=[0, 6, 8, 17]),
+            "ends at 17, and the packed row has 18 positions .* padding to its last seq",
+        ),
+        (dict(cu_seqlens_q=[0, 6, 8, 20]), "ends at 20, and the packed row has 18 positions"),
+        (
+            dict(cu_seqlens_q=[0, 3, 5, 8], cu_seqlens_q_padded=ENDS),
+            "4 image, trained or caption tokens .* cu_seqlens_q",
+        ),
+        (
+            dict(cu_seqlens_q=[0, 3, 5, 8], total_tokens=18),
+            "1 image, trained or caption tokens of the packed row lie in",
+        ),
+        (dict(cu_seqlens_q=[0, 3, 8, 18]), "ends a sequence within an image, 1 times: count each image as the tokens"),
+        (dict(cu_seqlens_q=[6, 8, 18]), "cu_seqlens_q begins at 6: give 0 first"),
+        (
+            dict(cu_seqlens_q=[0, 8, 6, 18]),
+            "cu_seqlens_q goes back from 8 to 6: give where each sequence ends, in order",
+        ),
+        (
+            dict(cu_seqlens_q=[0, 7, 8, 18], cu_seqlens_q_padded=ENDS),
+            "sequence 0 7 positions, and cu_seqlens_q_padded 6",
+        ),
+        (dict(cu_seqlens_q=[0, 18], cu_seqlens_q_padded=ENDS), "cu_seqlens_q has 2 bounds and cu_seqlens_q_padded 4"),
+        (dict(cu_seqlens_q=[ENDS]), r"cu_seqlens_q is of shape \(1, 4\): give the bounds of n sequences in a tensor"),
+        (dict(), "cu_seqlens_q is None: give the bounds"),
+        (dict(cu_seqlens_q=[0]), r"cu_seqlens_q is of shape \(1,\): give"),
+    ],
+)
+def test_bounds_that_cannot_be_the_row_s_are_refused(bounds, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        packed_samples(**bounds)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_the_refusal_captions_would_go_to_other_samples(monkeypatch):
+    right = packed_samples(cu_seqlens_q=ENDS)
+    monkeypatch.setattr(sample_selection, "check_bounds", lambda *args: None)
+    wrong = packed_samples(cu_seqlens_q=[0, 3, 5, 8])
+    assert not torch.equal(wrong.caption_mask, right.caption_mask)
+    assert wrong.eligible.tolist() != right.eligible.tolist()
+
+
+def test_a_row_may_be_cut_or_filled_up_for_the_ranks_that_share_it():
+    cut = LLaVAHost(SimpleNamespace(**MODEL | dict(_language_max_sequence_length=15)))
+    assert packed_samples(cut, cu_seqlens_q=[0, 6, 8, 15]).eligible.tolist() == [1, 0, 1]
+    shared = LLaVAHost(SimpleNamespace(**MODEL | dict(sequence_parallel_lm=True, tensor_model_parallel_size_lm=4)))
+    assert packed_samples(shared, cu_seqlens_q=[0, 6, 8, 20]).eligible.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="ends at 15, and the packed row has 18"):
+        packed_samples(cu_seqlens_q=[0, 6, 8, 15])
 
 
 def test_text_lies_after_the_tokens_of_the_images_before_it():

@@ -14,7 +14,7 @@ from transformers import (
 
 from rsa_megatron.models.architectures import ARCHITECTURES, get_architecture
 from rsa_megatron.models.hf_config import find_architecture, read_architecture, read_towers
-from rsa_megatron.models.hf_files import write_model_files
+from rsa_megatron.models.hf_files import make_image_processor_config, write_model_files
 from tests.support.hf_configs import PINPOINTS, QWEN2, SIGLIP, TEXT, hub, unnamed, write_config
 
 # Reading
@@ -121,6 +121,14 @@ def test_a_config_that_is_broken_or_missing_is_named(tmp_path, content):
         ValueError, match="--model nobody/nothing: neither a folder with a config.json nor one of demo, "
     ):
         find_architecture("nobody/nothing")
+
+
+def test_the_grids_keep_the_order_that_the_folder_has(tmp_path):
+    """Of grids as good the first is taken: a model whose list has the wide one first is served with it first."""
+    for pinpoints in ([[384, 768], [768, 384]], [[768, 384], [384, 768]]):
+        architecture = read_architecture(write_config(tmp_path, hub(image_grid_pinpoints=pinpoints)))
+        assert [list(grid) for grid in architecture.grid_pinpoints] == pinpoints
+        assert make_image_processor_config(architecture)["image_grid_pinpoints"] == pinpoints
 
 
 def test_a_folder_that_prepares_images_in_another_way_is_refused(tmp_path):
