@@ -95,16 +95,26 @@ def cknna(a_ND: Tensor, b_NE: Tensor, k: int = 10) -> float:
     return align_neighbours(a_ND, b_NE, nearest_neighbours(a_ND, k), nearest_neighbours(b_NE, k))
 
 
-def align_neighbours(a_ND: Tensor, b_NE: Tensor, a_Nk: Tensor, b_Nk: Tensor) -> float:
-    """`cknna` from features and the two lists of neighbours, each in order of index."""
+def align_neighbours(
+    a_ND: Tensor, b_NE: Tensor, a_Nk: Tensor, b_Nk: Tensor, variances: tuple[Tensor, Tensor] | None = None
+) -> float:
+    """`cknna` from features and the two lists of neighbours, each in order of index.
+
+    Args:
+        variances: `neighbour_variance` of each, where they are at hand.
+    """
     if a_Nk.shape[1] < 2 or len(a_ND) < 4:
         raise ValueError(
             f"cknna needs k of at least 2 and at least 4 samples; got k={a_Nk.shape[1]} and {len(a_ND)} samples"
         )
     near_a, near_b = _pair_numbers(a_Nk), _pair_numbers(b_Nk)
-    near_both = near_a[torch.isin(near_a, near_b)]
-    parts = (near_both, a_ND, b_NE), (near_a, a_ND, a_ND), (near_b, b_NE, b_NE)
-    return _ratio(*(_unbiased_hsic_of_neighbours(*part) for part in parts))
+    both = _unbiased_hsic_of_neighbours(near_a[torch.isin(near_a, near_b)], a_ND, b_NE)
+    return _ratio(both, *(variances or (neighbour_variance(a_ND, a_Nk), neighbour_variance(b_NE, b_Nk))))
+
+
+def neighbour_variance(x_ND: Tensor, index_Nk: Tensor) -> Tensor:
+    """HSIC of a space with itself over its own pairs of neighbours: what `cknna` divides by the root of."""
+    return _unbiased_hsic_of_neighbours(_pair_numbers(index_Nk), x_ND, x_ND)
 
 
 @torch.no_grad()

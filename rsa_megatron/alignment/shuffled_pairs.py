@@ -74,9 +74,12 @@ def _score_lists(score: Callable[[Tensor, Tensor], float]):
 
 def _score_cknna(a_ND: Tensor, b_NE: Tensor, k: int, order_PN: Tensor) -> Scores:
     a_Nk, b_Nk = nearest_neighbours(a_ND, k), nearest_neighbours(b_NE, k)
-    return metrics.align_neighbours(a_ND, b_NE, a_Nk, b_Nk), [
-        metrics.align_neighbours(a_ND, b_NE[order_N], a_Nk, shuffle_neighbours(b_Nk, order_N)) for order_N in order_PN
-    ]
+    variances = metrics.neighbour_variance(a_ND, a_Nk), metrics.neighbour_variance(b_NE, b_Nk)
+
+    def score(b_NE: Tensor, b_Nk: Tensor) -> float:
+        return metrics.align_neighbours(a_ND, b_NE, a_Nk, b_Nk, variances)
+
+    return score(b_NE, b_Nk), [score(b_NE[order_N], shuffle_neighbours(b_Nk, order_N)) for order_N in order_PN]
 
 
 def _score_kernels(hsic: Callable, kernel: str):
