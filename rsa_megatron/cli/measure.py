@@ -241,7 +241,8 @@ def choose_metrics(args: argparse.Namespace, num_samples: int) -> list[str]:
     reasons = {metric: describe_too_few(metric, args.k, num_samples) for metric in args.metrics}
     left_out = [f"{metric}: {reason}" for metric, reason in reasons.items() if reason]
     if len(left_out) == len(reasons):
-        raise ValueError(f"{'; '.join(left_out)}; take more pairs" + " or a smaller --k" * (args.k > 1))
+        has_neighbours = any(metric in NEIGHBOUR_METRICS for metric in reasons)
+        raise ValueError(f"{'; '.join(left_out)}; take more pairs" + " or a smaller --k" * has_neighbours)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
     return [metric for metric, reason in reasons.items() if not reason]
