@@ -105,9 +105,10 @@ def setting(lines: list[dict]) -> str:
     steps = ", ".join(f"stage {stage}: {iterations[stage]}" for stage in STAGES if stage in iterations)
     seeds = sorted({line["seed"] for line in lines})
     first = lines[0]
+    chance = f"chance {first['chance']:.4f}" if first["chance"] else "too few pairs for mutual-kNN"
     return (
         f"Data: {first['data']}, measured on {first['num_samples']} pairs of the part `{first['part']}`, k = {first['k']}, "
-        f"chance {first['chance'] or math.nan:.4f}. Iterations of 32 samples: {steps}. Seeds: {', '.join(map(str, seeds))}."
+        f"{chance}. Iterations of 32 samples: {steps}. Seeds: {', '.join(map(str, seeds))}."
     )
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from rsa_megatron.alignment.neighbour_candidates import slices
 
 _BLOCK_ROWS = 1024
+#: Up to so many samples a whole kernel is held, 128 MiB, to be read in other orders.
+MATRIX_ROWS = 4096
 KERNELS = ("linear", "rbf")
 
 
@@ -54,11 +56,34 @@ def kernel_sums(a_ND: Tensor, b_NE: Tensor, *, kernel: str, sigma: float) -> Ker
         raise ValueError(f"unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}")
     if not sigma > 0:
         raise ValueError(f"sigma={sigma} of the rbf kernel must be above 0")
-    spaces = {name: _CentredFeatures(x, name) for name, x in (("a", a_ND), ("b", b_NE))}
-    num_rows, d, e = len(a_ND), a_ND.shape[1], b_NE.shape[1]
-    if kernel == "linear" and d * d + d * e + e * e < num_rows * (d + e) / 2:
+    spaces = _centre(a_ND, b_NE)
+    if kernel == "linear" and _has_cheap_columns(spaces):
         return _from_columns(spaces)
     return _from_blocks(spaces, sigma if kernel == "rbf" else None)
+
+
+def shuffled_kernel_sums(
+    sums: KernelSums, a_ND: Tensor, b_NE: Tensor, order_PN: Tensor, *, kernel: str, sigma: float
+) -> list[KernelSums]:
+    """The sums of the first kernel and of the second with its samples in P other orders.
+
+    Args:
+        sums: `kernel_sums` of the same features, kernel and sigma: all but sum_ij K_ij L_ij is that in another order.
+        order_PN: which sample of the second space stands beside each of the first.
+    """
+    spaces = _centre(a_ND, b_NE)
+    if kernel == "linear" and _has_cheap_columns(spaces):
+        products = [_product_of_columns(spaces["a"], spaces["b"], order_N) for order_N in order_PN]
+    else:
+        products = _shuffled_products(spaces, order_PN, sigma if kernel == "rbf" else None)
+    return [
+        KernelSums(
+            sums.products | {("a", "b"): product},
+            sums.rows | {"b": sums.rows["b"][order_N]},
+            sums.diagonals | {"b": sums.diagonals["b"][order_N]},
+        )
+        for product, order_N in zip(products, order_PN)
+    ]
 
 
 class _CentredFeatures:
@@ -74,16 +99,20 @@ class _CentredFeatures:
             which = "first" if name == "a" else "second"
             raise ValueError(f"all {len(x_ND)} rows of the {which} features are equal: there is nothing to compare")
 
-    def __getitem__(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
         return self._x_ND[rows].double() - self._mean_D
 
-    def kernel(self, i: slice, j: slice, sigma: float | None) -> Tensor:
+    @property
+    def num_columns(self) -> int:
+        return self._x_ND.shape[1]
+
+    def kernel(self, i: slice | Tensor, j: slice | Tensor, sigma: float | None) -> Tensor:
         """K of rows i against rows j, [b, c]: linear without a sigma."""
         dot_bc = self[i] @ self[j].T
         if sigma is None:
             return dot_bc
         s_bc = (self.square_N[i, None] + self.square_N[None, j]).sub_(dot_bc, alpha=2).clamp_min_(0.0)
-        if i == j:
+        if i is j:
             s_bc.fill_diagonal_(0.0)
         return s_bc.mul_(-0.5 / sigma**2).exp_()
 
@@ -91,9 +120,37 @@ class _CentredFeatures:
 _PAIRS = (("a", "b"), ("a", "a"), ("b", "b"))
 
 
+def _centre(a_ND: Tensor, b_NE: Tensor) -> dict[str, _CentredFeatures]:
+    return {name: _CentredFeatures(x, name) for name, x in (("a", a_ND), ("b", b_NE))}
+
+
+def _has_cheap_columns(spaces: dict[str, _CentredFeatures]) -> bool:
+    d, e = (space.num_columns for space in spaces.values())
+    return d * d + d * e + e * e < len(spaces["a"].square_N) * (d + e) / 2
+
+
+def _product_of_columns(first: _CentredFeatures, second: _CentredFeatures, order_N: Tensor | None = None) -> Tensor:
+    blocks = first.blocks
+    return sum(first[i].T @ second[i if order_N is None else order_N[i]] for i in blocks).square().sum()
+
+
+def _shuffled_products(spaces: dict[str, _CentredFeatures], order_PN: Tensor, sigma: float | None) -> list[Tensor]:
+    """sum_ij K_ij L_ij of each order."""
+    blocks, every, b = spaces["a"].blocks, slice(None), spaces["b"]
+    whole_NN = b.kernel(every, every, sigma) if order_PN.shape[1] <= MATRIX_ROWS else None
+    products = [0.0] * len(order_PN)
+    for number, j in enumerate(blocks):
+        for i in blocks[: number + 1]:
+            k_bc = spaces["a"].kernel(i, j, sigma)
+            for p, order_N in enumerate(order_PN):
+                rows_b, rows_c = order_N[i], order_N[j]
+                l_bc = b.kernel(rows_b, rows_c, sigma) if whole_NN is None else whole_NN[rows_b][:, rows_c]
+                products[p] = products[p] + (k_bc * l_bc).sum() * (1 if i is j else 2)
+    return products
+
+
 def _from_columns(spaces: dict[str, _CentredFeatures]) -> KernelSums:
-    blocks = spaces["a"].blocks
-    products = {(x, y): sum(spaces[x][i].T @ spaces[y][i] for i in blocks).square().sum() for x, y in _PAIRS}
+    products = {(x, y): _product_of_columns(spaces[x], spaces[y]) for x, y in _PAIRS}
     diagonals = {name: space.square_N for name, space in spaces.items()}
     return KernelSums(products, {name: torch.zeros_like(square_N) for name, square_N in diagonals.items()}, diagonals)
 
@@ -108,9 +165,9 @@ def _from_blocks(spaces: dict[str, _CentredFeatures], sigma: float | None) -> Ke
         for i in blocks[: number + 1]:
             kernels = {name: space.kernel(i, j, sigma) for name, space in spaces.items()}
             for x, y in _PAIRS:
-                products[x, y] = products[x, y] + (kernels[x] * kernels[y]).sum() * (1 if i == j else 2)
+                products[x, y] = products[x, y] + (kernels[x] * kernels[y]).sum() * (1 if i is j else 2)
             for name, k_bc in kernels.items():
                 rows[name][i] += k_bc.sum(1)
-                if i != j:  # the block that mirrors it
+                if i is not j:  # the block that mirrors it
                     rows[name][j] += k_bc.sum(0)
     return KernelSums(products, rows, diagonals)

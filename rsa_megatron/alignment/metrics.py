@@ -3,7 +3,8 @@
 Definitions are those of Huh et al. 2024 (platonic-rep), the papers behind them, and their differences beside each.
 None of them adds 1e-6 to a denominator, as platonic-rep does. All take features as they are given: which step comes
 before (`clip_outliers`, unit rows) is the caller's choice, and METRICS' for the command line. What is computed from
-kernels is computed in float64, from features of any float type.
+kernels is computed in float64, from features of any float type. What each gives for unrelated samples, which belongs beside every
+figure reported, is shuffled_pairs.py's; how few samples say anything, `least_samples`'.
 
 Shapes: N samples, the rows of both inputs in the same order; widths D and E; k neighbours; M pairs of samples.
 """
@@ -26,14 +27,13 @@ def mutual_knn(a_ND: Tensor, b_NE: Tensor, k: int = 10) -> float:
 
     Neighbours are those of largest cosine similarity, the sample itself left out, as in Huh et al. 2024
     (platonic-rep's mutual_knn without its clipping of outliers); of equally near ones the smaller index. 1 for a
-    space against itself; about k / (N - 1) for spaces that have nothing to do with each other, which belongs beside
-    every figure reported.
+    space against itself; about k / (N - 1) for spaces that have nothing to do with each other.
 
     Raises:
         ValueError: when there are no k other samples, the inputs do not pair up, rows hold NaN or infinity, or all
             rows of a space point the same way.
     """
-    _check_pair(a_ND, b_NE, "mutual_knn")
+    check_pair(a_ND, b_NE, "mutual_knn")
     return shared_neighbours(nearest_neighbours(a_ND, k), nearest_neighbours(b_NE, k))
 
 
@@ -43,8 +43,12 @@ def cycle_knn(a_ND: Tensor, b_NE: Tensor, k: int = 10) -> float:
 
     About k^2 / (N - 1) by chance where that is small; not symmetric in A and B.
     """
-    _check_pair(a_ND, b_NE, "cycle_knn")
-    a_Nk, b_Nk = nearest_neighbours(a_ND, k), nearest_neighbours(b_NE, k)
+    check_pair(a_ND, b_NE, "cycle_knn")
+    return share_of_cycles(nearest_neighbours(a_ND, k), nearest_neighbours(b_NE, k))
+
+
+def share_of_cycles(a_Nk: Tensor, b_Nk: Tensor) -> float:
+    """`cycle_knn` from the two lists of neighbours."""
     itself_N = torch.arange(len(a_Nk), device=a_Nk.device)
     pieces = zip(b_Nk.split(4096), itself_N.split(4096))
     return sum((a_Nk[b_bk] == i_b[:, None, None]).any(2).any(1).sum().item() for b_bk, i_b in pieces) / len(a_Nk)
@@ -61,7 +65,7 @@ def cka(a_ND: Tensor, b_NE: Tensor, *, kernel: str = "linear", sigma: float = 1.
     Raises:
         ValueError: as mutual_knn; all rows of a space equal leave nothing to align.
     """
-    return _alignment(_sums(a_ND, b_NE, "cka", kernel, sigma), KernelSums.hsic)
+    return align_kernels(_sums(a_ND, b_NE, "cka", kernel, sigma), KernelSums.hsic)
 
 
 @torch.no_grad()
@@ -72,7 +76,12 @@ def unbiased_cka(a_ND: Tensor, b_NE: Tensor, *, kernel: str = "linear", sigma: f
     """
     if len(a_ND) < 4:
         raise ValueError(f"unbiased_cka needs at least 4 samples; there are {len(a_ND)}")
-    return _alignment(_sums(a_ND, b_NE, "unbiased_cka", kernel, sigma), KernelSums.unbiased_hsic)
+    return align_kernels(_sums(a_ND, b_NE, "unbiased_cka", kernel, sigma), KernelSums.unbiased_hsic)
+
+
+def align_kernels(sums: KernelSums, hsic: Callable) -> float:
+    """CKA of one of KernelSums' two estimates of HSIC."""
+    return _ratio(hsic(sums, "a", "b"), hsic(sums, "a", "a"), hsic(sums, "b", "b"))
 
 
 @torch.no_grad()
@@ -82,13 +91,30 @@ def cknna(a_ND: Tensor, b_NE: Tensor, k: int = 10) -> float:
     Kernels are cosines, zeroed but for pairs (i, j) with j among i's neighbours in both spaces, and in its own space
     alone for the denominator; HSIC is the unbiased estimate. nan where the denominator is not positive.
     """
-    _check_pair(a_ND, b_NE, "cknna")
-    if k < 2 or len(a_ND) < 4:
-        raise ValueError(f"cknna needs k of at least 2 and at least 4 samples; got k={k} and {len(a_ND)} samples")
-    near_a, near_b = (_pair_numbers(nearest_neighbours(x, k)) for x in (a_ND, b_NE))
-    near_both = near_a[torch.isin(near_a, near_b)]
-    parts = (near_both, a_ND, b_NE), (near_a, a_ND, a_ND), (near_b, b_NE, b_NE)
-    return _ratio(*(_unbiased_hsic_of_neighbours(*part) for part in parts))
+    check_pair(a_ND, b_NE, "cknna")
+    return align_neighbours(a_ND, b_NE, nearest_neighbours(a_ND, k), nearest_neighbours(b_NE, k))
+
+
+def align_neighbours(
+    a_ND: Tensor, b_NE: Tensor, a_Nk: Tensor, b_Nk: Tensor, variances: tuple[Tensor, Tensor] | None = None
+) -> float:
+    """`cknna` from features and the two lists of neighbours, each in order of index.
+
+    Args:
+        variances: `neighbour_variance` of each, where they are at hand.
+    """
+    if a_Nk.shape[1] < 2 or len(a_ND) < 4:
+        raise ValueError(
+            f"cknna needs k of at least 2 and at least 4 samples; got k={a_Nk.shape[1]} and {len(a_ND)} samples"
+        )
+    near_a, near_b = _pair_numbers(a_Nk), _pair_numbers(b_Nk)
+    both = _unbiased_hsic_of_neighbours(near_a[torch.isin(near_a, near_b)], a_ND, b_NE)
+    return _ratio(both, *(variances or (neighbour_variance(a_ND, a_Nk), neighbour_variance(b_NE, b_Nk))))
+
+
+def neighbour_variance(x_ND: Tensor, index_Nk: Tensor) -> Tensor:
+    """HSIC of a space with itself over its own pairs of neighbours: what `cknna` divides by the root of."""
+    return _unbiased_hsic_of_neighbours(_pair_numbers(index_Nk), x_ND, x_ND)
 
 
 @torch.no_grad()
@@ -100,11 +126,21 @@ def svcca(a_ND: Tensor, b_NE: Tensor, *, num_directions: int = 10) -> float:
     the same at each call: platonic-rep finds both by random or iterative approximations, with noise added.
     About 8 / (3 pi) sqrt(10 / N) by chance.
     """
-    _check_pair(a_ND, b_NE, "svcca")
+    check_pair(a_ND, b_NE, "svcca")
     if len(a_ND) <= num_directions:
         raise ValueError(f"svcca of {num_directions} directions needs more samples than that; there are {len(a_ND)}")
-    spans = [_leading_directions(x, num_directions, name) for x, name in ((a_ND, "the first"), (b_NE, "the second"))]
-    return torch.linalg.svdvals(spans[0].T @ spans[1]).mean().item()
+    return correlate_spans(*leading_directions(a_ND, b_NE, num_directions))
+
+
+def correlate_spans(a_NR: Tensor, b_NR: Tensor) -> float:
+    """Mean canonical correlation of what two sets of orthonormal columns span."""
+    return torch.linalg.svdvals(a_NR.T @ b_NR).mean().item()
+
+
+def leading_directions(a_ND: Tensor, b_NE: Tensor, num_directions: int = 10) -> list[Tensor]:
+    """The spans that `svcca` compares, [N, num_directions] each. Raises ValueError where features vary in fewer."""
+    named = (a_ND, "the first"), (b_NE, "the second")
+    return [_leading_directions(x, num_directions, name) for x, name in named]
 
 
 @torch.no_grad()
@@ -114,7 +150,7 @@ def rsa_discrepancy(a_ND: Tensor, b_NE: Tensor, *, distance: str = "euclidean", 
     `normalize="mean-distance"` makes it free of the spaces' scales. It asks nothing of single samples, and all rows
     equal are no error: their distances are 0.
     """
-    _check_pair(a_ND, b_NE, "rsa_discrepancy")
+    check_pair(a_ND, b_NE, "rsa_discrepancy")
     dtype = torch.promote_types(at_least_fp32(a_ND).dtype, at_least_fp32(b_NE).dtype)
     return rsa_loss(a_ND.to(dtype), b_NE.to(dtype), distance=distance, normalize=normalize).item()
 
@@ -144,13 +180,15 @@ def clip_outliers(x: Tensor, quantile: float = 0.95, *, exact: bool = True) -> T
 MUTUAL_KNN = "mutual-knn"
 #: the metrics that k is for
 NEIGHBOUR_METRICS = (MUTUAL_KNN, "cknna", "cycle-knn")
+#: Of these lower is better.
+DISCREPANCIES = ("rsa",)
 #: by their names on the command line: of features a_ND and b_NE and k. Kernels are of unit rows, as in platonic-rep's
 #: scores; neighbours depend on directions alone; the others take the features as they are.
 METRICS: dict[str, Callable[[Tensor, Tensor, int], float]] = {
     MUTUAL_KNN: mutual_knn,
-    "cka": lambda a_ND, b_NE, k: cka(*_unit(a_ND, b_NE)),
-    "cka-rbf": lambda a_ND, b_NE, k: cka(*_unit(a_ND, b_NE), kernel="rbf"),
-    "unbiased-cka": lambda a_ND, b_NE, k: unbiased_cka(*_unit(a_ND, b_NE)),
+    "cka": lambda a_ND, b_NE, k: cka(*to_unit_rows(a_ND, b_NE)),
+    "cka-rbf": lambda a_ND, b_NE, k: cka(*to_unit_rows(a_ND, b_NE), kernel="rbf"),
+    "unbiased-cka": lambda a_ND, b_NE, k: unbiased_cka(*to_unit_rows(a_ND, b_NE)),
     "cknna": cknna,
     "cycle-knn": cycle_knn,
     "svcca": lambda a_ND, b_NE, k: svcca(a_ND, b_NE),
@@ -158,12 +196,35 @@ METRICS: dict[str, Callable[[Tensor, Tensor, int], float]] = {
 }
 
 
-def _unit(*features: Tensor) -> list[Tensor]:
-    # float64, so that rows of one direction come out equal.
+def least_samples(metric: str, k: int) -> int:
+    """How many samples one of METRICS needs.
+
+    With k + 1 all others are a sample's neighbours. Two samples have one distance, in whatever space: their CKA is 1.
+    """
+    least = {"cka": 3, "cka-rbf": 3, "unbiased-cka": 4, "cknna": max(4, k + 1), "svcca": 11, "rsa": 2}
+    return least.get(metric, k + 1)
+
+
+def describe_too_few(metric: str, k: int, num_samples: int) -> str | None:
+    """One line where a metric says nothing of so many samples, else None."""
+    least = least_samples(metric, k)
+    return f"too few pairs ({num_samples}; need at least {least})" if num_samples < least else None
+
+
+def find_chance(metric: str, k: int, num_samples: int) -> float | None:
+    """What unrelated spaces are expected to get where that is known without them: k / (N - 1) of mutual-kNN."""
+    if metric != MUTUAL_KNN or describe_too_few(metric, k, num_samples):
+        return None
+    return k / (num_samples - 1)
+
+
+def to_unit_rows(*features: Tensor) -> list[Tensor]:
+    """As kernels take them: float64, so that rows of one direction come out equal."""
     return [unit_rows(x.double()) for x in features]
 
 
-def _check_pair(a_ND: Tensor, b_NE: Tensor, metric: str) -> None:
+def check_pair(a_ND: Tensor, b_NE: Tensor, metric: str) -> None:
+    """Raise ValueError unless these are features of the same samples."""
     check_features(a_ND, "the first features")
     check_features(b_NE, "the second features")
     if len(a_ND) != len(b_NE):
@@ -171,14 +232,10 @@ def _check_pair(a_ND: Tensor, b_NE: Tensor, metric: str) -> None:
 
 
 def _sums(a_ND, b_NE, metric: str, kernel: str, sigma: float) -> KernelSums:
-    _check_pair(a_ND, b_NE, metric)
+    check_pair(a_ND, b_NE, metric)
     if len(a_ND) < 2:
         raise ValueError(f"{metric} needs at least 2 samples; there are {len(a_ND)}")
     return kernel_sums(a_ND, b_NE, kernel=kernel, sigma=sigma)
-
-
-def _alignment(sums: KernelSums, hsic) -> float:
-    return _ratio(hsic(sums, "a", "b"), hsic(sums, "a", "a"), hsic(sums, "b", "b"))
 
 
 def _ratio(both: Tensor, first: Tensor, second: Tensor) -> float:

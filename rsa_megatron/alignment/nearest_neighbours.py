@@ -1,12 +1,14 @@
 """Which samples are nearest to which, by cosine similarity: exact sets, without an N x N matrix.
 
 The first pass (neighbour_candidates.py) leaves k + 22 candidates a row, by products that err by a known margin. The second takes
-up those that are nearer than that to the boundary between rank k and k + 1, and computes them in float64. A row with
-more of them than candidates, such as one of many equal rows, is compared with all rows in float64.
+up those that are nearer than that to the boundary between rank k and k + 1, and computes them in float64 from differences of
+rows. A row with more of them than candidates, such as one of many equal rows, is multiplied with all rows in float64 before.
 
-What is compared in the end are float64 cosines in steps of 2^-30 (1e-9, finer than float32 features tell them
-apart); of equal ones the smaller index goes first. Block size, thread count, device and the precision of products
-that the process allows change the order of sums, 1e-16 of a cosine, and so not the result.
+What is compared in the end are squared distances of unit rows, 2 - 2 cos, in relative steps of 2^-30 (1e-9): finer than
+float32 features tell them apart, however near they are, since a large mean or one dominating column may leave 1e-12 of a cosine
+for all differences. Equally near are rows within a step, and those that differ from a row by no more than rounding its
+multiples to float32 does; the smaller index goes first. Block size, thread count, device and the precision of products that
+the process allows change the order of sums, and so not the result.
 
 Shapes: N rows, D width, k neighbours, C candidates; b rows of a block.
 """
@@ -17,10 +19,9 @@ import torch
 from torch import Tensor
 
 from rsa_megatron.alignment.neighbour_candidates import (
-    COSINE_STEPS,
+    DISTANCE_STEPS,
     Candidates,
     CentredRows,
-    pair_cosines,
     slices,
 )
 from rsa_megatron.alignment.pairwise_kernel import float32_products
@@ -33,6 +34,8 @@ _UNDECIDED_SHARE = 0.05
 # Fewer samples are multiplied sooner than timed.
 _SAMPLES_WORTH_TIMING = 2048
 _FIRST, _LAST = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
+# Nearness is below 2^7 in steps of 2^-30: so many bits are left for the index.
+_INDEX_BITS = 25
 
 
 @torch.no_grad()
@@ -42,8 +45,9 @@ def nearest_neighbours(
 ) -> Tensor:
     """The k rows of largest cosine similarity to each row, itself left out: [N, k] in int64, in order of index.
 
-    A set for each row: which of the k is the nearest is not returned. Cosines within 1e-9 of each other are ties, and the
-    smaller index goes first. A zero row has cosine 0 with every other.
+    A set for each row: which of the k is the nearest is not returned. Squared distances of unit rows (2 - 2 cos) within a
+    billionth of each other are ties, and so are rows of one direction; the smaller index goes first. A zero row has
+    cosine 0 with every other.
 
     Args:
         x_ND: features of any float type, on the CPU or a GPU.
@@ -60,6 +64,8 @@ def nearest_neighbours(
     num_rows = len(x_ND)
     if not 0 < k < num_rows:
         raise ValueError(f"k={k} neighbours need at least k + 1 samples; there are {num_rows}")
+    if num_rows > 2**_INDEX_BITS:
+        raise ValueError(f"neighbours are found among at most {2**_INDEX_BITS} samples; there are {num_rows}")
     block_rows = block_rows or _BLOCK_ROWS.get(x_ND.device.type, 1024)
     for dtype in [product_dtype] if product_dtype else _worth_trying(x_ND):
         rows = CentredRows(x_ND, dtype)
@@ -124,31 +130,51 @@ def _decide(best: Candidates) -> tuple[Tensor, Tensor]:
     """The k neighbours of each row, and for which rows there were too few candidates to tell."""
     value_NC, k = best.value_NC, best.k
     num_rows, num_candidates = value_NC.shape
-    # Above the k + 1-st by more than the margin: k of all rows at most can be so. Below the k-th by as much: k are better.
-    inside_NC = value_NC > (value_NC[:, k] + best.rows.margin(slice(None), value_NC[:, k]))[:, None]
-    outside_NC = value_NC < best.least(slice(None))[:, None]
-    undecided_N = ~outside_NC[:, -1] & (num_candidates < num_rows - 1)
-    rank_NC = torch.where(inside_NC, _FIRST, _LAST)
-    row, column = (~inside_NC & ~outside_NC & ~undecided_N[:, None]).nonzero(as_tuple=True)
-    other = best.index_NC[row, column]
-    rank_NC[row, column] = _rank(pair_cosines(best.rows.x_ND, best.rows.norm_N, row, other), other)
+    least_N = best.least(slice(None))
+    undecided_N = (value_NC[:, -1] >= least_N) & (num_candidates < num_rows - 1)
+    # Above the k + 1-st by more than the margin: k of all rows at most can be so.
+    most_N = value_NC[:, k] + best.rows.margin(slice(None), value_NC[:, k])
+    rank_NC = _rank_near_boundary(
+        best.rows, torch.arange(num_rows, device=value_NC.device), best.index_NC, value_NC, least_N, most_N, undecided_N
+    )
     return best.index_NC.gather(1, rank_NC.topk(k, dim=1).indices), undecided_N
 
 
-def _rank(cosine: Tensor, index: Tensor) -> Tensor:
-    """A whole number, larger for the nearer, and of the equally near for the one of smaller index (below 2^32)."""
-    return (cosine * COSINE_STEPS).round_().long() * 2**32 - index
+def _rank_near_boundary(
+    rows: CentredRows,
+    chosen_b: Tensor,
+    index_bC: Tensor,
+    value_bC: Tensor,
+    least_b: Tensor,
+    most_b: Tensor,
+    left_out_b: Tensor | None = None,
+) -> Tensor:
+    """Rank the candidates of some rows, [b, C]: first whose product is above `most`, last below `least`, exactly between."""
+    inside_bC = value_bC > most_b[:, None]
+    between_bC = ~inside_bC & (value_bC >= least_b[:, None])
+    if left_out_b is not None:
+        between_bC &= ~left_out_b[:, None]
+    rank_bC = torch.where(inside_bC, _FIRST, _LAST)
+    row, column = between_bC.nonzero(as_tuple=True)
+    other = index_bC[row, column]
+    rank_bC[row, column] = _rank(rows.nearness(chosen_b[row], other), other)
+    return rank_bC
+
+
+def _rank(nearness: Tensor, index: Tensor) -> Tensor:
+    """A whole number, larger for the nearer, and of the equally near for the one of smaller index."""
+    return (nearness * DISTANCE_STEPS).round_().long() * 2**_INDEX_BITS - index
 
 
 def _compare_with_all(rows: CentredRows, index_Nk: Tensor, undecided: Tensor, block_rows: int) -> None:
-    """Write down the neighbours of the rows numbered `undecided`, from their float64 cosines with all rows."""
+    """Write down the neighbours of the rows numbered `undecided`, from their float64 products with all rows."""
     num_rows, k = index_Nk.shape
-    for piece in slices(len(undecided), max(1, 2**24 // num_rows)):  # 128 MiB of ranks
+    every_N = torch.arange(num_rows, device=undecided.device)
+    for piece in slices(len(undecided), max(1, 2**23 // num_rows)):  # 64 MiB of products, as much of ranks
         chosen = undecided[piece]
-        rank_bN = torch.empty(len(chosen), num_rows, dtype=torch.int64, device=undecided.device)
-        u_bD = rows.unit_rows(chosen)
-        for j in slices(num_rows, block_rows):
-            index = torch.arange(j.start, j.stop, device=undecided.device)
-            rank_bN[:, j] = _rank(u_bD @ rows.unit_rows(j).T, index)
-        rank_bN.scatter_(1, chosen[:, None], _LAST)
+        value_bN, margin_b = rows.float64_products(chosen, block_rows)
+        value_bN.scatter_(1, chosen[:, None], float("-inf"))
+        last_b, next_b = value_bN.topk(k + 1, dim=1).values[:, k - 1 :].unbind(1)
+        index_bN = every_N.expand_as(value_bN)
+        rank_bN = _rank_near_boundary(rows, chosen, index_bN, value_bN, last_b - margin_b, next_b + margin_b)
         index_Nk[chosen] = rank_bN.topk(k, dim=1).indices

@@ -5,9 +5,11 @@ it has seen some blocks, few products come near its k-th best, and only those ar
 the products, which may be bfloat16 where the machine multiplies that faster. A bound on their rounding errors says
 what may be left out.
 
-The order of row i's cosines u_i.u_j is that of c_i.c_j + h_j, with c the unit rows less their mean m and h_j = m.c_j:
-what is left out is the same for all j. Features of language models lie in a narrow cone with all their cosines near
-1. Of a difference to the mean bfloat16 keeps eight bits, of such a cosine nothing but noise.
+The order of row i's cosines u_i.u_j is that of -|u_i - u_j|^2, and of c_i.c_j + h_j, with c the unit rows less their mean m and
+h_j = -|c_j|^2 / 2: what is left out is the same for all j. Features of language models lie in a narrow cone with all their
+cosines near 1; one column 3,000 times the others leaves differences of 1e-7 between them. Of a difference to the mean bfloat16
+keeps eight bits, of such a cosine nothing but noise. (m.c_j has the order of h_j too, but is itself a small difference of
+numbers near 1: 1e-16 is left of its digits, where |c_j|^2 keeps all.)
 
 Shapes: N rows, D width, k neighbours, C candidates; b rows of one block, c of another.
 """
@@ -15,13 +17,15 @@ Shapes: N rows, D width, k neighbours, C candidates; b rows of one block, c of a
 import torch
 from torch import Tensor
 
-# Cosines are compared in steps of 1e-9, finer than float32 features tell them apart: whole numbers in [-2^30, 2^30].
-COSINE_STEPS = 2**30
+#: Of two rows' squared distance differences of 2^-30 count, 1e-9: whole steps of its logarithm to base 2.
+DISTANCE_STEPS = 2**30
 
 _SPARE_CANDIDATES = 22
 # A factor rounded to nearest errs by a standard deviation of at most 0.58 units, a product of two by 0.82, and the
-# difference of two products by 1.2. Each product is given 2.5, their difference 5: more than four deviations at worst.
+# difference of two products by 1.2. Each product is given 4, their difference 8: more than six deviations at worst. And 4
+# is no less than what can be at all where a row has its length in four columns or fewer.
 _ROUNDING_ERRORS = 2.5
+_FLOAT32_UNIT, _FLOAT64_UNIT = (torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float64))
 _TINY = torch.finfo(torch.float64).tiny  # instead of a zero row's length: 0 / _TINY is 0
 
 
@@ -64,22 +68,27 @@ class CentredRows:
         num_rows, width = x_ND.shape
         pieces = slices(num_rows, rows_at_a_time(x_ND))
         self.x_ND, self.norm_N = x_ND, row_norms(x_ND)
-        mean_D = sum(self.unit_rows(rows).sum(0) for rows in pieces) / num_rows
+        self._mean_D = sum(self.unit_rows(rows).sum(0) for rows in pieces) / num_rows
         self._left_NF = x_ND.new_empty(num_rows, width + 4, dtype=dtype)
-        length_N, quartic_N, h_N = torch.empty_like(self.norm_N.expand(3, -1), memory_format=torch.contiguous_format)
+        square_N, quartic_N, self._same_N = torch.empty_like(
+            self.norm_N.expand(3, -1), memory_format=torch.contiguous_format
+        )
         for rows in pieces:
-            c_bD = self.unit_rows(rows).sub_(mean_D)
+            u_bD = self.unit_rows(rows)
+            c_bD = u_bD - self._mean_D
             self._left_NF[rows, :width] = c_bD
-            h_N[rows] = c_bD @ mean_D
             square_bD = c_bD.square_()
-            length_N[rows] = square_bD.sum(1).sqrt_()
+            square_N[rows] = square_bD.sum(1)
             quartic_N[rows] = square_bD.square_().sum(1).sqrt_().sqrt_()
-        self.all_equal = bool(length_N.max() ** 2 <= 1 / COSINE_STEPS)
-        h_N -= h_N.mean()
-        high_N, one_N = h_N.to(dtype), torch.ones_like(h_N, dtype=dtype)
-        self._left_NF[:, width:] = torch.stack([high_N, (h_N - high_N).to(dtype), one_N, one_N], dim=1)
+            self._same_N[rows] = _same_direction(u_bD)
+        self.all_equal = bool((square_N <= self._same_N).all())
+        # A zero row has cosine 0 with every other, as rows at a squared distance of 2 have; its own is 1.
+        h_N = -0.5 * (square_N + (self.norm_N == 0))
+        self._h_N = h_N - h_N.mean()
+        high_N, one_N = self._h_N.to(dtype), torch.ones_like(h_N, dtype=dtype)
+        self._left_NF[:, width:] = torch.stack([high_N, (self._h_N - high_N).to(dtype), one_N, one_N], dim=1)
         self._unit = torch.finfo(dtype).eps / 2
-        self._error_N = self._bound(width, length_N, quartic_N, h_N)
+        self._bound_errors(square_N.sqrt(), quartic_N)
 
     def unit_rows(self, rows: slice | Tensor) -> Tensor:
         """In float64; a zero row stays zero."""
@@ -100,13 +109,61 @@ class CentredRows:
         """
         return 2 * (self._error_N[rows] + self._unit * value_b.abs())
 
-    def _bound(self, width, length_N, quartic_N, h_N) -> Tensor:
+    def float64_products(self, rows: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
+        """The products of some rows with all, [b, N] in float64, and their margin, [b]."""
+        c_bD = self.unit_rows(rows) - self._mean_D
+        pieces = [
+            torch.addmm(self._h_N[j], c_bD, (self.unit_rows(j) - self._mean_D).T)
+            for j in slices(len(self.norm_N), block_rows)
+        ]
+        return torch.cat(pieces, dim=1), 2 * self._float64_error_N[rows]
+
+    def nearness(self, i_M: Tensor, j_M: Tensor) -> Tensor:
+        """How near M pairs are in direction, [M], larger for the nearer: 0 at a cosine of 0, and rising with it.
+
+        1 - log2 |u_i - u_j|^2 for an angle below 90 degrees, log2 |u_i + u_j|^2 - 1 above. Differences of unit rows keep the
+        digits that a cosine near 1 or -1 has lost. Rows as near as multiples of one, rounded to float32, are equally near.
+        """
+        found_M = self.norm_N.new_empty(len(i_M))
+        for pairs in slices(len(i_M), rows_at_a_time(self.x_ND)):
+            i_b, j_b = i_M[pairs], j_M[pairs]
+            # index_select reads whole rows at several times the rate of indexing.
+            u_bD, v_bD = (
+                self.x_ND.index_select(0, index_b).double() / self.norm_N[index_b, None].clamp_min(_TINY)
+                for index_b in (i_b, j_b)
+            )
+            apart_b = (u_bD - v_bD).square_().sum(1)
+            opposite_b = v_bD.add_(u_bD).square_().sum(1) if (apart_b > 2).any() else 4 - apart_b
+            bits_b = torch.minimum(apart_b, opposite_b).clamp_min_(self._same_N[i_b]).log2_().sub_(1)
+            bits_b.masked_fill_((self.norm_N[i_b] == 0) | (self.norm_N[j_b] == 0), 0.0)
+            found_M[pairs] = torch.where(apart_b <= opposite_b, -bits_b, bits_b)
+        return found_M
+
+    def _bound_errors(self, length_N: Tensor, quartic_N: Tensor) -> None:
+        longest, largest_h, num_terms = length_N.max(), self._h_N.abs().max(), self._left_NF.shape[1] + 4
         # Rounded factors: their errors are independent, so that c_i.c_j errs by units of the root of
-        # sum_d c_id^2 c_jd^2, which is at most q_i q_j with q^4 = sum_d c_d^4.
-        factors_N = _ROUNDING_ERRORS * self._unit * quartic_N * quartic_N.max()
-        # Adding up D float32 numbers errs by the root of D times their sum's rounding.
-        sums_N = torch.finfo(torch.float32).eps * width**0.5 * (length_N * length_N.max() + 2 * h_N.abs().max())
-        return (factors_N + sums_N + 2 * self._unit**2 * h_N.abs().max() + 1 / COSINE_STEPS).float()
+        # sum_d c_id^2 c_jd^2, which is at most q_i q_j with q^4 = sum_d c_d^4. And by two units of |c_i| |c_j| at most.
+        factors_N = torch.minimum(_ROUNDING_ERRORS * quartic_N * quartic_N.max(), 2.02 * length_N * longest)
+        # Adding up float32 numbers errs at most by a unit of their absolute sum for each. It may come near to that: beside one
+        # large term the small ones, which are alike between neighbours, are all rounded the same way.
+        size_N = length_N * longest + 2 * largest_h
+        # What counts as equally near: a step, and rows of one direction.
+        ties_N = (length_N + longest).square() / DISTANCE_STEPS + self._same_N
+        error_N = self._unit * factors_N + 1.02 * num_terms * _FLOAT32_UNIT * size_N + 2 * self._unit**2 * largest_h
+        self._error_N = (error_N + ties_N).float()
+        # Unit rows and their difference to the mean are themselves rounded, by units of 1.
+        self._float64_error_N = _FLOAT64_UNIT * (num_terms * size_N + 8 * (length_N + longest)) + ties_N
+
+
+def _same_direction(u_bD: Tensor) -> Tensor:
+    """The squared distance of unit rows below which they are one direction, [b].
+
+    That of multiples of a row, whose numbers float32 has rounded by up to 2^-24 each: what all columns have in common turns
+    nothing, so that beside one large column only the others count. Twice what is typical of two such rows.
+    """
+    square_bD = u_bD.square()
+    square_bD.scatter_(1, square_bD.argmax(1, keepdim=True), 0.0)
+    return 2.0**-48 * (4 * square_bD.sum(1)).clamp_max_(1.0) + 2.0**-100
 
 
 class Candidates:

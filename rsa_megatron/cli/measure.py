@@ -14,7 +14,8 @@ HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, 
 or a mixture of them, COCO's captions .json, a .csv, .tsv or .parquet with captions, a folder of images with a .txt each.
 
 Image and caption go separately through tower and language model; the mean of the image's or caption's tokens is taken after
-every layer. mutual-kNN is averaged over seeds, each with its own sample of --num-samples pairs.
+every layer. mutual-kNN is averaged over seeds, each with its own sample of --num-samples pairs. Beside each score stands that
+of shuffled pairs, its chance; of the best pair of layers, the best of the same pairs.
 
 Features are stored below --store and reused by any run on the same samples; a run that was killed resumes where it
 stopped. --out gets one line per metric, which replaces an earlier one of the same label, data and settings.
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN
+from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN, NEIGHBOUR_METRICS, describe_too_few
 from rsa_megatron.cli.measure_results import format_table, make_line, read_lines, write_lines
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.evaluation.extraction import Backbone
@@ -194,8 +195,11 @@ def check(args: argparse.Namespace) -> None:
             exit_with_error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if min(args.random_dims) < 1:
         exit_with_error(f"--random-dims must be at least 1, not {min(args.random_dims)}")
-    if args.k >= args.num_samples and not args.features:
-        exit_with_error(f"--k {args.k} needs more than {args.k} samples; --num-samples is {args.num_samples}")
+    with_neighbours = [metric for metric in args.metrics if metric in NEIGHBOUR_METRICS]
+    if args.k >= args.num_samples and with_neighbours and not args.features:
+        exit_with_error(
+            f"--k {args.k} needs more than {args.k} samples, for {', '.join(with_neighbours)}; --num-samples is {args.num_samples}"
+        )
     if args.out.is_dir():
         exit_with_error(f"--out {args.out} is a folder; name a file")
     if get_rank():
@@ -218,9 +222,9 @@ def measure(args: argparse.Namespace) -> None:
     read_lines(args.out)  # what is wrong with it shows before the hours, not after
     rows, columns = open_stores(args)
     report_skipped(rows, columns)
-    samples = find_common_samples(rows, columns, k=args.k)
+    samples = find_common_samples(rows, columns)
     lines = []
-    for metric in dict.fromkeys(args.metrics):
+    for metric in choose_metrics(args, min(len(of_rows) for of_rows, _ in samples)):
         scores = score_layers(
             rows, columns, metric, k=args.k, samples=samples, device=args.device, each=make_progress(metric)
         )
@@ -230,6 +234,18 @@ def measure(args: argparse.Namespace) -> None:
             args.out, lines[-1:]
         )  # a metric that has no value for a layer ends the run, and takes no other with it
     print(format_table(lines))
+
+
+def choose_metrics(args: argparse.Namespace, num_samples: int) -> list[str]:
+    """Choose those that so many samples allow, and print the others. Raises ValueError where none is left."""
+    reasons = {metric: describe_too_few(metric, args.k, num_samples) for metric in args.metrics}
+    left_out = [f"{metric}: {reason}" for metric, reason in reasons.items() if reason]
+    if len(left_out) == len(reasons):
+        has_neighbours = any(metric in NEIGHBOUR_METRICS for metric in reasons)
+        raise ValueError(f"{'; '.join(left_out)}; take more pairs" + " or a smaller --k" * has_neighbours)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    return [metric for metric, reason in reasons.items() if not reason]
 
 
 def make_progress(metric: str) -> Callable[[Sequence[str]], Sequence[str]]:

@@ -63,6 +63,12 @@ def make_line(rows, columns, scores: LayerScores, gap: dict, *, k: int, label: s
         "best": _describe_pair(scores, *scores.best),
         "last": _describe_pair(scores, *scores.last),
         "chance": scores.chance,
+        "shuffled": {
+            "orders": len(scores.shuffled_PRC),
+            "mean": scores.shuffled_PRC.mean(0).tolist(),
+            "best": scores.best_shuffled,
+            "last": scores.shuffled_PRC[:, *scores.last].mean().item(),
+        },
         "gap": gap,
         "revision": None if None in revisions else ", ".join(revisions),
         "date": datetime.date.today().isoformat(),
@@ -106,21 +112,25 @@ def format_table(lines: list[dict]) -> str:
     what = f"{first['label']}, {first['rows']} x {first['columns']} layers, on {first['data']}: {first['num_samples']} pairs"
     what += f", seeds {seeds}, k = {first['k']}" + (f", {first['left_out']} pairs skipped" if first["left_out"] else "")
     what += ", each caption read AFTER ITS IMAGE" if first["text_reading"] == "multimodal" else ""
-    header = ["metric", "best pair", "score", "last pair", "score", "chance"]
+    header = ["metric", "best pair", "score", "shuffled", "last pair", "score", "shuffled", "chance"]
     body = [
         [
             line["metric"],
-            *_format_cells(line["best"]),
-            *_format_cells(line["last"]),
+            *_format_cells(line, "best"),
+            *_format_cells(line, "last"),
             "" if line["chance"] is None else f"{line['chance']:.4f}",
         ]
         for line in lines
     ]
     widths = [max(map(len, column)) for column in zip(header, *body)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *body]]
-    return "\n".join([what, *rows])
+    orders = ", ".join(dict.fromkeys(str(line["shuffled"]["orders"]) for line in lines))
+    pairs = len(first["row_layers"]) * len(first["column_layers"])
+    best = f"; of the best pair: the best of all {pairs} pairs of layers" if pairs > 1 else ""
+    return "\n".join([what, *rows, f"shuffled: the mean over {orders} random orders of the samples of one side{best}"])
 
 
-def _format_cells(pair: dict) -> list[str]:
+def _format_cells(line: dict, name: str) -> list[str]:
+    pair = line[name]
     spread = "" if pair["std"] is None else f" ± {pair['std']:.4f}"
-    return [f"{pair['row']} x {pair['column']}", f"{pair['mean']:.4f}{spread}"]
+    return [f"{pair['row']} x {pair['column']}", f"{pair['mean']:.4f}{spread}", f"{line['shuffled'][name]:.4f}"]

@@ -179,12 +179,6 @@ def embed_samples(side: str, chosen: SampleSet, args: argparse.Namespace) -> Fea
     embedder = EMBEDDERS[side](model)
     store = extract_to_store(embedder, chosen, args.store, **options)
     print_skipped(store.left_out)
-    if embedder.num_truncated:
-        print(
-            f"{embedder.num_truncated} of {len(chosen.pairs)} texts are longer than {args.encoder} reads and were truncated; "
-            "texts with the same beginning may have equal embeddings",
-            file=sys.stderr,
-        )
     return store
 
 

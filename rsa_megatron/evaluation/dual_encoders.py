@@ -4,7 +4,9 @@ Two backbones of extraction.py with one layer each, "embedding": what get_image_
 read as the model was trained. An image goes through the model's own processor. A caption is truncated to the model's
 positions (CLIP's 77 tokens, SigLIP's 64: of a dense caption that may be the first half). CLIP reads the state of
 the end token, before which padding cannot be seen; SigLIP reads that of the last position, and was trained to see the
-padding up to there, without a mask, whatever its tokenizer gives.
+padding up to there, without a mask, whatever its tokenizer gives. SigLIP 2 was trained on lower case: its own tokenizer class sees
+to that, but checkpoints of one image size are called siglip and come with Gemma's, which does not (transformers' page of the model:
+"make sure your text labels are preprocessed the same way").
 
 Rows are float32 and not normalised: realign/realign.py does that, in float64.
 
@@ -14,6 +16,7 @@ Shapes: n samples of a batch, S tokens of a text, D width of the embeddings.
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor
 
 from rsa_megatron.data.sources.pairs import CaptionedImage
@@ -21,12 +24,14 @@ from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, describe_mode
 from rsa_megatron.evaluation.hf_models import HFModel
 
 if TYPE_CHECKING:  # only for annotations
-    from transformers import BatchFeature
+    from transformers import BatchFeature, PreTrainedTokenizerBase
 
 #: The name of the one layer.
 EMBEDDING = "embedding"
 # CLIP's configs from before transformers named the right token; such models read the state of the highest token id.
 _LEGACY_END_TOKEN = 2
+# That of SigLIP 2's own tokenizer class.
+_LOWER_CASE = normalizers.Lowercase()
 
 
 class ImageEmbedder:
@@ -74,11 +79,17 @@ class TextEmbedder:
         self._model, self._tokenizer = model, model.any_tokenizer
         self._longest = min(model.config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
         self._is_clip = model.model_type == "clip"
+        # Whether it is to be done here: "do_lower_case" in a tokenizer's config says how texts were, not what the tokenizer does.
+        self._lower_case = not self._is_clip and _leaves_case(self._tokenizer)
         #: texts so far that were longer than the model reads
         self.num_truncated = 0
         if self._is_clip:
             self._check_end()
-        self.identity = describe_model(model) | {"pooling": EMBEDDING, "text": f"its first {self._longest} tokens"}
+        case = "in lower case, " * self._lower_case
+        self.identity = describe_model(model) | {
+            "pooling": EMBEDDING,
+            "text": f"{case}its first {self._longest} tokens",
+        }
 
     def prepare(self, pair: CaptionedImage) -> Any:
         """Tokenize a pair's caption, [1, S], for CLIP with its mask. Raises ValueError where there are no tokens."""
@@ -101,6 +112,8 @@ class TextEmbedder:
         return {EMBEDDING: found.pooler_output.float().cpu()}
 
     def _tokenize(self, caption: str) -> dict[str, Tensor]:
+        if self._lower_case:
+            caption = _LOWER_CASE.normalize_str(caption)
         padding = {} if self._is_clip else {"padding": "max_length", "padding_side": "right"}
         with TOKENIZER_IN_USE:
             found = self._tokenizer(
@@ -126,6 +139,12 @@ class TextEmbedder:
                 f"{self._model.name}: its embedding of a text is the state of token {end}, which its tokenizer does "
                 "not append; save it with a tokenizer that adds that token"
             )
+
+
+def _leaves_case(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether texts must be in lower case and this tokenizer of a SigLIP does not make them so."""
+    is_gemma = type(tokenizer).__name__.startswith("Gemma")
+    return tokenizer.is_fast and (is_gemma or bool(tokenizer.init_kwargs.get("do_lower_case")))
 
 
 def _pad(x_1S: Tensor, length: int, filler: int) -> Tensor:

@@ -34,6 +34,8 @@ class Backbone(Protocol):
     layers: list[str]
     #: goes into the manifest: "model", "revision", "pooling", and whatever else changes the features
     identity: dict[str, Any]
+    #: captions prepared so far that were longer than the model reads
+    num_truncated: int
 
     def prepare(self, pair: CaptionedImage) -> Any:
         """Return a pair's pixels or tokens; called from several threads. Raises ValueError, with the reason, to skip it."""
@@ -83,6 +85,12 @@ def extract(
             )
             store.append(keys, features, left_out)
     store.finish()
+    if backbone.num_truncated:
+        print(
+            f"{backbone.num_truncated} of {len(pairs)} texts are longer than {backbone.identity['model']} reads and were truncated; "
+            "texts with the same beginning may have equal features",
+            file=sys.stderr,
+        )
 
 
 def _prepare_ahead(

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rsa_megatron.alignment.pairwise_kernel import float32_products
 from rsa_megatron.data.sources.pairs import CaptionedImage
-from rsa_megatron.evaluation.hf_models import HFModel, Side, count_class_tokens, count_layers
+from rsa_megatron.evaluation.hf_models import HFModel, Side, count_class_tokens, count_layers, count_positions
 
 if TYPE_CHECKING:  # only for annotations
     from transformers import BatchFeature, PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ class VisionBackbone:
     """
 
     side = "vision"
+    num_truncated = 0
 
     def __init__(self, model: HFModel):
         self._model, self._config = model, model.tower_config
@@ -102,6 +103,8 @@ class Caption:
     ids: Tensor
     #: [S], False for what the tokenizer has added
     counts: Tensor
+    #: whether the text was longer
+    is_truncated: bool = False
 
 
 def tokenize_caption(tokenizer: "PreTrainedTokenizerBase", caption: str, longest: int) -> Caption:
@@ -114,10 +117,15 @@ def tokenize_caption(tokenizer: "PreTrainedTokenizerBase", caption: str, longest
         encoded = tokenizer(
             caption, split_special_tokens=True, return_special_tokens_mask=True, truncation=True, max_length=longest
         )
+        # Only a text that fills the model may be longer: tokenized again, without the limit.
+        is_truncated = (
+            len(encoded["input_ids"]) >= longest
+            and len(tokenizer(caption, split_special_tokens=True)["input_ids"]) > longest
+        )
     counts = ~torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
     if not counts.any():
         raise ValueError("its caption has no token")
-    return Caption(torch.tensor(encoded["input_ids"]), counts)
+    return Caption(torch.tensor(encoded["input_ids"]), counts, is_truncated)
 
 
 class TextBackbone:
@@ -133,14 +141,18 @@ class TextBackbone:
         self._model = model
         self.layers = _name_layers(count_layers(model.text_config))
         self._tokenizer = model.tokenizer
+        #: captions so far that were longer than the model reads
+        self.num_truncated = 0
         self.identity = describe_model(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
 
     def prepare(self, pair: CaptionedImage) -> Caption:
         """Tokenize a pair's caption, truncated to the model's positions."""
-        of_model = getattr(self._model.text_config, "max_position_embeddings", None) or _UNLIMITED
-        return tokenize_caption(
-            self._tokenizer, pair.caption, min(self._tokenizer.model_max_length, of_model, _UNLIMITED)
-        )
+        of_model = count_positions(self._model.text_config) or _UNLIMITED
+        longest = min(self._tokenizer.model_max_length, of_model, _UNLIMITED)
+        caption = tokenize_caption(self._tokenizer, pair.caption, longest)
+        with TOKENIZER_IN_USE:  # from several threads
+            self.num_truncated += caption.is_truncated
+        return caption
 
     def features(self, batch: list[Caption]) -> dict[str, Tensor]:
         """Return [n, D] of every layer, float32."""

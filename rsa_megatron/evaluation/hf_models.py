@@ -35,6 +35,11 @@ TOWERS = {
 _WITH_TEXT_TOWER = ("siglip", "clip")
 #: Dual encoders: both towers end in one space, in which images and texts have an embedding each.
 DUAL_ENCODERS = ("clip", "siglip", "siglip2")
+# RoBERTa and what was made of it: their first position is that after the padding token's id.
+_POSITIONS_AFTER_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "data2vec-text"),
+    *("ibert", "longformer", "luke", "mpnet"),
+)
 # Part of the model's class but not of the way to any layer's output: checkpoints may lack them.
 _UNUSED = ("pooler", "head", "cls.", "mask_token")
 
@@ -226,6 +231,14 @@ class HFModel:
 
 def count_layers(config: "PreTrainedConfig") -> int:
     return config.depth if config.model_type == "qwen2_5_vl_vision" else config.num_hidden_layers
+
+
+def count_positions(config: "PreTrainedConfig") -> int | None:
+    """Count the tokens that a language model can read; None where its config has no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in _POSITIONS_AFTER_PADDING:
+        return positions - config.pad_token_id - 1
+    return positions
 
 
 def count_class_tokens(config: "PreTrainedConfig") -> int:

@@ -3,7 +3,9 @@
 Shapes: N pairs, B samples a micro-batch, D and E widths of v and t.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -11,8 +13,9 @@ import torch.distributed
 from torch import Tensor
 
 from rsa_megatron.alignment.gather import gather_rows
-from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN
+from rsa_megatron.alignment.metrics import MUTUAL_KNN, describe_too_few, find_chance
 from rsa_megatron.alignment.nearest_neighbours import nearest_neighbours, shared_neighbours
+from rsa_megatron.alignment.shuffled_pairs import draw_orders, score_with_shuffled
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.evaluation.megatron_features import (
     Pairs,
@@ -24,6 +27,13 @@ from rsa_megatron.hooks.layer_hooks import layer_number
 
 #: A layer of the tower and one of the decoder; -1 is the last (paper, section 3.2), 0 what goes into the first.
 LayerPair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    #: of pairs that are none: k / (N - 1) of mutual-kNN, else the mean over shuffled pairs
+    chance: float
 
 
 def read_pairs(
@@ -75,7 +85,7 @@ def measure_alignment(
     k: int,
     layer_pairs: Sequence[LayerPair] = ((-1, -1),),
     metrics: Sequence[str] = (MUTUAL_KNN,),
-) -> tuple[dict[tuple[str, LayerPair], float], int] | None:
+) -> tuple[dict[tuple[str, LayerPair], Score | str], int] | None:
     """Score alignment between layers, image only against caption only (paper, eq. 9 and section 4.1).
 
     Every rank must call it. Only eligible samples count: one image, one caption.
@@ -91,7 +101,7 @@ def measure_alignment(
 
     Returns:
         The score of each metric and pair of layers, and the number of samples they were taken over, on ranks of the last
-        pipeline stage; else None. Where a metric is not defined (k samples or fewer, all vectors of a layer equal): nan.
+        pipeline stage; else None. Where a metric says nothing (too few samples, all vectors of a layer equal), why.
     """
     chunks = unwrap_chunks(model)
     groups = chunks[0].pg_collection
@@ -99,7 +109,7 @@ def measure_alignment(
     last = next((chunk for chunk in chunks if chunk.post_process), None)
     wanted = [(metric, pair) for metric in metrics for pair in layer_pairs]
     if not pairs:
-        return (dict.fromkeys(wanted, float("nan")), 0) if last else None
+        return ({(metric, pair): describe_too_few(metric, k, 0) for metric, pair in wanted}, 0) if last else None
     depth = chunks[0].config.num_layers
     text_numbers = sorted({layer_number(text, depth) for _, text in layer_pairs})
     t_NE = caption_vectors_of_layers(
@@ -119,21 +129,34 @@ def measure_alignment(
         return {number: gather_rows(x_nW, valid_N, groups.dp)[0][:num_samples] for number, x_nW in vectors.items()}
 
     vision, text = gather(v_ND), gather(t_NE)
+    num_pairs = len(next(iter(vision.values())))
     scores = {}
     for metric in metrics:
+        few = describe_too_few(metric, k, num_pairs)
+        if few:
+            scores |= {(metric, pair): few for pair in layer_pairs}
+            continue
         # Neighbours once a layer, not once a pair of layers.
-        prepare, score = _NEIGHBOURS if metric == MUTUAL_KNN else (_get_rows, METRICS[metric])
+        prepare, score = _NEIGHBOURS if metric == MUTUAL_KNN else (_get_rows, _score_beside_chance)
         of_vision = {number: _try(prepare, x_ND, k) for number, x_ND in vision.items()}
         of_text = {number: _try(prepare, x_NE, k) for number, x_NE in text.items()}
         for pair in layer_pairs:
             sides = of_vision[layer_number(pair[0], num_vision_layers)], of_text[layer_number(pair[1], depth)]
-            scores[metric, pair] = None if any(side is None for side in sides) else _try(score, *sides, k)
-    return {key: float("nan") if score is None else score for key, score in scores.items()}, len(
-        next(iter(vision.values()))
-    )
+            reasons = [side for side in sides if isinstance(side, str)]
+            scores[metric, pair] = reasons[0] if reasons else _try(score, metric, *sides, k)
+    return scores, num_pairs
 
 
-_NEIGHBOURS = nearest_neighbours, lambda a_Nk, b_Nk, k: shared_neighbours(a_Nk, b_Nk)
+def _score_lists(metric: str, a_Nk: Tensor, b_Nk: Tensor, k: int) -> Score:
+    return Score(shared_neighbours(a_Nk, b_Nk), find_chance(metric, k, len(a_Nk)))
+
+
+def _score_beside_chance(metric: str, a_ND: Tensor, b_NE: Tensor, k: int) -> Score | str:
+    value, shuffled = score_with_shuffled(metric, a_ND, b_NE, k, draw_orders(metric, len(a_ND)))
+    return Score(value, sum(shuffled) / len(shuffled)) if math.isfinite(value) else "no finite value"
+
+
+_NEIGHBOURS = nearest_neighbours, _score_lists
 
 
 def _get_rows(rows_ND: Tensor, k: int) -> Tensor:
@@ -141,11 +164,11 @@ def _get_rows(rows_ND: Tensor, k: int) -> Tensor:
 
 
 def _try(function, *arguments):
-    """None where a metric is not defined: too few samples, or a space that has collapsed into one point. Training continues."""
+    """Return what it returns, or the reason why a space allows no score, such as one that has collapsed. Training continues."""
     try:
         return function(*arguments)
-    except ValueError:
-        return None
+    except ValueError as error:
+        return str(error)
 
 
 def _separate(batch: LlavaBatch, base_tile: str) -> Pairs:

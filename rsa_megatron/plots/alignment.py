@@ -152,6 +152,7 @@ def draw_bars(records: list[Alignment]) -> Figure:
     for index, label in enumerate(labels):
         draw_bars_of(axis, [(x, record) for x, record in placed if record.label == label], index)
     write_values(axis, placed, upright=len(records) > 16)
+    mark_shuffled_pairs(axis, placed)
     if records[0].chance is not None:
         axis.axhline(records[0].chance, color="black", linestyle=":", label=f"chance, {records[0].chance:.3f}")
     centres = [statistics.mean(x for x, record in placed if record.data == name) for name in data]
@@ -184,6 +185,18 @@ def draw_bars_of(axis: Axes, placed: list[tuple[int, Alignment]], index: int) ->
         hatch=style.choose_hatch(index),
         edgecolor="black",
     )
+
+
+def mark_shuffled_pairs(axis: Axes, placed: list[tuple[int, Alignment]]) -> None:
+    """Draw across each bar what the best of as many pairs of layers is of shuffled pairs."""
+    known = [(x, record.shuffled) for x, record in placed if record.shuffled is not None]
+    if known:
+        x, shuffled = zip(*known)
+        starts, ends = [at - 0.43 for at in x], [at + 0.43 for at in x]
+        axis.hlines(shuffled, starts, ends, color="white", linewidth=3.2)  # seen on dark bars too
+        axis.hlines(
+            shuffled, starts, ends, color="black", linewidth=1.4, label="shuffled pairs, best of as many layers"
+        )
 
 
 def write_values(axis: Axes, placed: list[tuple[int, Alignment]], upright: bool) -> None:

@@ -66,6 +66,8 @@ class Alignment:
     best: Pair
     last: Pair
     chance: float | None
+    shuffled: float | None
+    """The best pair's score of shuffled pairs, the best of as many; None in lines from before there was one."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,16 @@ def parse_alignment(line: Line) -> Alignment:
     if not np.allclose(scores_SRC.mean(0), mean_RC, rtol=ROUNDING, atol=ROUNDING):
         raise line.fault("mean", "is not the mean of 'scores' over the seeds")
     pairs = {key: parse_pair(line, key, layers, mean_RC, len(seeds)) for key in ("best", "last")}
+    known = {"chance": take_chance(line), "shuffled": None}
+    if "shuffled" in line.values:
+        known["shuffled"] = take_object(line, "shuffled").take("best", is_number, "a number")
+    return Alignment(line.where, **names, **sides, **counts, seeds=seeds, **layers, mean_RC=mean_RC, **pairs, **known)
+
+
+def take_chance(line: Line) -> float | None:
+    """Take a share, or None: of fewer pairs than neighbours there is none, whatever was written."""
     chance = line.take("chance", is_number_or_null, "a number or null")
-    return Alignment(
-        line.where, **names, **sides, **counts, seeds=seeds, **layers, mean_RC=mean_RC, **pairs, chance=chance
-    )
+    return chance if chance is not None and 0 < chance <= 1 else None
 
 
 def parse_pair(line: Line, key: str, layers: dict[str, list[str]], mean_RC: np.ndarray, num_seeds: int) -> Pair:
@@ -179,7 +187,7 @@ def parse_run(line: Line) -> Run:
     before = {
         name: values.take(name, is_number, "a number") for name in values.values if values.values[name] is not None
     }
-    chance = line.take("chance", is_number_or_null, "a number or null")
+    chance = take_chance(line)
     # A line may give only chance, k / (num_samples - 1); the title has what the line has.
     counts = {
         key: line.take(key, is_count, "a whole number above 0") if key in line.values else None

@@ -187,7 +187,7 @@ def add_legend_below(figure: Figure) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             marks.setdefault(label, handle)
-    marks = dict(sorted(marks.items(), key=lambda item: item[0].startswith("chance")))
+    marks = dict(sorted(marks.items(), key=lambda item: item[0].startswith(("shuffled", "chance"))))
     # About 12 characters an inch, and 6 for a mark; a row is 0.2 inches high.
     columns = max(1, min(len(marks), int(12 * figure.get_figwidth() / (max(map(len, marks)) + 6))))
     figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(marks) / columns) - 1))

@@ -7,8 +7,8 @@ The figures that modality-gap-subspace-alignment.txt and its successor report of
 The paper leaves details open; the choices made are at each function. Rows of any length count by their direction.
 
 Cosines are float64 and taken a block at a time: beside the features there are some blocks of 1024 x 1024 pairs, and for
-neighbours a copy of the features in the dtype of their first pass. Histograms count cosines in steps of 2^-30 (those of
-nearest_neighbours.py), so that the order of sums, 1e-16 of a cosine, changes no count.
+neighbours a copy of the features in the dtype of their first pass. Histograms count cosines in steps of 2^-30, so
+that the order of sums, 1e-16 of a cosine, changes no count.
 
 Shapes: N rows of a cloud, M of another; D width; B bins; P pairs of rows in a block.
 """
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from rsa_megatron.alignment.distances import unit_rows
 from rsa_megatron.alignment.nearest_neighbours import check_features, nearest_neighbours, shared_neighbours
-from rsa_megatron.alignment.neighbour_candidates import COSINE_STEPS, slices
+from rsa_megatron.alignment.neighbour_candidates import slices
 
 #: of the histograms of cosines: each is 0.01 wide
 NUM_BINS = 200
+# Cosines are counted as whole numbers in [-2^30, 2^30].
+_COSINE_STEPS = 2**30
 # 1024 x 1024 cosines are 8 MiB in float64.
 _BLOCK_ROWS = 1024
 
@@ -81,9 +83,9 @@ def cosine_histogram(x_ND: Tensor, *, num_bins: int = NUM_BINS) -> Tensor:
     """
     count_B = torch.zeros(num_bins, dtype=torch.int64, device=x_ND.device)
     for cosine_P in _pair_cosines(x_ND, "rows"):
-        steps_P = (cosine_P.clamp_(-1, 1) * COSINE_STEPS).round_().long()
+        steps_P = (cosine_P.clamp_(-1, 1) * _COSINE_STEPS).round_().long()
         # From [-2^30, 2^30] to [0, B]; the largest belongs to the last bin.
-        bin_P = ((steps_P + COSINE_STEPS) * num_bins // (2 * COSINE_STEPS)).clamp_max_(num_bins - 1)
+        bin_P = ((steps_P + _COSINE_STEPS) * num_bins // (2 * _COSINE_STEPS)).clamp_max_(num_bins - 1)
         count_B += torch.bincount(bin_P, minlength=num_bins)
     return count_B
 

@@ -1,6 +1,5 @@
 """Scores of alignment at each evaluation: pretrain()'s callbacks for figures that are not a loss."""
 
-import math
 import time
 
 from megatron.core import mpu
@@ -8,7 +7,7 @@ from megatron.training import get_args, get_wandb_writer
 from megatron.training.utils import is_last_rank, print_rank_last
 
 from rsa_megatron.alignment.metrics import MUTUAL_KNN, NEIGHBOUR_METRICS
-from rsa_megatron.evaluation.online import measure_alignment, read_pairs
+from rsa_megatron.evaluation.online import Score, measure_alignment, read_pairs
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.training.providers import validation_loader
 
@@ -52,23 +51,30 @@ class AlignmentScores:
 
 
 def log_scores(
-    args, scores: dict[tuple[str, tuple[int, int]], float], num_pairs: int, seconds: float
+    args, scores: dict[tuple[str, tuple[int, int]], Score | str], num_pairs: int, seconds: float
 ) -> dict[str, float]:
-    """Write the scores to the log and return them by the names that they have there."""
+    """Write the scores to the log, each beside its chance, and return both by the names that they have there.
+
+    What has no score is in the log with the reason, and not among the figures.
+    """
     # args.iteration is that of the checkpoint; where nothing is left to train, the current one stays 0.
     iteration = args.iteration if args.skip_train else max(args.iteration, args.curr_iteration + 1)
-    # With k pairs or fewer there is neither a score nor a chance.
-    chance = args.mutual_knn_k / (num_pairs - 1) if num_pairs > args.mutual_knn_k else math.nan
     named = {}
     for (metric, pair), score in scores.items():
-        name = metric + ("" if pair == (-1, -1) else " {}:{}".format(*pair))
-        named[name] = score
-        has_neighbours, is_knn = metric in NEIGHBOUR_METRICS, metric == MUTUAL_KNN
+        layers = "" if pair == (-1, -1) else " {}:{}".format(*pair)
+        k = f"@{args.mutual_knn_k}" * (metric in NEIGHBOUR_METRICS)
+        start = f" validation {metric}{k} at iteration {iteration} | {metric}{layers}"
+        if isinstance(score, str):
+            print_rank_last(f"{start} has no value: {score} |")
+            continue
+        named[metric + layers] = score.value
+        # That of mutual-kNN is the same for all layers.
+        named[f"{metric} chance" if metric == MUTUAL_KNN else f"{metric}{layers} chance"] = score.chance
         print_rank_last(
-            f" validation {metric}{f'@{args.mutual_knn_k}' * has_neighbours} at iteration {iteration} | {name} value: {score:.4f} | "
-            f"{num_pairs} pairs, image only against caption only, {seconds:.1f} s |{f' chance {chance:.4f} |' * is_knn}"
+            f"{start} value: {score.value:.4f} | {num_pairs} pairs, image only against caption only, {seconds:.1f} s | "
+            f"chance {score.chance:.4f} |"
         )
-    return named | ({"mutual-knn chance": chance} if MUTUAL_KNN in args.eval_metrics else {})
+    return named
 
 
 def write_scores(scores: dict[str, float], iteration: int, writer) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rsa_megatron.data.sources.pairs import CaptionedImage
 from rsa_megatron.data.tiles import ImageTiler
-from rsa_megatron.evaluation.hf_backbones import tokenize_caption
+from rsa_megatron.evaluation.hf_backbones import TOKENIZER_IN_USE, tokenize_caption
 from rsa_megatron.evaluation.hf_models import fingerprint
 from rsa_megatron.evaluation.megatron_features import (
     Pairs,
@@ -182,6 +182,7 @@ class CheckpointVision:
     """The tower of a checkpoint, as a backbone (rsa_megatron/evaluation/extraction.py)."""
 
     side = "vision"
+    num_truncated = 0
 
     def __init__(self, model: CheckpointModel):
         vision = architecture_of(model.args).vision
@@ -221,12 +222,15 @@ class CheckpointText:
 
     def __init__(self, model: CheckpointModel):
         self._model, self._tokenizer = model, load_tokenizer(model.args)
+        self.num_truncated = 0
         self.layers = [str(number) for number in range(model.args.num_layers + 1)]
         self.identity = _identity(model) | {"pooling": "mean of caption tokens", "text_reading": "caption-alone"}
 
     def prepare(self, pair: CaptionedImage) -> Tensor:
         """The tokens of a pair's caption, cut where --seq-length ends."""
         caption = tokenize_caption(self._tokenizer, pair.caption, self._model.args.seq_length)
+        with TOKENIZER_IN_USE:  # from several threads
+            self.num_truncated += caption.is_truncated
         return caption.ids[caption.counts]  # Qwen2's tokenizers add nothing
 
     def features(self, batch: list[Tensor]) -> dict[str, Tensor]:

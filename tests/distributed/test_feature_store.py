@@ -20,7 +20,7 @@ WIDTHS = {"0": 5, "1": 5, "2": 7}
 class Numbers:
     """A backbone whose features are a function of the caption, and which is slow enough to be killed."""
 
-    side, layers = "text", LAYERS
+    side, layers, num_truncated = "text", LAYERS, 0
     identity = {"model": "numbers", "revision": "1", "pooling": "none"}
 
     def __init__(self, seconds: float = 0.0):

@@ -77,8 +77,8 @@ MUTATIONS = (
     Mutation(
         "of equally near neighbours the larger index first",
         "rsa_megatron/alignment/nearest_neighbours.py",
-        "return (cosine * COSINE_STEPS).round_().long() * 2**32 - index",
-        "return (cosine * COSINE_STEPS).round_().long() * 2**32 + index",
+        "return (nearness * DISTANCE_STEPS).round_().long() * 2**_INDEX_BITS - index",
+        "return (nearness * DISTANCE_STEPS).round_().long() * 2**_INDEX_BITS + index",
         ("tests/unit/alignment/test_nearest_neighbours.py",),
     ),
     Mutation(

@@ -60,6 +60,11 @@ def test_numbers_and_curves_of_a_run(run, tmp_path):
         assert values == {i: pytest.approx(float(line[name]), rel=1e-6) for i, line in logged.items()}
     assert [i for i, _ in figures["mutual-knn"]] == [3, 6] == [i for i, _ in figures["validation lm loss"]]
     assert {value for _, value in figures["chance"]} == {10 / 63}
+    evaluations = [json.loads(line) for line in metrics.read_text().splitlines() if "cka validation" in line]
+    # That of other 64 pairs of the same rows; a model of random weights has little more.
+    assert all(0 < line["cka chance validation"] < 2 * line["cka validation"] < 2 for line in evaluations)
+    for line in evaluations:
+        assert f"chance {line['cka chance validation']:.4f} |" in "".join(outputs)
     said = re.findall(r"mutual-knn value: ([\d.]+)", "".join(outputs))
     assert [f"{value:.4f}" for _, value in figures["mutual-knn"]] == said[:2]  # it evaluates once more at the end
     assert f"{figures['rsa loss'][-1][1]:.4f}   iterations 1 and 6" in result.stdout

@@ -1,6 +1,7 @@
 """The training script, run as a user runs it: log, resume, checkpoints, layouts, and what it says to bad input."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -160,10 +161,25 @@ def collapsed_images():
     online.image_vectors = lambda *args: {layer: torch.ones_like(v) for layer, v in right(*args).items()}
 
 
-def test_a_collapsed_space_has_no_neighbours_and_the_run_goes_on(demo):
-    flags = ("--train-iters", 2, "--eval-interval", 1, "--eval-iters", 1, "--mutual-knn-samples", 48)
-    outputs = script.run(1, demo, *flags, sabotage=collapsed_images)
-    assert "mutual-knn value: nan" in outputs[0] and list(script.iterations(outputs)) == [1, 2]
+def test_what_has_no_score_is_said_with_the_reason_and_the_run_goes_on(demo, tmp_path):
+    flags = ("--train-iters", 2, "--eval-interval", 1, "--eval-iters", 1, "--mutual-knn-samples", 8)
+    metrics = ("--eval-metrics", "mutual-knn", "cka", "svcca", "rsa", "--metrics-file", tmp_path / "metrics.jsonl")
+    outputs = script.run(1, demo, *flags, *metrics, sabotage=collapsed_images)
+    assert list(script.iterations(outputs)) == [1, 2]
+    start = " at iteration 1 | {0} has no value: "
+    # k is 10: of 8 pairs chance would be 10 / 7.
+    for name, at, reason in (
+        ("mutual-knn", "mutual-knn@10", "too few pairs (8; need at least 11)"),
+        ("svcca", "svcca", "too few pairs (8; need at least 11)"),
+        ("cka", "cka", "all 8 rows of the first features are equal: there is nothing to compare"),
+    ):
+        assert f" validation {at}{start.format(name)}{reason} |" in outputs[0]
+    assert "nan |" not in outputs[0]
+    text = (tmp_path / "metrics.jsonl").read_text()
+    evaluations = [json.loads(line) for line in text.splitlines() if "lm loss validation" in line]
+    assert evaluations and all({"rsa validation", "rsa chance validation"} <= line.keys() for line in evaluations)
+    assert not any(name.startswith(("mutual-knn", "cka", "svcca")) for line in evaluations for name in line)
+    assert all(value > 0 for line in evaluations for value in line.values())
 
 
 # Kill and resume

@@ -1,5 +1,6 @@
 """Small random dual encoders in Hugging Face format, with tokenizer and processor, saved as the models people have."""
 
+import json
 from pathlib import Path
 
 import transformers
@@ -38,6 +39,23 @@ def clip(folder: Path) -> Path:
     return folder
 
 
+def clip_with_its_own_tokenizer(folder: Path) -> Path:
+    """CLIP with the tokenizer class that OpenAI's come with: lower case, letters and [EOS] as padding."""
+    letters = sorted(set("".join(CAPTIONS).lower().replace(" ", "")))
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: number for number, token in enumerate([*names[2:], *names[:2]])}
+    tokenizer = transformers.CLIPTokenizer(vocabulary, [], model_max_length=LONGEST)
+    end = vocabulary["<|endoftext|>"]
+    text = _TEXT | dict(bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+    config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=WIDTH)
+    save(transformers.CLIPModel, config, folder)
+    tokenizer.save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(
+        folder
+    )
+    return folder
+
+
 def siglip(folder: Path) -> Path:
     """Texts end with [EOS], which pads them up to the last position, whose state is their embedding."""
     (eos,) = _tokenizer(folder, "$A [EOS]", ["[EOS]"], pad_token="[EOS]", eos_token="[EOS]")
@@ -61,6 +79,26 @@ def siglip2(folder: Path) -> Path:
     config = transformers.Siglip2Config(text_config=text, vision_config=vision)
     save(transformers.Siglip2Model, config, folder)
     transformers.Siglip2ImageProcessor(patch_size=14, max_num_patches=16).save_pretrained(folder)
+    return folder
+
+
+def siglip2_of_one_size(folder: Path) -> Path:
+    """As SigLIP 2 checkpoints of one image size are: type siglip, a Gemma tokenizer that ends texts and keeps upper case, no mask."""
+    letters = sorted({"▁", *"".join(CAPTIONS), *"".join(CAPTIONS).upper(), *"".join(CAPTIONS).lower()} - {" "})
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters]
+    tokenizer = transformers.GemmaTokenizer({token: number for number, token in enumerate(names)}, [])
+    text = _TEXT | dict(bos_token_id=2, eos_token_id=1, pad_token_id=0, projection_size=36)
+    config = transformers.SiglipConfig(text_config=text, vision_config=_VISION)
+    save(transformers.SiglipModel, config, folder)
+    transformers.SiglipImageProcessor(size={"height": 56, "width": 56}).save_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    options = {"processor_class": "SiglipProcessor", "padding_side": "right", "add_bos_token": False}
+    options |= {"add_eos_token": True, "do_lower_case": True, "model_input_names": ["input_ids"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.cli import measure
 from rsa_megatron.data.sources.open_pairs import open_pairs, sample
 from rsa_megatron.evaluation.hf_models import HFModel
@@ -85,6 +86,19 @@ def test_every_pair_of_layers_has_the_score_found_by_hand(kind, models, data, ca
     assert record.label == kind and record.data == data.name
     printed = capsys.readouterr()
     assert f"{line['best']['mean']:.4f} ± {line['best']['std']:.4f}" in printed.out and "0.1739" in printed.out
+    shuffled = line["shuffled"]
+    assert shuffled["orders"] == 10 and torch.tensor(shuffled["mean"]).shape == mean.shape
+    # Ten orders of 24 samples and two seeds: standard errors of 0.01. The best of all pairs of layers is above each.
+    assert (
+        shuffled["last"] == pytest.approx(K / (NUM_SAMPLES - 1), abs=0.04)
+        and shuffled["last"] == shuffled["mean"][-1][-1]
+    )
+    assert shuffled["best"] > torch.tensor(shuffled["mean"]).max()
+    pairs = mean.numel()
+    assert f" {shuffled['best']:.4f} " in printed.out and f" {shuffled['last']:.4f} " in printed.out
+    assert (
+        f"10 random orders of the samples of one side; of the best pair: the best of all {pairs} pairs" in printed.out
+    )
     assert "samples" in printed.err and "a second" in printed.err
     assert not list(Path().rglob("*unfinished*"))
 
@@ -164,6 +178,55 @@ def test_random_vectors_score_by_chance():
     # The shares of 1200 rows scatter by sqrt(0.0334 * 0.9666 / 10) = 0.057: the mean's standard error is 0.0016.
     assert line["best"]["mean"] == pytest.approx(10 / 299, abs=0.006) and line["chance"] == pytest.approx(10 / 299)
     assert len({json.dumps(seed) for seed in line["scores"]}) > 1
+
+
+def test_every_metric_of_random_vectors_has_its_chance_beside_it(capsys):
+    command = ("--random", "--random-dims", 500, 700, "--num-samples", 120, "--seeds", 2, "--device", "cpu")
+    lines = run(*command, "--metrics", *METRICS)
+    assert [line["metric"] for line in lines] == [*METRICS]
+    table = capsys.readouterr().out.splitlines()
+    for line, printed in zip(lines, table[2:]):
+        own, chance = line["best"]["mean"], line["shuffled"]["best"]
+        assert f"{chance:.4f}" in printed and line["shuffled"]["last"] == pytest.approx(chance)
+        # Unrelated: within what single orders scatter by. CKA and RSA are far from 0, and so is their chance.
+        assert own == pytest.approx(chance, abs=0.05, rel=0.02), line["metric"]
+    assert (
+        lines[1]["best"]["mean"] > 0.7
+        and table[-1] == "shuffled: the mean over 10 random orders of the samples of one side"
+    )
+
+
+def test_a_metric_with_too_few_pairs_is_left_out_and_named(capsys):
+    command = ("--random", "--random-dims", 30, 40, "--num-samples", 8, "--seeds", 2, "--device", "cpu")
+    lines = run(*command, "--k", 3, "--metrics", "svcca", "mutual-knn", "cka")
+    assert [line["metric"] for line in lines] == ["mutual-knn", "cka"] and 0 < lines[0]["chance"] <= 1
+    printed = capsys.readouterr()
+    assert printed.err == "left out: svcca: too few pairs (8; need at least 11)\n" and "svcca" not in printed.out
+    assert len(run(*command, "--metrics", "cka", out="no-k.jsonl")) == 1  # k is 10, and cka has none
+    for metrics, message in (
+        (["svcca"], "error: svcca: too few pairs (8; need at least 11); take more pairs\n"),
+        (["cka", "mutual-knn"], "error: --k 10 needs more than 10 samples, for mutual-knn; --num-samples is 8\n"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            run(*command, "--metrics", *metrics, out="none.jsonl")
+        assert capsys.readouterr().err == message and not Path("none.jsonl").exists()
+
+
+def test_pairs_that_are_skipped_may_leave_too_few(models, data, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for number in range(6):
+        (broken / f"{number}.txt").write_text(f"a boat {number}")
+        image = (data / f"{number:02d}.png").read_bytes()
+        (broken / f"{number}.png").write_bytes(b"no image" if number < 2 else image)
+    command = ("--model", models["internvl"], "--data", broken, "--num-samples", 6, "--k", 5, "--seeds", 1)
+    (line,) = run(*command, "--metrics", "mutual-knn", "cka")
+    assert line["metric"] == "cka" and line["left_out"] == 2
+    assert "left out: mutual-knn: too few pairs (4; need at least 6)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*command, out="none.jsonl")
+    assert "error: mutual-knn: too few pairs (4; need at least 6); take more" in capsys.readouterr().err
 
 
 def test_broken_images_are_named_and_left_out_on_both_sides(models, data, tmp_path, capsys):

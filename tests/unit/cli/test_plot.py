@@ -133,6 +133,28 @@ def test_one_seed_has_no_error_bar(write_lines):
     assert "seed 0)" in texts(figure)
 
 
+def test_bars_show_what_the_best_of_shuffled_pairs_is(write_lines):
+    shuffled = [{"orders": 10, "mean": [[0.1]], "best": best, "last": 0.08} for best in (0.11, 0.13)]
+    lines = [measured("A", shuffled=shuffled[0]), measured("B", shuffled=shuffled[1]), measured("older")]
+    axis = alignment.draw_bars(read_alignments([write_lines(lines)])).axes[0]
+    (marks,) = [one for one in axis.collections if one.get_label().startswith("shuffled pairs")]
+    bars = bars_of(axis)
+    for segment, best, label in zip(marks.get_segments(), (0.11, 0.13), "AB", strict=True):
+        assert (segment[:, 1] == best).all() and segment[:, 0].mean() == pytest.approx(bars[label][0].get_center()[0])
+    assert lines_named(axis, f"chance, {CHANCE:.3f}")
+    older = alignment.draw_bars(read_alignments([write_lines(lines[2:], "older.jsonl")])).axes[0]
+    assert not [one for one in older.collections if one.get_label().startswith("shuffled pairs")]
+
+
+def test_no_chance_above_one_is_drawn(write_lines):
+    """Of 8 pairs and 10 neighbours it was 10 / 7."""
+    axis = alignment.draw_bars(read_alignments([write_lines([measured(chance=10 / 7)])])).axes[0]
+    assert not [line for line in axis.get_lines() if line.get_label().startswith("chance")]
+    runs = read_runs([write_lines([line | {"chance": 10 / 7} for line in all_runs()], "runs.jsonl")])
+    axis = run_figures.draw_stages(runs).axes[0]
+    assert not [line for line in axis.get_lines() if line.get_label().startswith("chance")]
+
+
 def test_a_caption_that_has_seen_its_image_is_never_under_the_same_name(write_lines):
     lines = [measured(), measured(text_reading="multimodal")]
     labels = bars_of(alignment.draw_bars(read_alignments([write_lines(lines)])).axes[0])

@@ -8,11 +8,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from rsa_megatron.data.sources.pairs import CaptionedImage
+from rsa_megatron.evaluation import dual_encoders
 from rsa_megatron.evaluation.dual_encoders import EMBEDDING, ImageEmbedder, TextEmbedder
 from rsa_megatron.evaluation.hf_models import HFModel
 from tests.support import tiny_backbones, tiny_dual_encoders
 
-KINDS = ["clip", "siglip", "siglip2"]
+KINDS = ["clip", "clip_with_its_own_tokenizer", "siglip", "siglip2", "siglip2_of_one_size"]
 # Numbers of size 1 after some tens of operations, each rounded to 6e-8; a batch is multiplied in another order than a
 # sample alone. A wrong pooling moves them by 0.1 and more (test_another_pooling_is_seen).
 TOLERANCE = 1e-5
@@ -64,8 +65,10 @@ def images_by_hand(folder) -> torch.Tensor:
 
 def text_inputs(folder, tokenizer, caption):
     longest = {"truncation": True, "max_length": tiny_dual_encoders.LONGEST, "return_tensors": "pt"}
-    if folder.name == "clip":
+    if folder.name.startswith("clip"):
         return tokenizer([caption], **longest)
+    if folder.name == "siglip2_of_one_size":  # "Model was trained with lowercased text"
+        caption = caption.lower()
     # As the model cards say: SigLIP was trained with padding="max_length", which it saw: no mask.
     return {"input_ids": tokenizer([caption], padding="max_length", **longest)["input_ids"]}
 
@@ -89,9 +92,10 @@ def test_embeddings_are_transformers_own(kind, folders):
         alone_ND = torch.cat([embeddings(backbone, [pair]) for pair in PAIRS])
         torch.testing.assert_close(actual_ND, alone_ND, atol=TOLERANCE, rtol=TOLERANCE)
     assert (images.side, texts.side) == ("vision", "text")
+    case = "in lower case, " * (kind == "siglip2_of_one_size")
     assert (
         images.identity.keys() >= {"model", "revision", "dtype", "pooling"}
-        and texts.identity["text"] == "its first 12 tokens"
+        and texts.identity["text"] == f"{case}its first 12 tokens"
     )
     assert len(tiny_backbones.CAPTIONS[1].split()) > tiny_dual_encoders.LONGEST  # one was cut
 
@@ -103,10 +107,10 @@ def test_another_pooling_is_seen(kind, folders):
     with torch.no_grad():
         inputs = text_inputs(folders[kind], tokenizer, PAIRS[2].caption)
         states_SD = model.text_model(**inputs).last_hidden_state[0]
-        head = model.text_projection if kind == "clip" else model.text_model.head
+        head = model.text_projection if kind.startswith("clip") else model.text_model.head
         other_D = head(states_SD[-2])
         patches_TD = model.vision_model(**processor([PAIRS[2].image()], return_tensors="pt")).last_hidden_state[0]
-        mean_D = model.visual_projection(patches_TD.mean(0)) if kind == "clip" else patches_TD.mean(0)
+        mean_D = model.visual_projection(patches_TD.mean(0)) if kind.startswith("clip") else patches_TD.mean(0)
     assert (embeddings(TextEmbedder(open_model(folders[kind])))[2] - other_D).abs().max() > 0.01
     assert (embeddings(ImageEmbedder(open_model(folders[kind])))[2] - mean_D).abs().max() > 0.01
 
@@ -142,6 +146,65 @@ def test_siglips_own_python_tokenizer_is_used_as_it_is(folders, tmp_path):
     assert torch.equal(a_D, b_D) and not torch.allclose(a_D, c_D, atol=0.01)
     with pytest.raises(ValueError, match="no token"):
         backbone.prepare(CaptionedImage("a", "...", None))
+
+
+TEXTS = ["A Man.", "a MAN", "Two DOGS, one of them asleep", "the sea " * 12, "A red boat", "İ Σ of a man"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_texts_of_any_case_and_length_are_read_as_transformers_page_of_the_model_says(kind, folders):
+    """All in one call of AutoProcessor: padding as each page has it, SigLIP's up to the last position."""
+    model, processor = reference(folders[kind])[0], transformers.AutoProcessor.from_pretrained(folders[kind])
+    texts = [text.lower() for text in TEXTS] if kind == "siglip2_of_one_size" else TEXTS
+    padding = {"padding": True} if kind.startswith("clip") else {"padding": "max_length"}
+    longest = {"truncation": True, "max_length": tiny_dual_encoders.LONGEST}
+    inputs = processor(text=texts, return_tensors="pt", **padding, **longest)
+    if not kind.startswith("clip"):
+        inputs.pop("attention_mask", None)  # the checkpoints' own tokenizer configs leave it out
+    expected_ND = model.get_text_features(**inputs).pooler_output
+    backbone = TextEmbedder(open_model(folders[kind]))
+    actual_ND = embeddings(backbone, [CaptionedImage("a", text, None) for text in TEXTS])
+    same = [n for n, text in enumerate(TEXTS) if text.isascii() or kind != "siglip2_of_one_size"]
+    torch.testing.assert_close(actual_ND[same], expected_ND[same], atol=TOLERANCE, rtol=TOLERANCE)
+    assert backbone.num_truncated >= 1
+
+
+@pytest.mark.parametrize("kind", ["clip_with_its_own_tokenizer", "siglip2", "siglip2_of_one_size"])
+def test_upper_case_changes_nothing_where_models_were_trained_without_it(kind, folders):
+    backbone = TextEmbedder(open_model(folders[kind]))
+    upper_D, lower_D, other_D = embeddings(
+        backbone, [CaptionedImage("a", text, None) for text in ("A MAN", "a man", "a dog")]
+    )
+    assert torch.equal(upper_D, lower_D) and not torch.allclose(lower_D, other_D, atol=0.01)
+
+
+def test_without_lower_case_siglip2s_of_one_size_would_be_read_wrongly(folders, monkeypatch):
+    """Negative control: as transformers' own processor leaves it to the caller."""
+    monkeypatch.setattr(dual_encoders, "_leaves_case", lambda tokenizer: False)
+    backbone = TextEmbedder(open_model(folders["siglip2_of_one_size"]))
+    upper_D, lower_D = embeddings(backbone, [CaptionedImage("a", text, None) for text in ("A MAN", "a man")])
+    assert (upper_D - lower_D).abs().max() > 0.01 and "lower case" not in backbone.identity["text"]
+
+
+OTHER_FAMILIES = (
+    "align altclip blip blip-2 chinese_clip clap clipseg flava groupvit metaclip_2 owlvit owlv2 xclip".split()
+)
+
+
+@pytest.mark.parametrize("kind", [*OTHER_FAMILIES, "vision-text-dual-encoder"])
+def test_families_whose_texts_are_prepared_otherwise_are_rejected_in_one_line(kind, tmp_path):
+    """Their prompts, padding and pooling are not those above, and nothing is guessed."""
+    parts = {name: {"model_type": "clip_vision_model"} for name in ("vision_config",)}
+    parts["text_config"] = {"model_type": "bert"}
+    content = {"model_type": kind} | (parts if kind == "vision-text-dual-encoder" else {})
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for embedder in (ImageEmbedder, TextEmbedder):
+        with pytest.raises(ValueError) as error:
+            embedder(open_model(tmp_path))
+        assert str(error.value).endswith(
+            f"model_type {kind} has no embedding of images and texts that can be measured; supported: clip, siglip, siglip2"
+        ), error.value
 
 
 def test_half_precision_runs_and_gives_float32(folders):
