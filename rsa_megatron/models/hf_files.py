@@ -78,6 +78,8 @@ def _add_old_names(folder: Path) -> None:
     Without rope_theta an old version would take 10000, and without preprocessor_config.json find no processor.
     """
     config = read_json_if_there(folder / "config.json")
+    if config.pop("transformers_weights", None):  # the name of a file that is not copied
+        _write_json(folder / "config.json", config)
     if "rope_theta" in (rope := config.get("text_config", {}).get("rope_parameters") or {}):
         config["text_config"]["rope_theta"] = rope["rope_theta"]
         _write_json(folder / "config.json", config)

@@ -105,7 +105,7 @@ def save(folder: Path, state: dict[str, Tensor], num_files: int = 1) -> None:
         part = names[number::num_files]
         save_file({name: state[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read(folder: Path) -> dict[str, Tensor]:

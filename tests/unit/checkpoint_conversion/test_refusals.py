@@ -58,12 +58,6 @@ def test_an_output_layer_of_a_tied_model_must_be_its_embeddings(tmp_path, refuse
     refuses(there, tmp_path / "hf", words=["lm_head.weight", "tie_word_embeddings"])
 
 
-def test_pickles_are_not_read(tmp_path, refuses):
-    hf_checkpoints.write(tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
-    refuses(there, tmp_path / "hf", words=["pytorch_model.bin", "convert them to safetensors"])
-
-
 def test_files_missing_or_broken(tmp_path, refuses):
     hf_checkpoints.write(tmp_path / "hf", num_files=2)
     second = tmp_path / "hf" / "model-00002-of-00002.safetensors"
@@ -72,7 +66,11 @@ def test_files_missing_or_broken(tmp_path, refuses):
     second.unlink()
     refuses(there, tmp_path / "hf", words=[str(second), "is missing"])
     (tmp_path / "hf" / "model.safetensors.index.json").unlink()
-    refuses(there, tmp_path / "hf", words=["neither model.safetensors nor"])
+    refuses(
+        there,
+        tmp_path / "hf",
+        words=["none of model.safetensors, ", "it holds model-00001-of-00002.safetensors, which"],
+    )
 
 
 def test_an_unsupported_architecture(tmp_path, refuses):
