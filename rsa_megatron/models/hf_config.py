@@ -4,6 +4,7 @@ What the Megatron model does not support raises an error here that names its key
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,13 @@ from rsa_megatron.models.architectures import (
     get_architecture,
     square_grids,
 )
-from rsa_megatron.models.hf_files import make_image_processor_config, read_json, read_json_if_there
+from rsa_megatron.models.hf_files import (
+    REPLACED_FILES,
+    make_image_processor_config,
+    read_json,
+    read_json_if_there,
+)
+from rsa_megatron.models.trained_files import shows_one_tile
 
 if TYPE_CHECKING:  # only for annotations: the known architectures need no transformers, which takes a second to import
     from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
@@ -77,6 +84,9 @@ def read_architecture(folder: Path) -> Architecture:
     """
     raw = read_json(folder / "config.json")
     where = f"{folder}/config.json"
+    if shows_one_tile(folder):
+        # An export of a model that was shown one tile an image: its config as LLaVA-OneVision's.
+        raw = json.loads(read_json(folder / REPLACED_FILES)["config.json"])
     if "mm_vision_tower" in raw:
         raise ValueError(
             f"{where} is in lmms-lab's format; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
@@ -90,7 +100,9 @@ def read_architecture(folder: Path) -> Architecture:
     for part, wanted in (("text_config", "qwen2"), ("vision_config", "siglip_vision_model")):
         content = raw.get(part)
         _check_type(f"{where}, {part}", content if isinstance(content, dict) else {}, wanted)
-    config = _load_config(folder)
+    from transformers import LlavaOnevisionConfig
+
+    config = make_config(where, LlavaOnevisionConfig.from_dict, raw)
     require(where, "vision_feature_layer", config.vision_feature_layer, -1)
     require(where, "vision_feature_select_strategy", config.vision_feature_select_strategy, "full")
     require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")

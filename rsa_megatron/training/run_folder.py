@@ -1,7 +1,7 @@
 """Folders of checkpoints as this script's runs leave them: whose they are, and what a later run may begin with.
 
-Beside the checkpoints lie run.json: the model, the stage, of images that come as embeddings their width, and where the run
-has come to its end, at which iteration; and hf/: the model's files in Hugging Face's format, without weights.
+Beside the checkpoints lie run.json: the model, the stage, how it showed its samples (which an export must fit), of images that come
+as embeddings their width, and where the run has come to its end, at which iteration; and hf/: the model's files in Hugging Face's format, without weights.
 """
 
 import dataclasses
@@ -64,8 +64,11 @@ def write_stage(args, **more) -> None:
     if args.save and not args.skip_train and get_rank() == 0:
         if args.image_positions:
             more["image_embedding_width"] = args.image_embedding_width
+        if args.image_grids:
+            more["image_grids"] = args.image_grids
+        shown = {"template": args.template, "image_aspect_ratio": args.image_aspect_ratio}
         atomic.write_text(
-            Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n"
+            Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **shown, **more}) + "\n"
         )
 
 
