@@ -78,8 +78,8 @@ def copy_model_files(source: Path, target: Path) -> None:
 def _restore_replaced(folder: Path) -> None:
     """Undo `trained_files.fit_to_training`: another training may follow."""
     for name, text in read_json_if_there(folder / REPLACED_FILES).items():
-        if Path(name).name != name:
-            raise ValueError(f"{folder / REPLACED_FILES} names {name!r}, which is not a file of its folder")
+        if Path(name).name != name or not isinstance(text, str | None):
+            raise ValueError(f"{folder / REPLACED_FILES} names {name!r}, which is not a file of its folder, or no text")
         (folder / name).unlink(missing_ok=True)
         if text is not None:
             (folder / name).write_text(text)
