@@ -22,6 +22,7 @@ from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
 from checkpoint_conversion.weight_files import NEWLINE_FILE
 from checkpoint_conversion.weight_map import EMBEDDINGS, IMAGE_NEWLINE, Row, expected_shapes, split, table
+from rsa_megatron.models.agreement import check_files
 from rsa_megatron.models.hf_config import read_architecture
 from rsa_megatron.models.hf_files import copy_model_files
 from rsa_megatron.models.trained_files import fit_to_training, read_training
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
             f"{template}/config.json is missing; name the Hugging Face folder that the model came from with --hf-template"
         )
     architecture = read_architecture(template)
+    check_files(template)
     if check_projector(source.parent, architecture.vision.hidden_size):
         print(
             f"WARNING: the projector of {source} was trained on precomputed embeddings; Hugging Face's model will give it "

@@ -20,6 +20,7 @@ from checkpoint_conversion.megatron_to_hf import check_projector
 from checkpoint_conversion.tensor_comparison import TensorComparison, compare_tensors
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
 from checkpoint_conversion.weight_map import table
+from rsa_megatron.models.agreement import check_checkpoint_files, check_files
 from rsa_megatron.models.hf_config import read_architecture
 
 # In the order in which they are computed: the first that differs is where to look.
@@ -49,11 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was compared; return 1 if a tensor differs, or an output by more than the tolerance."""
+    from transformers import AutoTokenizer
+
     from checkpoint_conversion import forward_comparison  # the other commands do without what it imports
     from rsa_megatron import megatron_on_cpu
 
     # Before minutes of transformers.
-    check_projector(find_checkpoint(args.checkpoint, None).parent, read_architecture(args.hf).vision.hidden_size)
+    run_folder, architecture = find_checkpoint(args.checkpoint, None).parent, read_architecture(args.hf)
+    check_projector(run_folder, architecture.vision.hidden_size)
+    check_files(args.hf)
+    tokenizer = AutoTokenizer.from_pretrained(args.hf)
+    check_checkpoint_files(run_folder / "hf", architecture, tokenizer, str(args.hf), str(args.hf))
     faults = []
     if not args.outputs_only:
         found = compare_folder(args.hf, args.checkpoint)

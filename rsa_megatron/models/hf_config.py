@@ -43,7 +43,11 @@ _PIXEL_KEYS = (
     "image_std",
     "do_pad",
     "image_grid_pinpoints",
+    "do_center_crop",
+    "crop_size",
 )
+# Those that config.json has too, by its name of them.
+_OF_CONFIG = {"size": "image_size", "image_grid_pinpoints": "image_grid_pinpoints"}
 
 # What other decoders' configs have and a Qwen2 has not, by the value that changes nothing. transformers' Qwen2 passes these
 # keys over: where one says something else, the weights are of another model.
@@ -249,12 +253,22 @@ def check_grids(grids: tuple[tuple[int, int], ...], tile_size: int, where: str) 
 
 def _check_image_processor(folder: Path, architecture: Architecture) -> None:
     """Raise ValueError if a folder prepares images in another way than we do: it would be served that way."""
-    expected = make_image_processor_config(architecture)
+    expected = make_image_processor_config(architecture) | {"do_center_crop": None, "crop_size": None}
     for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         content = read_json_if_there(folder / name)
         found = content.get(part, {}) if part else content
         for key in _PIXEL_KEYS:
-            require(f"{folder}/{name}", key, found.get(key, expected[key]), expected[key])
+            value = found.get(key, expected[key])
+            # The crop of a tile to its own size is none.
+            is_off = key in ("do_center_crop", "crop_size") and (not value or value == expected["size"])
+            if is_off or value == expected[key]:
+                continue
+            if key in _OF_CONFIG:
+                raise ValueError(
+                    f"{folder}/{name}: {key} is {value}, and {_OF_CONFIG[key]} in {folder}/config.json means {expected[key]}: "
+                    "correct one of the two files"
+                )
+            require(f"{folder}/{name}", key, value, expected[key])
 
 
 def _load_config(folder: Path) -> "PreTrainedConfig":

@@ -36,8 +36,8 @@ WEIGHT_PATTERNS = (
 _PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 #: What `trained_files` has replaced in an export, by the file's name: its text before, or null where there was none.
 REPLACED_FILES = "replaced_files.json"
-# As data/conversation.py's qwen_1_5.
-_CHAT_TEMPLATE = (
+#: As data/conversation.py's qwen_1_5.
+CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -122,7 +122,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_chat_template(folder: Path, template: str = _CHAT_TEMPLATE) -> None:
+def write_chat_template(folder: Path, template: str = CHAT_TEMPLATE) -> None:
     """Write a chat template, by default that of our qwen_1_5, for processor and tokenizer: what a model was trained with."""
     write_json(folder / "chat_template.json", {"chat_template": template})
     (folder / "chat_template.jinja").write_text(template)
@@ -144,7 +144,7 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreT
             f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} ids ({' and '.join(missing) or 'none'} added), "
             f"the model {architecture.vocab_size} word embeddings"
         )
-    tokenizer.chat_template = _CHAT_TEMPLATE  # a text model's own would not show the images
+    tokenizer.chat_template = CHAT_TEMPLATE  # a text model's own would not show the images
     tokenizer.save_pretrained(folder)
     for name, content in {
         "config.json": make_config(architecture, tokenizer),
@@ -152,7 +152,7 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreT
         "preprocessor_config.json": make_image_processor_config(architecture),
         "video_preprocessor_config.json": _make_video_processor_config(architecture),
         "processor_config.json": _make_processor_config(architecture),
-        "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }.items():
         write_json(folder / name, content)
     _add_old_names(folder)
