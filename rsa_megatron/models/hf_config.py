@@ -93,12 +93,12 @@ def read_architecture(folder: Path) -> Architecture:
         raw = json.loads(read_json(folder / REPLACED_FILES)["config.json"])
     if "mm_vision_tower" in raw:
         raise ValueError(
-            f"{where} is in lmms-lab's format; convert the folder (checkpoint_conversion hf-to-megatron) and name OUT/hf"
+            f"{where} is in lmms-lab's format; convert the folder (rsa-megatron convert hf-to-megatron) and name OUT/hf"
         )
     if raw.get("model_type") != "llava_onevision":
         raise ValueError(
             f"{where}: model_type is {raw.get('model_type')!r}; only llava_onevision is supported (for a SigLIP and a "
-            "Qwen2 checkpoint: python -m checkpoint_conversion hf-to-megatron --vision DIR --language DIR)"
+            "Qwen2 checkpoint: rsa-megatron convert hf-to-megatron --vision DIR --language DIR)"
         )
     require(where, "quantization_config", raw.get("quantization_config"), None)
     for part, wanted in (("text_config", "qwen2"), ("vision_config", "siglip_vision_model")):

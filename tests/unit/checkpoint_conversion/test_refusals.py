@@ -4,12 +4,15 @@ import collections
 import json
 import os
 import pickle
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
 
 from checkpoint_conversion import torch_dist_save
+from checkpoint_conversion.__main__ import main
 from tests.support import hf_checkpoints
 from tests.support.hf_checkpoints import back, there, write_training_checkpoint
 
@@ -144,6 +147,17 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, refuses):
     refuses(back, tmp_path / "megatron", words=["hf/config.json is missing", "--hf-template"])
     refuses(back, tmp_path / "hf", words=["not a Megatron checkpoint"])
     refuses(back, tmp_path / "megatron", "--iteration", "3", words=["iter_0000003 is missing; found: none"])
+
+
+def test_the_command_calls_itself_as_it_was_called(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["without a command"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: rsa-megatron convert ") and "python -m" not in said
+    with pytest.raises(SystemExit):
+        runpy.run_module("checkpoint_conversion", {}, "__main__")
+    assert capsys.readouterr().err.startswith("usage: python -m checkpoint_conversion ")
 
 
 class _Malicious:
