@@ -83,6 +83,15 @@ def check_checkpoint_files(
         f"the id of {token} is {theirs} in {config} and {ours} in the tokenizer {tokenizer_folder}"
         for token, theirs, ours in _compare_ids(read_json(config), tokenizer)
     ]
+    own = _load_tokenizer(folder)
+    theirs, ours = own.get_vocab() if own else {}, tokenizer.get_vocab()
+    other = [token for token, number in theirs.items() if ours.get(token, number) != number]  # more may have been added
+    if other and not wrong:
+        token = min(other, key=theirs.get)
+        wrong.append(
+            f"the id of {token!r} is {theirs[token]} in the tokenizer {folder} and {ours[token]} in {tokenizer_folder}, and those of "
+            f"{len(other) - 1} more differ"
+        )
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}: name the model and the tokenizer that the checkpoint was made with")
 

@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from checkpoint_conversion import __main__ as conversion
 from rsa_megatron.models.agreement import check_checkpoint_files, check_files, compare_chat_template
@@ -211,6 +212,18 @@ def test_a_checkpoint_of_another_model_is_an_error(folder, tokenizer):
     assert complaint(rmsnorm_epsilon=1e-5).startswith(f"rmsnorm_epsilon is 1e-06 in {file} and 1e-05 by --model mine")
     fewer = dataclasses.replace(MODEL, max_tiles=9)
     assert complaint(fewer).startswith(f"max_tiles is 4 in {file} and 9 by --model mine")
+    # A tokenizer with a token more is taken, and one in which ids are exchanged is not.
+    more = AutoTokenizer.from_pretrained(folder)
+    more.add_tokens(["another"])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    (first, a), (second, b) = list(words.items())[300:302]
+    words |= {first: b, second: a}
+    exchanged = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    assert complaint(tokenizer=more) == ""
+    assert complaint(tokenizer=exchanged).startswith(
+        f"the id of {first!r} is {a} in the tokenizer {folder} and {b} in TOKENIZER, and"
+    )
     change(folder, CONFIG, image_token_index=5)
     assert complaint().startswith(f"the id of <image> is 5 in {file} and 3 in the tokenizer TOKENIZER: name the")
 
