@@ -11,6 +11,8 @@ import sys
 
 from checkpoint_conversion import hf_to_megatron, megatron_to_hf, verify
 
+# rsa-megatron's command imports this file.
+PROGRAM = "python -m checkpoint_conversion" if __name__ == "__main__" else "rsa-megatron convert"
 COMMANDS = {
     "hf-to-megatron": hf_to_megatron,
     "megatron-to-hf": megatron_to_hf,
@@ -31,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion", description=__doc__, formatter_class=style)
+    description = __doc__.replace("python -m checkpoint_conversion", PROGRAM)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=description, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         summary = module.__doc__.partition("\n")[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
 from checkpoint_conversion.weight_map import table
@@ -24,6 +24,7 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from rsa_megatron.models.hf_config import read_architecture
+from rsa_megatron.models.trained_files import shows_one_tile
 
 _TEXT = "A red boat lies in the harbour."
 
@@ -77,7 +78,7 @@ def make_encoder(hf: Path) -> LlavaTaskEncoder:
         patch_size=architecture.vision.patch_size,
         max_sequence_length=architecture.decoder.max_position_embeddings,
         template="qwen_1_5",
-        image_aspect_ratio="anyres",
+        image_aspect_ratio="square" if shows_one_tile(hf) else "anyres",
         grid_pinpoints=architecture.grid_pinpoints,
         max_tiles=architecture.max_tiles,
     )
@@ -105,7 +106,8 @@ def make_sample(name: str, images: list[Image.Image], encoder, hf: Path, text: s
     pixels = {}
     if images:
         # By name: the one on Pillow, which training uses. torchvision's resizes to other pixels.
-        pixels = dict(AutoImageProcessor.from_pretrained(hf, backend="pil")([images], return_tensors="pt"))
+        processor = AutoImageProcessor.from_pretrained(hf, backend="pil")
+        pixels = dict(processor(images if shows_one_tile(hf) else [images], return_tensors="pt"))
     return Sample(name, images, stored, batch, pixels, torch.tensor([input_ids]), torch.tensor([labels]))
 
 
@@ -119,14 +121,15 @@ def _as_png(image: Image.Image) -> bytes:
 def run_hugging_face(hf: Path, samples: list[Sample], dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """Compute transformers' outputs, by the names of verify.OUTPUTS, float32 on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlavaOnevisionForConditionalGeneration.from_pretrained(hf, dtype=dtype).to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(hf, dtype=dtype).to(device).eval()
     results = []
     for sample in samples:
         pixels = {name: tensor.to(device) for name, tensor in sample.pixels.items()}
         parts = {}
         if pixels:
             pixels["pixel_values"] = pixels["pixel_values"].to(dtype)
-            parts["pixels"] = sample.pixels["pixel_values"].flatten(0, 1)
+            tiles = sample.pixels["pixel_values"]
+            parts["pixels"] = tiles.reshape(-1, *tiles.shape[-3:])
             features = model.get_image_features(**pixels, output_hidden_states=True)
             parts["vision features"] = features.hidden_states[-1]
             parts["projected tokens"] = torch.cat(features.pooler_output)

@@ -68,6 +68,13 @@ def write_folder(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_rows(
+    path: Path, rows: list[Row], dtypes: dict[str, torch.dtype], split: Callable[[Row, int | None], list[Tensor]]
+) -> None:
+    """Write one file of some rows; arguments as of write_folder."""
+    _write(path, [Piece(row, layer, dtypes[row.key]) for row, layer in walk(rows)], split)
+
+
 def _divide(pieces: list[Piece], max_bytes: int) -> list[list[Piece]]:
     files, room = [], 0
     for piece in pieces:

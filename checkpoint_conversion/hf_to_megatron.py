@@ -17,6 +17,7 @@ from checkpoint_conversion.output_folder import output_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_save import save_checkpoint
 from checkpoint_conversion.weight_map import EMBEDDINGS, LM_HEAD, TOWER, table
+from rsa_megatron.models.agreement import check_files
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import read_architecture, read_towers
 from rsa_megatron.models.hf_files import copy_model_files, write_model_files
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     is_onevision = bool(args.hf) and not is_lmms_lab(args.hf)  # a folder that transformers reads as it is
     if args.hf:
         architecture = read_architecture(args.hf) if is_onevision else read_lmms_lab(args.hf)
+        if is_onevision:
+            check_files(args.hf)
         tensors = open_folder(args.hf)
     else:
         architecture = read_towers(args.vision, args.language)

@@ -1,10 +1,14 @@
 """Tensors of Hugging Face folders, by their names on the hub, read one at a time.
 
 A file is opened again for each tensor: the pages of a mapped file count as this process's memory until it is closed.
+Which files a folder's weights are: weight_files.py. Of a .bin file, which is a pickle, torch.load(weights_only=True) reads
+tensors and nothing else.
 """
 
-import json
 import math
+import pickle
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint_conversion.key_aliases import to_hub_name
+from checkpoint_conversion.weight_files import find_weight_files
 from checkpoint_conversion.weight_map import EMBEDDINGS, LM_HEAD, Row, Shape, expected_shapes
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 class Readable(Protocol):
@@ -50,46 +54,46 @@ class StoredTensor:
             return file.get_slice(self.name)[rows]
 
 
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor of a .bin file."""
+
+    file: Path
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def source(self) -> str:
+        return f"{self.file}, tensor {self.name}"
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        return _load_pickle(self.file)[self.name][rows].clone(memory_format=torch.contiguous_format)
+
+
 def open_folder(folder: Path) -> dict[str, Readable]:
     """Open the model's tensors in a folder, by their names on the hub; those known not to belong to it are skipped.
 
+    Prints one line where the folder holds other weights too, which are not read.
+
     Raises:
-        ValueError: naming file or tensor, for files that are missing, broken or not safetensors.
+        ValueError: naming file or tensor, for files that are missing, broken or of another format.
     """
+    files = find_weight_files(folder)
+    if files.not_read:
+        print(
+            f"weights of {folder}: {files.describe_chosen()} (as transformers chooses); not read: "
+            f"{files.describe_others()}"
+        )
     found: dict[str, Readable] = {}
-    for file in find_weight_files(folder):
-        for tensor in _list_tensors(file):
+    for file in files.chosen:
+        for tensor in _list_pickled(file) if file.suffix == ".bin" else _list_tensors(file):
             name = to_hub_name(tensor.name)
             if name in found:
                 raise ValueError(f"{tensor.source} and {found[name].source} are both {name}; remove one of them")
             if name is not None:
                 found[name] = tensor
     return found
-
-
-def find_weight_files(folder: Path) -> list[Path]:
-    """Find the safetensors files of a folder: the one, or those that the index lists."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of tensors and files ({error!r}); download it again") from error
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} lists files outside its folder; they are not read")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder / missing[0]} is missing, which {index.name} lists; download the folder again")
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
-    if pickles:
-        raise ValueError(
-            f"{folder}/{pickles[0]}: pickle files are not read, as they can run any code; convert them to safetensors: load "
-            "them with transformers on a machine that may run them, and save_pretrained(folder)"
-        )
-    raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json found")
 
 
 def _list_tensors(file: Path) -> list[StoredTensor]:
@@ -102,11 +106,55 @@ def _list_tensors(file: Path) -> list[StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}; download it again") from error
     for name, _, dtype in tensors:
-        if dtype not in DTYPES and to_hub_name(name) is not None:
-            raise ValueError(
-                f"{file}, tensor {name}: its dtype {dtype} is quantised or not a float; convert it to bfloat16"
-            )
+        _check_dtype(file, name, dtype, DTYPES)
     return [StoredTensor(file, name, shape, DTYPES[dtype]) for name, shape, dtype in tensors if dtype in DTYPES]
+
+
+def _list_pickled(file: Path) -> list[PickledTensor]:
+    tensors = _load_pickle(file)
+    wrong = [name for name, tensor in tensors.items() if not (isinstance(name, str) and isinstance(tensor, Tensor))]
+    if wrong:
+        raise ValueError(
+            f"{file}: its entry {wrong[0]!r} is a {type(tensors[wrong[0]]).__name__}, not a tensor: save the state_dict alone"
+        )
+    for name, tensor in tensors.items():
+        _check_dtype(file, name, tensor.dtype, DTYPES.values())
+    return [
+        PickledTensor(file, name, tuple(tensor.shape), tensor.dtype)
+        for name, tensor in tensors.items()
+        if tensor.dtype in DTYPES.values()
+    ]
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    """Map a .bin file into memory."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"{file} is not in the format of torch 1.6 and later: download it again, or, if it is older, load the model with "
+            "transformers and save_pretrained(folder)"
+        )
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{file} is not read: it names {found[1] if found else 'code'}, which no tensor needs and which could run "
+            "anything; do not use a file like that"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).partition(chr(10))[0]}; download it again") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(
+            f"{file} holds a {type(tensors).__name__}, not tensors by their names: save the state_dict alone"
+        )
+    return tensors
+
+
+def _check_dtype(file: Path, name: str, dtype, readable) -> None:
+    if dtype not in readable and to_hub_name(name) is not None:
+        raise ValueError(
+            f"{file}, tensor {name}: its dtype {dtype} is quantised or not a float; convert it to bfloat16"
+        )
 
 
 def drop_tied_head(tensors: dict[str, Readable]) -> None:

@@ -1,7 +1,8 @@
 """A Megatron checkpoint to a Hugging Face folder that transformers and inference servers load.
 
 Weights go under the hub's names, in the dtype in which the checkpoint holds them; everything else is copied from the
-folder that the model came from, but for the dtype in config.json.
+folder that the model came from, but for the dtype in config.json, and what must fit how the model was trained
+(rsa_megatron/models/trained_files.py).
 """
 
 import argparse
@@ -15,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_conversion.hf_shards import write_folder
+from checkpoint_conversion.hf_shards import write_folder, write_rows
 from checkpoint_conversion.output_folder import output_folder
 from checkpoint_conversion.progress import progress
 from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
-from checkpoint_conversion.weight_map import EMBEDDINGS, Row, expected_shapes, split, table
+from checkpoint_conversion.weight_files import NEWLINE_FILE
+from checkpoint_conversion.weight_map import EMBEDDINGS, IMAGE_NEWLINE, Row, expected_shapes, split, table
+from rsa_megatron.models.agreement import check_files
 from rsa_megatron.models.hf_config import read_architecture
 from rsa_megatron.models.hf_files import copy_model_files
+from rsa_megatron.models.trained_files import fit_to_training, read_training
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -47,12 +51,14 @@ def run(args: argparse.Namespace) -> None:
             f"{template}/config.json is missing; name the Hugging Face folder that the model came from with --hf-template"
         )
     architecture = read_architecture(template)
+    check_files(template)
     if check_projector(source.parent, architecture.vision.hidden_size):
         print(
             f"WARNING: the projector of {source} was trained on precomputed embeddings; Hugging Face's model will give it "
             "the tower's tokens, which have the same width: train it on images first",
             file=sys.stderr,
         )
+    training = read_training(source.parent)
     rows = table(architecture)
     checkpoint = MegatronCheckpoint(source, rows)
     dtypes = {row.key: checkpoint.dtype(row) for row in rows}
@@ -60,8 +66,16 @@ def run(args: argparse.Namespace) -> None:
     with output_folder(args.out, num_bytes=num_bytes, overwrite=args.overwrite, sources=[source, template]) as folder:
         copy_model_files(template, folder)
         _set_dtype(folder / "config.json", next(dtypes[row.key] for row in rows if EMBEDDINGS in row.parts))
+        said = fit_to_training(folder, architecture, training) if training else None
+        # What transformers' class for one tile has not, and the way back needs.
+        beside = [row for row in rows if IMAGE_NEWLINE in row.parts and training and training.shows_one_tile]
         with progress(len(expected_shapes(rows)), num_bytes, args.out) as bar:
-            write_folder(folder, rows, dtypes, partial(_read_parts, checkpoint, bar), args.max_shard_size)
+            read_parts = partial(_read_parts, checkpoint, bar)
+            write_folder(folder, [row for row in rows if row not in beside], dtypes, read_parts, args.max_shard_size)
+            if beside:
+                write_rows(folder / NEWLINE_FILE, beside, dtypes, read_parts)
+    if said:
+        print(said)
 
 
 def check_projector(run: Path, tower_width: int) -> int | None:

@@ -114,6 +114,10 @@ class MegatronCheckpoint:
     def dtype(self, row: Row) -> torch.dtype:
         return self._tensors[self._locate(row, row.layers[0])[0]].properties.dtype
 
+    def count_padding(self, row: Row) -> int:
+        """Count the rows that a vocabulary's tensor has beyond the model's."""
+        return self._tensors[row.key].size[0] - row.shape[0]
+
     def read(self, row: Row, layer: int | None) -> Tensor:
         """Read one tensor, of row.shape; without padding rows."""
         key, first = self._locate(row, layer)

@@ -1,7 +1,7 @@
-"""Runs a Hugging Face model and its Megatron checkpoint on the same samples, and compares them output by output.
+"""Compares a Hugging Face model and its Megatron checkpoint: every tensor, and what both compute of the same samples.
 
-What is compared is the whole way from pixels to loss (forward_comparison.py). Prints the largest differences, and names the first
-output that differs.
+Tensors are compared bit for bit, through the table of names (tensor_comparison.py). Then both models run on the same samples, from
+pixels to loss (forward_comparison.py): the largest differences are printed, and the first output that differs is named.
 """
 
 import argparse
@@ -15,8 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint_conversion.hf_weights import check, drop_tied_head, open_folder
 from checkpoint_conversion.megatron_to_hf import check_projector
-from checkpoint_conversion.torch_dist_load import find_checkpoint
+from checkpoint_conversion.tensor_comparison import TensorComparison, compare_tensors
+from checkpoint_conversion.torch_dist_load import MegatronCheckpoint, find_checkpoint
+from checkpoint_conversion.weight_map import table
+from rsa_megatron.models.agreement import check_checkpoint_files, check_files
 from rsa_megatron.models.hf_config import read_architecture
 
 # In the order in which they are computed: the first that differs is where to look.
@@ -35,17 +39,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest difference, as a fraction of the largest value; default 1e-4, in bfloat16 5e-2",
+        help="largest difference of outputs, as a fraction of the largest value; default 1e-4, in bfloat16 5e-2",
+    )
+    parser.add_argument(
+        "--outputs-only",
+        action="store_true",
+        help="leave the tensors out, for a checkpoint that is meant to differ a little from the folder",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; return 1 if an output differs by more than the tolerance."""
+    """Print what was compared; return 1 if a tensor differs, or an output by more than the tolerance."""
+    from transformers import AutoTokenizer
+
     from checkpoint_conversion import forward_comparison  # the other commands do without what it imports
     from rsa_megatron import megatron_on_cpu
 
     # Before minutes of transformers.
-    check_projector(find_checkpoint(args.checkpoint, None).parent, read_architecture(args.hf).vision.hidden_size)
+    run_folder, architecture = find_checkpoint(args.checkpoint, None).parent, read_architecture(args.hf)
+    check_projector(run_folder, architecture.vision.hidden_size)
+    check_files(args.hf)
+    tokenizer = AutoTokenizer.from_pretrained(args.hf)
+    check_checkpoint_files(run_folder / "hf", architecture, tokenizer, str(args.hf), str(args.hf))
+    faults = []
+    if not args.outputs_only:
+        found = compare_folder(args.hf, args.checkpoint)
+        print("\n".join(found.list_lines()), flush=True)
+        if found.differences:
+            faults.append(f"{found.describe_differences()} (--outputs-only leaves tensors out)")
     warnings.simplefilter("ignore")  # Megatron's, between the rows of the table
     logging.getLogger("megatron").setLevel(logging.ERROR)
     dtype = getattr(torch, args.dtype)
@@ -55,11 +76,29 @@ def run(args: argparse.Namespace) -> int:
     megatron_on_cpu.enable()  # what it replaces in torch is not for transformers, which has had its turn
     with forward_comparison.one_process():
         actual = forward_comparison.run_megatron(args.hf, args.checkpoint, samples, dtype)
-        return report([sample.name for sample in samples], expected, actual, args.tolerance or TOLERANCES[args.dtype])
+        names = [sample.name for sample in samples]
+        faults += compare_outputs(names, expected, actual, args.tolerance or TOLERANCES[args.dtype])
+    if faults:
+        print(f"error: {'; and '.join(faults)}", file=sys.stderr)
+    return 1 if faults else 0
 
 
-def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], tolerance: float) -> int:
-    """Print the table of differences, samples by outputs; return 1 if one is above the tolerance."""
+def compare_folder(hf: Path, checkpoint: Path) -> TensorComparison:
+    """Compare every tensor of a folder with a checkpoint's.
+
+    Raises:
+        ValueError: one of them is not of the model that the folder's config.json describes.
+    """
+    architecture = read_architecture(hf)
+    rows, tensors = table(architecture), open_folder(hf)
+    if architecture.decoder.tie_word_embeddings:
+        drop_tied_head(tensors)
+    check(tensors, rows, str(hf))
+    return compare_tensors(rows, tensors, MegatronCheckpoint(find_checkpoint(checkpoint, None), rows))
+
+
+def compare_outputs(names: list[str], expected: Iterable[dict], actual: Iterable[dict], tolerance: float) -> list[str]:
+    """Print the table of differences, samples by outputs; return what is to be said if one is above the tolerance."""
     print(f"{'sample':<16}" + "".join(f"{output:>20}" for output in OUTPUTS))
     worst = None
     for name, theirs, ours in zip(names, expected, actual):
@@ -73,15 +112,13 @@ def report(names: list[str], expected: Iterable[dict], actual: Iterable[dict], t
             if not value <= tolerance and (worst is None or OUTPUTS.index(output) < OUTPUTS.index(worst[0])):
                 worst = output, name, value
     if worst is None:
-        print(f"the same, to {tolerance:.0e} of the largest value")
-        return 0
+        print(f"outputs: the same, to {tolerance:.0e} of the largest value")
+        return []
     output, name, value = worst
-    print(
-        f"error: {output} differ by {value:.1e} of their largest value (sample {name!r}); it is the first output that "
-        f"differs by more than --tolerance {tolerance:.0e}",
-        file=sys.stderr,
-    )
-    return 1
+    return [
+        f"{output} differ by {value:.1e} of their largest value (sample {name!r}); it is the first output that differs by more "
+        f"than --tolerance {tolerance:.0e}"
+    ]
 
 
 def compute_difference(actual: Tensor, expected: Tensor) -> float:

@@ -30,7 +30,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from rsa_megatron import atomic
 from rsa_megatron.data.conversation import IMAGE_TOKEN, encode
@@ -164,9 +164,7 @@ class Reader:
         vision = architecture.vision
         self.tokenizer = AutoTokenizer.from_pretrained(hf)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = (
-            LlavaOnevisionForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval().to(self.device)
-        )
+        self.model = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).eval().to(self.device)
         self._side, self._max_tiles = vision.tokens_per_side, architecture.max_tiles
         self._image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._tiler = ImageTiler(
@@ -205,7 +203,7 @@ class Reader:
             return self.model(
                 input_ids=ids_BS, pixel_values=pad_sequence(tiles, batch_first=True), image_sizes=sizes
             ).logits
-        # transformers' own way adds a grid of tiles to each picture.
+        # LLaVA-OneVision's own way adds a grid of tiles to each picture.
         features = self.model.model.vision_tower(torch.cat(tiles), output_hidden_states=True).hidden_states[-1]
         embedded_BSH = self.model.get_input_embeddings()(ids_BS)
         embedded_BSH[ids_BS == self._image_token] = self.model.model.multi_modal_projector(features).flatten(0, 1)

@@ -20,7 +20,12 @@ if (
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 #: The vision-language models whose two sides can be measured, and the name of the module of each that is the tower.
-VISION_LANGUAGE = {"llava_onevision": "vision_tower", "internvl": "vision_tower", "qwen2_5_vl": "visual"}
+VISION_LANGUAGE = {
+    "llava_onevision": "vision_tower",
+    "internvl": "vision_tower",
+    "qwen2_5_vl": "visual",
+    "llava": "vision_tower",
+}
 #: Towers, and how many of their first tokens are not of the image: class, distillation and register tokens.
 TOWERS = {
     "siglip_vision_model": 0,

@@ -167,6 +167,11 @@ class LLaVAHost:
                 "add_decoder=True",
             ),
             (
+                model.add_decoder and not hasattr(getattr(model.language_model, "decoder", None), "layers"),
+                f"its language model is a {type(model.language_model).__name__} without Megatron's decoder layers: build LLaVAModel "
+                "with Megatron's own in place of language_model_type hf://...",
+            ),
+            (
                 tower and tower.tensor_model_parallel_size != settings.tensor_model_parallel_size,
                 "tower and decoder are to share their ranks: give the tower's config the decoder's tensor_model_parallel_size",
             ),

@@ -34,8 +34,10 @@ WEIGHT_PATTERNS = (
 )
 # Sections of processor_config.json that have files of their own before transformers 5.
 _PROCESSOR_PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-# As data/conversation.py's qwen_1_5.
-_CHAT_TEMPLATE = (
+#: What `trained_files` has replaced in an export, by the file's name: its text before, or null where there was none.
+REPLACED_FILES = "replaced_files.json"
+#: As data/conversation.py's qwen_1_5.
+CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -69,7 +71,19 @@ def copy_model_files(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
             shutil.copyfile(file, target / file.name)
+    _restore_replaced(target)
     _add_old_names(target)
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Undo `trained_files.fit_to_training`: another training may follow."""
+    for name, text in read_json_if_there(folder / REPLACED_FILES).items():
+        if Path(name).name != name or not isinstance(text, str | None):
+            raise ValueError(f"{folder / REPLACED_FILES} names {name!r}, which is not a file of its folder, or no text")
+        (folder / name).unlink(missing_ok=True)
+        if text is not None:
+            (folder / name).write_text(text)
+    (folder / REPLACED_FILES).unlink(missing_ok=True)
 
 
 def _add_old_names(folder: Path) -> None:
@@ -78,15 +92,17 @@ def _add_old_names(folder: Path) -> None:
     Without rope_theta an old version would take 10000, and without preprocessor_config.json find no processor.
     """
     config = read_json_if_there(folder / "config.json")
+    if config.pop("transformers_weights", None):  # the name of a file that is not copied
+        write_json(folder / "config.json", config)
     if "rope_theta" in (rope := config.get("text_config", {}).get("rope_parameters") or {}):
         config["text_config"]["rope_theta"] = rope["rope_theta"]
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
     processor = read_json_if_there(folder / "processor_config.json")
     parts = [name for name in _PROCESSOR_PARTS if name in processor]
     for name in parts:
-        _write_json(folder / _PROCESSOR_PARTS[name], processor.pop(name))
+        write_json(folder / _PROCESSOR_PARTS[name], processor.pop(name))
     if parts:
-        _write_json(folder / "processor_config.json", processor)
+        write_json(folder / "processor_config.json", processor)
     tokenizer = read_json_if_there(folder / "tokenizer_config.json")
     renamed = dict(tokenizer)
     if isinstance(tokenizer.get("extra_special_tokens"), list):
@@ -97,24 +113,24 @@ def _add_old_names(folder: Path) -> None:
     if template.is_file():
         renamed.setdefault("chat_template", template.read_text())
         if not (folder / "chat_template.json").is_file():
-            _write_json(folder / "chat_template.json", {"chat_template": template.read_text()})
+            write_json(folder / "chat_template.json", {"chat_template": template.read_text()})
     if renamed != tokenizer:
-        _write_json(folder / "tokenizer_config.json", renamed)
+        write_json(folder / "tokenizer_config.json", renamed)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_chat_template(folder: Path) -> None:
-    """Write the template of our qwen_1_5 to a folder, for processor and tokenizer: what a model was trained with."""
-    _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
-    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
+def write_chat_template(folder: Path, template: str = CHAT_TEMPLATE) -> None:
+    """Write a chat template, by default that of our qwen_1_5, for processor and tokenizer: what a model was trained with."""
+    write_json(folder / "chat_template.json", {"chat_template": template})
+    (folder / "chat_template.jinja").write_text(template)
     tokenizer = read_json_if_there(folder / "tokenizer_config.json")
-    _write_json(folder / "tokenizer_config.json", tokenizer | {"chat_template": _CHAT_TEMPLATE})
+    write_json(folder / "tokenizer_config.json", tokenizer | {"chat_template": template})
     processor = read_json_if_there(folder / "processor_config.json")
     if processor.pop("chat_template", None):
-        _write_json(folder / "processor_config.json", processor)
+        write_json(folder / "processor_config.json", processor)
 
 
 def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -128,21 +144,21 @@ def write_model_files(folder: Path, architecture: Architecture, tokenizer: "PreT
             f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} ids ({' and '.join(missing) or 'none'} added), "
             f"the model {architecture.vocab_size} word embeddings"
         )
-    tokenizer.chat_template = _CHAT_TEMPLATE  # a text model's own would not show the images
+    tokenizer.chat_template = CHAT_TEMPLATE  # a text model's own would not show the images
     tokenizer.save_pretrained(folder)
     for name, content in {
-        "config.json": _make_config(architecture, tokenizer),
+        "config.json": make_config(architecture, tokenizer),
         "generation_config.json": _make_generation_config(tokenizer),
         "preprocessor_config.json": make_image_processor_config(architecture),
         "video_preprocessor_config.json": _make_video_processor_config(architecture),
         "processor_config.json": _make_processor_config(architecture),
-        "chat_template.json": {"chat_template": _CHAT_TEMPLATE},
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }.items():
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
     _add_old_names(folder)
 
 
-def _make_config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
+def make_config(architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> dict:
     vision, decoder = architecture.vision, architecture.decoder
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
@@ -195,7 +211,7 @@ def _make_generation_config(tokenizer: "PreTrainedTokenizerBase") -> dict:
     return {"eos_token_id": sorted({end for end in ends if end is not None}), "pad_token_id": tokenizer.pad_token_id}
 
 
-def _make_pixels(architecture: Architecture) -> dict:
+def make_pixels(architecture: Architecture) -> dict:
     # SigLIP's mean and deviation: the class defaults are CLIP's.
     side = architecture.vision.image_size
     return {
@@ -212,7 +228,7 @@ def _make_pixels(architecture: Architecture) -> dict:
 
 
 def make_image_processor_config(architecture: Architecture) -> dict:
-    return _make_pixels(architecture) | {
+    return make_pixels(architecture) | {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "processor_class": "LlavaOnevisionProcessor",
         "do_pad": True,
@@ -221,7 +237,7 @@ def make_image_processor_config(architecture: Architecture) -> dict:
 
 
 def _make_video_processor_config(architecture: Architecture) -> dict:
-    return _make_pixels(architecture) | {
+    return make_pixels(architecture) | {
         "video_processor_type": "LlavaOnevisionVideoProcessor",
         "processor_class": "LlavaOnevisionProcessor",
     }

@@ -32,7 +32,7 @@ from rsa_megatron.ranks import exit_with_error, get_rank, print_once
 from rsa_megatron.recipes import recipe
 from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
-from rsa_megatron.training.run_folder import TRACKER, has_checkpoint, take_weights_of_another_stage
+from rsa_megatron.training.run_folder import TRACKER, check_agreement, has_checkpoint, take_weights_of_another_stage
 
 
 def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = True):
@@ -280,6 +280,7 @@ def check_model(args) -> None:
         )
     if args.rotary_percent != 1 or args.kv_channels != args.hidden_size // args.num_attention_heads:
         raise ValueError("--rotary-percent and --kv-channels: the model is a Qwen2, which has neither; leave them out")
+    check_agreement(args, architecture, tokenizer)
     if not is_model_folder(args.model):
         return
     if dataclasses.replace(architecture, image_embedding_width=None) != find_architecture(args.model):

@@ -1,7 +1,7 @@
 """Folders of checkpoints as this script's runs leave them: whose they are, and what a later run may begin with.
 
-Beside the checkpoints lie run.json: the model, the stage, of images that come as embeddings their width, and where the run
-has come to its end, at which iteration; and hf/: the model's files in Hugging Face's format, without weights.
+Beside the checkpoints lie run.json: the model, the stage, how it showed its samples (which an export must fit), of images that come
+as embeddings their width, and where the run has come to its end, at which iteration; and hf/: the model's files in Hugging Face's format, without weights.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from rsa_megatron import atomic
+from rsa_megatron.models.agreement import check_checkpoint_files, check_files, compare_chat_template
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
-from rsa_megatron.ranks import get_rank
+from rsa_megatron.ranks import get_rank, print_once
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -64,8 +65,11 @@ def write_stage(args, **more) -> None:
     if args.save and not args.skip_train and get_rank() == 0:
         if args.image_positions:
             more["image_embedding_width"] = args.image_embedding_width
+        if args.image_grids:
+            more["image_grids"] = args.image_grids
+        shown = {"template": args.template, "image_aspect_ratio": args.image_aspect_ratio}
         atomic.write_text(
-            Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **more}) + "\n"
+            Path(args.save, "run.json"), json.dumps({"model": args.model, "stage": args.stage, **shown, **more}) + "\n"
         )
 
 
@@ -87,6 +91,20 @@ def write_hugging_face_files(args, architecture: Architecture) -> None:
             write_model_files(unfinished, architecture, AutoTokenizer.from_pretrained(args.tokenizer_model))
         if args.template == "qwen_1_5":
             write_chat_template(unfinished)
+
+
+def check_agreement(args, architecture: Architecture, tokenizer) -> None:
+    """Compare the files of --model, and those beside the checkpoint that is loaded, with one another and with the run.
+
+    Raises:
+        ValueError: naming each two values and files that differ.
+    """
+    if is_model_folder(args.model):
+        check_files(Path(args.model), say=print_once)
+        if args.template == "qwen_1_5" and (said := compare_chat_template(Path(args.model), tokenizer)):
+            print_once(said)
+    for folder in filter(None, (args.load, args.pretrained_checkpoint)):
+        check_checkpoint_files(Path(folder) / "hf", architecture, tokenizer, args.model, args.tokenizer_model)
 
 
 def has_checkpoint(args) -> bool:

@@ -41,6 +41,7 @@ def being_set(model, settings: dict):
 
 
 def what_is_said(argv):
+    from megatron.core.models.huggingface import HuggingFaceModule
     from megatron.core.utils import unwrap_model
 
     from rsa_megatron import RSAConfig, RSAPlugin
@@ -51,6 +52,15 @@ def what_is_said(argv):
         for settings, message in cases:
             with being_set(model, settings), pytest.raises(ValueError, match=message):
                 plugin.attach(model)
+    # As megatron-core 0.16 builds it for language_model_type hf://...: transformers' model in a wrapper.
+    wrapped = HuggingFaceModule(model.config)
+    with (
+        being_set(model, {"model.language_model": wrapped}),
+        pytest.raises(
+            ValueError, match="its language model is a HuggingFaceModule without Megatron's decoder layers: build"
+        ),
+    ):
+        RSAPlugin().attach(model)
     plugin = RSAPlugin(RSAConfig(scope="global-batch", normalize="mean-distance"))
     with pytest.raises(ValueError, match="leave it, or --rsa-scope global-batch, out"):
         plugin.attach(model)

@@ -1,5 +1,6 @@
 """What the training script says to samples, flags and folders that it cannot use."""
 
+import json
 import re
 
 import pytest
@@ -167,6 +168,25 @@ def test_what_does_not_go_with_a_hugging_face_folder_is_one_line(demo, tmp_path)
     assert "other has other ids than the tokenizer in --model" in line
     for change in (("--rotary-percent", 0.5), ("--kv-channels", 12)):
         assert "the model is a Qwen2, which has neither" in script.error_line(1, demo, *flags, *change)
+
+
+def test_files_that_must_agree_are_compared_before_anything_is_built(demo, tmp_path):
+    hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
+    config = json.loads((hf / "config.json").read_text())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release")
+    for place, change in ((hf, {"image_token_index": 5}), (tmp_path / "run" / "hf", {"image_token_index": 6})):
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps(config | change))
+    model, checkpoint = script.parse_errors(
+        demo,
+        [["--model", hf, "--tokenizer-model", hf], ["--pretrained-checkpoint", tmp_path / "run"]],
+        world_size=1,
+    )
+    assert f"error: the id of <image> is 5 in {hf}/config.json and 3 in {hf}/tokenizer.json: correct" in model
+    of_run = f"{tmp_path}/run/hf/config.json"
+    assert f"hidden_size is 60 in {of_run} and " in checkpoint and " by --model tiny" in checkpoint
+    assert f"the id of <image> is 6 in {of_run} and 3 in the tokenizer {demo}/tokenizer" in checkpoint
 
 
 def test_a_tokenizer_of_another_model_is_one_line(demo, tmp_path):

@@ -66,6 +66,8 @@ def test_the_projector_alone_learns_from_captions_and_rsa_is_beside_it(stage, pi
     assert json.loads((folder / "run.json").read_text()) == {
         "model": "tiny",
         "stage": "revision",
+        "template": "plain",
+        "image_aspect_ratio": "square",
         "finished": 6,
         "image_embedding_width": WIDTH,
     }

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from caption_image import base_tile
+import torch
 from PIL import Image
 from score_answers import Asked, Reader, asked, content_words, judge, score, shares, stored
 from transformers import AutoImageProcessor, AutoProcessor
@@ -32,6 +32,14 @@ def processor_of(hf):
     processor = AutoProcessor.from_pretrained(hf)
     processor.image_processor = AutoImageProcessor.from_pretrained(hf, backend="pil")
     return processor
+
+
+def base_tile(model, processor, picture) -> dict:
+    """The prompt of a picture as one tile: its tokens."""
+    base = processor.image_processor([picture], return_tensors="pt")["pixel_values"][0, :1]
+    with torch.no_grad():
+        tokens = model.model.vision_tower(base, output_hidden_states=True).hidden_states[-1]
+        return {"inputs_embeds": model.model.multi_modal_projector(tokens)}
 
 
 @pytest.mark.parametrize("image_aspect_ratio", ["anyres", "square"])

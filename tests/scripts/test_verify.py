@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.environment import ROOT
 
 
-def run(hf: Path, checkpoint: Path) -> subprocess.CompletedProcess:
+def run(hf: Path, checkpoint: Path, *flags: str) -> subprocess.CompletedProcess:
     # In a process of its own: it makes Megatron run on the CPU, for good.
     command = [
         sys.executable,
@@ -24,6 +24,7 @@ def run(hf: Path, checkpoint: Path) -> subprocess.CompletedProcess:
         str(hf),
         "--checkpoint",
         str(checkpoint),
+        *flags,
     ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
@@ -41,7 +42,9 @@ def test_a_converted_checkpoint_is_the_same(models):
         "no image": "-",
     }
     assert all(float(figure) < 1e-5 for _, *figures in columns for figure in figures if figure != "-")
-    assert "the same, to 1e-04 of the largest value" in result.stdout
+    assert "\noutputs: the same, to 1e-04 of the largest value\n" in result.stdout
+    count = len(load_file(models.hf / "model.safetensors"))
+    assert f"tensors: {count} of {count} the same, bit for bit\n" in result.stdout
 
 
 pytestmark = pytest.mark.usefixtures("preloaded_commands")
@@ -59,17 +62,41 @@ UNTIED = pytest.mark.parametrize("models", ["untied"], indirect=True)
     ],
 )
 def test_the_first_part_that_differs_is_named(models, tmp_path, tensor, part):
-    tensors = load_file(models.hf / "model.safetensors")
-    tensors[tensor] += 0.01
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    for file in models.hf.iterdir():
-        (changed / file.name).symlink_to(file)
-    (changed / "model.safetensors").unlink()
-    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    changed = change(models.hf, tmp_path / "changed", tensor, lambda values: values + 0.01)
     result = run(changed, models.megatron)
     assert result.returncode == 1
-    assert f"error: {part} differ by" in result.stderr and "--tolerance 1e-04" in result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f" tensors differ: {tensor} (" in error and f"; and {part} differ by" in error
+    assert "--tolerance 1e-04" in error
+
+
+@UNTIED
+def test_rows_of_tokens_that_the_samples_lack_are_compared_too(models, tmp_path):
+    """Outputs alone cannot show them: --outputs-only passes."""
+    name = "language_model.model.embed_tokens.weight"
+    changed = change(
+        models.hf, tmp_path / "changed", name, lambda rows: rows[[*range(1030), 1031, 1030, *range(1032, 1043)]]
+    )
+    result = run(changed, models.megatron)
+    assert result.returncode == 1 and "outputs: the same, to" in result.stdout
+    assert (
+        f"tensors differ: {name} (language_model.embedding.word_embeddings.weight): 2 of 1043 rows, 120 of"
+        in result.stderr
+    )
+    result = run(changed, models.megatron, "--outputs-only")
+    assert result.returncode == 0 and "tensors" not in result.stdout
+
+
+def change(hf: Path, folder: Path, name: str, new) -> Path:
+    """A folder with one other tensor."""
+    tensors = load_file(hf / "model.safetensors")
+    tensors[name] = new(tensors[name]).contiguous()
+    folder.mkdir()
+    for file in hf.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @UNTIED

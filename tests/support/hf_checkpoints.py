@@ -7,11 +7,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from checkpoint_conversion.__main__ import main
 from checkpoint_conversion.weight_map import join, table
+from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.models.hf_config import read_architecture
+from rsa_megatron.models.hf_files import VIDEO_TOKEN
 from tests.support import checkpoint_chunks
 
 HIDDEN, VOCAB_SIZE = 48, 70
@@ -87,12 +91,21 @@ def write(folder: Path, *, tied=False, style="hub", dtype=torch.float32, num_fil
     """A Hugging Face folder; what it holds, by name. change: a function that edits the tensors before."""
     folder.mkdir()
     _config(tied).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("the tokenizer")
+    _write_tokenizer(folder)
     state = {name: tensor.to(dtype) for name, tensor in renamed(tensors(tied), style).items()}
     if change:
         change(state)
     save(folder, state, num_files)
     return state
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """As many words as the vocabulary has rows, and the image and the video token where the config has them."""
+    words = [f"w{number}" for number in range(VOCAB_SIZE)]
+    words[66:68] = IMAGE_TOKEN, VIDEO_TOKEN
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.add_special_tokens([IMAGE_TOKEN, VIDEO_TOKEN])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def save(folder: Path, state: dict[str, Tensor], num_files: int = 1) -> None:
@@ -105,7 +118,7 @@ def save(folder: Path, state: dict[str, Tensor], num_files: int = 1) -> None:
         part = names[number::num_files]
         save_file({name: state[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read(folder: Path) -> dict[str, Tensor]:

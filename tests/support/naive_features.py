@@ -30,6 +30,8 @@ def image_features(kind, model, processor, image) -> list[torch.Tensor]:
     if kind == "llava_onevision":
         pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"][0, :1]
         skip = 0
+    elif kind == "llava":
+        pixels, skip = processor.image_processor([image], return_tensors="pt")["pixel_values"], 0
     else:
         side = processor.image_processor.size["height"]
         squashed = image.resize(

@@ -13,6 +13,7 @@ from PIL import Image
 from tokenizers import processors
 
 from rsa_megatron.data.synthetic.tokenizer import train_tokenizer
+from rsa_megatron.models.trained_files import Training, fit_to_training
 from tests.support import tiny_hf
 
 CAPTIONS = [
@@ -63,6 +64,13 @@ def llava_onevision(folder: Path) -> Path:
     tokenizer = folder.with_name(folder.name + "-tokenizer")
     train_tokenizer(CAPTIONS, tokenizer)
     return tiny_hf.write(folder, tokenizer, tied=False)
+
+
+def llava(folder: Path) -> Path:
+    """The same as it is exported of stage 1: one tile an image, in transformers' class for that."""
+    llava_onevision(folder)
+    fit_to_training(folder, tiny_hf.architecture(tied=False), Training("1", "plain", "square"))
+    return folder
 
 
 def internvl(folder: Path) -> Path:

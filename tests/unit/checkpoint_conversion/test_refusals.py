@@ -4,12 +4,15 @@ import collections
 import json
 import os
 import pickle
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
 
 from checkpoint_conversion import torch_dist_save
+from checkpoint_conversion.__main__ import main
 from tests.support import hf_checkpoints
 from tests.support.hf_checkpoints import back, there, write_training_checkpoint
 
@@ -58,12 +61,6 @@ def test_an_output_layer_of_a_tied_model_must_be_its_embeddings(tmp_path, refuse
     refuses(there, tmp_path / "hf", words=["lm_head.weight", "tie_word_embeddings"])
 
 
-def test_pickles_are_not_read(tmp_path, refuses):
-    hf_checkpoints.write(tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
-    refuses(there, tmp_path / "hf", words=["pytorch_model.bin", "convert them to safetensors"])
-
-
 def test_files_missing_or_broken(tmp_path, refuses):
     hf_checkpoints.write(tmp_path / "hf", num_files=2)
     second = tmp_path / "hf" / "model-00002-of-00002.safetensors"
@@ -72,7 +69,11 @@ def test_files_missing_or_broken(tmp_path, refuses):
     second.unlink()
     refuses(there, tmp_path / "hf", words=[str(second), "is missing"])
     (tmp_path / "hf" / "model.safetensors.index.json").unlink()
-    refuses(there, tmp_path / "hf", words=["neither model.safetensors nor"])
+    refuses(
+        there,
+        tmp_path / "hf",
+        words=["none of model.safetensors, ", "it holds model-00001-of-00002.safetensors, which"],
+    )
 
 
 def test_an_unsupported_architecture(tmp_path, refuses):
@@ -146,6 +147,17 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, refuses):
     refuses(back, tmp_path / "megatron", words=["hf/config.json is missing", "--hf-template"])
     refuses(back, tmp_path / "hf", words=["not a Megatron checkpoint"])
     refuses(back, tmp_path / "megatron", "--iteration", "3", words=["iter_0000003 is missing; found: none"])
+
+
+def test_the_command_calls_itself_as_it_was_called(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["without a command"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: rsa-megatron convert ") and "python -m" not in said
+    with pytest.raises(SystemExit):
+        runpy.run_module("checkpoint_conversion", {}, "__main__")
+    assert capsys.readouterr().err.startswith("usage: python -m checkpoint_conversion ")
 
 
 class _Malicious:

@@ -19,7 +19,7 @@ def test_round_trip_is_bit_identical(tmp_path, tied, dtype, num_files, shard_siz
     there(tmp_path / "hf", tmp_path / "megatron")
     back(tmp_path / "megatron", tmp_path / "back", "--max-shard-size", shard_size)
     hf_checkpoints.assert_equal(hf_checkpoints.read(tmp_path / "back"), expected)
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == "the tokenizer"
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
     files = sorted((tmp_path / "back").glob("*.safetensors"))
     assert (len(files) > 2 and all(file.stat().st_size < 60_000 for file in files)) == (shard_size == "40KB")
 

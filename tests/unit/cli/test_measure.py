@@ -288,7 +288,7 @@ def test_what_is_wrong_is_one_line(models, data, capsys):
             bert,
             "--data",
             data,
-        ): "model_type bert is not supported; supported: llava_onevision, internvl, qwen2_5_vl; name",
+        ): "model_type bert is not supported; supported: llava_onevision, internvl, qwen2_5_vl, llava; name",
         ("--model", "./nowhere", "--data", data): "./nowhere is not a folder",
         ("--model", "nobody/nowhere", "--data", data): "cannot be loaded from the hub",
         (

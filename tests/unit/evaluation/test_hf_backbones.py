@@ -12,7 +12,7 @@ from rsa_megatron.evaluation.hf_backbones import CaptionAfterImage, TextBackbone
 from rsa_megatron.evaluation.hf_models import HFModel, fingerprint
 from tests.support import naive_features, tiny_backbones
 
-KINDS = ["llava_onevision", "internvl", "qwen2_5_vl"]
+KINDS = ["llava_onevision", "internvl", "qwen2_5_vl", "llava"]
 # States of size 1 to 5 after some tens of operations, each rounded to 6e-8; a batch is multiplied in another order than
 # a sample alone, and the means are taken in another.
 TOLERANCE = 1e-5
@@ -48,7 +48,7 @@ def assert_close(actual: dict, expected: list[list[torch.Tensor]]) -> None:
 def test_image_features_are_transformers_hidden_states(kind, folders):
     model, processor = naive_features.reference(folders[kind])
     backbone = VisionBackbone(open_model(folders[kind]))
-    assert len(backbone.layers) == {"llava_onevision": 3, "internvl": 3, "qwen2_5_vl": 4}[kind] + 1
+    assert len(backbone.layers) == {"llava_onevision": 3, "internvl": 3, "qwen2_5_vl": 4, "llava": 3}[kind] + 1
     expected = [naive_features.image_features(kind, model, processor, pair.image()) for pair in PAIRS]
     actual = features(backbone)
     assert_close(actual, expected)
@@ -57,11 +57,16 @@ def test_image_features_are_transformers_hidden_states(kind, folders):
         assert_close(moved, expected)
 
 
+def test_an_export_of_stage_1_has_the_features_of_llava_onevisions_base_tile(folders):
+    expected, actual = (features(VisionBackbone(open_model(folders[kind]))) for kind in ("llava_onevision", "llava"))
+    assert all(torch.equal(actual[name], rows_nD) for name, rows_nD in expected.items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_caption_features_are_transformers_hidden_states(kind, folders):
     model, processor = naive_features.reference(folders[kind])
     backbone = TextBackbone(open_model(folders[kind]))
-    assert len(backbone.layers) == {"llava_onevision": 4, "internvl": 2, "qwen2_5_vl": 2}[kind] + 1
+    assert len(backbone.layers) == {"llava_onevision": 4, "internvl": 2, "qwen2_5_vl": 2, "llava": 4}[kind] + 1
     assert_close(
         features(backbone),
         [naive_features.caption_features(model, processor, caption) for caption in tiny_backbones.CAPTIONS],

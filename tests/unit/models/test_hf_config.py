@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import (
     AutoConfig,
     LlavaOnevisionImageProcessor,
@@ -98,7 +99,24 @@ def test_what_a_decoder_may_have_of_its_own(tmp_path, text, changed):
             ["text_config: partial_rotary_factor is 0.5"],
         ),
         (hub(text=dict(attention_dropout=0.1)), ["text_config: attention_dropout is 0.1"]),
-        (hub(text=dict(head_dim=128)), ["text_config: head_dim is 128; only 64.0"]),
+        (hub(text=dict(head_dim=128)), ["text_config: head_dim is 128; only 64"]),
+        (hub(text=dict(num_attention_heads=13)), ["text_config: num_attention_heads is 13, which does not divide 896"]),
+        (hub(text=dict(num_key_value_heads=3)), ["text_config: num_key_value_heads is 3, which does not divide 14"]),
+        (hub(text=dict(layer_types=["linear_attention"] * 24)), ["text_config: layer_types is 'linear_attention'"]),
+        (hub(text=dict(rope_scaling=dict(rope_type="default", mrope_section=[1, 2]))), ["mrope_section is [1, 2]"]),
+        (
+            hub(text=dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e6)))),
+            ["text_config: rope_parameters is {'full_attention'"],
+        ),
+        (hub(text=dict(rope_theta=None)), ["text_config: rope_theta is None"]),
+        (hub(text=dict(is_causal=False)), ["text_config: is_causal is False; only True"]),
+        (hub(text=dict(final_logit_softcapping=30.0)), ["text_config: final_logit_softcapping is 30.0"]),
+        (hub(text=dict(qk_norm=True)), ["text_config: qk_norm is True; only False"]),
+        (hub(text=dict(num_experts=60)), ["text_config: num_experts is 60"]),
+        (hub(text=dict(logits_scaling=8.0)), ["text_config: logits_scaling is 8.0; only 1"]),
+        (hub(text=dict(quantization_config=dict(bits=4))), ["text_config: quantization_config is {'bits': 4}"]),
+        (hub(quantization_config=dict(bits=4)), ["config.json: quantization_config is {'bits': 4}"]),
+        (hub(vision=dict(model_type="siglip9")), ["vision_config: model_type is 'siglip9'"]),
         (hub(text=dict(num_hidden_layers="24")), ["cannot be read", "num_hidden_layers"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -108,6 +126,39 @@ def test_what_megatron_cannot_do_is_refused_by_its_key(tmp_path, config, words):
         read_architecture(write_config(tmp_path, config))
     for word in [str(tmp_path / "config.json"), *words]:
         assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+# Decoders that others put behind a tower, older and newer ones, as their classes save them; and one of a later transformers.
+OTHERS = (
+    "LlamaConfig MistralConfig MixtralConfig GemmaConfig Gemma2Config Gemma3TextConfig PhiConfig Phi3Config Qwen2MoeConfig Qwen3Config "
+    "Qwen3MoeConfig Qwen3NextConfig GptOssConfig Olmo2Config GPT2Config OPTConfig FalconConfig DeepseekV3Config GraniteConfig"
+).split()
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "Qwen9Config"])
+def test_other_decoders_are_refused_in_one_line(tmp_path, name):
+    """Behind a tower in one config, and as a folder of their own."""
+    kind = getattr(transformers, name).model_type if name in OTHERS else "qwen9"
+    config = getattr(transformers, name)().to_dict() if name in OTHERS else {"model_type": kind, "hidden_size": 64}
+    config = json.loads(json.dumps(config, default=str))
+    SiglipVisionConfig(**SIGLIP).save_pretrained(tmp_path / "siglip")
+    alone = write_config(tmp_path / "alone", config)
+    whole = write_config(tmp_path / "whole", hub() | {"text_config": config})
+    for read, arguments, where in (
+        (read_towers, (tmp_path / "siglip", alone), f"{alone}/config.json"),
+        (read_architecture, (whole,), f"{whole}/config.json, text_config"),
+    ):
+        with pytest.raises(ValueError, match=f"^{where}: model_type is '{kind}'; only 'qwen2' is supported$"):
+            read(*arguments)
+
+
+def test_keys_of_other_decoders_that_change_nothing_are_taken(tmp_path):
+    """As a config has them that lists every key."""
+    keys = dict(is_causal=True, num_experts=0, qk_norm=False, logits_scaling=1.0, final_logit_softcapping=None)
+    keys |= dict(quantization_config=None, hidden_act="swish", num_key_value_heads=2)
+    expected = read_architecture(write_config(tmp_path / "hub", hub()))
+    assert unnamed(read_architecture(write_config(tmp_path / "more", hub(text=keys)))) == unnamed(expected)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "ÿ".encode("latin-1")])
@@ -204,7 +255,7 @@ def test_other_towers_are_refused(tmp_path, qwen2):
     SiglipVisionConfig(**SIGLIP).save_pretrained(tmp_path / "siglip")
     clip = write_config(tmp_path / "clip", {"model_type": "clip"})
     for vision, language, words in [
-        (clip, qwen2, f"{clip}/config.json: model_type is 'clip_vision_model'"),
+        (clip, qwen2, f"{clip}/config.json: model_type is 'clip'"),
         (qwen2, qwen2, f"{qwen2}/config.json: model_type is 'qwen2'"),
         (tmp_path / "siglip", clip, f"{clip}/config.json: model_type is 'clip'"),
         (tmp_path / "siglip", tmp_path / "none", f"{tmp_path}/none/config.json is missing"),
