@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # what matters ends in skipped.jsonl
     warnings.filterwarnings("ignore", message="'pin_memory'")  # Energon asks for it on any machine
+    warnings.filterwarnings("ignore", message="(?s).*is deprecated, use the default instead and set the sample_type")
     try:
         show(args) if args.command == "show" else make(args)
     except (ValueError, OSError) as error:

@@ -19,7 +19,7 @@ from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
-from rsa_megatron.data.task_encoder import StoredSample
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
 from rsa_megatron.recipes import STAGES
@@ -58,15 +58,16 @@ def show(args) -> None:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
     sample = read_stored_sample(args) if prepared else read_source_sample(args)
-    record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
-    text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
-    parts = read_parts(sample)
-    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
-    parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
+    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, sample.images)))
+    parts = {name: part for name, part in sample.images.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
             f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform"
         )
+    if fault := make_encoder(args, settings, tokenizer, reader).explain_unusable(sample):
+        raise ValueError(fault)
+    record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
+    text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     images = reader.decode(parts)
     layouts = reader.layouts(images)
     num_image_tokens = sum(
@@ -103,6 +104,25 @@ def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | Im
         image_size=size,
         image_aspect_ratio=args.image_aspect_ratio,
         grid_pinpoints=grids or square_grids(size, 6, 6),
+    )
+
+
+def make_encoder(
+    args, settings: dict, tokenizer: "PreTrainedTokenizerBase", reader: ImageTiler | ImageEmbeddings
+) -> LlavaTaskEncoder:
+    """Make the task encoder that would train on the sample."""
+    is_pixels = isinstance(reader, ImageTiler)
+    return LlavaTaskEncoder(
+        tokenizer,
+        image_size=args.image_size,
+        patch_size=_MODEL.vision.patch_size,
+        max_sequence_length=settings["seq_length"],
+        template=args.template,
+        label_style=args.label_style,
+        image_aspect_ratio=args.image_aspect_ratio,
+        grid_pinpoints=reader.grid_pinpoints if is_pixels else [],
+        max_tiles=_MODEL.max_tiles,
+        embeddings=None if is_pixels else reader,
     )
 
 
@@ -154,14 +174,6 @@ def read_source_sample(args) -> StoredSample:
     return StoredSample(
         __key__=record.place, __restore_key__=(), __subflavors__={"rsa": True}, record=parts.pop("json"), images=parts
     )
-
-
-def read_parts(sample: StoredSample) -> dict[str, bytes]:
-    """Return its images' bytes; of a linked sample each may be missing."""
-    for part in sample.images.values():
-        if isinstance(part, Exception):
-            raise ValueError(f"an image of {sample.__key__} cannot be read: {part}") from part
-    return sample.images
 
 
 def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:

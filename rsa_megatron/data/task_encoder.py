@@ -32,10 +32,12 @@ from torch.utils.data import default_collate
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
-from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
+from rsa_megatron.data.leaves import PreparedLeaves
 from rsa_megatron.data.single_epoch import shuffle_once
 from rsa_megatron.data.sources.record import Unusable, resolve_inside
-from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
+from rsa_megatron.data.stored_parts import StoredSample, pick_parts
+from rsa_megatron.data.tiles import ImageTiler
 
 if TYPE_CHECKING:  # only for annotations
     from transformers import PreTrainedTokenizerBase
@@ -43,15 +45,6 @@ if TYPE_CHECKING:  # only for annotations
 logger = logging.getLogger(__name__)
 
 _MOST_SKIPPED_IN_A_ROW = 100
-
-
-@dataclass(kw_only=True)
-class StoredSample(Sample):
-    """What lies in the shard, not decoded yet."""
-
-    #: by the file's name: just "png", or "0.png", "1.jpg", ... in any order ("npy" for embeddings); or why it could not be read
-    images: dict[str, bytes | Exception]
-    record: bytes | dict | None
 
 
 @dataclass(kw_only=True)
@@ -74,13 +67,17 @@ class EncodedSample(Sample):
 def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
     """Pick the images and the record out of a crude sample: of a tar, or of a JSONL file with `images` beside it."""
     record = stored.get("json")
-    if not isinstance(record, dict):
-        found = {
-            name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)
-        }
+    if record is None or isinstance(record, bytes):
+        try:
+            found, record = pick_parts(stored)
+        except ValueError as error:  # stored, not raised, as below
+            return StoredSample(**basic_sample_keys(stored), images={}, record=None, fault=str(error))
         return StoredSample(**basic_sample_keys(stored), images=found, record=record)
     # Energon calls each line by its number.
     keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
+    if not isinstance(record, dict):
+        fault = record if isinstance(record, ValueError) else f"its line is a {type(record).__name__}, not an object"
+        return StoredSample(**keys, images={}, record=None, fault=str(fault))
     return StoredSample(**keys, images=_read_images(record.get("image"), images), record=record)
 
 
@@ -109,7 +106,7 @@ def _read_image(path: str, images: FileStore | None) -> bytes:
     return images[path][0]
 
 
-class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
+class LlavaTaskEncoder(PreparedLeaves, DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
     """Encodes samples of images with conversations.
 
     Args:
@@ -173,6 +170,14 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             dataset = shuffle_once(dataset, self._shuffle_once, worker_config)
         return super().build_encode_sample(dataset, worker_config=worker_config)
 
+    def explain_unusable(self, sample: StoredSample) -> str | None:
+        """Return the line that training gives as it skips a sample; None for one that it trains on."""
+        try:
+            self._encode(sample)
+        except Exception as error:  # as in encode_sample
+            return _format_skipped(sample, error)
+        return None
+
     @stateless
     def encode_sample(self, sample: StoredSample) -> EncodedSample:
         try:
@@ -220,6 +225,8 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
+        if sample.fault:
+            raise ValueError(sample.fault)
         record = _read_record(sample.record)
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
         num_image_tokens = text.tokens.count(self._image_token_id)
@@ -282,12 +289,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1
         self._num_skipped_in_a_row += 1
-        reason = (
-            str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
-        )
-        line = f"skipped sample {sample.__key__}{_format_source(sample)}: {reason}"
-        if isinstance(sample.record, dict) and sample.record.get("image"):
-            line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names
+        line = _format_skipped(sample, error)
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             # Something is wrong with all of them: continuing would loop through the data set forever.
             raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row were skipped; the last: {line}")
@@ -327,6 +329,15 @@ def _check_readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
         if isinstance(part, Exception):
             raise part
     return images
+
+
+def _format_skipped(sample: StoredSample, error: Exception) -> str:
+    reason = str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
+    line = f"skipped sample {sample.__key__}{_format_source(sample)}: {reason}"
+    image = sample.record.get("image") if isinstance(sample.record, dict) else None
+    if image and str(image) not in reason:  # of a JSONL: decoding knows no file names
+        line += f" (image {str(image)[:200]})"
+    return line
 
 
 def _format_source(sample: StoredSample) -> str:
