@@ -132,7 +132,6 @@ def _check_keys(node: dict, known: Iterable[str], place: str) -> None:
         if key not in known:
             close = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=_LEAST_LIKENESS)
             raise ValueError(
-                f"{place}: unknown key {key!r}; " + (f"did you mean {close[0]!r}?" if close else f"it may have {', '.join(known)}")
+                f"{place}: unknown key {key!r}; "
+                + (f"did you mean {close[0]!r}?" if close else f"it may have {', '.join(known)}")
             )
-
-

@@ -57,7 +57,9 @@ def pick_parts(stored: Mapping[str, object]) -> tuple[dict[str, bytes], bytes | 
         if name.lower() in parts:
             raise ValueError(f"it has the part .{name} twice, in upper and in lower case: remove one")
         parts[name.lower()] = part
-    images = {name: part for name, part in parts.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)}
+    images = {
+        name: part for name, part in parts.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)
+    }
     unread = [name for name, part in parts.items() if name not in images and _is_medium(name, part)]
     if unread:
         kept = ", ".join(name for name in parts if name not in unread)

@@ -75,9 +75,8 @@ def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
         return StoredSample(**basic_sample_keys(stored), images=found, record=record)
     # Energon calls each line by its number.
     keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
-    if not isinstance(record, dict):
-        fault = record if isinstance(record, ValueError) else f"its line is a {type(record).__name__}, not an object"
-        return StoredSample(**keys, images={}, record=None, fault=str(fault))
+    if not isinstance(record, dict):  # leaves.py could not read the line
+        return StoredSample(**keys, images={}, record=None, fault=str(record))
     return StoredSample(**keys, images=_read_images(record.get("image"), images), record=record)
 
 

@@ -71,9 +71,7 @@ class _StoredPair:
             record = self._read_record()
             caption = join_answers(record.get("conversations"))
         except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{self.texts[0].tar}, {self.texts[0].name} of {self.key}: it has no caption: {error}"
-            ) from error
+            raise ValueError(f"{self.texts[0].tar}, {self.texts[0].name}: it has no caption: {error}") from error
         image = partial(_open, self.image) if self.opens_image else without_image(self.key)
         return CaptionedImage(self.key, caption, image, record)
 
