@@ -9,7 +9,7 @@ from megatron.energon.flavors import BaseCoreDatasetFactory
 from megatron.energon.flavors.jsonl.crude_jsonl_dataset import CrudeJsonlDatasetFactory
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.structs import ShardInfo
-from megatron.energon.metadataset import load_dataset
+from megatron.energon.metadataset import load_dataset, traverse_metadataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset, LoadedDatasetList
 
 from rsa_megatron.data.leaves import count_occurrences
@@ -118,26 +118,52 @@ def _load_split(path: str, split: str) -> LoadedDatasetList:
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
         check_mixture(path, [split])
+    except ValueError as error:
+        raise ValueError(
+            f"--data-path {path}, split {split!r}: {error}{_suggest_remedy(path, split, str(error))}"
+        ) from error
+    try:
         loaded = load_dataset(path).get_datasets(training=split == "train", split_part=split, worker_config=config)
         for each in loaded.datasets:
             check_type(each.dataset)
     except (ValueError, TypeError, KeyError, OSError, AssertionError, ImportError, EmptyDatasetError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--data-path {path}, split {split!r}: {reason}{_suggest_remedy(path, reason)}") from error
+        reason = _name_leaf(path, split) + " ".join(str(error).split())
+        raise ValueError(
+            f"--data-path {path}, split {split!r}: {reason}{_suggest_remedy(path, split, reason)}"
+        ) from error
     return loaded
+
+
+def _name_leaf(path: str, split: str) -> str:
+    """Name the first data set of a mixture that cannot be loaded: Energon's own errors say what is wrong, not with which."""
+    try:
+        leaves = traverse_metadataset(path, split_part=split)
+    except Exception:  # it is no mixture, or not one that can be walked
+        return ""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    for leaf in leaves:
+        try:
+            load_dataset(leaf.path).get_datasets(training=False, split_part=leaf.split_part, worker_config=config)
+        except Exception:
+            return f"{leaf.path}: "
+    return ""
 
 
 def _load(path: str, split: str) -> list[LoadedDataset]:
     return _load_split(path, split).datasets
 
 
-def _suggest_remedy(path: str, error: str) -> str:
+def _suggest_remedy(path: str, split: str, error: str) -> str:
     if "://" not in path and not Path(path).exists():
         return "; it does not exist"
     if Path(path, "mixture.yaml").is_file():
         return f"; name {Path(path, 'mixture.yaml')}"
     if "unknown key" in error or ".nv-meta/dataset.yaml" in error:
         return ""  # it says what to do
+    if ": rename " in error:
+        return ""
+    if "split part" in error.lower() and split == "train":
+        return "; leave it out of the data, or name its shards of this split in its .nv-meta/split.yaml"
     if "split part" in error.lower():
         return (
             "; hold samples out for validation (rsa-megatron data pack --val), or disable evaluation (--eval-iters 0 "
