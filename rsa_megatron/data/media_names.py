@@ -1,0 +1,119 @@
+"""Which fields, parts and marks of a record stand for an image, and which for a medium that nobody reads.
+
+An image has many names; those of IMAGE_FIELDS are read. A record that names a video, a sound, or an image under another
+name must not be trained as if it were text: `find_unread` and `find_mark` say what it is that is not read.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Number
+
+#: Of these fields the first that is filled holds a record's image or images.
+IMAGE_FIELDS = (
+    *("image", "images", "image_path", "image_paths", "image_file", "image_files", "image_file_name", "image_name"),
+    *("img", "imgs", "img_path", "img_paths", "image_bytes", "image_base64", "image_url", "image_urls", "img_url"),
+)
+#: Then these, where they hold a picture's bytes, or what they name has a picture's suffix.
+FILE_FIELDS = (
+    *("picture", "pictures", "photo", "photos", "jpg", "jpeg", "png", "webp"),
+    *("file_name", "filename", "filepath", "file_path", "file", "path", "url"),
+)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+_OTHER_SUFFIXES = (
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"),
+    *(".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".ply", ".pcd", ".glb"),
+)
+# Words of a field's name. Those that mean more than a medium count where the value looks like one.
+_MEDIA = {"video", "videos", "vid", "vids", "audio", "audios", "mp4", "webm", "avi", "wav", "mp3", "flac", "pointcloud"}
+_PERHAPS_MEDIA = {"sound", "sounds", "speech", "voice", "music", "movie", "clip", "clips", "frames", "media", "medium"}
+_IMAGE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "frame", "frames"}
+# Beside these words a medium's name is no more than itself.
+_PLAIN_WORDS = {"path", "paths", "file", "files", "url", "urls", "uri", "name", "names", "filename", "filenames"} | {
+    *("bytes", "data", "base64", "list", "input", "inputs", "src", "the", "raw")
+}
+_ABOUT_WORDS = {"id", "ids", "source", "src", "hash", "original", "orig", "size", "sizes", "type", "format"}
+
+# In questions; <video> ... </video> is HTML.
+_TAG = re.compile(
+    r"<(?:vila/)?(video|audio|sound|speech|music|point_?cloud|motion)s?(?:[_ -]?\d+)?>|<image[_ -]?\d+>", re.IGNORECASE
+)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+# Other models' marks of media, which no other text holds.
+_MARK = re.compile(
+    r"<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|image|video|audio|audio_bos|audio_eos|audio_pad|"
+    r"audio_start|image_start|image_1|media_begin|media_pad)\|>|<img>[^<>\n]*</img>|<IMG_CONTEXT>|<ImageHere>|"
+    r"<im_start><image><im_end>|<audio>[^<>\n]+\.\w+</audio>|<video>[^<>\n]+\.\w+</video>",
+    re.IGNORECASE,
+)
+
+
+def is_absent(value) -> bool:
+    """Return whether a field with this value is as good as none: null, NaN, an empty text, or a list or object of such."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, Mapping):
+        return all(map(is_absent, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_absent, value))
+    return isinstance(value, bytes) and not value
+
+
+def is_null_text(value) -> bool:
+    """Return whether a text is a null that was written as one."""
+    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>")
+
+
+def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str | None:
+    """Return the name of a field that names a medium which is not read; None where there is none.
+
+    Args:
+        fields: of a record or a turn, those that are filled and not read already, by name.
+        has_image: whether an image of it is read. If so, what merely describes that image does not count.
+    """
+    for name, value in fields:
+        if is_null_text(value) or isinstance(value, Number):
+            continue
+        words = set(re.findall(r"mp[34]|[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()))
+        if words & _MEDIA and (not has_image or all(w in _MEDIA | _PLAIN_WORDS or w.isdigit() for w in words)):
+            return name
+        if words & _PERHAPS_MEDIA and is_file(value, _OTHER_SUFFIXES + IMAGE_SUFFIXES):
+            return name
+        if words & _IMAGE_WORDS and not words & _ABOUT_WORDS and is_file(value, IMAGE_SUFFIXES, addresses=False):
+            return name
+        if not has_image and name != "id" and is_file(value, _OTHER_SUFFIXES + IMAGE_SUFFIXES):
+            return name
+    return None
+
+
+def is_file(value, suffixes: tuple[str, ...], *, addresses: bool = True) -> bool:
+    """Return whether a value is a file's bytes, or names files of these suffixes."""
+    if isinstance(value, str):
+        is_named = value.lower().partition("?")[0].endswith(suffixes) and len(value) < 500 and "\n" not in value
+        return is_named and (addresses or "://" not in value) or value.startswith("data:")
+    if isinstance(value, Mapping):
+        return any(not is_absent(value.get(key)) for key in ("bytes", "array")) or is_file(value.get("path"), suffixes)
+    if isinstance(value, (list, tuple)):
+        return any(is_file(item, suffixes, addresses=addresses) for item in value)
+    return isinstance(value, bytes)
+
+
+def find_mark(text: str, *, is_answer: bool) -> str | None:
+    """Return the mark in a turn's text that stands for a medium which is not read; None where there is none."""
+    if "<" not in text:
+        return None
+    if found := _MARK.search(text):
+        return found[0]
+    if is_answer:  # it may speak of tags
+        return None
+    if not _TAG.search(text):
+        return None
+    for found in _TAG.finditer(_CODE.sub("", text)):
+        if f"</{found[1] or 'image'}" not in text.lower():
+            return found[0]
+    return None
