@@ -36,7 +36,9 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
     parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--part", choices=["train", "val"], default="train", help="split of shards or a mixture")
+    parser.add_argument(
+        "--part", choices=["train", "val"], default="train", help="split of shards, a mixture or a table"
+    )
     parser.add_argument(
         "--images", type=Path, help="folder that a SOURCE's paths of images are relative to; default: its own"
     )
@@ -142,7 +144,7 @@ def read_stored_sample(args) -> StoredSample:
 
 def read_source_sample(args) -> StoredSample:
     """Read a record of a SOURCE as pack would store it with --rsa."""
-    source = open_records(args.path, images=args.images, seed=args.seed)
+    source = open_records(args.path, images=args.images, seed=args.seed, split=args.part)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
     record = next(source.records(args.index))

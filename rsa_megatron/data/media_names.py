@@ -79,7 +79,7 @@ def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str
     for name, value in fields:
         if is_null_text(value) or isinstance(value, Number):
             continue
-        words = set(re.findall(r"mp[34]|[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()))
+        words = _split_words(name)
         if words & _MEDIA and (not has_image or all(w in _MEDIA | _PLAIN_WORDS or w.isdigit() for w in words)):
             return name
         if words & _PERHAPS_MEDIA and is_file(value, _OTHER_SUFFIXES + IMAGE_SUFFIXES):
@@ -89,6 +89,15 @@ def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str
         if not has_image and name != "id" and is_file(value, _OTHER_SUFFIXES + IMAGE_SUFFIXES):
             return name
     return None
+
+
+def may_name_medium(field: str) -> bool:
+    """Return whether a field's name has a medium in it, read or not."""
+    return bool(_split_words(field) & (_MEDIA | _PERHAPS_MEDIA | _IMAGE_WORDS))
+
+
+def _split_words(field: object) -> set[str]:
+    return set(re.findall(r"mp[34]|[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(field)).lower()))
 
 
 def is_file(value, suffixes: tuple[str, ...], *, addresses: bool = True) -> bool:

@@ -11,9 +11,11 @@ They come as pairs all the same, whose images nobody opens: their keys are those
 from collections import Counter
 from pathlib import Path
 
-from rsa_megatron.data.sources.coco import read_records
+from rsa_megatron.data.sources.coco import holds_coco, is_karpathys, read_records
+from rsa_megatron.data.sources.file_forms import tell_form
+from rsa_megatron.data.sources.json_files import read_json
 from rsa_megatron.data.sources.llava_records import open_source
-from rsa_megatron.data.sources.open_pairs import is_json_object, is_prepared, open_pairs
+from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, without_image
 from rsa_megatron.data.sources.shards import read_shards
 
@@ -48,11 +50,15 @@ def _open(path: Path, split: str) -> Pairs | None:
     """Return None for what is read with its images."""
     if not path.exists():
         return None  # whose message names the forms
-    if path.suffix.lower() == ".txt" and path.is_file():
-        return _read_lines(path)
     if is_prepared(path):
         return read_shards(path, split, needs_image=False)
-    if path.suffix.lower() in (".json", ".jsonl") and not is_json_object(path):
+    if path.is_dir():
+        return None
+    form = tell_form(path)
+    if form == "text":
+        return _read_lines(path)
+    is_alone = form == "json object" and not (is_karpathys(content := read_json(path)) or holds_coco(content))
+    if form in ("json list", "json lines", "json values") or is_alone:
         return read_records(open_source(path), path.parent, needs_image=False)
     return None
 

@@ -38,6 +38,8 @@ class Row:
     content: dict
     #: opens the image that lies in the table itself
     image: Callable[[], Image.Image] | None = None
+    #: of those that lie in it
+    num_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,19 @@ def find_image(root: Path, name: str) -> Path:
     Raises:
         Unusable: it is missing, or leads out of the folder. Its kind says so for all such images of the folder.
     """
+    missing = Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
     # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may exist.
-    if not os.path.isfile(os.path.join(root, name)):
-        raise Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
+    if "://" not in name and not os.path.isfile(os.path.join(root, name)):
+        raise missing
     try:
-        return resolve_inside(root, name)
+        found = resolve_inside(root, name)
     except Unusable as fault:
+        if fault.kind == "missing image":
+            raise missing from fault
         raise Unusable(f"whose image's path leads out of {root}", name) from fault
+    if not found.is_file():
+        raise missing
+    return found
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,21 @@ class ImageFile:
 
     def __call__(self) -> Image.Image:
         return decode(self.read(), str(self.path))
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """Opens an image that a record holds itself."""
+
+    data: bytes
+    #: of the record
+    place: str
+
+    def read(self) -> bytes:
+        return self.data
+
+    def __call__(self) -> Image.Image:
+        return decode(self.data, self.place)
 
 
 def decode(data: bytes, place: str) -> Image.Image:

@@ -22,9 +22,11 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 from PIL import Image
 
-from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, join_answers, read_records
-from rsa_megatron.data.sources.llava_records import JsonLines
+from rsa_megatron.data.records import read_record
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, read_records
+from rsa_megatron.data.sources.json_files import JsonLines
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, decode, join, without_image
+from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.tiles import IMAGE_PART
 
 _PARTS_OF_A_TAR = """
@@ -62,12 +64,11 @@ class _StoredPair:
 
     def load(self) -> CaptionedImage:
         try:
-            record = json.loads(self.record.read())
-            caption = join_answers(record.get("conversations"))
-        except (ValueError, AttributeError, RecursionError) as error:
+            read = read_record(json.loads(self.record.read()), texts_alone=True)
+        except (ValueError, Unusable, RecursionError) as error:
             raise ValueError(f"{self.record.tar}, {self.record.name}: it has no caption: {error}") from error
         image = partial(_open, self.image) if self.image else without_image(self.key)
-        return CaptionedImage(self.key, caption, image, record)
+        return CaptionedImage(self.key, read.caption, image, read.as_dict())
 
 
 def _open(part: _File) -> Image.Image:

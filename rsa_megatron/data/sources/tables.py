@@ -11,32 +11,39 @@ itself is looked for by its file name; where the table has only an address, by i
 """
 
 import csv
-import gzip
+import io
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rsa_megatron.data.sources.coco import FoundPairs, join_answers
+from rsa_megatron.data.media_names import find_unread, is_absent
+from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption, read_record
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs
+from rsa_megatron.data.sources.compressed import open_bytes
+from rsa_megatron.data.sources.file_forms import tell_form
 from rsa_megatron.data.sources.pairs import Pairs, Row, Table
+from rsa_megatron.data.sources.record import Record, Unusable
 
 # Of each, the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
-_CAPTIONS = (
-    "caption_reference_description",
-    "raw",
-    "comment",
-    "caption",
-    "captions",
-    "text",
-    "conversations",
-    "messages",
+_CAPTIONS = (*CAPTION_FIELDS, *CONVERSATION_FIELDS)
+_FILES = (
+    "file_name",
+    "filename",
+    "image_name",
+    "image_path",
+    "image_file",
+    "image",
+    "img",
+    "img_path",
+    "filepath",
+    "jpg",
 )
-_FILES = ("file_name", "filename", "image_name", "image_path", "image_file", "image")
 _ADDRESSES = ("image_url", "url")
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; an unpaired
 # quotation mark would make one field of the rest of the file.
@@ -81,14 +88,16 @@ class _Roles:
         return unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
 
     def get_caption(self, content: dict) -> str:
+        if self.caption in CONVERSATION_FIELDS:
+            return read_record(content, texts_alone=True).caption
         value = content.get(self.caption)
-        if self.caption == "raw":
-            value = json.loads(value)
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return join_answers(value)
-        if isinstance(value, list):
-            value = next((text for text in value if isinstance(text, str) and text.strip()), None)
-        return value if isinstance(value, str) else ""
+        return read_caption(json.loads(value) if self.caption == "raw" and isinstance(value, str) else value)
+
+    def find_unread(self, content: dict) -> str | None:
+        """Return the column in which a row names a medium that is not read."""
+        known = {*_CAPTIONS, *_FILES, *_ADDRESSES}
+        filled = [(name, value) for name, value in content.items() if name not in known and not is_absent(value)]
+        return find_unread(filled, has_image=True)
 
 
 def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pairs:
@@ -103,8 +112,8 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
     for file in files:
         table = (
             _open_parquet(file, os.path.relpath(file, folder), root)
-            if file.suffix.lower() == ".parquet"
-            else _open_delimited(file)
+            if tell_form(file) == "parquet"
+            else open_delimited(file)
         )
         roles = _Roles.of(table)
         for row in table.rows:
@@ -115,22 +124,24 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
             else:
                 _add(found, roles, row)
     for name, wanted in (("split", split), ("language", language)):
-        if skipped[name]:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in skipped[name].most_common(8))
-            found.left_out[f"of another {name} than {wanted!r} (--{name} selects it; found: {kinds})"] = skipped[
-                name
-            ].total()
+        found.leave_out_others(name, wanted, skipped[name])
     return found.pairs()
 
 
 def _add(found: FoundPairs, roles: _Roles, row: Row) -> None:
+    if row.num_images > 1:
+        found.left_out[WRONG_NUMBER_OF_IMAGES[True]] += 1
+        return
     image = row.image or roles.get_file(row.content)
     if not image:
         found.left_out["that name no image"] += 1
         return
+    if unread := roles.find_unread(row.content):
+        found.left_out[f"whose column {unread} names a medium that is not read"] += 1
+        return
     try:
         caption = roles.get_caption(row.content)
-    except (ValueError, TypeError):  # "raw" is not JSON, or a conversation not one
+    except (ValueError, TypeError, Unusable):  # "raw" is not JSON, or a conversation not one
         found.left_out[f"whose column {roles.caption} cannot be read"] += 1
         return
     found.add(image if isinstance(image, str) else roles.get_name(row.content) or row.place, caption, image)
@@ -145,11 +156,36 @@ def _open_parquet(path: Path, name: str, root: Path) -> Table:
     return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split"})
 
 
-def _open_delimited(path: Path) -> Table:
-    """Open a .csv or .tsv, also compressed; its first line says which of tab, | and comma is between its columns."""
+def holds_conversations(path: Path) -> bool:
+    """Return whether a .csv or .tsv has a column of conversations."""
+    return bool({*CONVERSATION_FIELDS} & {*open_delimited(path).columns})
+
+
+class TableRecords:
+    """The rows of a .csv or .tsv with a column of conversations, as records."""
+
+    def __init__(self, path: Path):
+        self.path, self.image_root = path, path.parent
+        if not holds_conversations(path):
+            columns = open_delimited(path).columns
+            raise ValueError(
+                f"{path} has no column {' or '.join(CONVERSATION_FIELDS[:2])}; its columns are {', '.join(columns)}"
+            )
+        self._length = sum(1 for _ in open_delimited(path).rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        for number, row in enumerate(islice(open_delimited(self.path).rows, start, None), start):
+            yield Record(number, row.place, row.content)
+
+
+def open_delimited(path: Path) -> Table:
+    """Open a .csv or .tsv, also compressed; its first line says which of tab, |, semicolon and comma is between its columns."""
     lines = _read_lines(path)
     header = next(lines, "")
-    delimiter = max("\t|,", key=header.count)
+    delimiter = max("\t|,;", key=header.count)
     # Between | nothing is quoted: a quotation mark is the caption's own, and often unpaired.
     form = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL}
     columns = [name.strip() for name in next(csv.reader([header], **form), [])]
@@ -172,13 +208,9 @@ def _read_rows(path: Path, columns: list[str], reader, delimiter: str) -> Iterat
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        # Bytes that are not UTF-8 pass here, to be found in the caption that has them.
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or broken: {error}; fetch it again") from error
+    # Bytes that are not UTF-8 pass here, to be found in the caption that has them.
+    with open_bytes(path) as file:
+        yield from io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 @contextmanager

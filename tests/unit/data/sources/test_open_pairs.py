@@ -92,7 +92,7 @@ def test_a_broken_json_is_named(tmp_path):
     with pytest.raises(ValueError, match="captions_val.json is broken JSON: .*fetch it again"):
         open_pairs(path)
     path.write_text('{"a":' * 100_000)
-    with pytest.raises(ValueError, match="captions_val.json is JSON too deep to be captions"):
+    with pytest.raises(ValueError, match="captions_val.json is JSON too deep to be records or captions"):
         open_pairs(path)
 
 
@@ -201,12 +201,12 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
         f"whose image is not in {tmp_path.resolve() / 'images'} (--images names the folder; nothing is downloaded)": 1,
         "without a caption": 1,
         "of an image that has a caption already": 1,
-        "of another language than 'en' (--language selects it; found: de (1))": 1,
+        "of another language than 'en' (--language-code selects it; found: de (1))": 1,
     }
     # Control: another language gives the same image another caption.
     assert captions(open_pairs(path, images=tmp_path / "images", language="de")) == {"Tour_(Paris).jpg": "Der Turm."}
     with pytest.raises(
-        ValueError, match=r"6 of another language than 'fr' \(--language selects it; found: en \(5\), de \(1\)\)"
+        ValueError, match=r"6 of another language than 'fr' \(--language-code selects it; found: en \(5\), de \(1\)\)"
     ):
         open_pairs(path, images=tmp_path / "images", language="fr")
 
@@ -303,7 +303,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         ),
         ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is truncated or broken: .*fetch it again"),
         ("a.parquet", b"PAR1 or so", "a.parquet is not a readable parquet file: .*fetch it again"),
-        ("a.txt", b"x", "a.txt is not a .json, .jsonl"),
+        ("a.txt", b"x", "a.txt is not JSON, JSONL"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(tmp_path, name, content, message):
