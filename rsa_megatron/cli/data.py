@@ -141,9 +141,8 @@ def make(args) -> None:
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.splits["train"]:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in figures.skipped.most_common())
         raise ValueError(
-            f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
+            f"{args.source}: no sample for training can be used ({'; '.join(figures.list_skipped())}); see {unfinished / 'skipped.jsonl'}; "
             f"then remove {unfinished}"
         )
     if args.command == "pack":

@@ -56,6 +56,14 @@ class Figures:
         if self.skipped[kind] <= _NAMED:
             self.first_skipped.setdefault(kind, []).append(name)
 
+    def list_skipped(self) -> list[str]:
+        """List how many samples were skipped for each kind of fault, and the first of them."""
+        lines = []
+        for kind, count in self.skipped.most_common():
+            named = ", ".join(str(name)[:60] for name in self.first_skipped.get(kind, []))
+            lines.append(f"{count} {kind}: {named}" + ", ..." * (count > _NAMED))
+        return lines
+
     def get_state(self) -> dict:
         histograms = {name: dict(sorted(counts.items())) for name, counts in self.histograms.items()}
         return {
@@ -76,9 +84,7 @@ def format_summary(figures: Figures, num_shards: int) -> str:
     counts = ", ".join(f"{figures.splits[split]} {split}" for split in ("train", "val"))
     counts += f", in {num_shards} shards" if num_shards else ""
     lines = [f"{sum(figures.splits.values())} samples: {counts}; {sum(figures.skipped.values())} skipped"]
-    for kind, count in figures.skipped.most_common():
-        named = ", ".join(str(name)[:60] for name in figures.first_skipped.get(kind, []))
-        lines.append(f"    skipped  {count:>7}  {kind}: {named}" + ", ..." * (count > _NAMED))
+    lines += [f"    skipped  {line}" for line in figures.list_skipped()]
     for name, counts in figures.histograms.items():
         if counts:
             middle, most, largest = (quantile(counts, share) for share in (0.5, 0.99, 1))

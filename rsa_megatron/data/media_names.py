@@ -28,12 +28,29 @@ _OTHER_SUFFIXES = (
 # Words of a field's name. Those that mean more than a medium count where the value looks like one.
 _MEDIA = {"video", "videos", "vid", "vids", "audio", "audios", "mp4", "webm", "avi", "wav", "mp3", "flac", "pointcloud"}
 _PERHAPS_MEDIA = {"sound", "sounds", "speech", "voice", "music", "movie", "clip", "clips", "frames", "media", "medium"}
-_IMAGE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "frame", "frames"}
+_IMAGE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "depth"}
 # Beside these words a medium's name is no more than itself.
 _PLAIN_WORDS = {"path", "paths", "file", "files", "url", "urls", "uri", "name", "names", "filename", "filenames"} | {
-    *("bytes", "data", "base64", "list", "input", "inputs", "src", "the", "raw")
+    *("bytes", "data", "base64", "list", "input", "inputs", "raw")
+}
+# And beside these, in a record without an image; in one with an image they may say where that is from.
+_ORIGIN_WORDS = {
+    "id",
+    "ids",
+    "key",
+    "source",
+    "src",
+    "clip",
+    "clips",
+    "segment",
+    "frame",
+    "frames",
+    "feature",
+    "features",
 }
 _ABOUT_WORDS = {"id", "ids", "source", "src", "hash", "original", "orig", "size", "sizes", "type", "format"}
+
+_DATA_ADDRESS = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.IGNORECASE)
 
 # In questions; <video> ... </video> is HTML.
 _TAG = re.compile(
@@ -42,9 +59,9 @@ _TAG = re.compile(
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # Other models' marks of media, which no other text holds.
 _MARK = re.compile(
-    r"<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|image|video|audio|audio_bos|audio_eos|audio_pad|"
-    r"audio_start|image_start|image_1|media_begin|media_pad)\|>|<img>[^<>\n]*</img>|<IMG_CONTEXT>|<ImageHere>|"
-    r"<im_start><image><im_end>|<audio>[^<>\n]+\.\w+</audio>|<video>[^<>\n]+\.\w+</video>",
+    r"<\|(?:vision_(?:start|end|pad)|image(?:_pad|_start|_end|_\d+)?|video(?:_pad|_start)?|media_(?:begin|end|pad)|"
+    r"audio(?:_bos|_eos|_pad|_start|_\d+)?)\|>|<img>[^<>\n]*</img>|<(?:IMG_CONTEXT|ImageHere|image_placeholder|im_patch|"
+    r"start_of_image|image_soft_token)>|<(?:audio|video)>[^<>\n]+\.\w+</",
     re.IGNORECASE,
 )
 
@@ -66,7 +83,7 @@ def is_absent(value) -> bool:
 
 def is_null_text(value) -> bool:
     """Return whether a text is a null that was written as one."""
-    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>")
+    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false")
 
 
 def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str | None:
@@ -77,10 +94,12 @@ def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str
         has_image: whether an image of it is read. If so, what merely describes that image does not count.
     """
     for name, value in fields:
-        if is_null_text(value) or isinstance(value, Number):
+        filled = [v for v in value.values() if not is_absent(v)] if isinstance(value, Mapping) else [value]
+        if all(is_null_text(v) or isinstance(v, Number) for v in filled):
             continue
         words = _split_words(name)
-        if words & _MEDIA and (not has_image or all(w in _MEDIA | _PLAIN_WORDS or w.isdigit() for w in words)):
+        plain = _MEDIA | _PLAIN_WORDS | (set() if has_image else _ORIGIN_WORDS)
+        if words & _MEDIA and all(word in plain or word.isdigit() for word in words):
             return name
         if words & _PERHAPS_MEDIA and is_file(value, _OTHER_SUFFIXES + IMAGE_SUFFIXES):
             return name
@@ -104,7 +123,7 @@ def is_file(value, suffixes: tuple[str, ...], *, addresses: bool = True) -> bool
     """Return whether a value is a file's bytes, or names files of these suffixes."""
     if isinstance(value, str):
         is_named = value.lower().partition("?")[0].endswith(suffixes) and len(value) < 500 and "\n" not in value
-        return is_named and (addresses or "://" not in value) or value.startswith("data:")
+        return (is_named and (addresses or "://" not in value)) or bool(_DATA_ADDRESS.match(value))
     if isinstance(value, Mapping):
         return any(not is_absent(value.get(key)) for key in ("bytes", "array")) or is_file(value.get("path"), suffixes)
     if isinstance(value, (list, tuple)):
@@ -123,6 +142,6 @@ def find_mark(text: str, *, is_answer: bool) -> str | None:
     if not _TAG.search(text):
         return None
     for found in _TAG.finditer(_CODE.sub("", text)):
-        if f"</{found[1] or 'image'}" not in text.lower():
+        if f"</{found[1] or 'image'}".lower() not in text.lower():
             return found[0]
     return None

@@ -102,7 +102,10 @@ def _get_fields(content: object) -> dict:
 
 def _check_read(fields: dict, *, has_image: bool) -> None:
     if unread := find_unread(fields.items(), has_image=has_image):
-        raise not_read(f"field {unread}", f"its field {unread} names a medium that is not read")
+        raise not_read(
+            f"field {unread}",
+            f"its field {unread} names a medium that is not read; images are in a field image or images",
+        )
 
 
 def _name(fields: dict) -> str:

@@ -18,10 +18,10 @@ class FoundPairs:
     """Pairs as they are found, one an image, and what is skipped.
 
     Args:
-        root: resolved folder that the paths of images are relative to.
+        root: resolved folder that the paths of images are relative to; None where no image is looked for.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path | None):
         self._root = root
         self._pairs: dict[str, CaptionedImage] = {}
         self.left_out: Counter[str] = Counter()
@@ -37,6 +37,8 @@ class FoundPairs:
             self.left_out["whose caption is not UTF-8"] += 1
         else:
             try:
+                if self._root is None:
+                    image = without_image(key)
                 image = ImageFile(find_image(self._root, image)) if isinstance(image, str) else image
                 self._pairs[key] = CaptionedImage(key, caption, image, record)
             except Unusable as fault:
@@ -54,7 +56,7 @@ class FoundPairs:
         return Pairs.of(list(self._pairs.values()), self.left_out)
 
 
-def read_coco(path: Path, content: dict, root: Path) -> Pairs:
+def read_coco(path: Path, content: dict, root: Path | None) -> Pairs:
     """Read COCO's captions: of each image the caption of lowest annotation id."""
     for name in ("images", "annotations"):
         if not isinstance(content.get(name), list):
@@ -79,7 +81,7 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
     return found.pairs()
 
 
-def read_karpathy(content: dict, root: Path, split: str) -> Pairs:
+def read_karpathy(content: dict, root: Path | None, split: str) -> Pairs:
     """Read Karpathy's dataset_*.json: of each image of a split the first sentence."""
     found, others = FoundPairs(root), Counter()
     for number, entry in enumerate(content["images"]):
@@ -106,20 +108,19 @@ def is_karpathys(content: dict) -> bool:
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
 
 
-def read_records(
-    source: Source, root: Path, numbers: range | None = None, prefix: str = "", *, needs_image: bool = True
-) -> Pairs:
+def read_records(source: Source, root: Path | None, numbers: range | None = None, prefix: str = "") -> Pairs:
     """Read records of exactly one image; the caption is the answer, of several turns all answers.
 
     Of several records of captions that name the same image the first counts.
 
     Args:
-        needs_image: False takes records of no image too, and looks for no images.
+        root: resolved folder that the paths of images are relative to; None takes records of no image too, and looks for
+            no images.
         numbers: of the records to read; default: all.
         prefix: of the keys, before the record's place in its file.
     """
     numbers = range(len(source)) if numbers is None else numbers
-    found, captioned = FoundPairs(root), set()
+    found, captioned, needs_image = FoundPairs(root), set(), root is not None
     for record in islice(source.records(numbers.start), len(numbers)):
         try:
             read = read_record(record.content, texts_alone=not needs_image)
@@ -134,7 +135,7 @@ def read_records(
                 found.left_out[SECOND_CAPTION] += 1
                 continue
             captioned.add(read.images[0])
-        image = without_image(place) if not needs_image else read.images[0]
+        image = read.images[0] if needs_image else ""
         image = ImageBytes(image, place) if isinstance(image, bytes) else image
         found.add(place, read.caption, image, read.as_dict())
     return found.pairs()

@@ -64,15 +64,21 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
     if is_prepared(path):
         if images is not None:
             raise ValueError(f"--images {images}: {path} already specifies where its images are; drop the flag")
-        return read_shards(path, split)
+        pairs = read_shards(path, split)
+        pairs.split = split
+        return pairs
     file = find_metadata(path)
     root = Path(images or (file if file.is_dir() else file.parent)).resolve()
     pairs = read_captions(file, root, split, language)
     return read_records(open_source(file), root) if pairs is None else pairs
 
 
-def read_captions(file: Path, root: Path, split: str, language: str) -> Pairs | None:
-    """Read the pairs of a table, of COCO's or Karpathy's JSON; None for records, each of which names its own image."""
+def read_captions(file: Path, root: Path | None, split: str, language: str) -> Pairs | None:
+    """Read the pairs of a table, of COCO's or Karpathy's JSON; None for records, each of which names its own image.
+
+    Args:
+        root: resolved folder that the paths of images are relative to; None where no image is looked for.
+    """
     if file.is_dir():
         tables = sorted(file.rglob("*.parquet"))
         return read_tables(tables, root, split, language) if tables else None

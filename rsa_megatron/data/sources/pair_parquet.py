@@ -14,13 +14,13 @@ from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, may_name_me
 from rsa_megatron.data.sources.pairs import ImageFile, Row, Table, decode, find_image
 from rsa_megatron.data.sources.record import Unusable
 
-# Rows that are in memory at once, without their images.
-_ROWS = 4096
+# Rows that are in memory at once, without their images; and where another column may hold media, which are large.
+_ROWS, _ROWS_WITH_MEDIA = 4096, 32
 # Wikimedia's WIT has a row an image; its texts in each language are in this column.
 _NESTED = "wit_features"
 
 
-def open_parquet(path: Path, name: str, root: Path, wanted: set[str]) -> Table:
+def open_parquet(path: Path, name: str, root: Path | None, wanted: set[str]) -> Table:
     """Open a file's rows, of which the columns `wanted` are read.
 
     Args:
@@ -53,16 +53,18 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
     return types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _read_rows(path: Path, name: str, root: Path, columns: list[str], image_column: str | None) -> Iterator[Row]:
+def _read_rows(path: Path, name: str, root: Path | None, columns: list[str], image_column: str | None) -> Iterator[Row]:
     try:
         with ParquetFile(path) as file:
             # Of {bytes, path} only the path: it says how many images a row has without reading them.
             paths = [
                 leaf for leaf in _list_leaves(file) if leaf.startswith(f"{image_column}.") and leaf.endswith(".path")
             ]
+            is_large = any(n != _NESTED and _holds_images(file.schema_arrow.field(n).type) for n in columns)
+            num_rows = _ROWS_WITH_MEDIA if is_large else _ROWS
             for group in range(file.metadata.num_row_groups):
                 number = 0
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns + paths):
+                for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns + paths):
                     for content in batch.to_pylist():
                         place = f"{name}, row group {group}, row {number}"
                         found = content.pop(image_column, None) if paths else {} if image_column else None
@@ -95,7 +97,7 @@ class ImageOfRow:
     column: str
     group: int
     number: int
-    root: Path
+    root: Path | None
 
     def read(self) -> bytes:
         return self._find()[0]

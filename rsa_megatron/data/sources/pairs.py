@@ -64,6 +64,8 @@ class Pairs(Sequence[CaptionedImage]):
         self.keys = keys
         #: what was skipped: how many, by what is wrong with them and what to do about it
         self.left_out = left_out
+        #: the split that they are, of prepared data
+        self.split: str | None = None
         self._load = load
 
     @classmethod
@@ -112,7 +114,10 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
         if len(chosen) == num_samples:
             return [chosen[index] for index in sorted(chosen)]
     left_out = f"; skipped: {format_counts(pairs.left_out)}" if pairs.left_out else ""
-    raise ValueError(f"--num-samples {num_samples}: only {len(chosen)} pairs have a caption; lower it{left_out}{fault}")
+    where, remedy = (f" of the split {pairs.split}", ", or name another --split") if pairs.split else ("", "")
+    raise ValueError(
+        f"--num-samples {num_samples}: only {len(chosen)} pairs{where} have a caption; lower it{remedy}{left_out}{fault}"
+    )
 
 
 def load_all(pairs: Pairs) -> list[CaptionedImage]:
@@ -158,7 +163,10 @@ def find_image(root: Path, name: str) -> Path:
     Raises:
         Unusable: it is missing, or leads out of the folder. Its kind says so for all such images of the folder.
     """
-    missing = Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
+    missing = Unusable(
+        f"whose image is not in {root} (--images, of realign --image-folder, names the folder; nothing is downloaded)",
+        name,
+    )
     # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may exist.
     if "://" not in name and not os.path.isfile(os.path.join(root, name)):
         raise missing

@@ -94,10 +94,8 @@ def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
         if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
             parts.append(Pairs.of([], Counter({f"of {name}, which has rsa: false": len(data_set)})))
         elif is_jsonl:
-            images = _get_image_folder(path, loaded) if needs_image else data_path.parent
-            parts.append(
-                read_records(JsonLines(data_path), images, _get_subset(data_set), prefix, needs_image=needs_image)
-            )
+            images = _get_image_folder(path, loaded) if needs_image else None
+            parts.append(read_records(JsonLines(data_path), images, _get_subset(data_set), prefix))
         else:
             parts.append(_read_index(data_set, data_path, prefix, needs_image))
     return join(parts)

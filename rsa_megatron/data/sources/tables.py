@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rsa_megatron.data.media_names import find_unread, is_absent
+from rsa_megatron.data.media_names import find_unread, is_absent, may_name_medium
 from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption, read_record
 from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs
 from rsa_megatron.data.sources.compressed import open_bytes
@@ -31,7 +31,7 @@ from rsa_megatron.data.sources.pairs import Pairs, Row, Table
 from rsa_megatron.data.sources.record import Record, Unusable
 
 # Of each, the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
-_CAPTIONS = (*CAPTION_FIELDS, *CONVERSATION_FIELDS)
+_CAPTIONS = (*CONVERSATION_FIELDS, *CAPTION_FIELDS)
 _FILES = (
     "file_name",
     "filename",
@@ -59,17 +59,21 @@ class _Roles:
     address: str | None
     language: str | None
     split: str | None
+    #: those that may name a medium which is not read
+    others: list[str]
 
     @classmethod
-    def of(cls, table: Table) -> "_Roles":
+    def of(cls, table: Table, *, needs_image: bool) -> "_Roles":
         def first(*known: str) -> str | None:
             return next((name for name in known if name in table.columns and name != table.image_column), None)
 
-        roles = cls(first(*_CAPTIONS), first(*_FILES), first(*_ADDRESSES), first("language"), first("split"))
+        known = {*_CAPTIONS, *_FILES, *_ADDRESSES, table.image_column}
+        others = [name for name in table.columns if name not in known and may_name_medium(name)]
+        roles = cls(first(*_CAPTIONS), first(*_FILES), first(*_ADDRESSES), first("language"), first("split"), others)
         theirs = f"its columns are {', '.join(table.columns)}; rename the one that has them"
         if roles.caption is None:
             raise ValueError(f"{table.path} has no column of captions ({', '.join(_CAPTIONS)}), {theirs}")
-        if not (roles.file or roles.address or table.image_column):
+        if needs_image and not (roles.file or roles.address or table.image_column):
             raise ValueError(
                 f"{table.path} has no column that names images ({', '.join(_FILES + _ADDRESSES)}), {theirs}"
             )
@@ -95,16 +99,15 @@ class _Roles:
 
     def find_unread(self, content: dict) -> str | None:
         """Return the column in which a row names a medium that is not read."""
-        known = {*_CAPTIONS, *_FILES, *_ADDRESSES}
-        filled = [(name, value) for name, value in content.items() if name not in known and not is_absent(value)]
-        return find_unread(filled, has_image=True)
+        filled = [(name, content[name]) for name in self.others if not is_absent(content.get(name))]
+        return find_unread(filled, has_image=True) if filled else None
 
 
-def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pairs:
+def read_tables(files: list[Path], root: Path | None, split: str, language: str) -> Pairs:
     """Read the pairs of one or more tables.
 
     Args:
-        root: resolved folder that the images' names are relative to.
+        root: resolved folder that the images' names are relative to; None where no image is looked for.
         split, language: the rows that count, where there is a column of that name.
     """
     found, skipped = FoundPairs(root), {"split": Counter(), "language": Counter()}
@@ -115,25 +118,25 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
             if tell_form(file) == "parquet"
             else open_delimited(file)
         )
-        roles = _Roles.of(table)
+        roles = _Roles.of(table, needs_image=root is not None)
         for row in table.rows:
             if roles.split and row.content.get(roles.split) != split:
                 skipped["split"][str(row.content.get(roles.split))] += 1
             elif roles.language and row.content.get(roles.language) != language:
                 skipped["language"][str(row.content.get(roles.language))] += 1
             else:
-                _add(found, roles, row)
+                _add(found, roles, row, needs_image=root is not None)
     for name, wanted in (("split", split), ("language", language)):
         found.leave_out_others(name, wanted, skipped[name])
     return found.pairs()
 
 
-def _add(found: FoundPairs, roles: _Roles, row: Row) -> None:
+def _add(found: FoundPairs, roles: _Roles, row: Row, *, needs_image: bool) -> None:
     if row.num_images > 1:
-        found.left_out[WRONG_NUMBER_OF_IMAGES[True]] += 1
+        found.left_out[WRONG_NUMBER_OF_IMAGES[needs_image]] += 1
         return
-    image = row.image or roles.get_file(row.content)
-    if not image:
+    image = row.image or roles.get_file(row.content) or ""
+    if needs_image and not image:
         found.left_out["that name no image"] += 1
         return
     if unread := roles.find_unread(row.content):
@@ -144,10 +147,10 @@ def _add(found: FoundPairs, roles: _Roles, row: Row) -> None:
     except (ValueError, TypeError, Unusable):  # "raw" is not JSON, or a conversation not one
         found.left_out[f"whose column {roles.caption} cannot be read"] += 1
         return
-    found.add(image if isinstance(image, str) else roles.get_name(row.content) or row.place, caption, image)
+    found.add(image if isinstance(image, str) and image else roles.get_name(row.content) or row.place, caption, image)
 
 
-def _open_parquet(path: Path, name: str, root: Path) -> Table:
+def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
     # Not at the top: pyarrow is needed only for parquet files.
     try:
         from rsa_megatron.data.sources.pair_parquet import open_parquet

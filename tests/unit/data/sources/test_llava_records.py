@@ -201,7 +201,11 @@ def bad_records(folder):
         "zero in the name": (record(0, image="a\0.png"), "missing image", "is not a path"),
         "long name": (record(0, image="a" * 5000), "unreadable image", "aaa..."),
         "above": (record(0, image="../outside.png"), "outside of the image folder", "../outside.png leads out of"),
-        "absolute": (record(0, image=str(folder.parent / "outside.png")), "outside of the image folder", "leads out of"),
+        "absolute": (
+            record(0, image=str(folder.parent / "outside.png")),
+            "outside of the image folder",
+            "leads out of",
+        ),
         "address": (record(0, image="https://a.org/b/z.png?x=1"), "missing image", "nothing is downloaded, and"),
         "link": (record(0, image="link.png"), "outside of the image folder", "link.png leads out of"),
         "empty file": (record(0, image="zero.png"), "unreadable image", "zero.png is empty (0 bytes)"),
@@ -228,7 +232,11 @@ def bad_records(folder):
         "id of another type": (record(0, id=[1]), "wrong type", "its id is a list"),
         "no conversations": ({"id": 1, "image": "a.png"}, "conversation", "it has no conversations"),
         "empty conversations": (record(0, conversations=[]), "conversation", "it has no conversations"),
-        "text for conversations": (record(0, conversations="hello"), "conversation", "the text 'hello'; it must be a list"),
+        "text for conversations": (
+            record(0, conversations="hello"),
+            "conversation",
+            "the text 'hello'; it must be a list",
+        ),
         "turn of text": (record(0, conversations=["hello"]), "conversation", "turn 0 of its conversation is the text"),
         "value of another type": (
             record(0, conversations=[turns[0], {"from": "gpt", "value": 3}]),
@@ -336,7 +344,9 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content, message)
 
 
 def test_folders_and_parquet_files_without_samples_are_named(tmp_path):
-    with pytest.raises(ValueError, match="needs images with a .txt beside each, or a metadata.jsonl, or .parquet files"):
+    with pytest.raises(
+        ValueError, match="needs images with a .txt beside each, or a metadata.jsonl, or .parquet files"
+    ):
         open_source(tmp_path)
     write_parquet(tmp_path / "d.parquet", [{"text": "x", "url": "y"}])
     with pytest.raises(ValueError, match="no column conversations or messages; its columns are text, url"):

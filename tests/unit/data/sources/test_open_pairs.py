@@ -56,7 +56,7 @@ def test_images_that_are_not_there_or_lead_out_are_counted_with_the_remedy(tmp_p
     root = (tmp_path / "val").resolve()
     assert captions(pairs) == {"0": "Number 0."}
     assert pairs.left_out == {
-        f"whose image is not in {root} (--images names the folder; nothing is downloaded)": 3,
+        f"whose image is not in {root} (--images, of realign --image-folder, names the folder; nothing is downloaded)": 3,
         f"whose image's path leads out of {root}": 3,
     }
     assert format_counts(pairs.left_out).startswith("3 whose image is not in")
@@ -198,7 +198,7 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
     assert widths(pairs) == [1, 2]
     assert csv.field_size_limit() == before < len(wit_rows()[0]["context_page_description"])  # as it was, and too low
     assert pairs.left_out == {
-        f"whose image is not in {tmp_path.resolve() / 'images'} (--images names the folder; nothing is downloaded)": 1,
+        f"whose image is not in {tmp_path.resolve() / 'images'} (--images, of realign --image-folder, names the folder; nothing is downloaded)": 1,
         "without a caption": 1,
         "of an image that has a caption already": 1,
         "of another language than 'en' (--language-code selects it; found: de (1))": 1,
@@ -274,7 +274,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         (
             "a.csv",
             b"id,label\n1,x\n",
-            r"no column of captions \(caption_reference_description, .*its columns are id, label; rename",
+            r"no column of captions \(conversations, .*caption_reference_description, .*its columns are id, label; rename",
         ),
         (
             "a.csv",
@@ -289,7 +289,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         (
             "a.csv",
             b"filename,caption\nnone.png,x\n",
-            r"1 whose image is not in .* \(--images names the folder; nothing is downloaded\)",
+            r"1 whose image is not in .* \(--images, of realign --image-folder, names the folder; nothing is downloaded\)",
         ),
         (
             "a.csv",
