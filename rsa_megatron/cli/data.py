@@ -29,7 +29,7 @@ from tqdm import tqdm
 from rsa_megatron import atomic
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
-from rsa_megatron.data.media_names import is_absent
+from rsa_megatron.data.field_values import is_absent
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
 from rsa_megatron.data.prepare.shard_writer import Lines, TarShards, index_lines, index_shards

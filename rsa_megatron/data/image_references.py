@@ -1,13 +1,11 @@
 """What a record gives for an image: a path, an address, bytes, or these in an object or a list of several."""
 
-import ast
 import base64
 import binascii
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from rsa_megatron.data.media_names import is_absent, is_null_text
+from rsa_megatron.data.field_values import is_absent, is_null_text, list_objects, parse_text
 from rsa_megatron.data.sources.record import Unusable
 
 #: Of an object, what holds the image: Hugging Face's {bytes, path}, OpenAI's {url}, transformers' and Anthropic's parts.
@@ -23,7 +21,7 @@ def list_references(value: object) -> list[str | bytes]:
     Raises:
         Unusable: it is none of these.
     """
-    value = parse_text(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+    value = parse_text(value)
     if is_absent(value) or is_null_text(value):
         return []
     if isinstance(value, (bytes, str)):
@@ -49,18 +47,6 @@ def _list_of_object(value: Mapping) -> list[str | bytes]:
     )
 
 
-def list_objects(value: Mapping) -> list[dict] | None:
-    """Turn an object of lists into a list of objects, as arrow turns the one into the other; None if it is not such."""
-    columns = {name: column for name, column in value.items() if not is_absent(column)}
-    if not columns or not all(
-        isinstance(column, Sequence) and not isinstance(column, (str, bytes)) for column in columns.values()
-    ):
-        return None
-    if len(set(map(len, columns.values()))) > 1:
-        return None
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
-
-
 def decode_reference(reference: str | bytes) -> str | bytes:
     """Return the bytes that a data address or base64 is; a path or another address as it is."""
     if isinstance(reference, bytes):
@@ -75,13 +61,3 @@ def _decode_base64(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise Unusable("unreadable image", f"its image is not the base64 that it says it is: {error}") from error
-
-
-def parse_text(text: str) -> object:
-    """Return what a text holds as JSON, or as Python writes lists and objects; the text itself if neither."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text

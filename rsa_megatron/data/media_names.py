@@ -4,10 +4,11 @@ An image has many names; those of IMAGE_FIELDS are read. A record that names a v
 name must not be trained as if it were text: `find_unread` and `find_mark` say what it is that is not read.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Number
+
+from rsa_megatron.data.field_values import is_absent, is_null_text, parse_text
 
 #: Of these fields the first that is filled holds a record's image or images.
 IMAGE_FIELDS = (
@@ -66,26 +67,6 @@ _MARK = re.compile(
 )
 
 
-def is_absent(value) -> bool:
-    """Return whether a field with this value is as good as none: null, NaN, an empty text, or a list or object of such."""
-    if value is None:
-        return True
-    if isinstance(value, str):
-        return not value or value.isspace()
-    if isinstance(value, float):
-        return math.isnan(value)
-    if isinstance(value, Mapping):
-        return all(map(is_absent, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(is_absent, value))
-    return isinstance(value, bytes) and not value
-
-
-def is_null_text(value) -> bool:
-    """Return whether a text is a null that was written as one."""
-    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false")
-
-
 def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str | None:
     """Return the name of a field that names a medium which is not read; None where there is none.
 
@@ -94,8 +75,9 @@ def find_unread(fields: Iterable[tuple[str, object]], *, has_image: bool) -> str
         has_image: whether an image of it is read. If so, what merely describes that image does not count.
     """
     for name, value in fields:
+        value = parse_text(value)
         filled = [v for v in value.values() if not is_absent(v)] if isinstance(value, Mapping) else [value]
-        if all(is_null_text(v) or isinstance(v, Number) for v in filled):
+        if all(is_absent(v) or is_null_text(v) or isinstance(v, Number) for v in filled):
             continue
         words = _split_words(name)
         plain = _MEDIA | _PLAIN_WORDS | (set() if has_image else _ORIGIN_WORDS)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
-from rsa_megatron.data.image_references import REFERENCE_FIELDS, list_objects, list_references, parse_text
-from rsa_megatron.data.media_names import IMAGE_FIELDS, find_mark, find_unread, is_absent
+from rsa_megatron.data.field_values import is_absent, list_objects, parse_text
+from rsa_megatron.data.image_references import REFERENCE_FIELDS, list_references
+from rsa_megatron.data.media_names import IMAGE_FIELDS, find_mark, find_unread
 from rsa_megatron.data.sources.record import Unusable
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -32,7 +33,7 @@ def read_turns(value: object) -> tuple[list[dict], list[Mark]]:
     Raises:
         Unusable: it is no conversation, or names a medium that is not read.
     """
-    turns = parse_text(value) if isinstance(value, str) else value
+    turns = parse_text(value)
     if isinstance(turns, Mapping):
         turns = list_objects(turns) or [turns]
     if not isinstance(turns, (list, tuple)):

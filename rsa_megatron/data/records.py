@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
-from rsa_megatron.data.image_references import list_references, parse_text
-from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, IMAGE_SUFFIXES, find_unread, is_absent, is_file
+from rsa_megatron.data.field_values import is_absent, parse_text
+from rsa_megatron.data.image_references import list_references
+from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, IMAGE_SUFFIXES, find_unread, is_file
 from rsa_megatron.data.record_turns import Mark, not_read, read_turns
 from rsa_megatron.data.sources.record import Unusable
 
@@ -129,7 +130,7 @@ def _read_talk(fields: dict) -> tuple[str, list[dict], list[Mark]]:
 def read_caption(value: object) -> str:
     """Return the first caption of a field that holds one or several; "" without one."""
     if isinstance(value, str):
-        found = parse_text(value) if value.lstrip()[:1] == "[" else value
+        found = parse_text(value)
         if (
             isinstance(found, str)
             or not isinstance(found, list)

@@ -25,6 +25,8 @@ class FoundPairs:
         self._root = root
         self._pairs: dict[str, CaptionedImage] = {}
         self.left_out: Counter[str] = Counter()
+        #: images that a record of a caption has named
+        self._captioned: set[str | bytes] = set()
 
     def add(self, key: str, caption: str, image: str | Callable, record: dict | None = None) -> None:
         """Add a pair, unless its key exists already; `image` is a path below the folder, or opens the image."""
@@ -43,6 +45,31 @@ class FoundPairs:
                 self._pairs[key] = CaptionedImage(key, caption, image, record)
             except Unusable as fault:
                 self.left_out[fault.kind] += 1
+
+    def add_record(self, place: str, content: object, own: Callable | None = None, num_own: int = 0) -> None:
+        """Add the pair of a record of one image; of several records of captions that name the same image the first.
+
+        Args:
+            place: of the record, the pair's key.
+            own, num_own: opens the image that lies beside the record, and how many do.
+        """
+        needs_image = self._root is not None
+        try:
+            read = read_record(content, images_beside=num_own or None, texts_alone=not needs_image)
+            num_images = num_own or len(read.images)
+            if num_images > 1 or (needs_image and not num_images):
+                raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], place)
+        except Unusable as fault:
+            self.left_out[_describe(fault)] += 1
+            return
+        image = own or (read.images[0] if read.images else "")
+        if needs_image and read.is_caption and not own:
+            if image in self._captioned:
+                self.left_out[SECOND_CAPTION] += 1
+                return
+            self._captioned.add(image)
+        image = ImageBytes(image, place) if isinstance(image, bytes) else image
+        self.add(place, read.caption, image, read.as_dict())
 
     def leave_out_others(self, name: str, wanted: str, others: Counter[str]) -> None:
         """Count what is of another split or language than the wanted one: how many, by which."""
@@ -120,24 +147,9 @@ def read_records(source: Source, root: Path | None, numbers: range | None = None
         prefix: of the keys, before the record's place in its file.
     """
     numbers = range(len(source)) if numbers is None else numbers
-    found, captioned, needs_image = FoundPairs(root), set(), root is not None
+    found = FoundPairs(root)
     for record in islice(source.records(numbers.start), len(numbers)):
-        try:
-            read = read_record(record.content, texts_alone=not needs_image)
-            if len(read.images) > 1 or (needs_image and not read.images):
-                raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], record.place)
-        except Unusable as fault:
-            found.left_out[_describe(fault)] += 1
-            continue
-        place = prefix + record.place
-        if needs_image and read.is_caption:
-            if read.images[0] in captioned:
-                found.left_out[SECOND_CAPTION] += 1
-                continue
-            captioned.add(read.images[0])
-        image = read.images[0] if needs_image else ""
-        image = ImageBytes(image, place) if isinstance(image, bytes) else image
-        found.add(place, read.caption, image, read.as_dict())
+        found.add_record(prefix + record.place, record.content)
     return found.pairs()
 
 

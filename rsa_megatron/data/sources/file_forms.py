@@ -70,6 +70,7 @@ def split_header(text: str) -> list[str]:
 
 
 def is_table_header(text: str) -> bool:
-    """Return whether the first line of a text names a column of captions or conversations, and one of images."""
+    """Return whether the first line of a text names a column of conversations among others, or of captions and images."""
     columns = set(split_header(text))
-    return bool(columns & {*CAPTION_FIELDS, *CONVERSATION_FIELDS} and columns & {*IMAGE_FIELDS, *FILE_FIELDS})
+    has_captions = columns & {*CAPTION_FIELDS} and columns & {*IMAGE_FIELDS, *FILE_FIELDS}
+    return bool(has_captions or (len(columns) > 1 and columns & {*CONVERSATION_FIELDS}))

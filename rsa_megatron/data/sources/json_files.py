@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from rsa_megatron.data.media_names import is_absent
+from rsa_megatron.data.field_values import is_absent
 from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS
 from rsa_megatron.data.sources.compressed import open_bytes
 from rsa_megatron.data.sources.record import Record, Unusable
@@ -200,11 +200,13 @@ def _list_rows(content: dict) -> list[dict] | None:
         return None
     talks = [cell for name in CONVERSATION_FIELDS for cell in columns.get(name, [])]
     # The turns of one conversation are no column of conversations.
-    if len(set(map(len, columns.values()))) > 1 or any(
-        isinstance(talk, dict) and {"from", "role"} & talk.keys() for talk in talks
-    ):
+    if len(set(map(len, columns.values()))) > 1 or any(map(_is_turn, talks)):
         return None
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(value.get(name), str) for name in ("from", "role"))
 
 
 def _hold_objects(values: list) -> bool:

@@ -22,29 +22,21 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rsa_megatron.data.media_names import find_unread, is_absent, may_name_medium
-from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption, read_record
+from rsa_megatron.data.field_values import is_absent
+from rsa_megatron.data.image_references import list_references
+from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, find_unread, may_name_medium
+from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption
 from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs
 from rsa_megatron.data.sources.compressed import open_bytes
 from rsa_megatron.data.sources.file_forms import tell_form
-from rsa_megatron.data.sources.pairs import Pairs, Row, Table
-from rsa_megatron.data.sources.record import Record, Unusable
+from rsa_megatron.data.sources.pairs import ImageBytes, Pairs, Row, Table
+from rsa_megatron.data.sources.record import Record
 
 # Of each, the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
 _CAPTIONS = (*CONVERSATION_FIELDS, *CAPTION_FIELDS)
-_FILES = (
-    "file_name",
-    "filename",
-    "image_name",
-    "image_path",
-    "image_file",
-    "image",
-    "img",
-    "img_path",
-    "filepath",
-    "jpg",
-)
 _ADDRESSES = ("image_url", "url")
+_FILES = ("file_name", "filename", "image_name", "image_path", "image_file", "image")
+_FILES += tuple(name for name in (*IMAGE_FIELDS, *FILE_FIELDS) if name not in _FILES + _ADDRESSES)
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; an unpaired
 # quotation mark would make one field of the rest of the file.
 _LONGEST_FIELD = 1 << 24
@@ -73,27 +65,21 @@ class _Roles:
         theirs = f"its columns are {', '.join(table.columns)}; rename the one that has them"
         if roles.caption is None:
             raise ValueError(f"{table.path} has no column of captions ({', '.join(_CAPTIONS)}), {theirs}")
-        if needs_image and not (roles.file or roles.address or table.image_column):
+        is_record = roles.caption in CONVERSATION_FIELDS  # which may name its image in its text
+        if needs_image and not (roles.file or roles.address or table.image_column or is_record):
             raise ValueError(
                 f"{table.path} has no column that names images ({', '.join(_FILES + _ADDRESSES)}), {theirs}"
             )
         return roles
 
-    def get_name(self, content: dict) -> str | None:
-        """Return what names the image: its file, or its address."""
-        return next(
-            (str(content[column]) for column in (self.file, self.address) if column and content.get(column)), None
-        )
-
-    def get_file(self, content: dict) -> str | None:
-        """Return the image's file name in the folder of images; None where nothing names it."""
-        name = self.get_name(content)
-        is_address = name and not (self.file and content.get(self.file))
-        return unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
+    def find_image(self, content: dict) -> tuple[str | bytes | None, bool]:
+        """Return what a row names its image by, a file, an address or its bytes, and whether it is an address."""
+        for column in (self.file, self.address):
+            if column and (found := list_references(content.get(column))):
+                return found[0], column == self.address
+        return None, False
 
     def get_caption(self, content: dict) -> str:
-        if self.caption in CONVERSATION_FIELDS:
-            return read_record(content, texts_alone=True).caption
         value = content.get(self.caption)
         return read_caption(json.loads(value) if self.caption == "raw" and isinstance(value, str) else value)
 
@@ -132,10 +118,15 @@ def read_tables(files: list[Path], root: Path | None, split: str, language: str)
 
 
 def _add(found: FoundPairs, roles: _Roles, row: Row, *, needs_image: bool) -> None:
+    if roles.caption in CONVERSATION_FIELDS:
+        found.add_record(row.place, row.content, row.image, row.num_images)
+        return
     if row.num_images > 1:
         found.left_out[WRONG_NUMBER_OF_IMAGES[needs_image]] += 1
         return
-    image = row.image or roles.get_file(row.content) or ""
+    name, is_address = roles.find_image(row.content)
+    file = unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
+    image = row.image or (ImageBytes(file, row.place) if isinstance(file, bytes) else file)
     if needs_image and not image:
         found.left_out["that name no image"] += 1
         return
@@ -144,10 +135,11 @@ def _add(found: FoundPairs, roles: _Roles, row: Row, *, needs_image: bool) -> No
         return
     try:
         caption = roles.get_caption(row.content)
-    except (ValueError, TypeError, Unusable):  # "raw" is not JSON, or a conversation not one
+    except (ValueError, TypeError):  # "raw" is not JSON
         found.left_out[f"whose column {roles.caption} cannot be read"] += 1
         return
-    found.add(image if isinstance(image, str) and image else roles.get_name(row.content) or row.place, caption, image)
+    key = image if isinstance(image, str) else name if isinstance(name, str) else row.place
+    found.add(key, caption, image or "")
 
 
 def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
@@ -156,7 +148,7 @@ def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
         from rsa_megatron.data.sources.pair_parquet import open_parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split"})
+    return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split", "id"})
 
 
 def holds_conversations(path: Path) -> bool:

@@ -255,9 +255,7 @@ def test_a_table_with_conversations(tmp_path):
     rows = [{"image": image, "conversations": talk}, {"image": image, "conversations": talk[:1]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     pairs = open_pairs(tmp_path / "d.parquet")
-    assert [pair.caption for pair in pairs] == ["A boat."] and pairs.left_out == {
-        "whose column conversations cannot be read": 1
-    }
+    assert [pair.caption for pair in pairs] == ["A boat."] and pairs.left_out == {"without a caption": 1}
 
 
 def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
