@@ -1,7 +1,6 @@
 """Show one sample as training sees it: its tokens with the targets marked, and its images cut into tiles."""
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, read_stored_record
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
 from rsa_megatron.recipes import STAGES
@@ -36,7 +35,9 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
     parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--part", choices=["train", "val"], default="train", help="split of shards or a mixture")
+    parser.add_argument(
+        "--part", choices=["train", "val"], default="train", help="split of shards, a mixture or a table"
+    )
     parser.add_argument(
         "--images", type=Path, help="folder that a SOURCE's paths of images are relative to; default: its own"
     )
@@ -66,7 +67,7 @@ def show(args) -> None:
         )
     if fault := make_encoder(args, settings, tokenizer, reader).explain_unusable(sample):
         raise ValueError(fault)
-    record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
+    record = read_stored_record(sample.record, len(parts))
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     images = reader.decode(parts)
     layouts = reader.layouts(images)
@@ -162,7 +163,7 @@ def read_stored_sample(args) -> StoredSample:
 
 def read_source_sample(args) -> StoredSample:
     """Read a record of a SOURCE as pack would store it with --rsa."""
-    source = open_records(args.path, images=args.images, seed=args.seed)
+    source = open_records(args.path, images=args.images, seed=args.seed, split=args.part)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
     record = next(source.records(args.index))

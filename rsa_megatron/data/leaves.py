@@ -9,6 +9,7 @@ from megatron.energon import CrudeSample, WorkerConfig
 from megatron.energon.flavors.jsonl.crude_jsonl_dataset import CrudeJsonlDatasetFactory
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
+from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.typed_samples import check_type, is_typed, read_as_ours
 
 # Into how many pieces a reader's share of a data set is cut that a mixture names again.
@@ -56,7 +57,7 @@ def _keep_broken_lines(factory: CrudeJsonlDatasetFactory) -> None:
         try:
             content = json.loads(raw["json"])
         except (ValueError, RecursionError) as error:
-            content = ValueError(f"its line is broken JSON: {error}")
+            content = Unusable("broken line", f"its line is broken JSON: {error}")
         return CrudeSample(raw | {"__subflavors__": factory.subflavors, "json": content})
 
     factory._load_sample = load

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from megatron.energon.flavors import Sample
 
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART
-from rsa_megatron.data.sources.llava_records import CAPTION_PROMPT
+from rsa_megatron.data.records import CONVERSATION_FIELDS
+from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.tiles import IMAGE_PART
 
 _CAPTION_PARTS = ("txt", "text", "caption")
-_CONVERSATIONS = ("conversations", "messages")
 # Suffixes of media, those that are read among them: "left.jpg" is no part that is read either.
 _MEDIA = frozenset(
     "png jpg jpeg jpe jfif webp bmp gif tif tiff heic heif avif jp2 jxl svg ico psd ppm pgm pbm pnm tga exr hdr "
@@ -35,9 +35,8 @@ class StoredSample(Sample):
 
     #: by the file's name: just "png", or "0.png", "1.jpg", ... in any order ("npy" for embeddings); or why it could not be read
     images: dict[str, bytes | Exception]
-    record: bytes | dict | None
-    #: why it cannot be used, where its parts show that already
-    fault: str | None = None
+    #: JSON; of a JSONL's line what `read_record` made of it, or why it could not
+    record: bytes | dict | Unusable | None
 
 
 def pick_parts(stored: Mapping[str, object]) -> tuple[dict[str, bytes], bytes | dict | None]:
@@ -48,14 +47,15 @@ def pick_parts(stored: Mapping[str, object]) -> tuple[dict[str, bytes], bytes | 
             with "__" are Energon's.
 
     Raises:
-        ValueError: the sample has two parts of one name, or a medium that is not read; names the parts.
+        Unusable: the sample has two parts of one name, or a medium that is not read; names the parts.
     """
     parts = {}
     for name, part in stored.items():
         if name.startswith("__"):
             continue
         if name.lower() in parts:
-            raise ValueError(f"it has the part .{name} twice, in upper and in lower case: remove one")
+            fault = f"it has the part .{name.lower()} twice, in upper and in lower case: remove one"
+            raise Unusable(f"part .{name.lower()} twice", fault)
         parts[name.lower()] = part
     images = {
         name: part for name, part in parts.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)
@@ -63,41 +63,30 @@ def pick_parts(stored: Mapping[str, object]) -> tuple[dict[str, bytes], bytes | 
     unread = [name for name, part in parts.items() if name not in images and _is_medium(name, part)]
     if unread:
         kept = ", ".join(name for name in parts if name not in unread)
-        raise ValueError(
+        raise Unusable(
+            f"medium not read: part {', '.join(f'.{name}' for name in unread)}",
             f"it has media that are not read, {', '.join(f'.{name}' for name in unread)}: rename or convert them (an image is .png, "
             f".jpg, .webp, .bmp, .gif or .tif, several are .0.png, .1.jpg, ...), or leave them out by `part_filter: [{kept}]` in "
-            f".nv-meta/dataset.yaml"
+            f".nv-meta/dataset.yaml",
         )
-    return images, _pick_record(parts, images)
+    return images, _pick_record(parts)
 
 
-def make_caption_record(caption: str, *, num_images: int = 1) -> dict:
-    """Make the record of a caption: the answer to a request for it."""
-    prompt = "<image>\n" * (num_images - 1) + CAPTION_PROMPT if num_images else CAPTION_PROMPT.partition("\n")[2]
-    return {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": caption}]}
-
-
-def _pick_record(parts: Mapping[str, bytes], images: Mapping[str, bytes]) -> bytes | dict | None:
-    record = parts.get("json")
-    caption = next((parts[name] for name in _CAPTION_PARTS if parts.get(name)), None)
+def _pick_record(parts: Mapping[str, object]) -> bytes | dict | None:
+    """Return the json, or the caption in place of one that has no conversation."""
+    record, caption = parts.get("json"), next((parts[name] for name in _CAPTION_PARTS if parts.get(name)), None)
+    if caption is None:
+        return record
     try:
         content = {} if record is None else json.loads(record)
-    except (ValueError, RecursionError):  # named where the record is read
+        caption = caption.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise Unusable("not UTF-8", f"its .txt is not UTF-8: {error}") from error
+    except (ValueError, RecursionError):  # named where the json is read
         return record
-    if not isinstance(content, dict) or any(content.get(name) for name in _CONVERSATIONS):
+    if not isinstance(content, dict) or any(content.get(name) for name in CONVERSATION_FIELDS) or not caption:
         return record
-    if caption is not None:
-        try:
-            caption = caption.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"its .txt is not UTF-8: {error}") from error
-    caption = caption or content.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
-        return record
-    num_pixels = sum(IMAGE_PART.fullmatch(name) is not None for name in images)
-    return {"id": content.get("id", content.get("key"))} | make_caption_record(
-        caption, num_images=num_pixels or len(images)
-    )
+    return {"id": content.get("id", content.get("key")), "caption": caption}
 
 
 def _is_medium(name: str, part: object) -> bool:

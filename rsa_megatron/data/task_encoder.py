@@ -34,6 +34,7 @@ from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.leaves import PreparedLeaves
+from rsa_megatron.data.records import read_record
 from rsa_megatron.data.single_epoch import shuffle_once
 from rsa_megatron.data.sources.record import Unusable, resolve_inside
 from rsa_megatron.data.stored_parts import StoredSample, pick_parts
@@ -67,23 +68,26 @@ class EncodedSample(Sample):
 def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
     """Pick the images and the record out of a crude sample: of a tar, or of a JSONL file with `images` beside it."""
     record = stored.get("json")
-    if record is None or isinstance(record, bytes):
+    if isinstance(record, bytes | None):
         try:
             found, record = pick_parts(stored)
-        except ValueError as error:  # stored, not raised, as below
-            return StoredSample(**basic_sample_keys(stored), images={}, record=None, fault=str(error))
+        except Unusable as fault:
+            found, record = {}, fault
         return StoredSample(**basic_sample_keys(stored), images=found, record=record)
     # Energon calls each line by its number.
     keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
-    if not isinstance(record, dict):  # leaves.py could not read the line
-        return StoredSample(**keys, images={}, record=None, fault=str(record))
-    return StoredSample(**keys, images=_read_images(record.get("image"), images), record=record)
-
-
-def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dict[str, bytes | Exception]:
     # What goes wrong is stored, not raised: the sample is counted and named where all skipped ones are.
+    try:
+        read = read_record(record)
+    except Unusable as fault:
+        return StoredSample(**keys, images={}, record=fault)
+    record = (record if isinstance(record, dict) else {}) | read.as_dict()
+    return StoredSample(**keys, images=_read_images(read.images, images), record=record)
+
+
+def _read_images(paths: list[str | bytes], images: FileStore | None) -> dict[str, bytes | Exception]:
     parts = {}
-    for number, path in enumerate(paths if isinstance(paths, list) else [] if paths is None else [paths]):
+    for number, path in enumerate(paths):
         name = f"{number}.npy" if isinstance(path, str) and path.endswith(".npy") else f"{number}.png"
         try:
             parts[name] = _read_image(path, images)  # whatever picture it is: its bytes say so
@@ -92,9 +96,9 @@ def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dic
     return parts
 
 
-def _read_image(path: str, images: FileStore | None) -> bytes:
-    if not isinstance(path, str):
-        raise ValueError(f"its image is {path!r}; it must be a path")
+def _read_image(path: str | bytes, images: FileStore | None) -> bytes:
+    if isinstance(path, bytes):
+        return path
     if images is None:
         raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
     root = EPath(images.get_path())
@@ -224,12 +228,10 @@ class LlavaTaskEncoder(PreparedLeaves, DefaultTaskEncoder[StoredSample, EncodedS
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
-        if sample.fault:
-            raise ValueError(sample.fault)
-        record = _read_record(sample.record)
+        parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
+        record = read_stored_record(sample.record, len(parts or sample.images))
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
         num_image_tokens = text.tokens.count(self._image_token_id)
-        parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
         if num_image_tokens != len(parts):
             what = "precomputed embedding(s) (.npy)"
             if isinstance(self._images, ImageTiler):
@@ -311,16 +313,18 @@ def sample_id(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _read_record(record: bytes | dict | None) -> dict:
+def read_stored_record(record: bytes | dict | Unusable | None, num_images: int) -> dict:
+    """Read a sample's record, beside which so many images lie; its fields that are not ours stay."""
     if record is None:
         raise ValueError("it has no .json")
+    if isinstance(record, Unusable):
+        raise record
     try:
-        content = record if isinstance(record, dict) else json.loads(record)
-    except ValueError as error:  # no JSON, or no UTF-8
+        content = json.loads(record) if isinstance(record, bytes) else record
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise ValueError(f"its .json cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("conversations"), list):
-        raise ValueError('its .json has no list "conversations"')
-    return content
+    read = read_record(content, images_beside=num_images)
+    return (content if isinstance(content, dict) else {}) | read.as_dict()
 
 
 def _check_readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:

@@ -15,7 +15,8 @@ from megatron.energon import CaptioningSample, MultiChoiceVQASample, VQASample, 
 from megatron.energon.flavors import BaseCoreDatasetFactory, CrudeSample
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
-from rsa_megatron.data.stored_parts import StoredSample, make_caption_record
+from rsa_megatron.data.sources.record import Unusable
+from rsa_megatron.data.stored_parts import StoredSample
 
 _TEXT_PARTS = ("txt", "text", "transcript", "caption")
 # LLaVA's words for questions with choices.
@@ -50,7 +51,7 @@ def read_fields(factory: BaseCoreDatasetFactory, parts: Mapping[str, object]) ->
         parts: bytes by name; of a file that is not json or text, anything that stands for it.
 
     Raises:
-        ValueError: they do not fit the data set's field_map, or have no answer.
+        Unusable: they do not fit the data set's field_map, or have no answer.
     """
     try:
         decoded = {name: _decode(name.lower(), part) for name, part in parts.items()}
@@ -60,8 +61,9 @@ def read_fields(factory: BaseCoreDatasetFactory, parts: Mapping[str, object]) ->
     except Exception as error:  # whatever a data set's own loader raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         named = ", ".join(name for name in parts if not name.startswith("__"))
-        raise ValueError(
-            f"the field_map of its .nv-meta/dataset.yaml does not fit its parts {named}: {reason[:300]}"
+        raise Unusable(
+            "field_map that does not fit",
+            f"the field_map of its .nv-meta/dataset.yaml does not fit its parts {named}: {reason[:300]}",
         ) from error
     return fields.get("image"), record
 
@@ -71,9 +73,11 @@ def _load(factory: BaseCoreDatasetFactory, raw: dict) -> StoredSample:
     try:
         image, record = read_fields(factory, {name: part for name, part in raw.items() if not name.startswith("__")})
         if not isinstance(image, bytes):
-            raise ValueError(f"its image is a {type(image).__name__}; its field_map must name an image file")
-    except ValueError as error:
-        return StoredSample(**keys, images={}, record=None, fault=str(error))
+            raise Unusable(
+                "wrong type", f"its image is a {type(image).__name__}; its field_map must name an image file"
+            )
+    except Unusable as fault:
+        return StoredSample(**keys, images={}, record=fault)
     return StoredSample(**keys, images={"png": image}, record=record)  # whatever picture it is: its bytes say so
 
 
@@ -96,7 +100,7 @@ def is_text(name: str) -> bool:
 
 
 def _make_caption(fields: dict) -> dict:
-    return make_caption_record(_get_text(fields, "caption"))
+    return {"caption": _get_text(fields, "caption")}
 
 
 def _make_answer(fields: dict) -> dict:

@@ -22,9 +22,11 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 from PIL import Image
 
-from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, join_answers, read_records
-from rsa_megatron.data.sources.llava_records import JsonLines
+from rsa_megatron.data.records import read_record
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, read_records
+from rsa_megatron.data.sources.json_files import JsonLines
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, decode, join, without_image
+from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.stored_parts import pick_parts
 from rsa_megatron.data.tiles import IMAGE_PART
 from rsa_megatron.data.typed_samples import check_type, is_text, is_typed, read_fields
@@ -68,20 +70,19 @@ class _StoredPair:
 
     def load(self) -> CaptionedImage:
         try:
-            record = self._read_record()
-            caption = join_answers(record.get("conversations"))
-        except (ValueError, AttributeError, RecursionError) as error:
+            read = read_record(self._read_content(), texts_alone=True)
+        except (ValueError, Unusable, RecursionError) as error:
             raise ValueError(f"{self.texts[0].tar}, {self.texts[0].name}: it has no caption: {error}") from error
         image = partial(_open, self.image) if self.opens_image else without_image(self.key)
-        return CaptionedImage(self.key, caption, image, record)
+        return CaptionedImage(self.key, read.caption, image, read.as_dict())
 
-    def _read_record(self) -> dict:
-        texts = {part.name: part.read() for part in self.texts}
-        images = {} if self.image is None else {self.image.name: self.image}
+    def _read_content(self) -> object:
+        parts = {part.name: part.read() for part in self.texts}
+        parts |= {} if self.image is None else {self.image.name: self.image}
         if self.typed:
-            return read_fields(self.typed, texts | images)[1]
-        _, record = pick_parts(texts | images)
-        return record if isinstance(record, dict) else json.loads(record)
+            return read_fields(self.typed, parts)[1]
+        _, record = pick_parts(parts)
+        return json.loads(record) if isinstance(record, bytes) else record
 
 
 def _open(part: _File) -> Image.Image:
@@ -107,10 +108,8 @@ def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
         if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
             parts.append(Pairs.of([], Counter({f"of {name}, which has rsa: false": len(data_set)})))
         elif is_jsonl:
-            images = _get_image_folder(path, loaded) if needs_image else data_path.parent
-            parts.append(
-                read_records(JsonLines(data_path), images, _get_subset(data_set), prefix, needs_image=needs_image)
-            )
+            images = _get_image_folder(path, loaded) if needs_image else None
+            parts.append(read_records(JsonLines(data_path), images, _get_subset(data_set), prefix))
         else:
             parts.append(_read_index(data_set, data_path, prefix, needs_image))
     return join(parts)
@@ -205,9 +204,8 @@ def _read_samples(database: sqlite3.Connection, tar_id: int, tar: Path) -> dict[
 def _select_sample(key: str, parts: list[_File], left_out: Counter[str], needs_image: bool) -> list[_StoredPair]:
     try:
         names, _ = pick_parts({part.name: part for part in parts if not is_text(part.name)})
-    except ValueError as error:
-        # By the kind of fault: each sample has parts of its own.
-        left_out[f"that cannot be read: {str(error).partition(': ')[0]}"] += 1
+    except Unusable as fault:
+        left_out[f"that cannot be used ({fault.kind})"] += 1
         return []
     images = [part for part in parts if IMAGE_PART.fullmatch(part.name.lower()) and part.name.lower() in names]
     texts = tuple(part for part in parts if is_text(part.name))

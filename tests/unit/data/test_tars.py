@@ -10,6 +10,7 @@ from rsa_megatron.cli.data import main
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.sources.open_pairs import open_pairs
+from rsa_megatron.data.task_encoder import read_stored_record
 from tests.support import broken_data, tars
 from tests.support.train_loaders import make_encoder
 
@@ -76,7 +77,7 @@ def test_a_medium_that_is_not_read_leaves_the_sample_out_by_name(encoder, demo, 
         main(["show", str(folder), "--tokenizer", str(demo / "tokenizer"), "--part", "val"])
     assert str(shown.value) == f"error: {line}"
     if named != ".img":  # whose bytes alone say what it is
-        assert open_pairs(folder).left_out == {f"that cannot be read: it has media that are not read, {named}": 1}
+        assert open_pairs(folder).left_out == {f"that cannot be used (medium not read: part {named})": 1}
     # The remedy that it names.
     settings = yaml.safe_load((folder / ".nv-meta" / "dataset.yaml").read_text())
     kept = line.rpartition("part_filter: [")[2].partition("]")[0].split(", ")
@@ -145,7 +146,8 @@ def test_the_question_of_a_choice_is_llavas(tmp_path):
     folder = tars.write(tmp_path / "data", {"a": parts}, {"__class__": name, "field_map": field_map})
     (sample,) = stored_samples(folder, "val")
     question = "Which?\nA. a car\nB. a boat\nAnswer with the option's letter from the given choices directly."
-    assert sample.record["conversations"][0]["value"] == f"<image>\n{question}"
+    turns = read_stored_record(sample.record, 1)["conversations"]
+    assert turns[0]["value"] == f"<image>\n{question}" and turns[1]["value"] == "B"
 
 
 def test_a_field_map_that_does_not_fit_is_one_line_a_sample(encoder, tmp_path, caplog, capfd):
