@@ -5,9 +5,9 @@
                                                                            --data-path DIR/mixture.yaml
     rsa-megatron data show PATH --index 3 --tokenizer TOKENIZER --stage 1.5
 
-SOURCE: LLaVA's JSON or JSONL, LLaVA-OneVision's YAML of such files, Hugging Face's parquet files (one, or a folder of
-them), a folder of images with a text file beside each, COCO's captions .json, or a .csv, .tsv or .parquet with a column of
-captions. PATH is a SOURCE, a folder that pack has written, or a mixture.
+SOURCE: records with conversations, messages or captions in JSON, JSONL or parquet (one file, or a folder of them), or in a
+.csv or .tsv; LLaVA-OneVision's YAML of such files; a folder of images with a text file beside each, or with a metadata.jsonl
+or .csv; COCO's captions .json, Karpathy's dataset_*.json. PATH is a SOURCE, a folder that pack has written, or a mixture.
 
 A sample that cannot be used is skipped; DIR/skipped.jsonl lists each with the reason. A run that was killed resumes where
 it stopped; DIR appears under its name when it is complete. DIR/summary.json and summary.png show what is in it.
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from rsa_megatron import atomic
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
+from rsa_megatron.data.field_values import is_absent
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
 from rsa_megatron.data.prepare.shard_writer import Lines, TarShards, index_lines, index_shards
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # what matters ends in skipped.jsonl
     warnings.filterwarnings("ignore", message="'pin_memory'")  # Energon asks for it on any machine
+    warnings.filterwarnings("ignore", message="(?s).*is deprecated, use the default instead and set the sample_type")
     try:
         show(args) if args.command == "show" else make(args)
     except (ValueError, OSError) as error:
@@ -65,6 +67,16 @@ def parse(arguments: list[str] | None):
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument(
             "--images", type=Path, help="folder that the paths of images are relative to; default: SOURCE's own"
+        )
+        command.add_argument(
+            "--split",
+            default="train",
+            help="split to take of tables with a column `split`, and of Karpathy's JSON; default: %(default)s",
+        )
+        command.add_argument(
+            "--language-code",
+            default="en",
+            help="language to take of tables with a column `language`; default: %(default)s",
         )
         command.add_argument("--rsa", action="store_true", help="samples with one image enter the RSA loss")
         command.add_argument(
@@ -97,7 +109,9 @@ def parse(arguments: list[str] | None):
 
 def make(args) -> None:
     """Run pack and link."""
-    source = open_records(args.source, images=args.images, seed=args.seed)
+    source = open_records(
+        args.source, images=args.images, seed=args.seed, split=args.split, language=args.language_code
+    )
     if isinstance(source, CaptionRecords) and source.left_out:
         print(f"skipped: {format_counts(source.left_out)}", file=sys.stderr)
     image_root = (args.images or source.image_root).resolve()
@@ -113,6 +127,8 @@ def make(args) -> None:
         "seed": args.seed,
         "tokenizer": args.tokenizer and str(args.tokenizer.resolve()),
         "shard-size": getattr(args, "shard_size", None),
+        "split": args.split,
+        "language-code": args.language_code,
     }
     held_out = choose_held_out(len(source), args.val, args.seed)
     if is_finished(args.out, settings):
@@ -126,9 +142,8 @@ def make(args) -> None:
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.splits["train"]:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in figures.skipped.most_common())
         raise ValueError(
-            f"{args.source}: no sample for training can be used ({kinds}); see {unfinished / 'skipped.jsonl'}; "
+            f"{args.source}: no sample for training can be used ({'; '.join(figures.list_skipped())}); see {unfinished / 'skipped.jsonl'}; "
             f"then remove {unfinished}"
         )
     if args.command == "pack":
@@ -176,10 +191,10 @@ def read_state(folder: Path, settings: dict) -> dict:
 
 def check_settings(folder: Path, then: dict, now: dict) -> None:
     for name, value in now.items():
-        if then.get(name) != value:
+        # A folder of an earlier version lacks the later settings.
+        if name in then and then[name] != value:
             raise ValueError(
-                f"{folder} was started with {name} {then.get(name)}, this run has {value}: "
-                "name another --out, or remove it"
+                f"{folder} was started with {name} {then[name]}, this run has {value}: name another --out, or remove it"
             )
 
 
@@ -208,8 +223,8 @@ def write(
     progress = tqdm(total=len(source), initial=start, desc=str(folder), unit="sample", mininterval=1)
     for record, found in map_in_order(check, source.records(start), num_workers):
         if isinstance(found, Unusable):
-            figures.skipped[found.kind] += 1
             fault = {"record": record.number, "place": record.place, "id": get_id(record), "kind": found.kind}
+            figures.skip(found.kind, fault["id"] if fault["id"] is not None else record.place)
             is_time = outputs["skipped"].write(fault | {"reason": str(found)})
         else:
             split = "val" if record.number in held_out else "train"
@@ -255,7 +270,7 @@ def map_in_order(function: Callable, items: Iterable, num_workers: int) -> Itera
 def get_id(record: Record) -> str | int | None:
     """Return the record's own id, for the list of skipped samples."""
     found = record.content.get("id") if isinstance(record.content, dict) else None
-    return found if isinstance(found, str | int | None) else str(found)
+    return found if isinstance(found, str | int) else None if is_absent(found) else str(found)
 
 
 def write_state(folder: Path, state: dict) -> None:

@@ -14,6 +14,8 @@ from rsa_megatron.models.architectures import get_architecture
 # All of LLaVA-OneVision's models cut images alike.
 _MODEL = get_architecture("llava-ov-7b")
 TILE_SIZE, PINPOINTS = _MODEL.vision.image_size, _MODEL.grid_pinpoints
+# The first samples of a kind that are named.
+_NAMED = 3
 
 
 class Figures:
@@ -29,6 +31,8 @@ class Figures:
         state = state or {}
         self.splits = Counter(state.get("parts"))
         self.skipped = Counter(state.get("skipped"))
+        #: of each kind of skipped samples, the ids of the first
+        self.first_skipped: dict[str, list] = dict(state.get("first_skipped", {}))
         stored = state.get("histograms", {})
         # JSON's keys are strings.
         self.histograms = {
@@ -46,9 +50,28 @@ class Figures:
             rows, columns = choose_grid(image.height, image.width, PINPOINTS, TILE_SIZE) if alone else (0, 0)
             self.histograms["tiles of an image"][1 + rows * columns] += 1
 
+    def skip(self, kind: str, name: str | int) -> None:
+        """Count a sample that is skipped for this kind of fault, by its id or place."""
+        self.skipped[kind] += 1
+        if self.skipped[kind] <= _NAMED:
+            self.first_skipped.setdefault(kind, []).append(name)
+
+    def list_skipped(self) -> list[str]:
+        """List how many samples were skipped for each kind of fault, and the first of them."""
+        lines = []
+        for kind, count in self.skipped.most_common():
+            named = ", ".join(str(name)[:60] for name in self.first_skipped.get(kind, []))
+            lines.append(f"{count} {kind}: {named}" + ", ..." * (count > _NAMED))
+        return lines
+
     def get_state(self) -> dict:
         histograms = {name: dict(sorted(counts.items())) for name, counts in self.histograms.items()}
-        return {"parts": dict(self.splits), "skipped": dict(self.skipped), "histograms": histograms}
+        return {
+            "parts": dict(self.splits),
+            "skipped": dict(self.skipped),
+            "first_skipped": self.first_skipped,
+            "histograms": histograms,
+        }
 
     def _length(self, text: str) -> int:
         if self._tokenizer is None:
@@ -61,7 +84,7 @@ def format_summary(figures: Figures, num_shards: int) -> str:
     counts = ", ".join(f"{figures.splits[split]} {split}" for split in ("train", "val"))
     counts += f", in {num_shards} shards" if num_shards else ""
     lines = [f"{sum(figures.splits.values())} samples: {counts}; {sum(figures.skipped.values())} skipped"]
-    lines += [f"    skipped  {count:>7}  {kind}" for kind, count in figures.skipped.most_common()]
+    lines += [f"    skipped  {line}" for line in figures.list_skipped()]
     for name, counts in figures.histograms.items():
         if counts:
             middle, most, largest = (quantile(counts, share) for share in (0.5, 0.99, 1))

@@ -1,7 +1,6 @@
 """Show one sample as training sees it: its tokens with the targets marked, and its images cut into tiles."""
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
-from rsa_megatron.data.task_encoder import StoredSample
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, read_stored_record
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
 from rsa_megatron.recipes import STAGES
@@ -36,7 +35,9 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
     parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--part", choices=["train", "val"], default="train", help="split of shards or a mixture")
+    parser.add_argument(
+        "--part", choices=["train", "val"], default="train", help="split of shards, a mixture or a table"
+    )
     parser.add_argument(
         "--images", type=Path, help="folder that a SOURCE's paths of images are relative to; default: its own"
     )
@@ -58,15 +59,16 @@ def show(args) -> None:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
     sample = read_stored_sample(args) if prepared else read_source_sample(args)
-    record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
-    text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
-    parts = read_parts(sample)
-    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
-    parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
+    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, sample.images)))
+    parts = {name: part for name, part in sample.images.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
             f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform"
         )
+    if fault := make_encoder(args, settings, tokenizer, reader).explain_unusable(sample):
+        raise ValueError(fault)
+    record = read_stored_record(sample.record, len(parts))
+    text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     images = reader.decode(parts)
     layouts = reader.layouts(images)
     num_image_tokens = sum(
@@ -106,6 +108,25 @@ def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | Im
     )
 
 
+def make_encoder(
+    args, settings: dict, tokenizer: "PreTrainedTokenizerBase", reader: ImageTiler | ImageEmbeddings
+) -> LlavaTaskEncoder:
+    """Make the task encoder that would train on the sample."""
+    is_pixels = isinstance(reader, ImageTiler)
+    return LlavaTaskEncoder(
+        tokenizer,
+        image_size=args.image_size,
+        patch_size=_MODEL.vision.patch_size,
+        max_sequence_length=settings["seq_length"],
+        template=args.template,
+        label_style=args.label_style,
+        image_aspect_ratio=args.image_aspect_ratio,
+        grid_pinpoints=reader.grid_pinpoints if is_pixels else [],
+        max_tiles=_MODEL.max_tiles,
+        embeddings=None if is_pixels else reader,
+    )
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not folder.is_dir():
         raise ValueError(f"--tokenizer {folder} is not a folder; name one with a Hugging Face tokenizer")
@@ -142,7 +163,7 @@ def read_stored_sample(args) -> StoredSample:
 
 def read_source_sample(args) -> StoredSample:
     """Read a record of a SOURCE as pack would store it with --rsa."""
-    source = open_records(args.path, images=args.images, seed=args.seed)
+    source = open_records(args.path, images=args.images, seed=args.seed, split=args.part)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
     record = next(source.records(args.index))
@@ -154,14 +175,6 @@ def read_source_sample(args) -> StoredSample:
     return StoredSample(
         __key__=record.place, __restore_key__=(), __subflavors__={"rsa": True}, record=parts.pop("json"), images=parts
     )
-
-
-def read_parts(sample: StoredSample) -> dict[str, bytes]:
-    """Return its images' bytes; of a linked sample each may be missing."""
-    for part in sample.images.values():
-        if isinstance(part, Exception):
-            raise ValueError(f"an image of {sample.__key__} cannot be read: {part}") from part
-    return sample.images
 
 
 def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:

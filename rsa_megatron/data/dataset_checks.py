@@ -5,11 +5,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.energon import WorkerConfig
+from megatron.energon.flavors import BaseCoreDatasetFactory
 from megatron.energon.flavors.jsonl.crude_jsonl_dataset import CrudeJsonlDatasetFactory
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.structs import ShardInfo
-from megatron.energon.metadataset import load_dataset
-from megatron.energon.metadataset.loader_interface import LoadedDataset
+from megatron.energon.metadataset import load_dataset, traverse_metadataset
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset, LoadedDatasetList
+
+from rsa_megatron.data.leaves import count_occurrences
+from rsa_megatron.data.mixture_checks import check_mixture
+from rsa_megatron.data.typed_samples import check_type
 
 
 def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
@@ -22,9 +27,10 @@ def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batc
         micro_batch_size: which each of them must fill at least once in an evaluation.
     """
     for split in splits:
-        shards = _list_shards(path, split)
-        num_samples = sum(shard.count for shard in shards)
-        if split == "val" and shards and num_samples // num_readers < micro_batch_size:
+        loaded = _load_split(path, split)
+        shards = [shard for each in loaded.datasets for shard in _get_shards(each)]
+        num_samples = _check_counts(path, split, loaded, num_readers)
+        if split == "val" and num_samples // num_readers < micro_batch_size:
             raise ValueError(
                 f"--data-path {path}: the {num_samples} samples of its validation split, divided between {num_readers} data "
                 f"workers (data-parallel ranks x --num-workers), do not fill a micro-batch of {micro_batch_size} each; add "
@@ -47,6 +53,40 @@ def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batc
                 )
 
 
+def _check_counts(path: str, split: str, loaded: LoadedDatasetList, num_readers: int) -> int:
+    """Return the number of samples, unless a data set has none, or too few for a reader to have any of what it must read.
+
+    What comes to an end is divided between readers as a whole. Of a blend by weight each reader draws from its share of each
+    data set, whose weight would be lost where the share is empty.
+    """
+    needs_each = split == "train" and loaded.blend_mode == DatasetBlendMode.DATASET_WEIGHT
+    counts = [count_samples(each.dataset) for each in loaded.datasets]
+    readers = f"{num_readers} data workers (data-parallel ranks x --num-workers)"
+    for each, count in zip(loaded.datasets, counts):
+        name = f"--data-path {path}: {each.dataset.paths[0]}"
+        if not count:
+            raise ValueError(f"{name} has no sample in its split {split}: leave it out of the data, or add samples")
+        if needs_each and count < num_readers:
+            raise ValueError(
+                f"{name} has {count} samples in its split {split}, fewer than the {readers}, of which each draws from its own share: "
+                "add samples, lower --num-workers, leave it out, or mix by blend_epochized"
+            )
+    if split == "train" and sum(counts) < num_readers:
+        raise ValueError(
+            f"--data-path {path}: {sum(counts)} samples in its split {split} are fewer than the {readers}: add samples, or lower "
+            "--num-workers or the number of processes"
+        )
+    return sum(counts)
+
+
+def count_samples(factory: BaseCoreDatasetFactory) -> int:
+    """Count the samples of a data set that are read: all, or its `subset`."""
+    if factory.subset is None:
+        return len(factory)
+    first, end = factory.subset.compute_subset(len(factory))
+    return end - first
+
+
 def fingerprint(path: str) -> str:
     """Hash what the training split behind `path` holds: shards by name and size, and how they are mixed."""
     parts = [
@@ -55,14 +95,11 @@ def fingerprint(path: str) -> str:
             loaded.weight,
             loaded.repetitions,
             repr(getattr(loaded.dataset, "subset", None)),
+            *([occurrence] if occurrence else []),  # its order is another one (leaves.py)
         )
-        for loaded in _load(path, "train")
+        for loaded, occurrence in count_occurrences(_load(path, "train"))
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
-
-
-def _list_shards(path: str, split: str) -> list[ShardInfo]:
-    return [shard for loaded in _load(path, split) for shard in _get_shards(loaded)]
 
 
 def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:
@@ -72,29 +109,67 @@ def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:
     return getattr(dataset, "shards", [])
 
 
-def _load(path: str, split: str) -> list[LoadedDataset]:
+def _load_split(path: str, split: str) -> LoadedDatasetList:
+    """Load what is known of the data sets of a split without reading samples.
+
+    Raises:
+        ValueError: one is not there, has a key that nothing reads or samples of a type that is not read; names file and remedy.
+    """
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
-        return (
-            load_dataset(path).get_datasets(training=split == "train", split_part=split, worker_config=config).datasets
-        )
-    except (ValueError, KeyError, OSError, AssertionError, EmptyDatasetError) as error:
+        check_mixture(path, [split])
+    except ValueError as error:
         raise ValueError(
-            f"--data-path {path}, split {split!r}: {error}; {_suggest_remedy(path, str(error))}"
+            f"--data-path {path}, split {split!r}: {error}{_suggest_remedy(path, split, str(error))}"
         ) from error
+    try:
+        loaded = load_dataset(path).get_datasets(training=split == "train", split_part=split, worker_config=config)
+        for each in loaded.datasets:
+            check_type(each.dataset)
+    except (ValueError, TypeError, KeyError, OSError, AssertionError, ImportError, EmptyDatasetError) as error:
+        reason = _name_leaf(path, split) + " ".join(str(error).split())
+        raise ValueError(
+            f"--data-path {path}, split {split!r}: {reason}{_suggest_remedy(path, split, reason)}"
+        ) from error
+    return loaded
 
 
-def _suggest_remedy(path: str, error: str) -> str:
+def _name_leaf(path: str, split: str) -> str:
+    """Name the first data set of a mixture that cannot be loaded: Energon's own errors say what is wrong, not with which."""
+    try:
+        leaves = traverse_metadataset(path, split_part=split)
+    except Exception:  # it is no mixture, or not one that can be walked
+        return ""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    for leaf in leaves:
+        try:
+            load_dataset(leaf.path).get_datasets(training=False, split_part=leaf.split_part, worker_config=config)
+        except Exception:
+            return f"{leaf.path}: "
+    return ""
+
+
+def _load(path: str, split: str) -> list[LoadedDataset]:
+    return _load_split(path, split).datasets
+
+
+def _suggest_remedy(path: str, split: str, error: str) -> str:
     if "://" not in path and not Path(path).exists():
-        return "it does not exist"
+        return "; it does not exist"
     if Path(path, "mixture.yaml").is_file():
-        return f"name {Path(path, 'mixture.yaml')}"
+        return f"; name {Path(path, 'mixture.yaml')}"
+    if "unknown key" in error or ".nv-meta/dataset.yaml" in error:
+        return ""  # it says what to do
+    if ": rename " in error:
+        return ""
+    if "split part" in error.lower() and split == "train":
+        return "; leave it out of the data, or name its shards of this split in its .nv-meta/split.yaml"
     if "split part" in error.lower():
         return (
-            "hold samples out for validation (rsa-megatron data pack --val), or disable evaluation (--eval-iters 0 "
+            "; hold samples out for validation (rsa-megatron data pack --val), or disable evaluation (--eval-iters 0 "
             "--mutual-knn-samples 0)"
         )
     return (
-        "name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
+        "; name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
         ".yaml of such folders, all of which must exist"
     )

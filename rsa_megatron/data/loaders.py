@@ -1,6 +1,8 @@
 """Energon loaders as Megatron's `--dataloader-type external` takes them."""
 
+import contextlib
 import dataclasses
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from megatron.energon import (
     get_val_dataset,
 )
 from megatron.energon.savable_loader import SavableDataLoader
+from megatron.energon.wrappers.base import BaseWrapperDataset
 from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
@@ -157,10 +160,75 @@ def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_
         ) from error
 
 
-class ValidationLoader:
-    """The validation split over and over, each time in the same order."""
+def explain_unread_validation(
+    path: str,
+    *,
+    data_parallel_size: int,
+    num_workers: int,
+    micro_batch_size: int,
+    micro_batches: int,
+    pairs: int = 0,
+    neighbours: int = 0,
+) -> str | None:
+    """Say which samples of the validation split no evaluation reads; None where it reads all of them, and scores them.
 
-    def __init__(self, path: str, task_encoder: TaskEncoder, worker_config: WorkerConfig, micro_batch_size: int):
+    Args:
+        micro_batches: that a rank reads in an evaluation.
+        pairs: of how many samples alignment is scored as well; 0: it is not.
+        neighbours: which that needs more than; 0: its metrics need none.
+    """
+    num_readers = max(1, num_workers)
+    config = WorkerConfig(rank=0, world_size=1, num_workers=data_parallel_size * num_readers)
+    with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
+        dataset = get_val_dataset(path, worker_config=config, batch_size=1, task_encoder=_Counter())
+    shares = [dataset.len_worker(worker) for worker in range(config.num_workers)]
+    num_samples, of_worker = sum(shares), [share // micro_batch_size for share in shares]
+    of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]
+    in_batches = sum(of_rank) * micro_batch_size
+    num_read = sum(min(count, micro_batches) for count in of_rank) * micro_batch_size
+    faults = []
+    if num_read < num_samples:
+        left_out = [
+            f"{count} {why}"
+            for count, why in (
+                (
+                    num_samples - in_batches,
+                    f"that do not fill a micro-batch of {micro_batch_size} in their data worker",
+                ),
+                (in_batches - num_read, "beyond --eval-iters"),
+            )
+            if count
+        ]
+        faults.append(
+            f"an evaluation reads {num_read} of the {num_samples} samples of the split val, each time the same; never read: "
+            f"{' and '.join(left_out)}"
+        )
+    scored = min(pairs, min(of_rank) * micro_batch_size * data_parallel_size)
+    if pairs and scored <= neighbours:
+        faults.append(
+            f"alignment is scored on {scored} samples at most, too few for {neighbours} neighbours, so that mutual-knn is nan: lower "
+            "--mutual-knn-k, or hold out more samples"
+        )
+    return f"--data-path {path}: {'; '.join(faults)}" if faults else None
+
+
+class ValidationLoader:
+    """The validation split over and over, each time in the same order.
+
+    Args:
+        batches_per_evaluation: after how many batches it begins anew, so that each evaluation of a run, resumed or not, is on
+            the same samples; 0: after its last one alone.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        task_encoder: TaskEncoder,
+        worker_config: WorkerConfig,
+        micro_batch_size: int,
+        *,
+        batches_per_evaluation: int = 0,
+    ):
         dataset = get_val_dataset(
             path,
             worker_config=worker_config,
@@ -168,19 +236,24 @@ class ValidationLoader:
             batch_drop_last=True,
             task_encoder=task_encoder,
         )
+        dataset = _FromBeginning(dataset, worker_config=worker_config)
         self._loader = _isolate_workers(get_loader(dataset))
         self._batches: Iterator[LlavaBatch] = iter(())
+        self._batches_per_evaluation, self._num_read = batches_per_evaluation, 0
 
     def __iter__(self):
         return self
 
     def __next__(self) -> LlavaBatch:
+        if self._batches_per_evaluation and self._num_read == self._batches_per_evaluation:
+            self._batches, self._num_read = iter(()), 0
         batch = next(self._batches, None)
         if batch is None:
-            self._batches = _read(self._loader)
+            self._batches = _read(self._loader)  # its data workers stay
             batch = next(self._batches, None)
         if batch is None:
             raise ValueError("the validation split does not fill one micro-batch in each data worker of each rank")
+        self._num_read += 1
         return batch
 
     def one_pass(self) -> Iterator[LlavaBatch]:
@@ -198,6 +271,23 @@ def _read(loader: DataLoader) -> Iterator[LlavaBatch]:
         if batch is None:
             return
         yield batch
+
+
+class _FromBeginning(BaseWrapperDataset):
+    """A data set that begins anew whenever it is read; Energon's go on where they were left."""
+
+    def reset_state_own(self) -> None:
+        pass
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        return self.dataset.len_worker(worker_idx)
+
+    def __iter__(self) -> Iterator:
+        self.dataset.reset_state_deep()
+        yield from self.dataset
+
+    def config(self) -> dict:
+        return self.dataset.config()
 
 
 def _isolate_workers(loader: DataLoader) -> DataLoader:

@@ -9,13 +9,14 @@ from pathlib import Path
 from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_val_dataset
 
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
+from rsa_megatron.data.leaves import PreparedLeaves
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 
 # A mixture may start with texts: one of the first N has an image, or none is looked at.
 _LOOKED_AT = 64
 
 
-class _AsStored(DefaultTaskEncoder):
+class _AsStored(PreparedLeaves, DefaultTaskEncoder):
     """Gives samples as the training's task encoder gets them."""
 
     cookers = LlavaTaskEncoder.cookers

@@ -32,10 +32,13 @@ from torch.utils.data import default_collate
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
-from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
+from rsa_megatron.data.image_embeddings import ImageEmbeddings
+from rsa_megatron.data.leaves import PreparedLeaves
+from rsa_megatron.data.records import read_record
 from rsa_megatron.data.single_epoch import shuffle_once
 from rsa_megatron.data.sources.record import Unusable, resolve_inside
-from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
+from rsa_megatron.data.stored_parts import StoredSample, pick_parts
+from rsa_megatron.data.tiles import ImageTiler
 
 if TYPE_CHECKING:  # only for annotations
     from transformers import PreTrainedTokenizerBase
@@ -43,15 +46,6 @@ if TYPE_CHECKING:  # only for annotations
 logger = logging.getLogger(__name__)
 
 _MOST_SKIPPED_IN_A_ROW = 100
-
-
-@dataclass(kw_only=True)
-class StoredSample(Sample):
-    """What lies in the shard, not decoded yet."""
-
-    #: by the file's name: just "png", or "0.png", "1.jpg", ... in any order ("npy" for embeddings); or why it could not be read
-    images: dict[str, bytes | Exception]
-    record: bytes | dict | None
 
 
 @dataclass(kw_only=True)
@@ -74,20 +68,26 @@ class EncodedSample(Sample):
 def cook(stored: dict, images: FileStore | None = None) -> StoredSample:
     """Pick the images and the record out of a crude sample: of a tar, or of a JSONL file with `images` beside it."""
     record = stored.get("json")
-    if not isinstance(record, dict):
-        found = {
-            name: part for name, part in stored.items() if IMAGE_PART.fullmatch(name) or EMBEDDING_PART.fullmatch(name)
-        }
+    if isinstance(record, bytes | None):
+        try:
+            found, record = pick_parts(stored)
+        except Unusable as fault:
+            found, record = {}, fault
         return StoredSample(**basic_sample_keys(stored), images=found, record=record)
     # Energon calls each line by its number.
     keys = basic_sample_keys(stored) | {"__key__": f"{stored['__shard__']}/{stored['__key__']}"}
-    return StoredSample(**keys, images=_read_images(record.get("image"), images), record=record)
-
-
-def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dict[str, bytes | Exception]:
     # What goes wrong is stored, not raised: the sample is counted and named where all skipped ones are.
+    try:
+        read = read_record(record)
+    except Unusable as fault:
+        return StoredSample(**keys, images={}, record=fault)
+    record = (record if isinstance(record, dict) else {}) | read.as_dict()
+    return StoredSample(**keys, images=_read_images(read.images, images), record=record)
+
+
+def _read_images(paths: list[str | bytes], images: FileStore | None) -> dict[str, bytes | Exception]:
     parts = {}
-    for number, path in enumerate(paths if isinstance(paths, list) else [] if paths is None else [paths]):
+    for number, path in enumerate(paths):
         name = f"{number}.npy" if isinstance(path, str) and path.endswith(".npy") else f"{number}.png"
         try:
             parts[name] = _read_image(path, images)  # whatever picture it is: its bytes say so
@@ -96,9 +96,9 @@ def _read_images(paths: str | list[str] | None, images: FileStore | None) -> dic
     return parts
 
 
-def _read_image(path: str, images: FileStore | None) -> bytes:
-    if not isinstance(path, str):
-        raise ValueError(f"its image is {path!r}; it must be a path")
+def _read_image(path: str | bytes, images: FileStore | None) -> bytes:
+    if isinstance(path, bytes):
+        return path
     if images is None:
         raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
     root = EPath(images.get_path())
@@ -109,7 +109,7 @@ def _read_image(path: str, images: FileStore | None) -> bytes:
     return images[path][0]
 
 
-class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
+class LlavaTaskEncoder(PreparedLeaves, DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatch, LlavaBatch]):
     """Encodes samples of images with conversations.
 
     Args:
@@ -173,6 +173,14 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             dataset = shuffle_once(dataset, self._shuffle_once, worker_config)
         return super().build_encode_sample(dataset, worker_config=worker_config)
 
+    def explain_unusable(self, sample: StoredSample) -> str | None:
+        """Return the line that training gives as it skips a sample; None for one that it trains on."""
+        try:
+            self._encode(sample)
+        except Exception as error:  # as in encode_sample
+            return _format_skipped(sample, error)
+        return None
+
     @stateless
     def encode_sample(self, sample: StoredSample) -> EncodedSample:
         try:
@@ -220,10 +228,10 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
         )
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
-        record = _read_record(sample.record)
+        parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
+        record = read_stored_record(sample.record, len(parts or sample.images))
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
         num_image_tokens = text.tokens.count(self._image_token_id)
-        parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
         if num_image_tokens != len(parts):
             what = "precomputed embedding(s) (.npy)"
             if isinstance(self._images, ImageTiler):
@@ -282,12 +290,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def _skip(self, sample: StoredSample, error: Exception) -> None:
         self._num_skipped += 1
         self._num_skipped_in_a_row += 1
-        reason = (
-            str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
-        )
-        line = f"skipped sample {sample.__key__}{_format_source(sample)}: {reason}"
-        if isinstance(sample.record, dict) and sample.record.get("image"):
-            line += f" (image {sample.record['image']})"[:200]  # of a JSONL: decoding knows no file names
+        line = _format_skipped(sample, error)
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             # Something is wrong with all of them: continuing would loop through the data set forever.
             raise FatalSampleError(f"{_MOST_SKIPPED_IN_A_ROW} samples in a row were skipped; the last: {line}")
@@ -310,16 +313,18 @@ def sample_id(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _read_record(record: bytes | dict | None) -> dict:
+def read_stored_record(record: bytes | dict | Unusable | None, num_images: int) -> dict:
+    """Read a sample's record, beside which so many images lie; its fields that are not ours stay."""
     if record is None:
         raise ValueError("it has no .json")
+    if isinstance(record, Unusable):
+        raise record
     try:
-        content = record if isinstance(record, dict) else json.loads(record)
-    except ValueError as error:  # no JSON, or no UTF-8
+        content = json.loads(record) if isinstance(record, bytes) else record
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise ValueError(f"its .json cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("conversations"), list):
-        raise ValueError('its .json has no list "conversations"')
-    return content
+    read = read_record(content, images_beside=num_images)
+    return (content if isinstance(content, dict) else {}) | read.as_dict()
 
 
 def _check_readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
@@ -327,6 +332,15 @@ def _check_readable(images: dict[str, bytes | Exception]) -> dict[str, bytes]:
         if isinstance(part, Exception):
             raise part
     return images
+
+
+def _format_skipped(sample: StoredSample, error: Exception) -> str:
+    reason = str(error) if isinstance(error, (ValueError, OSError, Unusable)) else f"{type(error).__name__}: {error}"
+    line = f"skipped sample {sample.__key__}{_format_source(sample)}: {reason}"
+    image = sample.record.get("image") if isinstance(sample.record, dict) else None
+    if image and str(image) not in reason:  # of a JSONL: decoding knows no file names
+        line += f" (image {str(image)[:200]})"
+    return line
 
 
 def _format_source(sample: StoredSample) -> str:

@@ -15,10 +15,10 @@ from megatron.training.arguments import parse_and_validate_args
 from transformers import AutoTokenizer
 
 from rsa_megatron import megatron_on_cpu
-from rsa_megatron.alignment.metrics import METRICS
+from rsa_megatron.alignment.metrics import METRICS, NEIGHBOUR_METRICS
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
 from rsa_megatron.data.dataset_checks import check_data
-from rsa_megatron.data.loaders import count_epoch_iterations
+from rsa_megatron.data.loaders import count_epoch_iterations, explain_unread_validation
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.hooks.isolated_captions import check_settings
@@ -252,8 +252,31 @@ def check_data_path(args) -> None:
             num_readers=args.data_parallel_size * max(1, args.num_workers),
             micro_batch_size=args.eval_micro_batch_size,
         )
+        if args.eval_iters:
+            say_unread_validation(args)
         if embeddings := image_embeddings(args):
             check_embeddings(args.data_path[0], "val" if args.skip_train else "train", embeddings)
+
+
+def say_unread_validation(args) -> None:
+    """Print once which validation samples no evaluation reads, and which scores cannot be."""
+    has_neighbours = not set(NEIGHBOUR_METRICS).isdisjoint(args.eval_metrics)
+    unread = explain_unread_validation(
+        args.data_path[0],
+        data_parallel_size=args.data_parallel_size,
+        num_workers=args.num_workers,
+        micro_batch_size=args.eval_micro_batch_size,
+        micro_batches=count_eval_micro_batches(args),
+        pairs=args.mutual_knn_samples,
+        neighbours=args.mutual_knn_k * has_neighbours,
+    )
+    if unread:
+        print_once(unread)
+
+
+def count_eval_micro_batches(args) -> int:
+    """Count the micro-batches that a rank reads in an evaluation (megatron.training's evaluate)."""
+    return args.eval_iters * (args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size))
 
 
 def check_parallelism(args) -> None:

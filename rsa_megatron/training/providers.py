@@ -11,7 +11,13 @@ from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.models.llava_onevision import LlavaOneVision, set_trainable
 from rsa_megatron.models.partial_load import leave_out_projector_once
-from rsa_megatron.training.arguments import architecture_of, dataloader_folder, end_with, load_tokenizer
+from rsa_megatron.training.arguments import (
+    architecture_of,
+    count_eval_micro_batches,
+    dataloader_folder,
+    end_with,
+    load_tokenizer,
+)
 from rsa_megatron.training.embedding_arguments import image_embeddings
 
 
@@ -63,16 +69,24 @@ def datasets_provider(num_samples, vp_stage=None):
                 end_with(error)
     validation = None
     if args.eval_iters:
-        validation = validation_loader(args, say_skipped=is_last)
+        validation = validation_loader(args, say_skipped=is_last, batches_per_evaluation=count_eval_micro_batches(args))
     return train, validation, None
 
 
 datasets_provider.is_distributed = True
 
 
-def validation_loader(args, *, say_skipped: bool, image_aspect_ratio: str | None = None) -> ValidationLoader:
+def validation_loader(
+    args, *, say_skipped: bool, image_aspect_ratio: str | None = None, batches_per_evaluation: int = 0
+) -> ValidationLoader:
     encoder = task_encoder(args, say_skipped=say_skipped, image_aspect_ratio=image_aspect_ratio)
-    return ValidationLoader(args.data_path[0], encoder, worker_config(args), args.eval_micro_batch_size)
+    return ValidationLoader(
+        args.data_path[0],
+        encoder,
+        worker_config(args),
+        args.eval_micro_batch_size,
+        batches_per_evaluation=batches_per_evaluation,
+    )
 
 
 def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = None) -> LlavaTaskEncoder:

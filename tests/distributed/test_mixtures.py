@@ -1,6 +1,8 @@
 """Mixtures give each source its share, an epoch each sample once, and both go on exactly where they stopped."""
 
 import collections
+import copy
+import itertools
 import json
 import math
 import os
@@ -15,9 +17,10 @@ from PIL import Image
 
 from rsa_megatron.cli import data
 from rsa_megatron.data.dataset_checks import check_data, fingerprint
+from rsa_megatron.data.leaves import PreparedLeaves
 from rsa_megatron.data.loaders import TrainLoader, count_epoch_iterations
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
-from tests.support import broken_data, processes
+from tests.support import broken_data, processes, tars
 from tests.support.environment import ROOT
 from tests.support.train_loaders import make_encoder, save
 
@@ -259,6 +262,69 @@ def interrupted(demo, path, state, one_epoch, num_workers, sabotage=None):
     return runs
 
 
+def read_in_turn(demo, path, *, num_workers=0, shuffle_buffer_size=1, count=120):
+    """Keys by the name that the mixture gives each data set, in the order of reading."""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers, seed_offset=5)
+    dataset = get_train_dataset(
+        path,
+        worker_config=config,
+        batch_size=1,
+        shuffle_buffer_size=shuffle_buffer_size,
+        max_samples_per_sequence=None,
+        task_encoder=Names(),
+    )
+    found, batches = collections.defaultdict(list), iter(get_loader(dataset))
+    for _ in range(count):
+        ((key, name),) = next(batches)
+        found[name].append(key)
+    return found
+
+
+class Names(PreparedLeaves, DefaultTaskEncoder):
+    cookers = LlavaTaskEncoder.cookers
+    decoder = None
+
+    def batch(self, samples):
+        return [(sample.__key__, sample.__subflavors__["name"]) for sample in samples]
+
+
+@pytest.mark.parametrize("shuffle_buffer_size", [1, 2, 50])
+def test_a_data_set_that_a_mixture_names_again_comes_in_another_order(demo, linked, tmp_path, shuffle_buffer_size):
+    inner = yaml.safe_load(Path(linked).read_text())["splits"]["train"]
+    for path, aux in (
+        (str(demo / "data" / "captions"), {}),
+        (str(Path(linked).parent / inner["path"]), {"aux": inner["aux"]}),
+    ):
+        blend = [{"path": path, "weight": 1, "subflavors": {"name": name}, **copy.deepcopy(aux)} for name in "abc"]
+        found = read_in_turn(demo, write_mixture(tmp_path / "m.yaml", blend), shuffle_buffer_size=shuffle_buffer_size)
+        orders = [found[name][:20] for name in "abc"]
+        for first, other in itertools.combinations(orders, 2):
+            # Of one order those of small buffers would differ by a few places: this counts keys with the same neighbour.
+            assert sum(pair in set(itertools.pairwise(first)) for pair in itertools.pairwise(other)) < 8
+        # The first keeps the order that it has alone, and each gives each sample once.
+        if shuffle_buffer_size == 1:
+            alone = read_in_turn(demo, write_mixture(tmp_path / "one.yaml", blend[:1]), shuffle_buffer_size=1)
+            assert orders[0] == alone["a"][:20]
+            assert all(len(set(order)) == 20 for order in orders)
+
+
+def test_the_position_of_a_data_set_named_twice_is_exact_and_its_own(demo, tmp_path):
+    blend = [source(demo, "captions", weight=1), source(demo, "captions", weight=1)]
+    path = write_mixture(tmp_path / "m.yaml", blend)
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=5)
+    first, restored = (TrainLoader(path, make_encoder(demo), config, 4, 1) for _ in range(2))
+    for _ in range(30):
+        next(first)
+    save(first, tmp_path / "state.pt")
+    restored.restore_state(tmp_path / "state.pt")
+    assert [next(first).keys for _ in range(150)] == [
+        next(restored).keys for _ in range(150)
+    ]  # beyond an epoch of each
+    assert fingerprint(path) != fingerprint(
+        write_mixture(tmp_path / "other.yaml", [blend[0], source(demo, "words", weight=1)])
+    )
+
+
 def test_a_position_of_other_weights_is_refused(demo, tmp_path):
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     paths = [
@@ -280,6 +346,54 @@ def test_a_pass_in_another_number_of_iterations_is_refused(demo, epochized, tmp_
     save(first, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="iterations of a single pass .*--global-batch-size.* = 96, this run has 48"):
         other.restore_state(tmp_path / "state.pt")
+
+
+TINY = {"subset": {"range": [0, 3]}}
+
+
+@pytest.mark.parametrize(
+    "entries, epochized, num_readers, message",
+    [
+        ([{}, {"subset": {"range": [0, 0]}}], False, 1, "captions has no sample in its split train: leave it out"),
+        ([{}, {"subset": {"range": [0, 0]}}], True, 1, "captions has no sample in its split train: leave it out"),
+        (
+            [{}, TINY],
+            False,
+            4,
+            "captions has 3 samples in its split train, fewer than the 4 data workers .* lower --num-workers",
+        ),
+        ([TINY], True, 4, "m.yaml: 3 samples in its split train are fewer than the 4 data workers"),
+        ([{}, TINY], True, 4, None),  # of a pass each reader has its share of all
+        ([{}, TINY], False, 3, None),
+    ],
+)
+def test_fewer_samples_than_readers_are_named_before_training(demo, tmp_path, entries, epochized, num_readers, message):
+    path = write_mixture(
+        tmp_path / "m.yaml", [source(demo, "captions", **entry) for entry in entries], epochized=epochized
+    )
+    if message is None:
+        return check_data(path, ["train"], num_readers=num_readers, micro_batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        check_data(path, ["train"], num_readers=num_readers, micro_batch_size=4)
+
+
+def test_a_data_set_without_samples_is_named_before_training(demo, tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A boat."}]
+    folder = tars.write(tmp_path / "tiny", {"a": {"json": json.dumps({"conversations": turns}).encode()}})
+    for split, message in (
+        ("train", "tiny: 1 samples in its split train are fewer than the 2 data workers"),
+        ("val", "tiny: the 1 samples of its validation split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_data(str(folder), [split], num_readers=2, micro_batch_size=4)
+    # A split that has no shard, in the midst of others.
+    parts = folder / ".nv-meta" / "split.yaml"
+    parts.write_text(parts.read_text().replace("\n  - train-00000.tar", " []"))
+    path = write_mixture(tmp_path / "m.yaml", [source(demo, "captions"), {"path": str(folder)}])
+    with pytest.raises(
+        ValueError, match="m.yaml, split 'train': .*tiny: No shards found in split part 'train'; leave it out"
+    ):
+        check_data(path, ["train"], num_readers=1, micro_batch_size=4)
 
 
 def test_linked_data_is_checked_like_shards(linked, epochized):

@@ -1,5 +1,7 @@
 """With data workers: the position of the training data is restored exactly; a validation part that is too small is named."""
 
+import multiprocessing
+
 import pytest
 from megatron.energon import WorkerConfig
 
@@ -27,6 +29,24 @@ def test_a_restored_loader_goes_on_exactly(demo, tmp_path, num_workers):
     expected, restored, from_the_beginning, generators_are_as_they_were = runs
     assert restored == expected and generators_are_as_they_were
     assert from_the_beginning != expected
+
+
+def evaluated(demo, num_workers):
+    """Keys of three evaluations of three batches, of a whole pass, and the processes that read during each."""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=num_workers)
+    loader = ValidationLoader(str(demo / "data" / "captions"), make_encoder(demo), config, 8, batches_per_evaluation=3)
+    evaluations, workers = [], []
+    for _ in range(3):
+        evaluations.append(keys(loader, 3))
+        workers.append(sorted(process.pid for process in multiprocessing.active_children()))
+    whole = ValidationLoader(str(demo / "data" / "captions"), make_encoder(demo), config, 8)
+    return evaluations, [batch.keys for batch in whole.one_pass()], workers
+
+
+def test_each_evaluation_begins_anew_in_the_same_data_workers(demo):
+    ((evaluations, one_pass, workers),) = processes.run(evaluated, 1, demo, 2)
+    assert evaluations == [one_pass[:3]] * 3
+    assert len(workers[0]) == 2 and workers == [workers[0]] * 3
 
 
 def test_a_validation_part_too_small_for_the_run_is_named_before_training(demo):

@@ -16,6 +16,18 @@ DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
 
 def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
     flags = ("--train-iters", 24, "--num-workers", 1, "--global-batch-size", 16, "--save-interval", 4, *DROPOUT)
+    # Three quarters of the split: an evaluation that went on where the last one had stopped would be on other samples.
+    flags += (
+        "--eval-interval",
+        4,
+        "--eval-iters",
+        3,
+        "--mutual-knn-samples",
+        32,
+        "--eval-metrics",
+        "mutual-knn",
+        "cka",
+    )
     flags_of = {name: (*flags, "--save", tmp_path / name, "--tensorboard-dir", tmp_path / name) for name in "ab"}
     uninterrupted = script.run(2, demo, *flags_of["a"])
     killed = script.run(2, demo, *flags_of["b"], kill_when=lambda output: re.search(r"iteration +10/", output))
@@ -28,6 +40,13 @@ def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
     # Megatron prints the first iteration of a run twice, alone and in the mean with the second.
     del actual[second]
     assert actual == {i: expected[i] for i in actual}
+    expected, actual = (
+        {line for line in validation_lines(outputs) if int(re.search(r"iteration (\d+)", line)[1]) >= first}
+        for outputs in (uninterrupted, resumed)
+    )
+    assert len(actual) > 3 * len({i for i in range(first, 25) if i % 4 == 0}) and actual == expected
+    said = "an evaluation reads 48 of the 64 samples of the split val, each time the same; never read: 16 beyond --eval-iters"
+    assert [output.count(said) for output in resumed] == [1, 0]
     expected, actual = (scalars(tmp_path / name, first) for name in "ab")
     assert len(actual["lm loss"]) == 25 - first and actual == expected
     # It is the data position that does it: with the data from the beginning the same weights see other samples.
@@ -64,6 +83,12 @@ def test_neither_reading_nor_evaluating_changes_what_is_dropped(demo, tmp_path):
         assert list(actual) == [4, 5, 6]
         # (Of the second iteration of a run Megatron prints the mean with the first.)
         assert [actual[i] == expected[i] for i in (4, 6)] == [sabotage is None] * 2
+
+
+def validation_lines(outputs):
+    """What a run says of each evaluation but how long it took: of the loss, and of each score of alignment."""
+    lines = re.findall(r"^.*validation .* at iteration \d+ .*", "\n".join(outputs), flags=re.MULTILINE)
+    return {re.sub(r"[\d.]+ s \|", "", line) for line in lines}
 
 
 def scalars(folder, first):

@@ -19,9 +19,8 @@ import numpy
 
 from rsa_megatron import atomic
 from rsa_megatron.data.conversation import IMAGE_TOKEN
-from rsa_megatron.data.prepare.sample_checks import add_image_token, check_turns
 from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
-from rsa_megatron.data.sources.llava_records import CAPTION_PROMPT
+from rsa_megatron.data.records import CAPTION_PROMPT, add_image_tokens, read_record
 from rsa_megatron.data.sources.record import Unusable
 
 #: The file of a sample that holds its embedding.
@@ -80,14 +79,14 @@ def make_embedding_info(key: str, record: dict | None, caption: str, *, by_id: b
     if record is None:
         turns = [{"from": "human", "value": CAPTION_PROMPT}, {"from": "gpt", "value": caption}]
         return EmbeddingInfo(key, key, turns)
-    turns, texts = check_turns(record)
-    count = sum(text.count(IMAGE_TOKEN) for text in texts)
+    read = read_record(record, texts_alone=True)
+    count = sum(text.count(IMAGE_TOKEN) for text in read.texts)
     if count > 1:
         raise Unusable(
             f"whose text has several {IMAGE_TOKEN}", f"{key}: its text has {count} {IMAGE_TOKEN} for one embedding"
         )
-    found = key if record.get("id") is None else record["id"]
-    return EmbeddingInfo(str(found) if by_id else key, found, turns if count else add_image_token(turns))
+    found = key if read.id is None else read.id
+    return EmbeddingInfo(str(found) if by_id else key, found, read.turns if count else add_image_tokens(read.turns))
 
 
 @dataclass(frozen=True)

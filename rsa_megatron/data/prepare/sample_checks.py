@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
-from rsa_megatron.data.sources.record import Record, Unusable, resolve_inside
+from rsa_megatron.data.records import read_record
+from rsa_megatron.data.sources.record import Record, Unusable, relate, resolve_inside
 from rsa_megatron.data.tiles import decode_images
 
 # By content, not by name: many a .jpg is a PNG. MPO is what some cameras' .jpg are. GIF and TIFF are stored as "png": the
@@ -64,72 +64,18 @@ def check(record: Record, image_root: Path) -> ImportedSample:
     Raises:
         Unusable: it cannot be trained on.
     """
-    content = record.content
-    if isinstance(content, Unusable):
-        raise content
-    if not isinstance(content, dict):
-        raise Unusable("wrong type", f"it is a {type(content).__name__}, not an object with conversations")
-    if content.get("video") is not None:
-        raise Unusable("video", "it has a video, which is not supported")
-    number = content.get("id")
-    if not isinstance(number, str | int | None):
-        raise Unusable("wrong type", f"its id is a {type(number).__name__}")
-    images = _find_images(content)
-    turns, texts = check_turns(content)
-    num_image_tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
-    if num_image_tokens == 0 and len(images) == 1 and record.may_lack_image_token:
-        turns = add_image_token(turns)
-        num_image_tokens = 1
-    if num_image_tokens != len(images):
-        raise Unusable(
-            "number of images", f"its text has {num_image_tokens} {IMAGE_TOKEN} and the record {len(images)} image(s)"
-        )
-    number = f"{record.number:06d}" if number is None else number
-    return ImportedSample(record.number, number, turns, texts, [_load(image, image_root) for image in images])
-
-
-def _find_images(content: dict) -> list[str | bytes]:
-    found = content["image"] if content.get("image") is not None else content.get("images")
-    found = [] if found is None else found if isinstance(found, list) else [found]
-    for reference in found:
-        if not isinstance(reference, str | bytes) or not reference:
-            what = "an empty one" if reference in ("", b"") else f"a {type(reference).__name__}"
-            raise Unusable("wrong type", f"its image is {what}; it must be a path")
-    return found
-
-
-def check_turns(content: dict) -> tuple[list[dict], list[str]]:
-    """Return a record's turns as {"from", "value"}, and the text of each. Raises Unusable if they are not a conversation."""
-    turns = content.get("conversations")
-    if turns is None:
-        turns = content.get("messages")
-    if not turns:
-        raise Unusable("conversation", "it has no conversations")
-    try:
-        texts = [text for _, text in check_conversation(turns)]
-    except ValueError as error:
-        raise Unusable("conversation", str(error)) from error
-    turns = [{"from": turn.get("from", turn.get("role")), "value": text} for turn, text in zip(turns, texts)]
-    try:
-        json.dumps([content.get("id"), turns], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise Unusable("not UTF-8", f"its text is not UTF-8: {error}") from error
-    return turns, texts
-
-
-def add_image_token(turns: list[dict]) -> list[dict]:
-    """Put an <image> before the first human turn's text. Raises Unusable without such a turn."""
-    for index, turn in enumerate(turns):
-        if turn["from"] in ("human", "user"):
-            turn_with_image = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n{turn['value']}"}
-            return [*turns[:index], turn_with_image, *turns[index + 1 :]]
-    raise Unusable("conversation", "it has an image and no human turn to put it in")
+    read = read_record(record.content)
+    images = [_load(image, image_root) for image in read.images]
+    number = f"{record.number:06d}" if read.id is None else read.id
+    return ImportedSample(record.number, number, read.turns, read.texts, images)
 
 
 def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
-    path = reference if isinstance(reference, str) else None
-    data = reference if path is None else _read(path, image_root)
-    name = path or "its image"
+    if isinstance(reference, str):
+        file = resolve_inside(image_root, reference)
+        data, path, name = _read(file, reference, image_root), relate(image_root, reference, file), reference
+    else:
+        data, path, name = reference, None, "its image"
     if not data:
         raise Unusable("unreadable image", f"{name} is empty (0 bytes)")
     try:
@@ -147,8 +93,7 @@ def _load(reference: str | bytes, image_root: Path) -> ImportedImage:
     return ImportedImage(data, extension, image.height, image.width, path)
 
 
-def _read(path: str, image_root: Path) -> bytes:
-    file = resolve_inside(image_root, path)
+def _read(file: Path, path: str, image_root: Path) -> bytes:
     try:
         if not file.exists():
             raise Unusable("missing image", f"{path} is not in {image_root}; --images names the folder")

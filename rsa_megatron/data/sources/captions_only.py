@@ -1,9 +1,8 @@
 """Captions without their images, which replace image data where text is moved onto images (ReVision's stage 1).
 
-    captions.txt             a caption a line
-    llava.json, .jsonl       LLaVA's records of one image or of none; the images need not be there
-    Energon shards           the same, or a mixture of them
-    anything else            as open_pairs.py reads it, images and all
+    captions.txt       a caption a line
+    Energon shards     samples of one image or of none, or a mixture of them
+    anything else      as open_pairs.py reads it, with records of no image too; the images need not be there
 
 They come as pairs all the same, whose images nobody opens: their keys are those that the same data has with its images.
 """
@@ -12,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from rsa_megatron.data.sources.coco import read_records
-from rsa_megatron.data.sources.llava_records import open_source
-from rsa_megatron.data.sources.open_pairs import is_json_object, is_prepared, open_pairs
+from rsa_megatron.data.sources.file_forms import tell_form
+from rsa_megatron.data.sources.llava_records import find_metadata, open_source
+from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs, read_captions
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, without_image
 from rsa_megatron.data.sources.shards import read_shards
 
@@ -28,33 +28,30 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
         ValueError: it has no caption, or cannot be read; names file and remedy.
     """
     path = Path(path)
+    if not path.exists():
+        return open_pairs(path)  # whose message names the forms
     try:
-        captions = _open(path, split)
+        captions = _open(path, split, language)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if captions is None:
-        return open_pairs(path, split=split, language=language)
     if not len(captions):
         reasons = (
             f": {format_counts(captions.left_out)}"
             if captions.left_out
-            else "; name a .txt with a caption a line, or LLaVA's records"
+            else "; name a .txt with a caption a line, or records with conversations or captions"
         )
         raise ValueError(f"{path}: no caption found{reasons}")
     return captions
 
 
-def _open(path: Path, split: str) -> Pairs | None:
-    """Return None for what is read with its images."""
-    if not path.exists():
-        return None  # whose message names the forms
-    if path.suffix.lower() == ".txt" and path.is_file():
-        return _read_lines(path)
+def _open(path: Path, split: str, language: str) -> Pairs:
     if is_prepared(path):
         return read_shards(path, split, needs_image=False)
-    if path.suffix.lower() in (".json", ".jsonl") and not is_json_object(path):
-        return read_records(open_source(path), path.parent, needs_image=False)
-    return None
+    file = find_metadata(path)
+    if file.is_file() and tell_form(file) == "text":
+        return _read_lines(file)
+    pairs = read_captions(file, None, split, language)
+    return read_records(open_source(file), None) if pairs is None else pairs
 
 
 def _read_lines(path: Path) -> Pairs:

@@ -1,52 +1,89 @@
-"""Pairs of files that list images by path: COCO's captions, and the records that training reads as well (LLaVA's JSON
-and JSONL, a folder of images with texts)."""
+"""Pairs of files that list images by path: COCO's captions, Karpathy's, and the records that training reads as well."""
 
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from rsa_megatron.data.conversation import check_conversation
-from rsa_megatron.data.sources.pairs import CaptionedImage, ImageFile, Pairs, find_image, without_image
-from rsa_megatron.data.sources.record import Record, Source, Unusable
+from rsa_megatron.data.records import read_caption, read_record
+from rsa_megatron.data.sources.pairs import CaptionedImage, ImageBytes, ImageFile, Pairs, find_image, without_image
+from rsa_megatron.data.sources.record import Source, Unusable
 
 #: Reason for skipping samples by whether exactly one image is needed (True), or at most one.
 WRONG_NUMBER_OF_IMAGES = {True: "that have no image, or several", False: "that have several images"}
+SECOND_CAPTION = "of an image that has a caption already"
 
 
 class FoundPairs:
     """Pairs as they are found, one an image, and what is skipped.
 
     Args:
-        root: resolved folder that the paths of images are relative to.
+        root: resolved folder that the paths of images are relative to; None where no image is looked for.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path | None):
         self._root = root
         self._pairs: dict[str, CaptionedImage] = {}
         self.left_out: Counter[str] = Counter()
+        #: images that a record of a caption has named
+        self._captioned: set[str | bytes] = set()
 
     def add(self, key: str, caption: str, image: str | Callable, record: dict | None = None) -> None:
         """Add a pair, unless its key exists already; `image` is a path below the folder, or opens the image."""
         caption = caption.strip()
         if key in self._pairs:
-            self.left_out["of an image that has a caption already"] += 1
+            self.left_out[SECOND_CAPTION] += 1
         elif not caption:
             self.left_out["without a caption"] += 1
         elif any("\ud800" <= letter <= "\udfff" for letter in caption):  # what is left of bytes that are not text
             self.left_out["whose caption is not UTF-8"] += 1
         else:
             try:
+                if self._root is None:
+                    image = without_image(key)
                 image = ImageFile(find_image(self._root, image)) if isinstance(image, str) else image
                 self._pairs[key] = CaptionedImage(key, caption, image, record)
             except Unusable as fault:
                 self.left_out[fault.kind] += 1
 
+    def add_record(self, place: str, content: object, own: Callable | None = None, num_own: int = 0) -> None:
+        """Add the pair of a record of one image; of several records of captions that name the same image the first.
+
+        Args:
+            place: of the record, the pair's key.
+            own, num_own: opens the image that lies beside the record, and how many do.
+        """
+        needs_image = self._root is not None
+        try:
+            read = read_record(content, images_beside=num_own or None, texts_alone=not needs_image)
+            num_images = num_own or len(read.images)
+            if num_images > 1 or (needs_image and not num_images):
+                raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], place)
+        except Unusable as fault:
+            self.left_out[_describe(fault)] += 1
+            return
+        image = own or (read.images[0] if read.images else "")
+        if needs_image and read.is_caption and not own:
+            if image in self._captioned:
+                self.left_out[SECOND_CAPTION] += 1
+                return
+            self._captioned.add(image)
+        image = ImageBytes(image, place) if isinstance(image, bytes) else image
+        self.add(place, read.caption, image, read.as_dict())
+
+    def leave_out_others(self, name: str, wanted: str, others: Counter[str]) -> None:
+        """Count what is of another split or language than the wanted one: how many, by which."""
+        if others:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(8))
+            flag = {"language": "--language-code"}.get(name, f"--{name}")
+            reason = f"of another {name} than {wanted!r} ({flag} selects it; found: {kinds})"
+            self.left_out[reason] = others.total()
+
     def pairs(self) -> Pairs:
         return Pairs.of(list(self._pairs.values()), self.left_out)
 
 
-def read_coco(path: Path, content: dict, root: Path) -> Pairs:
+def read_coco(path: Path, content: dict, root: Path | None) -> Pairs:
     """Read COCO's captions: of each image the caption of lowest annotation id."""
     for name in ("images", "annotations"):
         if not isinstance(content.get(name), list):
@@ -71,48 +108,53 @@ def read_coco(path: Path, content: dict, root: Path) -> Pairs:
     return found.pairs()
 
 
-def read_records(
-    source: Source, root: Path, numbers: range | None = None, prefix: str = "", *, needs_image: bool = True
-) -> Pairs:
+def read_karpathy(content: dict, root: Path | None, split: str) -> Pairs:
+    """Read Karpathy's dataset_*.json: of each image of a split the first sentence."""
+    found, others = FoundPairs(root), Counter()
+    for number, entry in enumerate(content["images"]):
+        name = entry.get("filename")
+        if not isinstance(name, str):
+            raise ValueError(f"image {number} of Karpathy's JSON has no filename; its keys are {', '.join(entry)}")
+        if entry.get("split", split) != split:
+            others[str(entry["split"])] += 1
+            continue
+        folder = entry.get("filepath") or ""
+        found.add(str(entry.get("imgid", number)), read_caption(entry["sentences"]), f"{folder}/{name}".lstrip("/"))
+    found.leave_out_others("split", split, others)
+    return found.pairs()
+
+
+def holds_coco(content: dict) -> bool:
+    """Return whether a JSON object is COCO's, of captions or of something else."""
+    return {"images", "annotations"} <= content.keys()
+
+
+def is_karpathys(content: dict) -> bool:
+    """Return whether a JSON object lists images with their sentences."""
+    images = content.get("images")
+    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
+
+
+def read_records(source: Source, root: Path | None, numbers: range | None = None, prefix: str = "") -> Pairs:
     """Read records of exactly one image; the caption is the answer, of several turns all answers.
 
+    Of several records of captions that name the same image the first counts.
+
     Args:
-        needs_image: False takes records of no image too, and looks for no images.
+        root: resolved folder that the paths of images are relative to; None takes records of no image too, and looks for
+            no images.
         numbers: of the records to read; default: all.
         prefix: of the keys, before the record's place in its file.
     """
     numbers = range(len(source)) if numbers is None else numbers
     found = FoundPairs(root)
     for record in islice(source.records(numbers.start), len(numbers)):
-        try:
-            caption, image = _get_caption_and_image(record, needs_image)
-            place = prefix + record.place
-            found.add(place, caption, image if needs_image else without_image(place), record.content)
-        except Unusable as fault:
-            found.left_out[fault.kind] += 1
+        found.add_record(prefix + record.place, record.content)
     return found.pairs()
 
 
-def _get_caption_and_image(record: Record, needs_image: bool) -> tuple[str, str | None]:
-    content = record.content
-    if isinstance(content, Unusable):
-        raise Unusable(f"that cannot be used ({content.kind})", str(content)) from content
-    if not isinstance(content, dict):
-        raise Unusable("that are not objects with conversations", record.place)
-    images = content.get("image", content.get("images"))
-    images = images if isinstance(images, list) else [] if images is None else [images]
-    if len(images) > 1 or (needs_image and (not images or not isinstance(images[0], str))):
-        raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], record.place)
-    try:
-        return join_answers(content.get("conversations", content.get("messages"))), images[0] if images else None
-    except ValueError as error:
-        raise Unusable("without a caption", str(error)) from error
-
-
-def join_answers(conversation: list) -> str:
-    """Join the texts of its answers, a line each.
-
-    Raises:
-        ValueError: it is not a conversation, or has no answer.
-    """
-    return "\n".join(text.strip() for role, text in check_conversation(conversation) if role == "assistant")
+def _describe(fault: Unusable) -> str:
+    """Describe a fault as what samples are that have it."""
+    if fault.kind == "conversation":
+        return "without a caption"
+    return fault.kind if fault.kind in WRONG_NUMBER_OF_IMAGES.values() else f"that cannot be used ({fault.kind})"

@@ -1,28 +1,31 @@
-"""Data as people have it: the formats that LLaVA's data comes in, read one record after another.
+"""Data as people have it, read one record after another.
 
-    captions.json, captions.jsonl    LLaVA's records: {"id", "image": path or paths, "conversations": [{"from", "value"}]};
-                                     "images" and "messages" are read as well
+    JSON of any shape                records (data/records.py says of which form): a list, one a line, one after another, columns
     mixture.yaml                     LLaVA-OneVision's list of such files, each with a sampling_strategy
-    x.parquet, or a folder of them   Hugging Face's: the same columns, the images within
-    a folder                         a.jpg beside a.txt with its caption, in folders of folders
+    x.parquet, or a folder of them   Hugging Face's: the same fields as columns, the images within
+    x.csv, x.tsv                     with a column of conversations, as JSON
+    a folder                         a.jpg beside a.txt with its caption, in folders of folders; or images with a metadata.jsonl or
+                                     metadata.csv, Hugging Face's imagefolder
 
 A source has a length, and `records(start)` begins anywhere: the n-th record is the same one each time, which is what
-a resumed run relies on. Here a record is only found; sample_checks.py judges what is in it.
+a resumed run relies on. Here a record is only found; records.py reads it, sample_checks.py opens its images.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import yaml
 
+from rsa_megatron.data.media_names import IMAGE_SUFFIXES
+from rsa_megatron.data.records import CAPTION_PROMPT
+from rsa_megatron.data.sources import json_files
+from rsa_megatron.data.sources.file_forms import FORMATS, tell_form
 from rsa_megatron.data.sources.onevision_yaml import Mixture
 from rsa_megatron.data.sources.record import Record, Source, Unusable, resolve_inside
+from rsa_megatron.data.sources.tables import TableRecords
 
-CAPTION_PROMPT = "<image>\nPlease generate detailed descriptions of the given image."
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def open_source(path: str | Path, *, seed: int = 0) -> Source:
@@ -36,29 +39,74 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
     """
     path = Path(path)
     try:
-        source = _open(path, seed)
+        source = _open(find_metadata(path), seed)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(source):
-        needs = ": it needs images with a .txt beside each, or .parquet files" if path.is_dir() else ""
+        needs = _describe_folder(path) if path.is_dir() else ""
         raise ValueError(f"{path}: no sample found{needs}")
     return source
+
+
+def find_metadata(path: Path) -> Path:
+    """Return the file that says what is in a folder of images, as Hugging Face's imagefolder has it; else the path itself.
+
+    Raises:
+        ValueError: it is a prepared data set, or has several such files.
+    """
+    if not path.is_dir():
+        return path
+    if (path / ".nv-meta").is_dir():
+        raise ValueError(
+            f"{path} is a prepared data set: --data-path {path} trains on it, `rsa-megatron data show` shows it"
+        )
+    found = sorted(file for file in path.rglob("metadata.*") if file.name in _METADATA and _names_files(file))
+    if not found or any(path.rglob("*.parquet")):
+        return path
+    if len(found) > 1:
+        raise ValueError(f"{path} has several files of metadata ({', '.join(map(str, found[:8]))}); name one of them")
+    return found[0]
+
+
+def _names_files(metadata: Path) -> bool:
+    with metadata.open("rb") as file:
+        return b"file_name" in file.read(1 << 16).partition(b"\n")[0]
+
+
+def _describe_folder(path: Path) -> str:
+    needs = ": it needs images with a .txt beside each, or a metadata.jsonl, or .parquet files"
+    files = sorted(
+        file.name for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".yaml")
+    )
+    return f"{needs}; or name a file in it, such as {path / files[0]}" if files else needs
 
 
 def _open(path: Path, seed: int) -> Source:
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
         return _open_parquet(files, path) if files else CaptionFolder(path)
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    form = tell_form(path)
+    if form == "parquet":
         return _open_parquet([path], path.parent)
-    if suffix in (".yaml", ".yml"):
+    if form == "yaml":
         return Mixture(path, open_source, seed=seed)
-    if suffix in (".json", ".jsonl"):
-        return JsonLines(path) if suffix == ".jsonl" or _read_first_character(path) != "[" else JsonList(path)
-    raise ValueError(
-        f"{path} is not a .json, .jsonl, .yaml, .parquet or folder of images with texts or of .parquet files"
-    )
+    if form == "json lines":
+        return json_files.JsonLines(path)
+    if form == "json values":
+        return json_files.JsonValues(path)
+    if form == "table":
+        return TableRecords(path)
+    if form == "text":
+        raise ValueError(f"{path} is not {FORMATS}; it is a text that begins with {_read_start(path)!r}")
+    content = json_files.read_json(path)
+    if isinstance(content, dict):
+        content = json_files.find_records(path, content)
+    return json_files.JsonList(path, content)
+
+
+def _read_start(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return file.read(60)
 
 
 def _open_parquet(files: list[Path], image_root: Path) -> Source:
@@ -68,65 +116,6 @@ def _open_parquet(files: list[Path], image_root: Path) -> Source:
     except ImportError as error:
         raise ValueError(f"{files[0]}: reading parquet needs pyarrow: pip install pyarrow") from error
     return Parquet(files, image_root)
-
-
-def _read_first_character(path: Path) -> str:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return file.read(10_000).lstrip()[:1]
-
-
-class JsonList:
-    """A JSON file with a list of records; it is held in memory."""
-
-    def __init__(self, path: Path):
-        self.path, self.image_root = path, path.parent
-        # Bytes that are not UTF-8 pass here, to be found in the sample that has them.
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        try:
-            self._records = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is broken JSON: {error}; in a .jsonl, only the broken lines are skipped"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def records(self, start: int = 0) -> Iterator[Record]:
-        for number in range(start, len(self)):
-            yield Record(number, f"{self.path.name}, record {number}", self._records[number])
-
-
-class JsonLines:
-    """A file with a record a line; empty lines do not count."""
-
-    def __init__(self, path: Path):
-        self.path, self.image_root = path, path.parent
-        self._length = sum(1 for _ in self._read_lines())
-
-    def __len__(self) -> int:
-        return self._length
-
-    def records(self, start: int = 0) -> Iterator[Record]:
-        for number, (line_number, line) in enumerate(islice(self._read_lines(), start, None), start):
-            yield Record(number, f"{self.path.name}, line {line_number}", _parse_line(line))
-
-    def _read_lines(self) -> Iterator[tuple[int, bytes]]:
-        with self.path.open("rb") as file:
-            for line_number, line in enumerate(file, 1):
-                if line_number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield line_number, line
-
-
-def _parse_line(line: bytes):
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Unusable("not UTF-8", f"its line is not UTF-8: {error}")
-    except (ValueError, RecursionError) as error:
-        return Unusable("broken line", f"its line is broken JSON: {error}")
 
 
 class CaptionFolder:
@@ -156,7 +145,7 @@ class CaptionFolder:
                 content = self._read_content(stem)
             except Unusable as fault:
                 content = fault
-            yield Record(number, stem, content, may_lack_image_token=True)
+            yield Record(number, stem, content)
 
     def _read_content(self, stem: str) -> dict:
         images = self._images.get(stem, [])

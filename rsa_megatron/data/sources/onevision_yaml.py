@@ -2,6 +2,7 @@
 LazySupervisedDataset)."""
 
 import bisect
+import difflib
 import math
 import random
 import re
@@ -22,16 +23,21 @@ class Mixture:
 
     def __init__(self, path: Path, open_source: Callable[..., Source], *, seed: int):
         self.image_root = path.parent
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict) and "__class__" in content:
+            raise ValueError(f"{path} is a mixture of Energon's: --data-path {path} trains on it")
         entries = content.get("datasets") if isinstance(content, dict) else None
         named = [isinstance(e, dict) and isinstance(e.get("json_path"), str) for e in entries or []]
         if not isinstance(entries, list) or not all(named):
             raise ValueError(f"{path} needs a list `datasets:` of {{json_path: ..., sampling_strategy: ...}}")
+        _check_keys(f"{path}", content, ("datasets",))
+        for entry in entries:
+            _check_keys(f"{path}: {entry['json_path']}", entry, ("json_path", "sampling_strategy"))
         #: of each entry its source, and the numbers of the records chosen from it, in order
         self._parts: list[tuple[Source, Sequence[int]]] = []
         for position, entry in enumerate(entries):
             source = open_source(path.parent / entry["json_path"], seed=seed)
-            strategy = entry.get("sampling_strategy", "all")
+            strategy = entry.get("sampling_strategy") or "all"
             try:
                 chosen = choose(len(source), strategy, seed=f"{seed}/{position}")
             except ValueError as error:
@@ -49,6 +55,15 @@ class Mixture:
             for record in _select_records(source, chosen[skipped:]):
                 yield replace(record, number=number)
                 number += 1
+
+
+def _check_keys(where: str, content: dict, known: tuple[str, ...]) -> None:
+    """Raise ValueError for a key that nobody reads; it may be one that is misspelt."""
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}; remove it"
+            raise ValueError(f"{where}: key {key!r} is not read: {remedy}")
 
 
 def choose(count: int, strategy: str, *, seed: str) -> Sequence[int]:

@@ -2,31 +2,32 @@
 
     a folder with .nv-meta   Energon shards, as rsa-megatron data and prepare_data.py write them
     mixture.yaml             a MetadatasetV2 of such folders, or of JSONL files whose images lie outside
-    captions.json            COCO's captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+    captions.json            COCO's captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, or
+                             Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences"}]}
     results.csv, x.tsv(.gz)  a table with a column for captions and one for images: Flickr30k's, Wikipedia's (WIT)
     x.parquet, or a folder   the same, the images within or in a folder
-    a folder                 a.jpg beside a.txt with its caption
-    llava.json, .jsonl       LLaVA's records, those of exactly one image
+    a folder                 a.jpg beside a.txt with its caption; or images with a metadata.jsonl or metadata.csv
+    llava.json, .jsonl       records with conversations or captions, those of exactly one image
 
-One pair an image. The caption is the answer of a conversation, or the first caption of several: COCO's of the lowest
+What a file holds decides, not its name. One pair an image. The caption is the answer of a conversation, or the first caption of several: COCO's of the lowest
 annotation id (platonic-rep takes the first of a list), a table's first row of an image, a list's first item.
 Images are opened on access, as training opens them; nothing is downloaded.
 """
 
-import json
 from pathlib import Path
 
 import yaml
 
-from rsa_megatron.data.sources import coco
-from rsa_megatron.data.sources import tables as caption_tables
-from rsa_megatron.data.sources.llava_records import open_source
+from rsa_megatron.data.sources.coco import holds_coco, is_karpathys, read_coco, read_karpathy, read_records
+from rsa_megatron.data.sources.file_forms import YAML_SUFFIXES, tell_form
+from rsa_megatron.data.sources.json_files import read_json
+from rsa_megatron.data.sources.llava_records import find_metadata, open_source
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, sample
 from rsa_megatron.data.sources.shards import read_shards
+from rsa_megatron.data.sources.tables import holds_conversations, read_tables
 
 __all__ = ["CaptionedImage", "Pairs", "format_counts", "open_pairs", "sample"]
 
-TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 _FORMS = (
     "a folder of shards that rsa-megatron data pack has written, a mixture.yaml, COCO's captions .json, a .csv, .tsv or "
     ".parquet with a column of captions, or a folder of images with a .txt beside each"
@@ -63,47 +64,43 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
     if is_prepared(path):
         if images is not None:
             raise ValueError(f"--images {images}: {path} already specifies where its images are; drop the flag")
-        return read_shards(path, split)
-    root = Path(images or (path if path.is_dir() else path.parent)).resolve()
-    tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.name.lower().endswith(TABLES) else []
-    if tables:
-        return caption_tables.read_tables(tables, root, split, language)
-    content = read_json_object(path)
-    if content is not None:
-        return coco.read_coco(path, content, root)
-    return coco.read_records(open_source(path), root)
+        pairs = read_shards(path, split)
+        pairs.split = split
+        return pairs
+    file = find_metadata(path)
+    root = Path(images or (file if file.is_dir() else file.parent)).resolve()
+    pairs = read_captions(file, root, split, language)
+    return read_records(open_source(file), root) if pairs is None else pairs
+
+
+def read_captions(file: Path, root: Path | None, split: str, language: str) -> Pairs | None:
+    """Read the pairs of a table, of COCO's or Karpathy's JSON; None for records, each of which names its own image.
+
+    Args:
+        root: resolved folder that the paths of images are relative to; None where no image is looked for.
+    """
+    if file.is_dir():
+        tables = sorted(file.rglob("*.parquet"))
+        return read_tables(tables, root, split, language) if tables else None
+    form = tell_form(file)
+    if form == "parquet" or (form == "table" and not holds_conversations(file)):
+        return read_tables([file], root, split, language)
+    if form != "json object":
+        return None
+    content = read_json(file)
+    if is_karpathys(content):
+        return read_karpathy(content, root, split)
+    return read_coco(file, content, root) if holds_coco(content) else None
 
 
 def is_prepared(path: Path) -> bool:
     """Return whether it is Energon's: an indexed folder, or a mixture."""
     if path.is_dir():
         return (path / ".nv-meta").is_dir()
-    if path.suffix.lower() not in (".yaml", ".yml"):
+    if path.suffix.lower() not in YAML_SUFFIXES:
         return False
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return isinstance(content, dict) and "__class__" in content
-
-
-def is_json_object(path: Path) -> bool:
-    """Return whether it is one JSON object, as COCO's captions; not a list of records, nor one a line."""
-    return read_json_object(path) is not None
-
-
-def read_json_object(path: Path) -> dict | None:
-    """Read a .json that is one object, as COCO's captions; None for a list of records, or one a line."""
-    if path.suffix.lower() != ".json":
-        return None
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    if text[:10_000].lstrip()[:1] != "{":
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a second line
-            return None
-        raise ValueError(f"{path} is broken JSON: {error}; fetch it again") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is JSON too deep to be captions") from error

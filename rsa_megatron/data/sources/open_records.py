@@ -8,26 +8,41 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rsa_megatron.data.sources.llava_records import CAPTION_PROMPT, open_source
-from rsa_megatron.data.sources.open_pairs import TABLES, open_pairs, read_json_object
-from rsa_megatron.data.sources.pairs import ImageFile, Pairs
+from rsa_megatron.data.records import CAPTION_PROMPT, CONVERSATION_FIELDS
+from rsa_megatron.data.sources.file_forms import tell_form
+from rsa_megatron.data.sources.llava_records import find_metadata, open_source
+from rsa_megatron.data.sources.open_pairs import read_captions
+from rsa_megatron.data.sources.pairs import ImageFile, Pairs, format_counts
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
 
-def open_records(path: str | Path, *, images: Path | None = None, seed: int = 0) -> Source:
+def open_records(
+    path: str | Path, *, images: Path | None = None, seed: int = 0, split: str = "train", language: str = "en"
+) -> Source:
     """Open a file or folder of samples to train on.
 
     Args:
         images: folder that the paths of images are relative to; the folder of the file itself.
         seed: of the sampling_strategy "random".
+        split, language: of tables with such a column, and of Karpathy's JSON.
 
     Raises:
         ValueError: it is none of the formats, or cannot be read at all.
     """
-    path = Path(path)
-    if _holds_captions(path):
-        return CaptionRecords(open_pairs(path, images=images, split="train"), images or path)
-    return open_source(path, seed=seed)
+    file = find_metadata(Path(path))
+    is_parquet = any(file.rglob("*.parquet")) if file.is_dir() else file.is_file() and tell_form(file) == "parquet"
+    if not file.exists() or (is_parquet and _has_conversations(file)):
+        return open_source(file, seed=seed)
+    root = Path(images or (file if file.is_dir() else file.parent)).resolve()
+    if images is not None and not root.is_dir():
+        raise ValueError(f"--images {images} is not a folder")
+    pairs = read_captions(file, root, split, language)
+    if pairs is None:
+        return open_source(file, seed=seed)
+    if not len(pairs):
+        reasons = f": {format_counts(pairs.left_out)}" if pairs.left_out else ""
+        raise ValueError(f"{path}: no image with a caption found{reasons}")
+    return CaptionRecords(pairs, root)
 
 
 class CaptionRecords:
@@ -35,7 +50,7 @@ class CaptionRecords:
 
     def __init__(self, pairs: Pairs, root: Path):
         self._pairs = pairs
-        self.image_root = (root if root.is_dir() else root.parent).resolve()
+        self.image_root = root
         #: what was skipped on the way to the pairs: how many, by what is wrong with them
         self.left_out: Counter[str] = pairs.left_out
 
@@ -58,16 +73,10 @@ class CaptionRecords:
         return {"id": pair.key, "image": found, "conversations": turns}
 
 
-def _holds_captions(path: Path) -> bool:
-    """Return whether it is COCO's captions, or a table without conversations."""
-    name = path.name.lower()
-    if path.is_dir() or name.endswith(".parquet"):
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        return bool(files) and not {"conversations", "messages"} & _read_columns(files[0])
-    if name.endswith(TABLES):
-        return True
-    content = read_json_object(path) if path.is_file() else None
-    return content is not None and {"images", "annotations"} <= content.keys()
+def _has_conversations(path: Path) -> bool:
+    """Return whether it is a parquet file, or a folder of them, with a column of conversations."""
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    return bool(files) and bool({*CONVERSATION_FIELDS} & _read_columns(files[0]))
 
 
 def _read_columns(path: Path) -> set[str]:

@@ -38,6 +38,8 @@ class Row:
     content: dict
     #: opens the image that lies in the table itself
     image: Callable[[], Image.Image] | None = None
+    #: of those that lie in it
+    num_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Pairs(Sequence[CaptionedImage]):
         self.keys = keys
         #: what was skipped: how many, by what is wrong with them and what to do about it
         self.left_out = left_out
+        #: the split that they are, of prepared data
+        self.split: str | None = None
         self._load = load
 
     @classmethod
@@ -110,7 +114,10 @@ def sample(pairs: Pairs, num_samples: int, seed: int) -> list[CaptionedImage]:
         if len(chosen) == num_samples:
             return [chosen[index] for index in sorted(chosen)]
     left_out = f"; skipped: {format_counts(pairs.left_out)}" if pairs.left_out else ""
-    raise ValueError(f"--num-samples {num_samples}: only {len(chosen)} pairs have a caption; lower it{left_out}{fault}")
+    where, remedy = (f" of the split {pairs.split}", ", or name another --split") if pairs.split else ("", "")
+    raise ValueError(
+        f"--num-samples {num_samples}: only {len(chosen)} pairs{where} have a caption; lower it{remedy}{left_out}{fault}"
+    )
 
 
 def load_all(pairs: Pairs) -> list[CaptionedImage]:
@@ -156,13 +163,22 @@ def find_image(root: Path, name: str) -> Path:
     Raises:
         Unusable: it is missing, or leads out of the folder. Its kind says so for all such images of the folder.
     """
+    missing = Unusable(
+        f"whose image is not in {root} (--images, of realign --image-folder, names the folder; nothing is downloaded)",
+        name,
+    )
     # Before `resolve_inside`, which looks at each folder on the way: of millions of rows few images may exist.
-    if not os.path.isfile(os.path.join(root, name)):
-        raise Unusable(f"whose image is not in {root} (--images names the folder; nothing is downloaded)", name)
+    if "://" not in name and not os.path.isfile(os.path.join(root, name)):
+        raise missing
     try:
-        return resolve_inside(root, name)
+        found = resolve_inside(root, name)
     except Unusable as fault:
+        if fault.kind == "missing image":
+            raise missing from fault
         raise Unusable(f"whose image's path leads out of {root}", name) from fault
+    if not found.is_file():
+        raise missing
+    return found
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,21 @@ class ImageFile:
 
     def __call__(self) -> Image.Image:
         return decode(self.read(), str(self.path))
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """Opens an image that a record holds itself."""
+
+    data: bytes
+    #: of the record
+    place: str
+
+    def read(self) -> bytes:
+        return self.data
+
+    def __call__(self) -> Image.Image:
+        return decode(self.data, self.place)
 
 
 def decode(data: bytes, place: str) -> Image.Image:

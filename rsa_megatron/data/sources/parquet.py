@@ -1,6 +1,6 @@
 """Hugging Face's parquet files, read row group by row group.
 
-Columns: id; image or images, each a struct {bytes, path}, bytes or a path, or a list of these; conversations (or messages).
+A row is a record, with the fields that data/records.py reads as columns. Only lists of numbers are not read.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
+from rsa_megatron.data.records import CONVERSATION_FIELDS
 from rsa_megatron.data.sources.record import Record, Unusable
 
-_COLUMNS = ("id", "image", "images", "video", "conversations", "messages")
 # Rows that are in memory at once; a row group of pictures can be gigabytes.
 _ROWS = 32
 
@@ -31,7 +31,7 @@ class Parquet:
                     self._groups.append([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
             except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
-            if not {"conversations", "messages"} & set(names):
+            if not set(CONVERSATION_FIELDS) & set(names):
                 raise ValueError(f"{path} has no column conversations or messages; its columns are {', '.join(names)}")
 
     def __len__(self) -> int:
@@ -50,13 +50,13 @@ class Parquet:
                         for offset, content in enumerate(_read_rows(file, group, num_rows)):
                             if number + offset >= start:
                                 place = f"{path.name}, row {row + offset}"
-                                yield Record(number + offset, place, content, may_lack_image_token=True)
+                                yield Record(number + offset, place, content)
                     number += num_rows
                     row += num_rows
 
 
 def _read_rows(file: ParquetFile, group: int, num_rows: int) -> Iterator:
-    columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+    columns = [field.name for field in file.schema_arrow if not _holds_numbers(field.type)]
     done = 0
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
@@ -73,15 +73,13 @@ def _read_row(batch: pyarrow.RecordBatch):
         (row,) = batch.to_pylist()
     except UnicodeDecodeError as error:
         return Unusable("not UTF-8", f"its text is not UTF-8: {error}")
-    for name in ("image", "images"):
-        if isinstance(row.get(name), list):
-            row[name] = [_get_image(item) for item in row[name]]
-        elif name in row:
-            row[name] = _get_image(row[name])
     return row
 
 
-def _get_image(value):
-    if not isinstance(value, dict):
-        return value
-    return value.get("bytes") if value.get("bytes") is not None else value.get("path")
+def _holds_numbers(kind: pyarrow.DataType) -> bool:
+    """Return whether a column holds lists of numbers: embeddings, token ids."""
+    types = pyarrow.types
+    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        return False
+    inner = kind.value_type
+    return types.is_integer(inner) or types.is_floating(inner) or _holds_numbers(inner)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote, urlsplit
 
 
 class Unusable(Exception):
@@ -24,10 +25,8 @@ class Record:
     number: int
     #: file and line, or what else finds it again
     place: str
-    #: as LLaVA's JSON has it, where an image may also be its bytes; or what is wrong with it
+    #: as `read_record` takes it; or what is wrong with it
     content: object
-    #: the text of an image may lack its <image>
-    may_lack_image_token: bool = False
 
 
 class Source(Protocol):
@@ -41,15 +40,37 @@ class Source(Protocol):
     def records(self, start: int = 0) -> Iterator[Record]: ...
 
 
-def resolve_inside(root: Path, relative: str) -> Path:
-    """Resolve the path of a file below `root`, a resolved folder; links that lead out of it count as outside."""
-    fault = Unusable("outside of the image folder", f"{relative} leads out of {root}")
-    if os.path.isabs(relative) or ".." in Path(relative).parts:
+def resolve_inside(root: Path, reference: str) -> Path:
+    """Resolve the path of a file below `root`, a resolved folder; links that lead out of it count as outside.
+
+    Args:
+        reference: a path relative to the folder, or an absolute one below it (file:// too), or an address, of whose last
+            component a file lies in the folder: nothing is downloaded.
+
+    Raises:
+        Unusable: it is not below the folder, or no path.
+    """
+    name = unquote(urlsplit(reference).path) if reference[:7].lower() == "file://" else reference
+    if name[:8].lower().startswith(("http://", "https://", "s3://", "gs://", "hf://")):
+        name = unquote(urlsplit(name).path).rpartition("/")[2]
+        if not name or not (root / name).is_file():
+            raise Unusable(
+                "missing image",
+                f"{reference} is an address, nothing is downloaded, and {root} has no file {name}; --images names the folder",
+            )
+    fault = Unusable("outside of the image folder", f"{reference} leads out of {root}; --images names the folder")
+    if ".." in Path(name).parts:
         raise fault
     try:
-        resolved = (root / relative).resolve()
+        resolved = (root / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links
-        raise Unusable("missing image", f"{relative!r} is not a path: {error}") from error
+        raise Unusable("missing image", f"{reference!r} is not a path: {error}") from error
     if not resolved.is_relative_to(root):
         raise fault
     return resolved
+
+
+def relate(root: Path, reference: str, resolved: Path) -> str:
+    """Return the path of a file relative to `root`: as it was given, if it was."""
+    is_relative = not os.path.isabs(reference) and "://" not in reference
+    return reference if is_relative else str(resolved.relative_to(root))

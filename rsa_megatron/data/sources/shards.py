@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections import Counter, defaultdict
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +22,14 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 from PIL import Image
 
-from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, join_answers, read_records
-from rsa_megatron.data.sources.llava_records import JsonLines
+from rsa_megatron.data.records import read_record
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, read_records
+from rsa_megatron.data.sources.json_files import JsonLines
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, decode, join, without_image
+from rsa_megatron.data.sources.record import Unusable
+from rsa_megatron.data.stored_parts import pick_parts
 from rsa_megatron.data.tiles import IMAGE_PART
+from rsa_megatron.data.typed_samples import check_type, is_text, is_typed, read_fields
 
 _PARTS_OF_A_TAR = """
     SELECT s.sample_key, p.part_name, p.content_byte_offset, p.content_byte_size
@@ -57,17 +61,28 @@ class _StoredPair:
     """A sample of one image, or of none, not read yet."""
 
     key: str
-    record: _File
+    #: those that hold text
+    texts: tuple[_File, ...]
     image: _File | None
+    opens_image: bool
+    #: of a data set of Energon's own types of samples
+    typed: BaseWebdatasetFactory | None = None
 
     def load(self) -> CaptionedImage:
         try:
-            record = json.loads(self.record.read())
-            caption = join_answers(record.get("conversations"))
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{self.record.tar}, {self.record.name}: it has no caption: {error}") from error
-        image = partial(_open, self.image) if self.image else without_image(self.key)
-        return CaptionedImage(self.key, caption, image, record)
+            read = read_record(self._read_content(), texts_alone=True)
+        except (ValueError, Unusable, RecursionError) as error:
+            raise ValueError(f"{self.texts[0].tar}, {self.texts[0].name}: it has no caption: {error}") from error
+        image = partial(_open, self.image) if self.opens_image else without_image(self.key)
+        return CaptionedImage(self.key, read.caption, image, read.as_dict())
+
+    def _read_content(self) -> object:
+        parts = {part.name: part.read() for part in self.texts}
+        parts |= {} if self.image is None else {self.image.name: self.image}
+        if self.typed:
+            return read_fields(self.typed, parts)[1]
+        _, record = pick_parts(parts)
+        return json.loads(record) if isinstance(record, bytes) else record
 
 
 def _open(part: _File) -> Image.Image:
@@ -93,10 +108,8 @@ def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
         if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
             parts.append(Pairs.of([], Counter({f"of {name}, which has rsa: false": len(data_set)})))
         elif is_jsonl:
-            images = _get_image_folder(path, loaded) if needs_image else data_path.parent
-            parts.append(
-                read_records(JsonLines(data_path), images, _get_subset(data_set), prefix, needs_image=needs_image)
-            )
+            images = _get_image_folder(path, loaded) if needs_image else None
+            parts.append(read_records(JsonLines(data_path), images, _get_subset(data_set), prefix))
         else:
             parts.append(_read_index(data_set, data_path, prefix, needs_image))
     return join(parts)
@@ -158,6 +171,8 @@ def _get_subset(data_set) -> range:
 
 
 def _read_index(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, needs_image: bool) -> Pairs:
+    check_type(data_set)
+    typed = data_set if is_typed(data_set) else None
     numbers, first, stored, left_out = _get_subset(data_set), 0, [], Counter()
     index = folder / ".nv-meta" / "index.sqlite"
     tar_ids = {name: number for number, name in enumerate(get_info_shard_files(data_set.path))}
@@ -167,7 +182,8 @@ def _read_index(data_set: BaseWebdatasetFactory, folder: Path, prefix: str, need
                 samples = _read_samples(database, tar_ids[shard.name], folder / shard.name)
                 for number, (key, parts) in enumerate(samples.items(), first):
                     if number in numbers and f"{shard.name}/{key}" not in data_set.sample_excludes:
-                        stored += _select_sample(f"{prefix}{shard.name}/{key}", parts, left_out, needs_image)
+                        found = _select_sample(f"{prefix}{shard.name}/{key}", parts, left_out, needs_image)
+                        stored += [replace(sample, typed=typed) for sample in found]
                 first += len(samples)
     except sqlite3.Error as error:
         raise ValueError(
@@ -186,9 +202,14 @@ def _read_samples(database: sqlite3.Connection, tar_id: int, tar: Path) -> dict[
 
 
 def _select_sample(key: str, parts: list[_File], left_out: Counter[str], needs_image: bool) -> list[_StoredPair]:
-    images = [part for part in parts if IMAGE_PART.fullmatch(part.name)]
-    records = [part for part in parts if part.name == "json"]
-    if records and (len(images) == 1 or (not images and not needs_image)):
-        return [_StoredPair(key, records[0], images[0] if needs_image else None)]
-    left_out[WRONG_NUMBER_OF_IMAGES[needs_image] if records else "without a .json"] += 1
+    try:
+        names, _ = pick_parts({part.name: part for part in parts if not is_text(part.name)})
+    except Unusable as fault:
+        left_out[f"that cannot be used ({fault.kind})"] += 1
+        return []
+    images = [part for part in parts if IMAGE_PART.fullmatch(part.name.lower()) and part.name.lower() in names]
+    texts = tuple(part for part in parts if is_text(part.name))
+    if texts and (len(images) == 1 or (not images and not needs_image)):
+        return [_StoredPair(key, texts, images[0] if images else None, needs_image)]
+    left_out[WRONG_NUMBER_OF_IMAGES[needs_image] if texts else "without a .json or .txt"] += 1
     return []

@@ -11,33 +11,32 @@ itself is looked for by its file name; where the table has only an address, by i
 """
 
 import csv
-import gzip
+import io
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rsa_megatron.data.sources.coco import FoundPairs, join_answers
-from rsa_megatron.data.sources.pairs import Pairs, Row, Table
+from rsa_megatron.data.field_values import is_absent
+from rsa_megatron.data.image_references import list_references
+from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, find_unread, may_name_medium
+from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs
+from rsa_megatron.data.sources.compressed import open_bytes
+from rsa_megatron.data.sources.file_forms import tell_form
+from rsa_megatron.data.sources.pairs import ImageBytes, Pairs, Row, Table
+from rsa_megatron.data.sources.record import Record
 
 # Of each, the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
-_CAPTIONS = (
-    "caption_reference_description",
-    "raw",
-    "comment",
-    "caption",
-    "captions",
-    "text",
-    "conversations",
-    "messages",
-)
-_FILES = ("file_name", "filename", "image_name", "image_path", "image_file", "image")
+_CAPTIONS = (*CONVERSATION_FIELDS, *CAPTION_FIELDS)
 _ADDRESSES = ("image_url", "url")
+_FILES = ("file_name", "filename", "image_name", "image_path", "image_file", "image")
+_FILES += tuple(name for name in (*IMAGE_FIELDS, *FILE_FIELDS) if name not in _FILES + _ADDRESSES)
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; an unpaired
 # quotation mark would make one field of the rest of the file.
 _LONGEST_FIELD = 1 << 24
@@ -52,50 +51,49 @@ class _Roles:
     address: str | None
     language: str | None
     split: str | None
+    #: those that may name a medium which is not read
+    others: list[str]
 
     @classmethod
-    def of(cls, table: Table) -> "_Roles":
+    def of(cls, table: Table, *, needs_image: bool) -> "_Roles":
         def first(*known: str) -> str | None:
             return next((name for name in known if name in table.columns and name != table.image_column), None)
 
-        roles = cls(first(*_CAPTIONS), first(*_FILES), first(*_ADDRESSES), first("language"), first("split"))
+        known = {*_CAPTIONS, *_FILES, *_ADDRESSES, table.image_column}
+        others = [name for name in table.columns if name not in known and may_name_medium(name)]
+        roles = cls(first(*_CAPTIONS), first(*_FILES), first(*_ADDRESSES), first("language"), first("split"), others)
         theirs = f"its columns are {', '.join(table.columns)}; rename the one that has them"
         if roles.caption is None:
             raise ValueError(f"{table.path} has no column of captions ({', '.join(_CAPTIONS)}), {theirs}")
-        if not (roles.file or roles.address or table.image_column):
+        is_record = roles.caption in CONVERSATION_FIELDS  # which may name its image in its text
+        if needs_image and not (roles.file or roles.address or table.image_column or is_record):
             raise ValueError(
                 f"{table.path} has no column that names images ({', '.join(_FILES + _ADDRESSES)}), {theirs}"
             )
         return roles
 
-    def get_name(self, content: dict) -> str | None:
-        """Return what names the image: its file, or its address."""
-        return next(
-            (str(content[column]) for column in (self.file, self.address) if column and content.get(column)), None
-        )
-
-    def get_file(self, content: dict) -> str | None:
-        """Return the image's file name in the folder of images; None where nothing names it."""
-        name = self.get_name(content)
-        is_address = name and not (self.file and content.get(self.file))
-        return unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
+    def find_image(self, content: dict) -> tuple[str | bytes | None, bool]:
+        """Return what a row names its image by, a file, an address or its bytes, and whether it is an address."""
+        for column in (self.file, self.address):
+            if column and (found := list_references(content.get(column))):
+                return found[0], column == self.address
+        return None, False
 
     def get_caption(self, content: dict) -> str:
         value = content.get(self.caption)
-        if self.caption == "raw":
-            value = json.loads(value)
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return join_answers(value)
-        if isinstance(value, list):
-            value = next((text for text in value if isinstance(text, str) and text.strip()), None)
-        return value if isinstance(value, str) else ""
+        return read_caption(json.loads(value) if self.caption == "raw" and isinstance(value, str) else value)
+
+    def find_unread(self, content: dict) -> str | None:
+        """Return the column in which a row names a medium that is not read."""
+        filled = [(name, content[name]) for name in self.others if not is_absent(content.get(name))]
+        return find_unread(filled, has_image=True) if filled else None
 
 
-def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pairs:
+def read_tables(files: list[Path], root: Path | None, split: str, language: str) -> Pairs:
     """Read the pairs of one or more tables.
 
     Args:
-        root: resolved folder that the images' names are relative to.
+        root: resolved folder that the images' names are relative to; None where no image is looked for.
         split, language: the rows that count, where there is a column of that name.
     """
     found, skipped = FoundPairs(root), {"split": Counter(), "language": Counter()}
@@ -103,53 +101,86 @@ def read_tables(files: list[Path], root: Path, split: str, language: str) -> Pai
     for file in files:
         table = (
             _open_parquet(file, os.path.relpath(file, folder), root)
-            if file.suffix.lower() == ".parquet"
-            else _open_delimited(file)
+            if tell_form(file) == "parquet"
+            else open_delimited(file)
         )
-        roles = _Roles.of(table)
+        roles = _Roles.of(table, needs_image=root is not None)
         for row in table.rows:
             if roles.split and row.content.get(roles.split) != split:
                 skipped["split"][str(row.content.get(roles.split))] += 1
             elif roles.language and row.content.get(roles.language) != language:
                 skipped["language"][str(row.content.get(roles.language))] += 1
             else:
-                _add(found, roles, row)
+                _add(found, roles, row, needs_image=root is not None)
     for name, wanted in (("split", split), ("language", language)):
-        if skipped[name]:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in skipped[name].most_common(8))
-            found.left_out[f"of another {name} than {wanted!r} (--{name} selects it; found: {kinds})"] = skipped[
-                name
-            ].total()
+        found.leave_out_others(name, wanted, skipped[name])
     return found.pairs()
 
 
-def _add(found: FoundPairs, roles: _Roles, row: Row) -> None:
-    image = row.image or roles.get_file(row.content)
-    if not image:
+def _add(found: FoundPairs, roles: _Roles, row: Row, *, needs_image: bool) -> None:
+    if roles.caption in CONVERSATION_FIELDS:
+        found.add_record(row.place, row.content, row.image, row.num_images)
+        return
+    if row.num_images > 1:
+        found.left_out[WRONG_NUMBER_OF_IMAGES[needs_image]] += 1
+        return
+    name, is_address = roles.find_image(row.content)
+    file = unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
+    image = row.image or (ImageBytes(file, row.place) if isinstance(file, bytes) else file)
+    if needs_image and not image:
         found.left_out["that name no image"] += 1
+        return
+    if unread := roles.find_unread(row.content):
+        found.left_out[f"whose column {unread} names a medium that is not read"] += 1
         return
     try:
         caption = roles.get_caption(row.content)
-    except (ValueError, TypeError):  # "raw" is not JSON, or a conversation not one
+    except (ValueError, TypeError):  # "raw" is not JSON
         found.left_out[f"whose column {roles.caption} cannot be read"] += 1
         return
-    found.add(image if isinstance(image, str) else roles.get_name(row.content) or row.place, caption, image)
+    key = image if isinstance(image, str) else name if isinstance(name, str) else row.place
+    found.add(key, caption, image or "")
 
 
-def _open_parquet(path: Path, name: str, root: Path) -> Table:
+def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
     # Not at the top: pyarrow is needed only for parquet files.
     try:
         from rsa_megatron.data.sources.pair_parquet import open_parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split"})
+    return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split", "id"})
 
 
-def _open_delimited(path: Path) -> Table:
-    """Open a .csv or .tsv, also compressed; its first line says which of tab, | and comma is between its columns."""
+def holds_conversations(path: Path) -> bool:
+    """Return whether a .csv or .tsv has a column of conversations."""
+    return bool({*CONVERSATION_FIELDS} & {*open_delimited(path).columns})
+
+
+class TableRecords:
+    """The rows of a .csv or .tsv with a column of conversations, as records."""
+
+    def __init__(self, path: Path):
+        self.path, self.image_root = path, path.parent
+        if not holds_conversations(path):
+            columns = open_delimited(path).columns
+            raise ValueError(
+                f"{path} has no column {' or '.join(CONVERSATION_FIELDS[:2])}; its columns are {', '.join(columns)}"
+            )
+        self._length = sum(1 for _ in open_delimited(path).rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        for number, row in enumerate(islice(open_delimited(self.path).rows, start, None), start):
+            yield Record(number, row.place, row.content)
+
+
+def open_delimited(path: Path) -> Table:
+    """Open a .csv or .tsv, also compressed; its first line says which of tab, |, semicolon and comma is between its columns."""
     lines = _read_lines(path)
     header = next(lines, "")
-    delimiter = max("\t|,", key=header.count)
+    delimiter = max("\t|,;", key=header.count)
     # Between | nothing is quoted: a quotation mark is the caption's own, and often unpaired.
     form = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL}
     columns = [name.strip() for name in next(csv.reader([header], **form), [])]
@@ -172,13 +203,9 @@ def _read_rows(path: Path, columns: list[str], reader, delimiter: str) -> Iterat
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        # Bytes that are not UTF-8 pass here, to be found in the caption that has them.
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or broken: {error}; fetch it again") from error
+    # Bytes that are not UTF-8 pass here, to be found in the caption that has them.
+    with open_bytes(path) as file:
+        yield from io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 @contextmanager

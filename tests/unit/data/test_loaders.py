@@ -1,8 +1,10 @@
 """The position of the training data can be saved and taken up exactly; where it cannot, that is said."""
 
 import contextlib
+import functools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy
@@ -14,7 +16,7 @@ from megatron.energon import WorkerConfig, stateless
 from rsa_megatron.data import loaders
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loader_state import find_train_state
-from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
+from rsa_megatron.data.loaders import TrainLoader, ValidationLoader, explain_unread_validation
 from rsa_megatron.data.synthetic import data_sets
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from tests.support import broken_data
@@ -138,6 +140,37 @@ def test_reading_leaves_random_generators_as_they_were(demo, tmp_path, gpu_gener
     monkeypatch.setattr(loaders, "keep_generators", contextlib.nullcontext)
     keys(train_loader(demo, encoder), 1)
     assert all(after != then for after, then in zip(states(), before))
+
+
+def test_each_evaluation_begins_anew(demo, encoder):
+    def loader(**more):
+        config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+        return ValidationLoader(str(demo / "data" / "captions"), encoder, config, 8, **more)
+
+    one_pass = [batch.keys for batch in loader().one_pass()]
+    assert len(one_pass) == 8
+    # Shorter than the split, and longer.
+    assert keys(loader(batches_per_evaluation=3), 9) == one_pass[:3] * 3
+    assert keys(loader(batches_per_evaluation=10), 20) == (one_pass + one_pass[:2]) * 2
+
+
+def test_validation_samples_that_are_never_read_are_counted(demo):
+    layout = dict(data_parallel_size=2, num_workers=2, micro_batch_size=5)
+    say = functools.partial(explain_unread_validation, str(demo / "data" / "captions"), **layout)
+    # 16 samples each of four workers: three micro-batches of 5, and one sample left.
+    assert re.search(
+        r"captions: an evaluation reads 60 of the 64 samples of the split val, each time the same; never read: 4 that do not fill a "
+        r"micro-batch of 5 in their data worker$",
+        say(micro_batches=6),
+    )
+    assert say(micro_batches=4).endswith(
+        "reads 40 of the 64 samples of the split val, each time the same; never read: "
+        "4 that do not fill a micro-batch of 5 in their data worker and 20 beyond --eval-iters"
+    )
+    assert "on 60 samples at most, too few for 60 neighbours" in say(micro_batches=6, pairs=100, neighbours=60)
+    assert "neighbours" not in say(micro_batches=6, pairs=100, neighbours=59)
+    whole = dict(layout, micro_batch_size=4, micro_batches=8)
+    assert explain_unread_validation(str(demo / "data" / "captions"), **whole) is None
 
 
 def test_the_subflavor_of_the_data_set_lets_samples_into_rsa(demo, encoder):

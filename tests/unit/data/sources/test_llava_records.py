@@ -201,7 +201,12 @@ def bad_records(folder):
         "zero in the name": (record(0, image="a\0.png"), "missing image", "is not a path"),
         "long name": (record(0, image="a" * 5000), "unreadable image", "aaa..."),
         "above": (record(0, image="../outside.png"), "outside of the image folder", "../outside.png leads out of"),
-        "absolute": (record(0, image=str(folder / "a.png")), "outside of the image folder", "leads out of"),
+        "absolute": (
+            record(0, image=str(folder.parent / "outside.png")),
+            "outside of the image folder",
+            "leads out of",
+        ),
+        "address": (record(0, image="https://a.org/b/z.png?x=1"), "missing image", "nothing is downloaded, and"),
         "link": (record(0, image="link.png"), "outside of the image folder", "link.png leads out of"),
         "empty file": (record(0, image="zero.png"), "unreadable image", "zero.png is empty (0 bytes)"),
         "no image": (
@@ -222,13 +227,17 @@ def bad_records(folder):
         "number": (b"7", "wrong type", "it is a int"),
         "list": (b"[1]", "wrong type", "it is a list"),
         "image of another type": (record(0, image=3), "wrong type", "its image is a int"),
-        "image in an object": (record(0, image=[{"path": "a.png"}]), "wrong type", "its image is a dict"),
-        "empty path": (record(0, image=""), "wrong type", "its image is an empty one"),
+        "image in an object": (record(0, image=[{"name": "a.png"}]), "wrong type", "its image is an object with name"),
+        "empty path": (record(0, image=""), "number of images", "its text has 1 <image> and the record 0 image(s)"),
         "id of another type": (record(0, id=[1]), "wrong type", "its id is a list"),
         "no conversations": ({"id": 1, "image": "a.png"}, "conversation", "it has no conversations"),
         "empty conversations": (record(0, conversations=[]), "conversation", "it has no conversations"),
-        "text for conversations": (record(0, conversations="hello"), "conversation", "a turn of"),
-        "turn of text": (record(0, conversations=["hello"]), "conversation", "a turn of"),
+        "text for conversations": (
+            record(0, conversations="hello"),
+            "conversation",
+            "the text 'hello'; it must be a list",
+        ),
+        "turn of text": (record(0, conversations=["hello"]), "conversation", "turn 0 of its conversation is the text"),
         "value of another type": (
             record(0, conversations=[turns[0], {"from": "gpt", "value": 3}]),
             "conversation",
@@ -250,13 +259,8 @@ def bad_records(folder):
             "number of images",
             "its text has 1 <image> and the record 3 image(s)",
         ),
-        "none told": (
-            text_alone(0) | {"image": "a.png"},
-            "number of images",
-            "text has 0 <image> and the record 1 image(s)",
-        ),
         "told alone": (record(0, image=None), "number of images", "its text has 1 <image> and the record 0 image(s)"),
-        "video": (record(0, video="a.mp4"), "video", "it has a video"),
+        "video": (record(0, video="a.mp4"), "a medium that is not read (field video)", "its field video names"),
     }
 
 
@@ -317,7 +321,8 @@ def test_faults_of_a_folder_are_named(tmp_path):
         ("d.json", b"", "no sample found"),
         ("d.jsonl", b"\n\n", "no sample found"),
         ("d.json", b'[{"id": 1}', "d.json is broken JSON: .*in a .jsonl"),
-        ("d.csv", b"1,2", "is not a .json, .jsonl, .yaml, .parquet or folder"),
+        ("d.csv", b"1,2", "d.csv has no column conversations or messages; its columns are 1, 2"),
+        ("d.txt", b"A boat.", "d.txt is not JSON, JSONL, .* it is a text that begins with 'A boat.'"),
         ("d.parquet", b"PAR1 or so", "d.parquet is not a readable parquet file: .* fetch it again"),
         ("m.yaml", b"a: [", "m.yaml cannot be read"),
         ("m.yaml", b"datasets: [{path: x}]", "needs a list `datasets:`"),
@@ -339,7 +344,9 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content, message)
 
 
 def test_folders_and_parquet_files_without_samples_are_named(tmp_path):
-    with pytest.raises(ValueError, match="needs images with a .txt beside each, or .parquet files"):
+    with pytest.raises(
+        ValueError, match="needs images with a .txt beside each, or a metadata.jsonl, or .parquet files"
+    ):
         open_source(tmp_path)
     write_parquet(tmp_path / "d.parquet", [{"text": "x", "url": "y"}])
     with pytest.raises(ValueError, match="no column conversations or messages; its columns are text, url"):

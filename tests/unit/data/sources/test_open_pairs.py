@@ -56,7 +56,7 @@ def test_images_that_are_not_there_or_lead_out_are_counted_with_the_remedy(tmp_p
     root = (tmp_path / "val").resolve()
     assert captions(pairs) == {"0": "Number 0."}
     assert pairs.left_out == {
-        f"whose image is not in {root} (--images names the folder; nothing is downloaded)": 3,
+        f"whose image is not in {root} (--images, of realign --image-folder, names the folder; nothing is downloaded)": 3,
         f"whose image's path leads out of {root}": 3,
     }
     assert format_counts(pairs.left_out).startswith("3 whose image is not in")
@@ -92,7 +92,7 @@ def test_a_broken_json_is_named(tmp_path):
     with pytest.raises(ValueError, match="captions_val.json is broken JSON: .*fetch it again"):
         open_pairs(path)
     path.write_text('{"a":' * 100_000)
-    with pytest.raises(ValueError, match="captions_val.json is JSON too deep to be captions"):
+    with pytest.raises(ValueError, match="captions_val.json is JSON too deep to be records or captions"):
         open_pairs(path)
 
 
@@ -198,15 +198,15 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
     assert widths(pairs) == [1, 2]
     assert csv.field_size_limit() == before < len(wit_rows()[0]["context_page_description"])  # as it was, and too low
     assert pairs.left_out == {
-        f"whose image is not in {tmp_path.resolve() / 'images'} (--images names the folder; nothing is downloaded)": 1,
+        f"whose image is not in {tmp_path.resolve() / 'images'} (--images, of realign --image-folder, names the folder; nothing is downloaded)": 1,
         "without a caption": 1,
         "of an image that has a caption already": 1,
-        "of another language than 'en' (--language selects it; found: de (1))": 1,
+        "of another language than 'en' (--language-code selects it; found: de (1))": 1,
     }
     # Control: another language gives the same image another caption.
     assert captions(open_pairs(path, images=tmp_path / "images", language="de")) == {"Tour_(Paris).jpg": "Der Turm."}
     with pytest.raises(
-        ValueError, match=r"6 of another language than 'fr' \(--language selects it; found: en \(5\), de \(1\)\)"
+        ValueError, match=r"6 of another language than 'fr' \(--language-code selects it; found: en \(5\), de \(1\)\)"
     ):
         open_pairs(path, images=tmp_path / "images", language="fr")
 
@@ -255,9 +255,7 @@ def test_a_table_with_conversations(tmp_path):
     rows = [{"image": image, "conversations": talk}, {"image": image, "conversations": talk[:1]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     pairs = open_pairs(tmp_path / "d.parquet")
-    assert [pair.caption for pair in pairs] == ["A boat."] and pairs.left_out == {
-        "whose column conversations cannot be read": 1
-    }
+    assert [pair.caption for pair in pairs] == ["A boat."] and pairs.left_out == {"without a caption": 1}
 
 
 def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
@@ -274,7 +272,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         (
             "a.csv",
             b"id,label\n1,x\n",
-            r"no column of captions \(caption_reference_description, .*its columns are id, label; rename",
+            r"no column of captions \(conversations, .*caption_reference_description, .*its columns are id, label; rename",
         ),
         (
             "a.csv",
@@ -289,7 +287,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         (
             "a.csv",
             b"filename,caption\nnone.png,x\n",
-            r"1 whose image is not in .* \(--images names the folder; nothing is downloaded\)",
+            r"1 whose image is not in .* \(--images, of realign --image-folder, names the folder; nothing is downloaded\)",
         ),
         (
             "a.csv",
@@ -303,7 +301,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         ),
         ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is truncated or broken: .*fetch it again"),
         ("a.parquet", b"PAR1 or so", "a.parquet is not a readable parquet file: .*fetch it again"),
-        ("a.txt", b"x", "a.txt is not a .json, .jsonl"),
+        ("a.txt", b"x", "a.txt is not JSON, JSONL"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(tmp_path, name, content, message):

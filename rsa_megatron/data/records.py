@@ -1,0 +1,225 @@
+"""One record as people have it, turned into ours: an id, turns of text with <image> in them, and the images meant.
+
+Every source of data, `show`, `measure`, `realign` and the task encoder read records through `read_record`. It takes
+
+    turns         conversations or messages, of {from, value} or {role, content}, one of them perhaps null; a list of these, an
+                  object of lists (arrow's), or either as JSON in a text
+    content       a text with <image> in it, or a list of parts: texts, and images by path, address, data or place in `images`
+                  (OpenAI's, TRL's, Qwen's, transformers' chat templates)
+    caption       in place of turns one text, or a list of which the first counts: it answers CAPTION_PROMPT
+    images        a path, bytes, {bytes, path}, data:..., base64, or a list of these; media_names.py has the fields' names
+    id            any scalar
+
+and leaves out, with the reason, what names a medium that is not read. Null, NaN, "", and lists and objects of them are absent.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
+from rsa_megatron.data.field_values import is_absent, parse_text
+from rsa_megatron.data.image_references import list_references
+from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, IMAGE_SUFFIXES, find_unread, is_file
+from rsa_megatron.data.record_turns import Mark, not_read, read_turns
+from rsa_megatron.data.sources.record import Unusable
+
+CAPTION_PROMPT = f"{IMAGE_TOKEN}\nPlease generate detailed descriptions of the given image."
+CONVERSATION_FIELDS = ("conversations", "messages", "conversation")
+#: Of these the first that is filled counts.
+CAPTION_FIELDS = (
+    *("caption_reference_description", "raw", "comment", "caption", "captions", "sentences", "text", "txt", "TEXT"),
+)
+
+
+@dataclass(frozen=True)
+class ReadRecord:
+    """A record that can be trained on, but for its images, which are not opened yet."""
+
+    #: None where it has none
+    id: str | int | None
+    #: [{"from": human, gpt or system (user, assistant), "value": text}], with an <image> for each image
+    turns: list[dict]
+    #: in the order of their <image>: a path or an address as it stands there, or the bytes; [] if they lie beside the record
+    images: list[str | bytes]
+    #: whether it has a caption in place of turns
+    is_caption: bool = False
+
+    def as_dict(self) -> dict:
+        """Return it as it is stored beside its images."""
+        return {"id": self.id, "conversations": self.turns}
+
+    @property
+    def texts(self) -> list[str]:
+        return [turn["value"] for turn in self.turns]
+
+    @property
+    def caption(self) -> str:
+        """Return its answers, a line each."""
+        return "\n".join(turn["value"].strip() for turn in self.turns if turn["from"] in ("gpt", "assistant"))
+
+
+def read_record(content: object, *, images_beside: int | None = None, texts_alone: bool = False) -> ReadRecord:
+    """Turn a record into ours.
+
+    Args:
+        content: what JSON, a table's row or a part of a tar holds; also a list that is a conversation itself.
+        images_beside: how many images lie beside it, as in a tar; None: it names its images itself.
+        texts_alone: whether its images do not count: there may be another number of them than of <image>.
+
+    Raises:
+        Unusable: it cannot be trained on; says what was found.
+    """
+    fields = _get_fields(content)
+    own_field, own = _find_images(fields)
+    known = {"id", "system", own_field, *CONVERSATION_FIELDS, *CAPTION_FIELDS, *IMAGE_FIELDS}
+    others = {name: value for name, value in fields.items() if name not in known}
+    _check_read(others, has_image=True)
+    field, turns, marks = _read_talk(fields)
+    is_caption = field in CAPTION_FIELDS
+    has_image = bool(own or images_beside or any(mark.reference for mark in marks))
+    _check_read(others, has_image=has_image)
+    if not texts_alone:
+        if is_caption and not has_image:
+            raise Unusable(
+                "number of images", f"it has a caption ({field}) and no image; its fields are {_name(fields)}"
+            )
+        turns, own = _match_images(turns, marks, own, images_beside)
+    if isinstance(fields.get("system"), str) and turns[0]["from"] != "system":
+        turns = [{"from": "system", "value": fields["system"]}, *turns]
+    _check_texts(turns)
+    return ReadRecord(_read_id(fields.get("id")), turns, own, is_caption)
+
+
+def _get_fields(content: object) -> dict:
+    """Return a record's fields that are filled."""
+    if isinstance(content, Unusable):
+        raise content
+    if isinstance(content, (list, tuple)) and content and all(isinstance(turn, Mapping) for turn in content):
+        return {"conversations": content}
+    if not isinstance(content, Mapping):
+        raise Unusable("wrong type", f"it is a {type(content).__name__}, not an object with conversations")
+    return {name: value for name, value in content.items() if not is_absent(value)}
+
+
+def _check_read(fields: dict, *, has_image: bool) -> None:
+    if unread := find_unread(fields.items(), has_image=has_image):
+        raise not_read(
+            f"field {unread}",
+            f"its field {unread} names a medium that is not read; images are in a field image or images",
+        )
+
+
+def _name(fields: dict) -> str:
+    return ", ".join(map(str, fields)) or "all empty"
+
+
+def _read_talk(fields: dict) -> tuple[str, list[dict], list[Mark]]:
+    """Return the field that holds a record's turns or caption, the turns, and what each <image> in them stands for."""
+    for name in CONVERSATION_FIELDS:
+        if name in fields:
+            return name, *read_turns(fields[name])
+    for name in CAPTION_FIELDS:
+        if name in fields and (caption := read_caption(fields[name])):
+            turns = [{"from": "human", "value": CAPTION_PROMPT}, {"from": "gpt", "value": caption}]
+            return name, turns, [Mark()]
+    if fields.keys() & {"from", "role"} and fields.keys() & {"value", "content"}:
+        raise Unusable("conversation", "it is one turn; a record has a list of them: conversations, messages")
+    raise Unusable("conversation", f"it has no conversations, messages or caption; its fields are {_name(fields)}")
+
+
+def read_caption(value: object) -> str:
+    """Return the first caption of a field that holds one or several; "" without one."""
+    if isinstance(value, str):
+        found = parse_text(value)
+        if (
+            isinstance(found, str)
+            or not isinstance(found, list)
+            or not all(isinstance(item, (str, Mapping)) for item in found)
+        ):
+            return value.strip()
+        return read_caption(found)
+    if isinstance(value, Mapping):  # Karpathy's sentences, COCO's annotations
+        return next(
+            (read_caption(value[name]) for name in ("raw", "caption", "text") if not is_absent(value.get(name))), ""
+        )
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(read_caption, value)), "")
+    return ""
+
+
+def _find_images(fields: dict) -> tuple[str | None, list[str | bytes]]:
+    """Return the field that holds a record's images, and the images."""
+    if "image" in fields and "images" in fields:
+        one, several = list_references(fields["image"]), list_references(fields["images"])
+        if not all(image in several for image in one):
+            raise Unusable("number of images", "its image is not one of its images; keep the one field or the other")
+        return "images", several
+    for name in IMAGE_FIELDS:
+        if name in fields and not isinstance(fields[name], bool) and (found := list_references(fields[name])):
+            return name, found
+    for name in FILE_FIELDS:
+        if name in fields and is_file(fields[name], IMAGE_SUFFIXES):
+            return name, list_references(fields[name])
+    return None, []
+
+
+def _match_images(
+    turns: list[dict], marks: list[Mark], own: list[str | bytes], beside: int | None
+) -> tuple[list[dict], list[str | bytes]]:
+    """Give each <image> its image; where the text has none they come first in it."""
+    available: Sequence = own if beside is None else range(beside)
+    if not marks:
+        return (add_image_tokens(turns, len(available)) if available else turns), own if beside is None else []
+    named = beside is None and all(mark.reference is not None for mark in marks)
+    ordered = [mark.index if mark.index is not None else number for number, mark in enumerate(marks)]
+    if (len(marks) != len(available) and (available or not named)) or (
+        not named and set(ordered) != set(range(len(available)))
+    ):
+        place = "record" if beside is None else "sample"
+        raise Unusable(
+            "number of images", f"its text has {len(marks)} {IMAGE_TOKEN} and the {place} {len(available)} image(s)"
+        )
+    if beside is not None:
+        if ordered != sorted(ordered):
+            raise Unusable("number of images", "its text names the images beside it in another order than theirs")
+        return turns, []
+    return turns, [own[index] if mark.reference is None else mark.reference for index, mark in zip(ordered, marks)]
+
+
+def add_image_tokens(turns: list[dict], count: int = 1) -> list[dict]:
+    """Put <image> before the first human turn's text, once for each image.
+
+    Raises:
+        Unusable: there is no such turn.
+    """
+    for index, turn in enumerate(turns):
+        if turn["from"] in ("human", "user"):
+            with_images = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n" * count + turn["value"]}
+            return [*turns[:index], with_images, *turns[index + 1 :]]
+    raise Unusable("conversation", "it has an image and no human turn to put it in")
+
+
+def _check_texts(turns: list[dict]) -> None:
+    try:
+        check_conversation(turns)
+    except ValueError as error:
+        raise Unusable("conversation", str(error)) from error
+    try:
+        "".join(turn["value"] for turn in turns).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable("not UTF-8", f"its text is not UTF-8: {error}") from error
+
+
+def _read_id(value: object) -> str | int | None:
+    """Return an id as a text or a whole number: 3.0 is "3"."""
+    if isinstance(value, (list, tuple, Mapping)):
+        raise Unusable("wrong type", f"its id is a {type(value).__name__}")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return str(value)
