@@ -78,6 +78,8 @@ def _describe_folder(path: Path) -> str:
     files = sorted(
         file.name for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".yaml")
     )
+    if any(path.glob("*.tar")):
+        return f"{needs}; tars are indexed by `energon prepare`"
     return f"{needs}; or name a file in it, such as {path / files[0]}" if files else needs
 
 
@@ -133,7 +135,7 @@ class CaptionFolder:
                 elif suffix == ".txt":
                     self._texts.add(stem)
         self._images = images
-        self._stems = sorted(images.keys() | self._texts) if images else []
+        self._stems = sorted(images.keys() | self._texts) if images and self._texts else []
 
     def __len__(self) -> int:
         return len(self._stems)
