@@ -11,6 +11,8 @@ from megatron.energon.flavors.webdataset.structs import ShardInfo
 from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 
+from rsa_megatron.data.rsa_flag import read_rsa_flag
+
 
 def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
     """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole, and large enough.
@@ -47,6 +49,42 @@ def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batc
                 )
 
 
+def check_rsa_flags(path: str, *, rsa_weight: float) -> None:
+    """Raise ValueError, with the remedy, where RSA is on and no training data set behind `path` lets samples into it.
+
+    Args:
+        path: a prepared data set, or a mixture of such.
+        rsa_weight: 0 where RSA is off; then what the flags say is still read, as training will read it.
+    """
+    flags, said = [], []
+    for loaded in _load(path, "train"):
+        name, subflavors = _get_name(loaded), _get_subflavors(loaded)
+        try:
+            flag = read_rsa_flag(subflavors, default=False)
+        except ValueError as error:
+            raise ValueError(f"--data-path {path}, {name}: {error}") from error
+        is_read = loaded.weight != 0 and loaded.repetitions != 0
+        flags.append(flag and is_read)
+        found = "rsa: true, but weight 0" if flag and not is_read else "rsa: false" if "rsa" in subflavors else "no rsa"
+        said.append(f"{name} ({found})")
+    if not rsa_weight or any(flags):
+        return
+    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+    if path.endswith((".yaml", ".yml")):
+        remedy = f"give those of image-caption pairs `subflavors: {{rsa: true}}` in {path}"
+    elif path.endswith(".jsonl"):
+        remedy = (
+            "name a mixture (.yaml) that gives it `subflavors: {rsa: true}` (rsa-megatron data link --rsa writes one)"
+        )
+    else:
+        place = f"{path.rstrip('/')}/.nv-meta/dataset.yaml"
+        remedy = f"write `subflavors: {{rsa: true}}` in {place} (rsa-megatron data pack --rsa does)"
+    raise ValueError(
+        f"--data-path {path}: RSA is on (--rsa-weight {rsa_weight:g}), but no data set takes part in it: "
+        f"{', '.join(said[:5])}{more}; {remedy}, or turn RSA off (--rsa-weight 0)"
+    )
+
+
 def fingerprint(path: str) -> str:
     """Hash what the training split behind `path` holds: shards by name and size, and how they are mixed."""
     parts = [
@@ -63,6 +101,18 @@ def fingerprint(path: str) -> str:
 
 def _list_shards(path: str, split: str) -> list[ShardInfo]:
     return [shard for loaded in _load(path, split) for shard in _get_shards(loaded)]
+
+
+def _get_name(loaded: LoadedDataset) -> str:
+    return str(getattr(getattr(loaded.dataset, "path", None), "name", None) or type(loaded.dataset).__name__)
+
+
+def _get_subflavors(loaded: LoadedDataset) -> dict:
+    """Those that its samples carry: of data sets that are joined, the first one's."""
+    dataset = loaded.dataset
+    if inner := getattr(dataset, "inner_datasets", None):
+        dataset = next(iter(inner.values() if isinstance(inner, dict) else inner))
+    return getattr(dataset, "subflavors", None) or {}
 
 
 def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:

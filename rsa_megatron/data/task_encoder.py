@@ -33,6 +33,7 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data import conversation
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART, ImageEmbeddings
+from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.single_epoch import shuffle_once
 from rsa_megatron.data.sources.record import Unusable, resolve_inside
 from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
@@ -242,7 +243,9 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
             layouts=layouts,
             tiles=self._images.tiles(images),
             # An image-caption pair, as the paper asks for (section 3.3), whose caption is not truncated away.
-            eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption[:-1]),
+            eligible=read_rsa_flag(sample.__subflavors__, default=False)
+            and len(images) == 1
+            and any(text.is_caption[:-1]),
             record=record,
             row_length=len(text.tokens) - 1 + self._count_image_tokens(layouts) - len(layouts),
             is_truncated=text is not whole,
