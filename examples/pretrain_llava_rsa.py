@@ -15,14 +15,20 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from rsa_megatron.plugin import RSAPlugin
-from rsa_megatron.ranks import print_once
+from rsa_megatron.ranks import end_with_launcher, print_once
 from rsa_megatron.training.alignment_scores import AlignmentScores, write_scores
 from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse
 from rsa_megatron.training.learning_rates import LearningRates, format_table
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
 from rsa_megatron.training.providers import datasets_provider, model_provider
-from rsa_megatron.training.run_folder import write_hugging_face_files, write_stage
+from rsa_megatron.training.run_folder import (
+    RunFolder,
+    explain_nothing_left,
+    keep_loaded_checkpoint,
+    write_hugging_face_files,
+    write_stage,
+)
 from rsa_megatron.training.train_step import forward_step
 
 
@@ -33,13 +39,12 @@ def main():
         return dry_run(args, rsa)
     if "RANK" not in os.environ:
         end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
+    if nothing_left := explain_nothing_left(args):
+        return print_once(nothing_left)
+    end_with_launcher()
     megatron_patches.repair()
+    keep_loaded_checkpoint()
     architecture = architecture_of(args)
-    try:
-        write_hugging_face_files(args, architecture)
-        write_stage(args)
-    except (ValueError, OSError) as error:
-        end_with(error)
     print_once(format_table(args, architecture))
     rates = LearningRates(args)
     rates.apply()
@@ -47,17 +52,18 @@ def main():
     utilisation.apply()
     print_once(utilisation.description)
     write_metrics(args)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        rates.wrap_forward_step(rsa.wrap_forward_step(utilisation.wrap_forward_step(forward_step))),
-        rsa.wrap_model_provider(model_provider),
-        non_loss_data_func=AlignmentScores(rsa) if args.mutual_knn_samples else None,
-        process_non_loss_data_func=write_scores if args.mutual_knn_samples else None,
-    )
-    # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
-    write_stage(args, finished=args.train_iters)
+    with RunFolder(args, lambda: write_hugging_face_files(args, architecture), lambda: write_stage(args)) as folder:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            rates.wrap_forward_step(rsa.wrap_forward_step(utilisation.wrap_forward_step(forward_step))),
+            folder.wrap_model_provider(rsa.wrap_model_provider(model_provider)),
+            non_loss_data_func=AlignmentScores(rsa) if args.mutual_knn_samples else None,
+            process_non_loss_data_func=write_scores if args.mutual_knn_samples else None,
+        )
+        # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
+        write_stage(args, finished=args.train_iters)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from rsa_megatron.hooks.checks import check_model
 from rsa_megatron.hooks.global_batch import GlobalBatch
 from rsa_megatron.hooks.host import find_host
 from rsa_megatron.hooks.objective import add_to_loss, rsa_term
+from rsa_megatron.hooks.pair_watch import PairWatch
 from rsa_megatron.hooks.representations import RepresentationHooks
 from rsa_megatron.hooks.sample_selection import Selection
 
@@ -37,14 +38,17 @@ class RSAPlugin:
             By default what the batch itself has: an RSASamples as its attribute `rsa`, or `rsa_caption_mask` and
             `rsa_eligible` (RSATaskEncoder's) as keys or attributes. Of what it does not have: every sample with one image
             takes part, and its caption is the tokens that the LM loss trains on.
+        log_interval: iterations in a row without anything to compare after which a warning is printed; the job's --log-interval.
     """
 
     def __init__(
         self,
         config: RSAConfig = RSAConfig(),
         select: Callable[[object], "RSASamples | tuple[torch.Tensor | None, torch.Tensor | None]"] | None = None,
+        log_interval: int = 100,
     ):
         self.config = config
+        self.log_interval = log_interval
         self._select = select or _of_batch
 
     def __deepcopy__(self, memo) -> "RSAPlugin":
@@ -140,8 +144,15 @@ class RSAPlugin:
             global_batch.begin_micro_batch()
             if chunk.training:
                 chunk.rsa_global_batches[False].forget()
-        term = rsa_term(representations, self.config, chunk.config, chunk.pg_collection, global_batch)
-        return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, chunk.pg_collection)
+        groups = chunk.pg_collection
+        term = rsa_term(representations, self.config, chunk.config, groups, global_batch)
+        if chunk.training:
+            warning = chunk.rsa_pair_watch.add(
+                term.num_pairs, term.num_pairs + term.num_earlier_pairs, self.config.weight
+            )
+            if warning and not any(group.rank() for group in (groups.dp, groups.tp, groups.cp)):
+                print(warning, flush=True)
+        return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, groups)
 
     def _attach_to_chunk(self, model: torch.nn.Module) -> None:
         host = find_host(model)
@@ -155,6 +166,7 @@ class RSAPlugin:
             # around the host may have a config of its own, which is the one that the schedules ask.)
             chunk.config.variable_seq_lengths = get_model_config(model).variable_seq_lengths = True
         chunk.rsa_hooks = RepresentationHooks(host, self.config)
+        chunk.rsa_pair_watch = PairWatch(self.log_interval)
         chunk.rsa_global_batches = {is_training: GlobalBatch() for is_training in (True, False)}
 
 

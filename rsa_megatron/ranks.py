@@ -3,9 +3,13 @@
 Until torch.distributed is initialised, a rank knows itself by torchrun's environment.
 """
 
+import contextlib
 import os
 import platform
+import select
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -47,6 +51,38 @@ def exit_with_own_error(message: str) -> NoReturn:
     rank = get_rank()
     print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def end_process(message: str) -> NoReturn:
+    """End a rank at once and from any of its threads, whatever the others wait for, with one line and exit status 1."""
+    with contextlib.suppress(OSError, ValueError):  # who would read it may have gone
+        print(f"error: {message}; this run ends", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def end_with_launcher() -> None:
+    """End this rank when the torchrun that has started it is gone; do nothing where something else has.
+
+    A torchrun that is told to end ends its ranks. One that is killed (kill -9, out of memory) cannot: they would train on, unseen,
+    and write to a folder that the same command, started again, writes to as well. It is watched for in a thread: the rank itself
+    may wait for others.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(launcher: int) -> None:
+    try:
+        poll = select.poll()
+        poll.register(os.pidfd_open(launcher), select.POLLIN)
+        while os.getppid() == launcher and not poll.poll(60_000):
+            pass
+    except (AttributeError, OSError):  # a system without these calls, or it is gone already
+        while os.getppid() == launcher:
+            time.sleep(1)
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        os._exit(1)
+    end_process(f"torchrun (process {launcher}) is gone")
 
 
 def run_on_first_rank(function: Callable[[], Result]) -> Result:

@@ -177,6 +177,7 @@ def _demo(stage: dict) -> dict:
 def demo_parts() -> dict:
     """Before stage 1: the demo's decoder and tower, each for itself (pretrain_backbones.py); two minutes."""
     return demo_stage_1() | dict(
+        rsa_weight=0.0,
         trainable=["vision", "embeddings", "language"],
         train_iters=200,
         lr=2e-3,

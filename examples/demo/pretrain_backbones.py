@@ -19,11 +19,13 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from rsa_megatron.data.synthetic import scenes
 from rsa_megatron.plugin import RSAPlugin
+from rsa_megatron.ranks import end_with_launcher
 from rsa_megatron.recipes import demo_parts
 from rsa_megatron.training import providers
 from rsa_megatron.training.arguments import parse
 from rsa_megatron.training.learning_rates import LearningRates
 from rsa_megatron.training.metrics_file import write_metrics
+from rsa_megatron.training.run_folder import RunFolder, keep_loaded_checkpoint
 
 LABELS = scenes.all_labels()
 
@@ -31,16 +33,19 @@ LABELS = scenes.all_labels()
 def main():
     rsa = RSAPlugin()
     args = parse(rsa, settings=demo_parts())
+    end_with_launcher()
     megatron_patches.repair()
+    keep_loaded_checkpoint()
     LearningRates(args).apply()
     write_metrics(args)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        providers.datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider,
-    )
+    with RunFolder(args) as folder:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            providers.datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            folder.wrap_model_provider(model_provider),
+        )
 
 
 def model_provider(*args, **kwargs):

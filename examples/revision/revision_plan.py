@@ -145,8 +145,9 @@ def plan_training(args, seed: int, arm: str, images: str) -> list[Job]:
         args,
         seed,
         mixture(args, seed, arm),
-        *("--train-iters", count, "--eval-interval", get_evaluation_interval(count, EVALUATIONS), "--save", folder),
-        *("--save-interval", count, "--pretrained-checkpoint", args.out / "runs" / LANGUAGE),
+        *("--train-iters", count, "--eval-interval", get_evaluation_interval(count, EVALUATIONS)),
+        *("--save", folder, "--load", folder, "--save-interval", count),
+        *("--pretrained-checkpoint", args.out / "runs" / LANGUAGE),
     )
     on_own = build_stage_command(
         args,

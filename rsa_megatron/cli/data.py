@@ -156,7 +156,20 @@ def make(args) -> None:
     unfinished.rename(args.out)
     print(f"{args.out}: {format_summary(figures, num_shards)}")
     print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
+    print(f"    RSA: {describe_rsa(args, figures)}")
     print(f"    train with --data-path {args.out if args.command == 'pack' else args.out / 'mixture.yaml'}")
+
+
+def describe_rsa(args, figures: Figures) -> str:
+    """Say whether what was written takes part in the RSA loss, and how to change it."""
+    num_pairs, num_all = figures.histograms["images of a sample"][1], sum(figures.splits.values())
+    place = args.out / (".nv-meta/dataset.yaml" if args.command == "pack" else "mixture.yaml")
+    if not num_pairs:
+        return f"no sample takes part: none of the {num_all} has exactly one image"
+    of_all = f"the {num_pairs} of {num_all} samples with exactly one image"
+    if not args.rsa:
+        return f"no sample takes part (no --rsa); to let {of_all} in, write rsa: true in {place}, or in a mixture"
+    return f"{of_all} take part (--rsa); to keep them out, write rsa: false in {place}, or in a mixture"
 
 
 def choose_held_out(num_records: int, val: str, seed: int) -> set[int]:

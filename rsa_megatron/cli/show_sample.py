@@ -16,6 +16,7 @@ from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
+from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, read_stored_record
@@ -196,7 +197,7 @@ def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedTe
 
 def explain_no_rsa(sample: StoredSample, num_images: int, text: conversation.EncodedText) -> str | None:
     """Explain why it is not in the RSA loss; None if it is."""
-    if not (sample.__subflavors__ or {}).get("rsa"):
+    if not read_rsa_flag(sample.__subflavors__, default=False):
         return "no, its dataset has no subflavor rsa: true"
     if num_images != 1:
         return f"no, it has {num_images} images, not one"

@@ -14,6 +14,7 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 
 from rsa_megatron.data.leaves import count_occurrences
 from rsa_megatron.data.mixture_checks import check_mixture
+from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.typed_samples import check_type
 
 
@@ -87,6 +88,42 @@ def count_samples(factory: BaseCoreDatasetFactory) -> int:
     return end - first
 
 
+def check_rsa_flags(path: str, *, rsa_weight: float) -> None:
+    """Raise ValueError, with the remedy, where RSA is on and no training data set behind `path` lets samples into it.
+
+    Args:
+        path: a prepared data set, or a mixture of such.
+        rsa_weight: 0 where RSA is off; then what the flags say is still read, as training will read it.
+    """
+    flags, said = [], []
+    for loaded in _load(path, "train"):
+        name, subflavors = _get_name(loaded), _get_subflavors(loaded)
+        try:
+            flag = read_rsa_flag(subflavors, default=False)
+        except ValueError as error:
+            raise ValueError(f"--data-path {path}, {name}: {error}") from error
+        is_read = loaded.weight != 0 and loaded.repetitions != 0
+        flags.append(flag and is_read)
+        found = "rsa: true, but weight 0" if flag and not is_read else "rsa: false" if "rsa" in subflavors else "no rsa"
+        said.append(f"{name} ({found})")
+    if not rsa_weight or any(flags):
+        return
+    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+    if path.endswith((".yaml", ".yml")):
+        remedy = f"give those of image-caption pairs `subflavors: {{rsa: true}}` in {path}"
+    elif path.endswith(".jsonl"):
+        remedy = (
+            "name a mixture (.yaml) that gives it `subflavors: {rsa: true}` (rsa-megatron data link --rsa writes one)"
+        )
+    else:
+        place = f"{path.rstrip('/')}/.nv-meta/dataset.yaml"
+        remedy = f"write `subflavors: {{rsa: true}}` in {place} (rsa-megatron data pack --rsa does)"
+    raise ValueError(
+        f"--data-path {path}: RSA is on (--rsa-weight {rsa_weight:g}), but no data set takes part in it: "
+        f"{', '.join(said[:5])}{more}; {remedy}, or turn RSA off (--rsa-weight 0)"
+    )
+
+
 def fingerprint(path: str) -> str:
     """Hash what the training split behind `path` holds: shards by name and size, and how they are mixed."""
     parts = [
@@ -100,6 +137,18 @@ def fingerprint(path: str) -> str:
         for loaded, occurrence in count_occurrences(_load(path, "train"))
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
+
+
+def _get_name(loaded: LoadedDataset) -> str:
+    return str(getattr(getattr(loaded.dataset, "path", None), "name", None) or type(loaded.dataset).__name__)
+
+
+def _get_subflavors(loaded: LoadedDataset) -> dict:
+    """Those that its samples carry: of data sets that are joined, the first one's."""
+    dataset = loaded.dataset
+    if inner := getattr(dataset, "inner_datasets", None):
+        dataset = next(iter(inner.values() if isinstance(inner, dict) else inner))
+    return getattr(dataset, "subflavors", None) or {}
 
 
 def _get_shards(loaded: LoadedDataset) -> list[ShardInfo]:

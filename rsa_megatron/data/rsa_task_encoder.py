@@ -30,6 +30,8 @@ from megatron.energon import DefaultTaskEncoder, TaskEncoder
 from megatron.energon.errors import FatalSampleError  # a ValueError that Energon does not pass over
 from torch import Tensor
 
+from rsa_megatron.data.rsa_flag import read_rsa_flag
+
 ELIGIBLE, CAPTION_MASK = "rsa_eligible", "rsa_caption_mask"
 
 
@@ -54,7 +56,8 @@ class RSATaskEncoder:
     def rsa_eligible(self, sample: Any) -> bool | Sequence[bool]:
         """Return whether a sample is eligible, as it comes from the data set, before it is encoded.
 
-        By default what its subflavor `rsa` says, and True where there is none. That it has exactly one image need not be
+        By default what its subflavor `rsa` says, and True where there is none, as without this class every sample with one
+        image is eligible. (The training script's own data is the other way round: without `rsa: true` a data set is not.) That it has exactly one image need not be
         looked at here. For a sample that holds several, packed beforehand, one answer for each of them.
         """
         subflavors = _get_field(sample, "__subflavors__")
@@ -63,13 +66,10 @@ class RSATaskEncoder:
                 f"sample {_get_key(sample)} has no __subflavors__, where `rsa: true` or `rsa: false` would be: give its data set "
                 f"`subflavors: {{rsa: ...}}` and hand them on where it is cooked (basic_sample_keys), or override rsa_eligible"
             )
-        flag = subflavors.get("rsa", True)
-        flag = {"true": True, "false": False}.get(flag.lower(), flag) if isinstance(flag, str) else flag
-        if not isinstance(flag, bool):
-            raise FatalSampleError(
-                f"sample {_get_key(sample)}: its data set's subflavor rsa is {flag!r}; it must be true or false"
-            )
-        return flag
+        try:
+            return read_rsa_flag(subflavors, default=True)
+        except ValueError as error:
+            raise FatalSampleError(f"sample {_get_key(sample)}: {error}") from error
 
     def rsa_caption_mask(self, encoded_sample: Any) -> Tensor | None:
         """Mark which tokens of an encoded sample are its caption, [its length]; not overridden, those of the loss mask are.

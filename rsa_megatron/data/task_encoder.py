@@ -35,6 +35,7 @@ from rsa_megatron.data import conversation
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.leaves import PreparedLeaves
 from rsa_megatron.data.records import read_record
+from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.single_epoch import shuffle_once
 from rsa_megatron.data.sources.record import Unusable, relate, resolve_inside
 from rsa_megatron.data.stored_parts import StoredSample, pick_parts
@@ -251,7 +252,9 @@ class LlavaTaskEncoder(PreparedLeaves, DefaultTaskEncoder[StoredSample, EncodedS
             layouts=layouts,
             tiles=self._images.tiles(images),
             # An image-caption pair, as the paper asks for (section 3.3), whose caption is not truncated away.
-            eligible=bool((sample.__subflavors__ or {}).get("rsa")) and len(images) == 1 and any(text.is_caption[:-1]),
+            eligible=read_rsa_flag(sample.__subflavors__, default=False)
+            and len(images) == 1
+            and any(text.is_caption[:-1]),
             record=record,
             row_length=len(text.tokens) - 1 + self._count_image_tokens(layouts) - len(layouts),
             is_truncated=text is not whole,

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from rsa_megatron import megatron_on_cpu
 from rsa_megatron.alignment.metrics import METRICS, NEIGHBOUR_METRICS
+from rsa_megatron.config import RSAConfig
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
-from rsa_megatron.data.dataset_checks import check_data
+from rsa_megatron.data.dataset_checks import check_data, check_rsa_flags
 from rsa_megatron.data.loaders import count_epoch_iterations, explain_unread_validation
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.data.tiles import ASPECT_RATIOS
@@ -32,7 +33,15 @@ from rsa_megatron.ranks import exit_with_error, get_rank, print_once
 from rsa_megatron.recipes import recipe
 from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
-from rsa_megatron.training.run_folder import TRACKER, check_agreement, has_checkpoint, take_weights_of_another_stage
+from rsa_megatron.training.run_folder import (
+    TRACKER,
+    check_agreement,
+    check_save,
+    has_checkpoint,
+    is_same_folder,
+    take_weights_of_another_stage,
+)
+from rsa_megatron.training.schedule import settle_schedule
 
 
 def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = True):
@@ -43,17 +52,22 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     try:
         provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
         args = parse_and_validate_args(extra_args_provider=provider)
+        if is_same_folder(args.load, args.save):
+            args.load = args.save  # however it is written
         weights = take_weights_of_another_stage(args)
+        goes_back = check_save(args)
         check_arguments(args)
         projector = set_image_embeddings(args, rsa.config, architecture_of(args).vision.hidden_size)
         if rsa.config.text_source == "caption" and rsa.config.weight > 0:
             check_settings(args, packed=args.transformer_impl == "transformer_engine")
         if reads_data:
-            check_data_path(args)
+            check_data_path(args, rsa.config.weight)
         set_one_epoch(args)
+        schedule = settle_schedule(args)
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
-    for message in filter(None, (weights, projector)):
+    rsa.log_interval = args.log_interval
+    for message in filter(None, (weights, goes_back, projector, schedule, explain_lone_pairs(args, rsa.config))):
         print_once(message)
     if args.virtual_pipeline_model_parallel_size:
         print_once(
@@ -62,10 +76,6 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         )
     elif args.save:
         args.dataloader_save = dataloader_folder(args.save)
-    if args.save and Path(args.save, TRACKER).is_file() and not args.load and not args.skip_train:
-        print_once(
-            f"WARNING: --save {args.save} holds checkpoints already, and without --load this run starts from scratch; to resume, add --load {args.save}"
-        )
     if "language" not in args.trainable and not has_checkpoint(args):
         print_once(
             "WARNING: the language model is frozen and no checkpoint was found: it keeps its random initialisation"
@@ -240,7 +250,7 @@ def check_arguments(args) -> None:
     check_model(args)
 
 
-def check_data_path(args) -> None:
+def check_data_path(args, rsa_weight: float) -> None:
     if not args.data_path:
         raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
     if len(args.data_path) > 1:
@@ -256,6 +266,19 @@ def check_data_path(args) -> None:
             say_unread_validation(args)
         if embeddings := image_embeddings(args):
             check_embeddings(args.data_path[0], "val" if args.skip_train else "train", embeddings)
+    if not args.skip_train:
+        check_rsa_flags(args.data_path[0], rsa_weight=rsa_weight)
+
+
+def explain_lone_pairs(args, rsa: RSAConfig) -> str | None:
+    """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0."""
+    most = args.micro_batch_size * args.data_parallel_size if rsa.scope == "micro-batch" else args.global_batch_size
+    if args.skip_train or not rsa.weight or most > 1:
+        return None
+    return (
+        f"WARNING: RSA is on (--rsa-weight {rsa.weight:g}), but compares the pairs of a micro-batch on all data-parallel ranks, and "
+        "there is one: its loss is always 0; raise --micro-batch-size, use more ranks, or --rsa-scope global-batch"
+    )
 
 
 def say_unread_validation(args) -> None:

@@ -6,6 +6,7 @@ its pretrain() has no argument for them: it takes what `get_megatron_optimizer_c
 for all parts: lr_part(step) / lr(step) is the same at every step.
 """
 
+import dataclasses
 import functools
 
 import megatron.training.training
@@ -44,6 +45,12 @@ def peak_rates(args) -> dict[str, float]:
     return {part: args.lr if rates.get(part) is None else rates[part] for part in PARTS if part in args.trainable}
 
 
+def rates_of(part: str, args) -> tuple[float, float]:
+    """Return the peak and the least rate of a module that is trained, or with "" those of --lr."""
+    rate = peak_rates(args).get(part, args.lr)
+    return (rate, args.min_lr) if rate == args.lr else (rate, args.min_lr * rate / args.lr if args.lr else 0.0)
+
+
 def format_table(args, architecture: Architecture) -> str:
     """Return modules, their parameters and the peak rate of each, as a table."""
     rates = peak_rates(args)
@@ -72,22 +79,48 @@ class LearningRates:
 
         @functools.wraps(make_optimizer)
         def with_rates(config, model_chunks, *, config_overrides, **options):
-            overrides = {**config_overrides, **self._overrides()}
+            rates = self._args.rates_in_checkpoint or self._args
+            if rates is not self._args:
+                config = dataclasses.replace(config, lr=rates.lr, min_lr=rates.min_lr)
+            overrides = {**config_overrides, **self._overrides(rates)}
             self._optimizer = make_optimizer(config, model_chunks, config_overrides=overrides, **options)
             return self._optimizer
 
         megatron.training.training.get_megatron_optimizer = with_rates
+        if self._args.rates_in_checkpoint:
+            self._change_rates_after_loading()
 
-    def _overrides(self) -> dict[ParamKey, ParamGroupOverride]:
-        lr, min_lr = self._args.lr, self._args.min_lr
+    def _change_rates_after_loading(self) -> None:
+        """A checkpoint's scheduler is loaded after its optimizer: then each parameter group gets this run's rates."""
+        make_scheduler = megatron.training.training.get_optimizer_param_scheduler
+        then, now = self._args.rates_in_checkpoint, self._args
+        to_now = {rates_of(part, then): rates_of(part, now) for part in ("", *peak_rates(now))}
+
+        @functools.wraps(make_scheduler)
+        def make(optimizer):
+            scheduler = make_scheduler(optimizer)
+            load = scheduler.load_state_dict
+
+            def load_and_change(state: dict) -> None:
+                load(state)
+                for group in optimizer.param_groups:
+                    group["max_lr"], group["min_lr"] = to_now[group["max_lr"], group["min_lr"]]
+                scheduler.step(0)
+
+            scheduler.load_state_dict = load_and_change
+            return scheduler
+
+        megatron.training.training.get_optimizer_param_scheduler = make
+
+    def _overrides(self, rates) -> dict[ParamKey, ParamGroupOverride]:
         return {
             # Names begin with the wrappers' "module.".
             ParamKey(name=tuple(f"*{prefix}*" for prefix in PARTS[part])): ParamGroupOverride(
-                max_lr=rate, min_lr=min_lr * rate / lr if lr else 0.0
+                **dict(zip(("max_lr", "min_lr"), rates_of(part, rates)))
             )
-            for part, rate in peak_rates(self._args).items()
+            for part, rate in peak_rates(rates).items()
             # Equal rates are one group: Megatron tells groups of a checkpoint apart by their rates.
-            if rate != lr
+            if rate != rates.lr
         }
 
     def wrap_forward_step(self, forward_step):

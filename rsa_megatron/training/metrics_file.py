@@ -16,8 +16,6 @@ from pathlib import Path
 from megatron.training import training
 from megatron.training.utils import is_last_rank
 
-from rsa_megatron.ranks import get_rank
-
 
 def add_arguments(group) -> None:
     group.add_argument(
@@ -32,6 +30,7 @@ class MetricsFile:
         self._path = path
         self._line: dict[str, float | None] = {}
         self._iteration: int | None = None
+        self._has_written = False
         self._find_tensorboard = training.get_tensorboard_writer
         self._to_tensorboard = True
 
@@ -79,7 +78,10 @@ class MetricsFile:
     def _write(self) -> None:
         line = json.dumps({"iteration": self._iteration, **self._line}) + "\n"
         self._line = {}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._has_written:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_half_line(self._path)
+            self._has_written = True
         with self._path.open("ab") as file:
             file.write(line.encode())
 
@@ -92,8 +94,6 @@ def write_metrics(args) -> None:
         path = Path(args.save, "metrics.jsonl")
     else:
         return
-    if get_rank() == args.world_size - 1:
-        _drop_half_line(path)
     MetricsFile(path).apply()
 
 

@@ -1,21 +1,26 @@
 """Folders of checkpoints as this script's runs leave them: whose they are, and what a later run may begin with.
 
 Beside the checkpoints lie run.json: the model, the stage, how it showed its samples (which an export must fit), of images that come
-as embeddings their width, and where the run has come to its end, at which iteration; and hf/: the model's files in Hugging Face's format, without weights.
+as embeddings their width, and where the run has come to its end, at which iteration; hf/: the model's files in Hugging Face's format,
+without weights; and, while a run writes there, run.lock.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from megatron.training import get_args, training
 from transformers import AutoTokenizer
 
 from rsa_megatron import atomic
+from rsa_megatron.folder_lock import FolderLock
 from rsa_megatron.models.agreement import check_checkpoint_files, check_files, compare_chat_template
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
-from rsa_megatron.ranks import get_rank, print_once
+from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -105,6 +110,140 @@ def check_agreement(args, architecture: Architecture, tokenizer) -> None:
             print_once(said)
     for folder in filter(None, (args.load, args.pretrained_checkpoint)):
         check_checkpoint_files(Path(folder) / "hf", architecture, tokenizer, args.model, args.tokenizer_model)
+
+
+class RunFolder:
+    """--save, while a run writes to it: no other run may, and what lies beside the checkpoints is written.
+
+    Without --save, or where nothing is trained, it is nothing.
+    """
+
+    def __init__(self, args, *beside: Callable[[], None]):
+        """`beside`: what writes what lies beside the checkpoints, once the folder is this run's."""
+        self._args, self._beside = args, beside
+        self._lock = FolderLock(args.save, end_process, print_once) if args.save and not args.skip_train else None
+        self._is_open = False
+
+    def wrap_model_provider(self, model_provider: Callable) -> Callable:
+        """Return the same provider, which opens the folder first: by then all ranks can be told that it is in use."""
+
+        @functools.wraps(model_provider)
+        def provide(*args, **kwargs):
+            if not self._is_open:
+                self._open()
+            return model_provider(*args, **kwargs)
+
+        return provide
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._lock:
+            self._lock.release()
+
+    def _open(self) -> None:
+        self._is_open = True
+        try:
+            run_on_first_rank(self._write)
+        except ValueError as error:
+            exit_with_error(str(error))
+
+    def _write(self) -> None:
+        if self._lock:
+            try:
+                self._lock.acquire()
+            except ValueError as error:
+                raise ValueError(f"--save {error}") from error
+        for write in self._beside:
+            write()
+
+
+def is_same_folder(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
+def check_save(args) -> str | None:
+    """Raise ValueError where a run that does not resume the checkpoints in --save would write over them.
+
+    Returns:
+        A message where it goes back to an earlier one (--ckpt-step), and writes over the later.
+    """
+    reached = read_tracker(args.save)
+    if not args.save or args.skip_train or reached is None:
+        return None
+    there = f"--save {args.save} holds checkpoints (the last: {reached})"
+    if not args.load:
+        raise ValueError(
+            f"{there}, and without --load this run would start from scratch and write over them: add --load {args.save} to "
+            "resume, or name another --save"
+        )
+    if args.load != args.save:
+        raise ValueError(
+            f"{there}, and this run would begin with --load {args.load} and write over them: set --load {args.save} to resume, "
+            "or name another --save"
+        )
+    if args.finetune and reached.isdecimal():
+        raise ValueError(
+            f"{there}, and with --finetune this run would start at iteration 0 and write over them: leave --finetune out to "
+            f"resume, or name another --save (and --pretrained-checkpoint {args.save})"
+        )
+    start = find_start(args)
+    if start is not None and start < int(reached):
+        return f"--ckpt-step {start}: back from iteration {reached}; later checkpoints in {args.save} are written over"
+    return None
+
+
+def find_start(args) -> int | None:
+    """Return the iteration of the checkpoint in --save that this run resumes; None where it resumes none."""
+    reached = read_tracker(args.load)
+    if not args.save or args.load != args.save or args.finetune or not (reached or "").isdecimal():
+        return None
+    if args.override_ckpt_iteration is not None:
+        return None
+    return args.ckpt_step or int(reached)
+
+
+def explain_nothing_left(args) -> str | None:
+    """Return a line for a run that has come to its end before and has nothing left to train; else None.
+
+    One that was ended between its last checkpoint and its last evaluation has that left.
+    """
+    if args.skip_train or args.rampup_batch_size:  # with which the number of iterations is not known yet
+        return None
+    start, count = find_start(args), args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    if start is None or start < count or "finished" not in run_of(args.save):
+        return None
+    return (
+        f"--load {args.load}: its run has come to its end at iteration {start}, and this one has {count}: nothing is left to "
+        "train, and nothing is written; to go on, raise --train-iters; to evaluate, add --skip-train"
+    )
+
+
+def keep_loaded_checkpoint() -> None:
+    """Before pretrain(): a run that has not got beyond the checkpoint that it resumes does not write it again.
+
+    While it is written it would be no whole checkpoint, and it may be the only one.
+    """
+    save = training.save_checkpoint_and_time
+
+    @functools.wraps(save)
+    def save_what_is_new(iteration, *more, **options):
+        args = get_args()
+        if iteration == args.iteration == find_start(args):
+            print_once(
+                f"{args.save}: the checkpoint of iteration {iteration} is there already, and is not written again"
+            )
+        else:
+            save(iteration, *more, **options)
+
+    training.save_checkpoint_and_time = save_what_is_new
+
+
+def read_tracker(folder: str | None) -> str | None:
+    """Return what Megatron's tracker says of the last checkpoint, an iteration or "release"; None without one."""
+    file = Path(folder, TRACKER) if folder else None
+    return file.read_text().strip() if file and file.is_file() else None
 
 
 def has_checkpoint(args) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from rsa_megatron.plugin import _as_selection
 from tests.support import layouts, processes, tiny
+from tests.support.layouts import PP
 
 
 def flags(demo):
@@ -122,6 +123,25 @@ def our_job(argv):
 def test_a_job_with_batches_of_its_own_says_how_to_read_them(demo):
     (theirs,), (ours,) = (processes.run(job, 1, flags(demo)) for job in (a_job_with_batches_of_its_own, our_job))
     assert theirs == ours and theirs["rsa loss"] > 0
+
+
+def a_job_without_pairs(argv):
+    """Two steps of two micro-batches of text; what each rank prints."""
+    import pretrain_llava_rsa as script
+
+    from rsa_megatron import RSAPlugin
+
+    script.RSAPlugin = lambda: RSAPlugin(select=lambda batch: batch.rsa)
+    trainer = layouts.Trainer([*argv, "--log-interval", "2"])
+    for step in range(4):
+        trainer.step([tiny.text_batch(step)], step)
+    return processes.output()
+
+
+def test_a_job_without_pairs_is_told_on_one_rank(demo):
+    outputs = processes.run(a_job_without_pairs, 2, [*flags(demo), *PP, "--rsa-weight", "1"])
+    said = "WARNING: RSA is on (--rsa-weight 1), but in the last 2 iterations there was no pair"
+    assert [output.count(said) for output in outputs] == [0, 2]  # it is the last pipeline stage that knows
 
 
 def what_attaching_says(argv):

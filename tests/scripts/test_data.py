@@ -91,12 +91,17 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def test_pack_and_link_give_back_every_byte_and_the_same_samples(tmp_path):
+def test_pack_and_link_give_back_every_byte_and_the_same_samples(tmp_path, capsys):
     source, expected = write_source(tmp_path)
     flags = ("--images", tmp_path / "images", "--val", 4, "--rsa")
     run("pack", source, tmp_path / "packed", *flags, "--shard-size", 8)
     run("link", source, tmp_path / "linked", *flags)
     packed, linked = tmp_path / "packed", tmp_path / "linked" / "mixture.yaml"
+    of_all = (
+        "    RSA: the 10 of 30 samples with exactly one image take part (--rsa); to keep them out, write rsa: false in"
+    )
+    said = capsys.readouterr().out
+    assert f"{of_all} {packed}/.nv-meta/dataset.yaml, or" in said and f"{of_all} {linked}, or" in said
     for part, count in (("train", 26), ("val", 4)):
         actual = contents(packed, part)
         assert len(actual) == count and contents(linked, part) == actual
@@ -238,7 +243,12 @@ def test_what_is_left_out_is_listed_and_counted(tmp_path, capsys):
     ]
     assert skipped[1]["reason"] == "sub.folder/4.0.png is empty (0 bytes)"
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"] == {s["kind"]: 1 for s in skipped}
-    assert "7 samples: 7 train, 0 val, in 1 shards; 3 skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "7 samples: 7 train, 0 val, in 1 shards; 3 skipped" in said
+    dataset = tmp_path / "out" / ".nv-meta" / "dataset.yaml"
+    offer = f"to let the 1 of 7 samples with exactly one image in, write rsa: true in {dataset}, or in a mixture"
+    assert f"    RSA: no sample takes part (no --rsa); {offer}\n    train with" in said
+    assert dataset.read_text().count("rsa: false") == 1
 
 
 def heavy_source(root):

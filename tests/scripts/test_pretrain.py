@@ -204,7 +204,8 @@ def test_help_lists_the_flags_of_script_plugin_and_megatron(demo):
 
 def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, tmp_path):
     def run(*flags):
-        return script.run(1, demo, "--train-iters", 1, "--save", tmp_path / "save", "--save-interval", 1, *flags)
+        folder = tmp_path / "save"
+        return script.run(1, demo, "--train-iters", 1, "--save", folder, "--save-interval", 1, *flags)
 
     run("--template", "qwen_1_5", "--rotary-base", 5000)
     hf = tmp_path / "save" / "hf"
@@ -213,9 +214,10 @@ def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, 
     )
     assert read_architecture(hf) == expected
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(hf).chat_template
-    run("--template", "qwen_1_5", "--rotary-base", 5000)  # again: it is the same model
+    resumed = ("--load", tmp_path / "save", "--train-iters", 2)
+    run("--template", "qwen_1_5", "--rotary-base", 5000, *resumed)  # it is the same model
     with pytest.raises(Failed) as failed:
-        run()
+        run(*resumed, "--train-iters", 3)
     assert "save/hf is of another model than this run's: name another --save" in failed.value.output
     # A tokenizer that has no room for <video> cannot be exported: said before training.
     vocabulary = {f"word{i}": i for i in range(1021)} | {"<image>": 1021, "<|endoftext|>": 1022, "[UNK]": 1023}

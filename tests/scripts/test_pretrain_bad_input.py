@@ -126,6 +126,32 @@ BAD_FLAGS = [
 ]
 
 
+def test_rsa_that_would_be_off_is_one_line_on_several_ranks(demo):
+    questions = demo / "data" / "questions"
+    line = script.error_line(2, demo, "--data-path", questions)
+    assert f"error: --data-path {questions}: RSA is on (--rsa-weight 0.01), but no data set takes part in it" in line
+
+
+def test_without_rsa_or_training_no_data_set_need_take_part(demo):
+    flags = ("--data-path", demo / "data" / "questions")
+    commands = [(*flags, "--rsa-weight", 0), (*flags, "--skip-train", "--eval-iters", 1), flags]
+    assert [error.partition(": RSA is on")[1] for error in script.parse_errors(demo, commands)] == [
+        "",
+        "",
+        ": RSA is on",
+    ]
+
+
+def test_pairs_that_would_stand_alone_are_warned_of(demo):
+    flags = ("--micro-batch-size", 1, "--global-batch-size", 2, "--dry-run")
+    warning = (
+        "WARNING: RSA is on (--rsa-weight 0.01), but compares the pairs of a micro-batch on all data-parallel ranks"
+    )
+    assert warning in script.run(1, demo, *flags)[0]
+    assert warning not in script.run(2, demo, *flags)[0]
+    assert warning not in script.run(1, demo, *flags, "--rsa-scope", "global-batch")[0]
+
+
 @pytest.fixture(scope="module")
 def errors(demo) -> list[str]:
     """Of each of the bad flags, for two ranks."""

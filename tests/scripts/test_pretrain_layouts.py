@@ -91,9 +91,17 @@ def test_interleaved_pipelines_measure_an_odd_number_of_micro_batches(demo, init
     assert "| 30 pairs" in "".join(actual)
 
 
-def test_a_micro_batch_of_text_alone_trains_on_every_layout(demo):
+def test_a_micro_batch_of_text_alone_trains_on_every_layout_and_that_it_has_no_pair_is_said(demo, tmp_path):
+    mixture = tmp_path / "m.yaml"
+    mixture.write_text(
+        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+        f"      - {{weight: 1, path: {demo}/data/texts, subflavors: {{rsa: true}}}}\n"
+    )
+    flags = ("--train-iters", 2, "--eval-iters", 0, "--mutual-knn-samples", 0)
     for world_size, layout in ((1, ()), (2, ()), (2, PP), (2, VPP), (2, (*TP, "--sequence-parallel"))):
-        outputs = script.run(world_size, demo, *layout, "--train-iters", 2, data=demo / "data" / "texts")
+        outputs = script.run(world_size, demo, *layout, *flags, data=mixture)
+        # One line an interval, here an iteration, on one rank.
+        assert "".join(outputs).count("in the last 1 iterations there was no pair: look for samples") == 2
         for line in script.iterations(outputs).values():
             assert float(line["rsa pairs"]) == float(line["rsa loss"]) == float(line["rsa dist vision"]) == 0
             assert float(line["lm loss"]) > 0 and int(line["number of nan iterations"]) == 0

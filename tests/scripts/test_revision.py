@@ -295,11 +295,8 @@ def test_data_of_another_kind_is_seen_before_anything_is_trained(demo, shards, p
         revision(demo, data, pixels, tmp_path, "--image-embedding-width", width, world_size=1)
 
 
-def test_a_second_run_into_the_same_folder_is_told(demo, shards, pixels, stage, tmp_path):
-    outputs = revision(demo, shards, pixels, tmp_path, "--train-iters", 3, world_size=1)
-    assert "holds checkpoints already" not in outputs[0]
-    outputs = revision(demo, shards, pixels, tmp_path, "--train-iters", 1, world_size=1)
-    assert (
-        f"WARNING: --save {tmp_path} holds checkpoints already, and without --load this run starts from scratch"
-        in outputs[0]
-    )
+def test_a_second_run_into_the_same_folder_is_refused(demo, shards, pixels, stage):
+    folder, _ = stage
+    with pytest.raises(Failed) as failed:
+        revision(demo, shards, pixels, folder, "--train-iters", 1, world_size=1)
+    assert f"error: --save {folder} holds checkpoints (the last: 6), and without --load" in failed.value.output

@@ -16,6 +16,7 @@ ARROWS = {
     "recipes": [],
     "megatron_on_cpu": [],
     "atomic": [],
+    "folder_lock": [],
     "json_lines": [],
     "job_queue": [],
     "job_commands": [],
@@ -37,6 +38,7 @@ ARROWS = {
         "data",
         "evaluation",
         "example_files",
+        "folder_lock",
         "hooks",
         "megatron_on_cpu",
         "models",
@@ -66,7 +68,7 @@ ARROWS = {
 # Of other packages, what each may not import. Only training/ imports megatron.training.
 FORBIDDEN = {
     **dict.fromkeys(
-        ["config", "anyres", "recipes", "json_lines", "job_queue", "job_commands", "example_files"],
+        ["config", "anyres", "recipes", "json_lines", "folder_lock", "job_queue", "job_commands", "example_files"],
         ["torch", "numpy", "megatron", "transformers", "PIL"],
     ),
     **dict.fromkeys(

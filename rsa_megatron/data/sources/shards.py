@@ -23,6 +23,7 @@ from megatron.energon.metadataset.loader_interface import LoadedDataset
 from PIL import Image
 
 from rsa_megatron.data.records import read_record
+from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, read_records
 from rsa_megatron.data.sources.json_files import JsonLines
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, decode, join, without_image
@@ -105,7 +106,7 @@ def read_shards(path: Path, split: str, *, needs_image: bool = True) -> Pairs:
         is_jsonl = isinstance(data_set, CrudeJsonlDatasetFactory)
         name = os.path.relpath(data_path, os.path.abspath(path.parent))
         prefix = f"{os.path.dirname(name) if is_jsonl else name}/" if is_mixture else ""
-        if is_mixture and (data_set.subflavors or {}).get("rsa") is False:
+        if is_mixture and not read_rsa_flag(data_set.subflavors, default=True):
             parts.append(Pairs.of([], Counter({f"of {name}, which has rsa: false": len(data_set)})))
         elif is_jsonl:
             images = _get_image_folder(path, loaded) if needs_image else None
@@ -127,7 +128,7 @@ def list_splits(folder: Path) -> list[str]:
 
 def is_rsa(folder: Path) -> bool:
     """Return whether a folder of shards has `rsa: true`."""
-    return bool((_read_nv_meta(folder, "dataset.yaml").get("subflavors") or {}).get("rsa"))
+    return read_rsa_flag(_read_nv_meta(folder, "dataset.yaml").get("subflavors"), default=False)
 
 
 def _read_nv_meta(folder: Path, name: str) -> dict:
