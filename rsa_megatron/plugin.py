@@ -215,6 +215,9 @@ class _Reader:
         return batch
 
     def __getattr__(self, name: str):
+        # copy and pickle ask an object that has no attributes yet, and for methods that the iterator would answer for itself
+        if name.startswith("__") or "_data_iterator" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._data_iterator, name)
 
 

@@ -48,9 +48,14 @@ def exit_with_error(message: str) -> NoReturn:
 
 def exit_with_own_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what it may have found alone."""
-    rank = get_rank()
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr)
+    print_own_error(message)
     sys.exit(2)
+
+
+def print_own_error(message: str) -> None:
+    """Print the line of `exit_with_own_error`, for a rank that is about to end anyway."""
+    rank = get_rank()
+    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
 
 
 def end_process(message: str) -> NoReturn:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.training.arguments import parse_and_validate_args
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
 from transformers import AutoTokenizer
 
 from rsa_megatron import megatron_on_cpu
@@ -29,10 +31,11 @@ from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.models.llava_onevision import PARTS
 from rsa_megatron.plugin import RSAPlugin
-from rsa_megatron.ranks import exit_with_error, get_rank, print_once
+from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank, print_once
 from rsa_megatron.recipes import recipe
 from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
+from rsa_megatron.training.flag_checks import check_flags, explain
 from rsa_megatron.training.run_folder import (
     TRACKER,
     check_agreement,
@@ -50,8 +53,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     Ends the process with one line where they are wrong. `reads_data`: whether --data-path is needed.
     """
     try:
-        provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
-        args = parse_and_validate_args(extra_args_provider=provider)
+        args = parse_megatron(functools.partial(add_arguments, rsa=rsa, settings=settings))
         if is_same_folder(args.load, args.save):
             args.load = args.save  # however it is written
         weights = take_weights_of_another_stage(args)
@@ -64,6 +66,8 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
             check_data_path(args, rsa.config.weight)
         set_one_epoch(args)
         schedule = settle_schedule(args)
+        if not args.save and args.rerun_mode == "validate_results":
+            args.rerun_mode = "disabled"  # to run an iteration again on other hardware takes a checkpoint
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
     rsa.log_interval = args.log_interval
@@ -83,18 +87,39 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     return args
 
 
+def parse_megatron(extra_args_provider) -> argparse.Namespace:
+    """Megatron's parse_and_validate_args; what it does not survive is a ValueError, and a dry run writes no file."""
+    try:
+        args = parse_args(extra_args_provider)
+        validate_args(args)
+    except (RuntimeError, TypeError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"Megatron cannot use these flags: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        ) from error
+    # Megatron begins to write to TensorBoard and wandb as it takes the arguments.
+    unwritten = {"tensorboard_dir": None, "wandb_project": ""} if args.dry_run else {}
+    try:
+        set_global_variables(argparse.Namespace(**{**vars(args), **unwritten}) if unwritten else args)
+    except (ValueError, AssertionError):
+        raise
+    except Exception as error:  # of TensorBoard's or wandb's, on the rank that writes
+        exit_with_own_error(f"{type(error).__name__}: {error}")
+    return args
+
+
 def end_with(error: Exception) -> NoReturn:
     """End the run with one line for a mistake that every rank finds."""
     # Some of Megatron's assertions have no text: their own line says what was wrong.
     exit_with_error(str(error) or traceback.extract_tb(error.__traceback__)[-1].line)
 
 
-def raise_value_error(message: str):
-    raise ValueError(message)
-
-
 def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
+
+    def raise_value_error(message: str):
+        raise ValueError(explain(parser, message))
+
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     megatron_patches.repair_help(parser)
     add_flags(parser)
@@ -112,8 +137,14 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         dataloader_type="external",
         split="1,0,0",  # Energon's own splits count; this silences Megatron's
     )
+    # What a recipe says must not contradict the flag that takes its place.
+    if known.step_batch_size_schedule:
+        parser.set_defaults(global_batch_size=None)
+    if known.train_samples:
+        parser.set_defaults(train_iters=None)
     known, _ = parser.parse_known_args()
-    multiple = known.make_vocab_size_divisible_by * known.tensor_model_parallel_size
+    check_flags(parser, known)
+    multiple = max(1, known.make_vocab_size_divisible_by * known.tensor_model_parallel_size)
     parser.set_defaults(padded_vocab_size=-(-architecture.vocab_size // multiple) * multiple)
     # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
     rsa.config = dataclasses.replace(
@@ -237,9 +268,6 @@ def check_arguments(args) -> None:
     for pair in args.mutual_knn_layers:
         for layer, side in zip(pair, (architecture.vision, architecture.decoder)):
             layer_number(layer, side.num_layers, named="--mutual-knn-layers")
-    for flag in ("full_validation", "iterations_to_skip", "sft"):
-        if getattr(args, flag):
-            raise ValueError(f"--{flag.replace('_', '-')} does not go with this script's data; leave it out")
     # --load with --save's folder is a run that goes on if there is something to go on from.
     named = "load" if args.load and args.load != args.save else "pretrained_checkpoint"
     if getattr(args, named) and not has_checkpoint(args):
@@ -348,14 +376,12 @@ def set_one_epoch(args) -> None:
         )
     if not args.one_epoch:
         return
-    if args.rampup_batch_size:
-        raise ValueError("--rampup-batch-size does not go with a single pass over the data: name --train-samples")
     args.train_iters = count_epoch_iterations(
         args.data_path[0],
         data_parallel_size=args.data_parallel_size,
         num_workers=args.num_workers,
         micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
+        global_batch_size=get_current_running_global_batch_size(),  # less with --decrease-batch-size-if-needed
         drop_last=args.drop_last,
     )
     if not args.train_iters:

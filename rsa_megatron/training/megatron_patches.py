@@ -4,13 +4,16 @@ They end a run on GPUs as on the CPU, or --help, or make a resumed run another, 
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import megatron.core.datasets.utils
 import torch
-from megatron.core import mpu
+from megatron.core import mpu, rerun_state_machine
 from megatron.core.optimizer import distrib_optimizer
-from megatron.training import checkpointing, get_args
+from megatron.training import checkpointing, get_args, training
+
+from rsa_megatron.ranks import exit_with_own_error, print_own_error
 
 
 def repair() -> None:
@@ -18,6 +21,8 @@ def repair() -> None:
     _skip_helper_build_without_makefile()
     _let_distributed_torch_adam_load()
     _keep_random_states_of_every_rank()
+    _end_with_a_line_at_a_rejected_result()
+    _begin_intervals_of_the_log_anew()
 
 
 def repair_help(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +42,52 @@ def _skip_helper_build_without_makefile() -> None:
     utils = megatron.core.datasets.utils
     if not Path(utils.__file__).with_name("Makefile").exists():
         utils.compile_helpers = lambda: None
+
+
+def _end_with_a_line_at_a_rejected_result() -> None:
+    """A loss or gradient that is not finite ends a run in a traceback, or in lines about the hardware, of another iteration.
+
+    Where --save is given, the iteration is run again, a checkpoint is saved and the run ends; else it ends at once.
+    """
+    state_machine = rerun_state_machine.RerunStateMachine
+    validate_result, decide_exit = state_machine.validate_result, state_machine.should_checkpoint_and_exit
+
+    def format_line(message: str) -> str:
+        return f"iteration {get_args().curr_iteration + 1}: {message}"
+
+    @functools.wraps(validate_result)
+    def validate_or_end(self, result, rejection_func, message, *args, **kwargs):
+        try:
+            validate_result(self, result, rejection_func, message, *args, **kwargs)
+        except RuntimeError:
+            exit_with_own_error(format_line(message))
+
+    @functools.wraps(decide_exit)
+    def decide_and_say(self):
+        decision = decide_exit(self)
+        _, should_exit, _ = decision
+        if should_exit and self.failed_validation_call:
+            print_own_error(format_line(self.failed_validation_call.caller.message))
+        return decision
+
+    state_machine.validate_result, state_machine.should_checkpoint_and_exit = validate_or_end, decide_and_say
+
+
+def _begin_intervals_of_the_log_anew() -> None:
+    """The first iteration after a start has a line of its own, and the next line counts it once more.
+
+    Where it ends an interval anyway, as with --log-interval 1, that next line would be the mean of the two.
+    """
+    training_log = training.training_log
+
+    @functools.wraps(training_log)
+    def log(loss_dict, total_loss_dict, learning_rate, iteration, *args, is_first_iteration: bool = False, **kwargs):
+        is_first_iteration = is_first_iteration and iteration % get_args().log_interval != 0
+        return training_log(
+            loss_dict, total_loss_dict, learning_rate, iteration, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    training.training_log = log
 
 
 def _let_distributed_torch_adam_load() -> None:

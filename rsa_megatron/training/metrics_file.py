@@ -63,6 +63,8 @@ class MetricsFile:
 
     def __getattr__(self, name: str):
         """What else training.py asks of the writer (flush, ...)."""
+        if "_find_tensorboard" not in self.__dict__:  # copy and pickle ask before there are attributes
+            raise AttributeError(name)
         return getattr(self._find_tensorboard(), name) if self._find_tensorboard() else lambda *args, **kwargs: None
 
     def _with_line(self, function):

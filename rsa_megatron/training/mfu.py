@@ -6,24 +6,28 @@ Model FLOPs are planning/flops.py's, of what each micro-batch really held: its t
 padding, recomputation, the RSA loss, pipeline bubbles, waiting for data, for other ranks and for the optimizer all show
 as utilisation that is missing; evaluations and the writing of checkpoints, which Megatron's own "elapsed time per
 iteration" leaves out, are left out. The peak is the device's rate of dense bf16 products without sparsity (with --fp8, too).
+A CPU's cores are shared by its ranks and with others: it has none but what --peak-tflops says, and without that no mfu.
 
 Megatron's report of a loss is (numerator, denominator), added up over micro-batches and data-parallel and context-parallel
 ranks. Each micro-batch reports its FLOPs, and the time since the report before it: over an iteration these times add up
-to the iteration's, whatever happened in it, and the clock is the host's, so that nothing waits for the device. (Only of the
-first iteration after a start the last micro-batch's backward pass and the optimizer are not in it: its mfu is too high.)
+to the iteration's, whatever happened in it, and the clock is the host's, so that nothing waits for the device. The first
+iteration after a start has no mfu: its last micro-batch's backward pass and the optimizer would not be in it.
 """
 
 import functools
+import math
 import re
 import time
 
 import megatron.training.training
 import torch
 from megatron.core import mpu
-from megatron.training import get_timers
+from megatron.training import get_args, get_timers
 
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.planning.flops import training_flops
+from rsa_megatron.ranks import get_group, get_rank
+from rsa_megatron.training import ON_CPU
 from rsa_megatron.training.train_step import StepBatch
 
 #: Dense bf16 and fp16 TFLOP/s of NVIDIA's data sheets, by words of the device's name; the entry of most words counts.
@@ -56,7 +60,8 @@ def add_arguments(group) -> None:
         "--peak-tflops",
         type=float,
         help="what mfu in the log is a fraction of: TFLOP/s of one device; default: its data sheet's for dense bf16, "
-        "and where that is not known, or in fp32, those of a matrix product at the start",
+        "and where that is not known, or in fp32, those of a matrix product at the start; on the CPU there is no default, "
+        "and no mfu",
     )
 
 
@@ -65,8 +70,10 @@ def check_arguments(args) -> None:
         raise ValueError(f"--peak-tflops {args.peak_tflops:g}: name a rate above 0, or leave the flag out")
 
 
-def peak_flops(args) -> tuple[float, str]:
-    """FLOP/s that one device could do, and where the figure is from."""
+def peak_flops(args) -> tuple[float | None, str]:
+    """FLOP/s that one device could do, and where the figure is from; None where nobody knows."""
+    if ON_CPU and not args.peak_tflops:
+        return None, "a CPU's peak is not known; --peak-tflops names it"
     torch.cuda.set_device(args.local_rank)  # as Megatron will: else every rank of a node would measure on the first GPU
     name = torch.cuda.get_device_name()
     if args.peak_tflops:
@@ -75,8 +82,7 @@ def peak_flops(args) -> tuple[float, str]:
     if sheet and (args.bf16 or args.fp16):
         return sheet * 1e12, f"{name}'s data sheet, dense bf16"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    named = str(dtype).removeprefix("torch.")
-    return measured_flops(dtype), f"measured here, a matrix product in {named} ({torch.get_num_threads()} CPU threads)"
+    return measured_flops(dtype), f"measured here, a matrix product in {str(dtype).removeprefix('torch.')}"
 
 
 def data_sheet_tflops(device_name: str) -> float | None:
@@ -87,13 +93,9 @@ def data_sheet_tflops(device_name: str) -> float | None:
 
 
 def measured_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product on this process's device, the best of a few."""
-    device = torch.cuda.current_device()
-    on_gpu = torch.device(device).type == "cuda"
-    size = 8192 if on_gpu else 1024
-    a, b, product = torch.randn(3, size, size, device=device).to(
-        dtype
-    )  # memory that is there: new memory costs a CPU a third
+    """FLOP/s of a square matrix product on this process's GPU, the best of a few."""
+    size = 8192
+    a, b, product = torch.randn(3, size, size, device="cuda").to(dtype)
     seconds = []
     for _ in range(6):
         torch.cuda.synchronize()
@@ -118,9 +120,14 @@ class Utilisation:
         #: for the log, once
         self.description = (
             f"mfu: model FLOPs utilisation, relative to {self._peak_flops / 1e12:.4g} TFLOP/s per device, {source}"
+            if self._peak_flops
+            else f"mfu: none; {source}"
         )
         self._last_report: float | None = None
-        self._flops_so_far, self._samples_so_far = 0.0, 0
+        self._first_iteration: int | None = None
+        self._has_said_impossible = False
+        # Of the micro-batches since Megatron asked last, and its answer then.
+        self._flops, self._samples, self._last_answer = 0.0, 0, 0.0
 
     def apply(self) -> None:
         """Before pretrain(): --log-throughput and the progress log have this model's FLOPs.
@@ -128,7 +135,9 @@ class Utilisation:
         Megatron's formula is of a GPT without a tower, of rows without padding, all trained; training.py calls it by
         its name, and has no argument for another.
         """
-        megatron.training.training.num_floating_point_operations = self._flops_of_batch
+        training = megatron.training.training
+        training.num_floating_point_operations = self._flops_of_batch
+        training.training_log = self._without_impossible_shares(training.training_log)
 
     def wrap_forward_step(self, forward_step):
         """train_step.forward_step, whose loss function also reports `mfu` while it trains."""
@@ -138,12 +147,14 @@ class Utilisation:
             if not model.training:
                 return forward_step(data_iterator, model)
             if self._last_report is None:
-                self._last_report = _seconds_of_training()
+                self._last_report, self._first_iteration = _seconds_of_training(), get_args().curr_iteration
             batches: list[StepBatch] = []
             output, loss_func = forward_step(data_iterator, model, seen=batches.append)
             if not batches:  # a stage between the first and the last
                 return output, loss_func
             flops = self._count(batches[0])
+            if not self._peak_flops:
+                return output, loss_func
             return output, lambda output_tensor: self._with_mfu(loss_func(output_tensor), flops)
 
         return with_report
@@ -162,8 +173,8 @@ class Utilisation:
             num_image_tokens=num_tiles * self._architecture.vision.tokens_per_side**2 + is_embedding.sum(),
         )
         flops = sum(flops.values())
-        self._flops_so_far += flops
-        self._samples_so_far += len(batch.tokens)
+        self._flops += flops
+        self._samples += len(batch.tokens)
         return flops
 
     def _with_mfu(self, outputs: tuple, flops: torch.Tensor) -> tuple:
@@ -173,19 +184,48 @@ class Utilisation:
         # Every data-parallel rank speaks for as many devices, and each of context-parallel ones has its share of the rows.
         num_devices = self._world_size / mpu.get_data_parallel_world_size(with_context_parallel=True)
         flops = (flops / mpu.get_context_parallel_world_size()).float()
-        return (
-            *loss,
-            report | {"mfu": torch.stack([flops, torch.full_like(flops, seconds * num_devices * self._peak_flops)])},
-        )
+        share = torch.stack([flops, torch.full_like(flops, seconds * num_devices * self._peak_flops)])
+        if get_args().curr_iteration == self._first_iteration:
+            share = torch.zeros_like(share)  # 0 / 0: not known
+        return (*loss, report | {"mfu": share})
+
+    def _without_impossible_shares(self, training_log):
+        """Megatron's training_log; an mfu that is not known, or above 1, is left out of all it writes."""
+
+        @functools.wraps(training_log)
+        def log(loss_dict, total_loss_dict, *args, **kwargs):
+            mfu = float(loss_dict.get("mfu", 0.0))
+            if not 0 <= mfu <= 1:
+                loss_dict = {name: value for name, value in loss_dict.items() if name != "mfu"}
+                # The mean of a line with such an iteration is none either: Megatron prints no number that is not >= 0.
+                total_loss_dict["mfu"] = torch.full([1], math.nan, device=torch.cuda.current_device())
+            if mfu > 1 and not self._has_said_impossible and get_rank() == get_args().world_size - 1:
+                self._has_said_impossible = True
+                print(
+                    f"WARNING: mfu {mfu:.3g} is above 1, and left out: name the device's peak by --peak-tflops",
+                    flush=True,
+                )
+            return training_log(loss_dict, total_loss_dict, *args, **kwargs)
+
+        return log
 
     def _flops_of_batch(self, args, batch_size: int, **lengths) -> float:
-        """For Megatron's num_floating_point_operations: the mean of this rank's samples so far, times those of the batch.
+        """For Megatron's num_floating_point_operations: the mean of the samples of all ranks, times those of the batch.
 
-        Megatron asks each iteration, right before it reads the loss scale from the device: this wait is that one.
+        Megatron asks on every rank, each iteration and again as it logs, and saves the sum with the checkpoint as every
+        rank's. Right after it asks it reads the loss scale from the device: this wait is that one. (Stages between the
+        first and the last have counted nothing; ranks that share a sample all count it, which leaves the mean as it is.)
         """
-        if not self._samples_so_far:  # a stage between the first and the last, which writes none of it
-            return 0.0
-        return float(self._flops_so_far) / self._samples_so_far * batch_size
+        device = torch.cuda.current_device()
+        counted = [torch.as_tensor(count, dtype=torch.float64, device=device) for count in (self._flops, self._samples)]
+        counted = torch.stack(counted)
+        if get_group():
+            torch.distributed.all_reduce(counted)
+        flops, samples = counted.tolist()
+        self._flops, self._samples = 0.0, 0
+        if samples:
+            self._last_answer = flops / samples * batch_size
+        return self._last_answer
 
 
 def _seconds_of_training() -> float:

@@ -12,9 +12,10 @@ from functools import partial
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
 from torch import Tensor
 
 from rsa_megatron.batch import LlavaBatch
@@ -109,16 +110,17 @@ def loss_func(
     """Megatron's triple: the sum of the tokens' losses, how many tokens, and (sum, count) pairs to report."""
     loss_sum = (output_BL.float() * loss_mask_BL).sum()
     num_tokens = loss_mask_BL.sum().int()
-    get_rerun_state_machine().validate_result(
-        result=loss_sum,
-        rejection_func=lambda loss: not bool(torch.isfinite(loss)),
-        message=f"lm loss is not finite; samples of the batch: {', '.join(batch.keys) or 'read by tensor rank 0'}",
-        fatal=True,
-    )
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss_sum,
+            rejection_func=lambda loss: not bool(torch.isfinite(loss)),
+            message=f"lm loss is not finite; samples of the batch: {', '.join(batch.keys) or 'read by tensor rank 0'}",
+            fatal=True,
+        )
     report = {"lm loss": torch.stack([loss_sum.detach(), num_tokens.float()])}
     if training:
         # A count for the step: the denominators of all its micro-batches on all ranks add up to 1.
-        part = len(batch.tokens) / get_current_global_batch_size()
+        part = len(batch.tokens) / get_current_running_global_batch_size()
         for name, count in (("skipped samples", batch.num_skipped), ("truncated samples", batch.num_truncated)):
             report[name] = torch.stack([count.float(), loss_sum.new_tensor(part, dtype=torch.float32)])
         num_positions = loss_sum.new_tensor(loss_mask_BL.numel(), dtype=torch.float32)

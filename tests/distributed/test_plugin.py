@@ -1,11 +1,13 @@
 """The plugin as an existing job uses it: three wraps, nothing else of the job changed, nothing added to its checkpoints."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 
-from rsa_megatron.plugin import _as_selection
+from rsa_megatron.plugin import _as_selection, _of_batch, _Reader
 from tests.support import layouts, processes, tiny
 from tests.support.layouts import PP
 
@@ -82,6 +84,30 @@ def test_a_plugin_half_attached_is_named(demo, sabotage, message):
 def test_a_selection_of_another_kind_is_named():
     with pytest.raises(ValueError, match=r"select=...\) gave list: give \(caption_mask, eligible\) or an RSASamples"):
         _as_selection([torch.ones(2), torch.ones(2)])
+
+
+class Counter:
+    """A data iterator with more to it than its batches, copied in a way of its own."""
+
+    def __init__(self):
+        self.state = [0]
+
+    def __next__(self):
+        self.state[0] += 1
+        return {"rsa_caption_mask": self.state[0]}
+
+    def __deepcopy__(self, memo):
+        return Counter()
+
+
+def test_the_reader_that_a_forward_step_is_given_can_be_copied_and_pickled():
+    reader = _Reader(Counter(), _of_batch)
+    next(reader)
+    for made in (copy.copy(reader), pickle.loads(pickle.dumps(reader))):
+        assert isinstance(made, _Reader) and made.selection == (1, None) and made.state == [1]
+    deep = copy.deepcopy(reader)
+    assert isinstance(deep, _Reader) and deep.state == [0] and reader.state == [1]
+    assert not hasattr(reader, "another") and not hasattr(_Reader.__new__(_Reader), "state")
 
 
 class TheirBatch(dict):

@@ -1,6 +1,7 @@
 """mfu in the log is the model's FLOPs over the devices' time, in every layout, and Megatron's throughput is of the same FLOPs."""
 
 import dataclasses
+import math
 import re
 import time
 
@@ -58,18 +59,28 @@ def reports(argv, layout, all_batches, architecture=tiny.TINY) -> dict:
         return outputs
 
     trainer.forward_step = watched
-    begin = time.perf_counter()
-    logged = []
-    for iteration, whole in enumerate(all_batches):
+    logged, told, begin = [], [], []
+    for iteration, whole in enumerate([all_batches[0], *all_batches]):  # the first has none
+        begin.append(time.perf_counter())
         parts = [tiny.part(batch, trainer.data_parallel_rank, layout.data_parallel_size) for batch in whole]
         logged.append(trainer.step(parts, iteration).get("mfu"))
+        # Megatron asks each iteration, and again as it logs.
+        size = trainer.args.global_batch_size
+        told.append(
+            [
+                megatron.training.training.num_floating_point_operations(
+                    trainer.args, size, seqlen_squared_sum_in_batch=None
+                )
+                for _ in "ab"
+            ]
+        )
+    num_first = len(all_batches[0]) if found else 0
+    assert all(pair == [0, 0] for pair in found[:num_first]) and logged[0] is None or math.isnan(logged[0])
     return {
-        "reports": found,
-        "logged": logged,
-        "seconds": time.perf_counter() - begin,
-        "told": megatron.training.training.num_floating_point_operations(
-            trainer.args, 16, seqlen_squared_sum_in_batch=None
-        ),
+        "reports": found[num_first:],
+        "logged": logged[1:],
+        "seconds": [time.perf_counter() - begun for begun in begin[:2]],
+        "told": told[1:],
     }
 
 
@@ -108,12 +119,14 @@ def test_flops_and_time_add_up_to_the_runs(demo, layout):
             # Tensor-parallel ranks have clocks of their own, whose readings differ by less than a step takes.
             assert rank["logged"][iteration] == pytest.approx(flops / time_x_peak, rel=0.2 if copies > 1 else 1e-5)
     for rank in reporting:
-        # Each speaks for world_size / data_parallel_size devices; the last report comes before the last backward pass.
+        # Each speaks for world_size / data_parallel_size devices. They begin within the first iteration, and the last report
+        # comes before the last backward pass.
         seconds = sum(pair[1] for pair in rank["reports"]) / PEAK / (layout.world_size / layout.data_parallel_size)
-        assert 0.3 * rank["seconds"] < seconds < rank["seconds"]
-    # The mean of the rank's samples, times 16; together the data-parallel ranks have seen all 16.
-    told = [rank["told"] for rank in ranks]
-    assert sum(told) / len(told) == pytest.approx(sum(expected), rel=1e-9)
+        assert 0.3 * rank["seconds"][1] < seconds < rank["seconds"][0]
+    # Of the whole batch, on every rank: Megatron adds it up and saves the sum as all ranks'.
+    for rank in ranks:
+        assert rank["told"] == ranks[0]["told"]
+    assert ranks[0]["told"] == [[pytest.approx(flops, rel=1e-9)] * 2 for flops in expected]
 
 
 def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo, tmp_path):
@@ -182,10 +195,10 @@ def seconds_counted(demo, folder, sabotage=None) -> tuple[float, float]:
     mfu, throughput, seconds = (
         {event.step: event.value for event in events.Scalars(name)} for name in ("mfu", "throughput", "iteration-time")
     )
-    assert list(script.iterations(outputs)) == list(mfu) == [*range(1, 9)]
-    # throughput x time is the FLOPs of an iteration in units of 1e12, and so is mfu x time, the peak being 1 TFLOP/s. The
-    # second time that Megatron writes is the mean of the first two.
-    return sum(throughput[i] * seconds[i] / mfu[i] for i in range(3, 9)), sum(seconds[i] for i in range(3, 9))
+    assert list(script.iterations(outputs)) == list(seconds) == [*range(1, 9)]
+    assert list(mfu) == [*range(2, 9)]  # the first iteration's is not known
+    # throughput x time is the FLOPs of an iteration in units of 1e12, and so is mfu x time, the peak being 1 TFLOP/s.
+    return sum(throughput[i] * seconds[i] / mfu[i] for i in range(2, 9)), sum(seconds[i] for i in range(2, 9))
 
 
 def test_evaluations_do_not_count(demo, tmp_path):
@@ -196,14 +209,20 @@ def test_evaluations_do_not_count(demo, tmp_path):
     assert counted > 2 * logged
 
 
-def test_the_log_says_what_the_peak_is(demo):
+def test_a_cpu_has_no_peak_and_its_runs_no_mfu(demo):
     outputs = script.run(2, demo, "--train-iters", 2)
-    (said,) = re.findall(
-        r"^mfu: .* relative to ([\d.e+-]+) TFLOP/s per device, measured here, .* float32", "".join(outputs), re.M
+    assert "mfu: none; a CPU's peak is not known; --peak-tflops names it\n" in "".join(outputs)
+    assert not any("mfu" in figures for figures in script.iterations(outputs).values())
+
+
+def test_a_share_above_1_is_left_out_and_said_once(demo, tmp_path):
+    flags = ("--train-iters", 4, "--peak-tflops", 1e-7, "--metrics-file", tmp_path / "metrics.jsonl")
+    outputs = script.run(2, demo, *flags)
+    said = re.findall(
+        r"^WARNING: mfu [\d.e+]+ is above 1, and left out: name the device's peak by", "".join(outputs), re.M
     )
-    assert float(said) > 0
-    for figures in script.iterations(outputs).values():
-        assert 0 < float(figures["mfu"]) < 1
+    assert len(said) == 1 and not any("mfu" in figures for figures in script.iterations(outputs).values())
+    assert '"mfu"' not in (tmp_path / "metrics.jsonl").read_text()
 
 
 DEVICES = {

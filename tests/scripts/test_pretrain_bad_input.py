@@ -37,15 +37,29 @@ def print_skipped_on_every_stage():
     loaders.TrainLoader.__next__ = read
 
 
-@pytest.mark.parametrize("mode", [(), ("--rerun-mode", "disabled")], ids=["default", "without reruns"])
-def test_a_loss_that_is_not_finite_names_the_samples(demo, mode):
-    with pytest.raises(Failed) as failed:
-        script.run(1, demo, *mode, sabotage=poison_the_third_batch)
-    said = failed.value.output if not mode else str(failed.value)  # a rerun's report is in the log
-    assert re.search(r"lm loss is not finite; samples of the batch: captions-train-\d+, captions", said)
+@pytest.mark.parametrize("saves", [False, True], ids=["", "with a checkpoint to run it again from"])
+def test_a_loss_that_is_not_finite_ends_in_one_line_that_names_the_samples(demo, tmp_path, saves):
+    flags = ("--save", tmp_path, "--save-interval", 100) if saves else ()
+    with pytest.raises(Failed, match="SystemExit: 16" if saves else "SystemExit: 2") as failed:
+        script.run(2, demo, *flags, sabotage=poison_the_third_batch)
+    said = failed.value.output
+    lines = [line for line in said.splitlines() if line.startswith("error")]
+    samples = r"lm loss is not finite; samples of the batch: captions-train-\d+, captions"
+    (line,) = [line for line in lines if "found NaN in local grad" not in line]  # that of rank 0, through RSA's kernel
+    assert re.match(rf"error on rank 1: iteration 3: {samples}", line) and len(lines) <= 2 and "Traceback" not in said
+    assert (tmp_path / "iter_0000002").is_dir() == saves
+
+
+def test_a_loss_that_is_not_finite_is_passed_over_where_that_is_asked_for(demo):
+    flags = ("--no-check-for-nan-in-loss-and-grad", "--train-iters", 4)
+    figures = script.iterations(script.run(1, demo, *flags, sabotage=poison_the_third_batch))
+    assert ["lm loss" in figures[i] for i in (1, 2, 3, 4)] == [True, False, False, False]  # Megatron prints no NaN
 
 
 def poison_the_third_batch():
+    """Of the last rank."""
+    import os
+
     from rsa_megatron.data import loaders
 
     right, read_so_far = loaders.TrainLoader.__next__, []
@@ -53,7 +67,7 @@ def poison_the_third_batch():
     def read(self):
         batch = right(self)
         read_so_far.append(batch)
-        if len(read_so_far) == 3:
+        if len(read_so_far) == 3 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             batch.images.fill_(float("nan"))
         return batch
 
@@ -117,7 +131,7 @@ BAD_FLAGS = [
     (["--mutual-knn-layers=-1:9"], "error: --mutual-knn-layers 9: it has 4 layers; 0 is what goes into the first"),
     (["--micro-batch-size", 0], "error: .*micro_batch_size"),
     (["--data-path", "one", "two"], "error: --data-path takes one data set, not 2: name a mixture"),
-    (["--full-validation"], "error: --full-validation does not go with this script's data"),
+    (["--full-validation"], "error: --full-validation: it does not go with this script's data"),
     (["--context-parallel-size", 2], "error: --context-parallel-size above 1 needs Transformer Engine"),
     (
         ["--eval-iters", 1, "--micro-batch-size", 40, "--global-batch-size", 80],

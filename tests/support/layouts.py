@@ -130,6 +130,7 @@ class Trainer:
 
         # Ranks of a distributed optimizer hold a part of each gradient, but in iterations whose gradients Megatron is
         # to save: let the first be one.
+        self.args.curr_iteration = iteration
         self.args.save_wgrads_interval = 1 if self.args.use_distributed_optimizer and iteration == 0 else None
         iterator = [RerunDataIterator(iter(micro_batches)) if self.reads_data else None for _ in self.model]
         figures, *_ = train_step(

@@ -15,9 +15,24 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from tests.support import processes, tiny
 
 
-def run(world_size: int, demo: Path, *flags, data: Path | None = None, sabotage=None, **options) -> list[str]:
-    """The script's output on each rank. `data`: another data set than the demo's captions; options: processes.run."""
-    argv = [*_tiny(demo, data or demo / "data" / "captions"), *map(str, flags)]
+def run(
+    world_size: int,
+    demo: Path,
+    *flags,
+    data: Path | None = None,
+    sabotage=None,
+    without: tuple[str, ...] = (),
+    **options,
+) -> list[str]:
+    """The script's output on each rank.
+
+    `data`: another data set than the demo's captions; `without`: flags that are left to their defaults; options: processes.run.
+    """
+    argv = _tiny(demo, data or demo / "data" / "captions")
+    for flag in without:
+        place = argv.index(flag)
+        del argv[place : place + 2]
+    argv += map(str, flags)
     return processes.run(_main, world_size, argv, sabotage, **options)
 
 

@@ -1,0 +1,143 @@
+"""Every flag of Megatron's parser is known to work, or is refused in one line (tests/megatron_flags.py, training/flag_checks.py)."""
+
+import collections
+import json
+
+import pytest
+
+from tests import megatron_flags
+from tests.support import processes, script
+
+
+def refuse_each() -> dict:
+    """Parse once; then give each argument another value than its default, and ask."""
+    import argparse
+    import copy
+    import sys
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from rsa_megatron.plugin import RSAPlugin
+    from rsa_megatron.training import arguments, flag_checks
+    from tests.support import tiny
+
+    tiny.register()
+    sys.argv = ["pretrain_llava_rsa.py", "--model", "tiny", "--tokenizer-model", "none"]
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    flags = {action.dest: action.option_strings[0] for action in reversed(parser._actions) if action.dest != "help"}
+    arguments.add_arguments(parser, RSAPlugin(), None)
+    args = parser.parse_args()
+    flag_checks.check_flags(parser, args)  # the defaults pass
+
+    def refuse(name: str) -> str:
+        changed = copy.copy(args)
+        setattr(changed, name, "another value")
+        try:
+            flag_checks.check_flags(parser, changed)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    families = [*flag_checks.REFUSED.values(), flag_checks.NEEDS_TRANSFORMER_ENGINE, flag_checks.NEEDS_CUDA]
+    return {
+        "flags": flags,
+        "refused": [name for family in families for name in family.split()],
+        "choices": list(flag_checks.CHOICES),
+        "said": {name: refuse(name) for name in flags},
+        "of one value": flag_checks.is_changed(parser, argparse.Namespace(cp_comm_type=["p2p"]), "cp_comm_type"),
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    return processes.run(refuse_each, 1)[0]
+
+
+def names_of(families) -> list[str]:
+    return [
+        name for family in (families.values() if isinstance(families, dict) else [families]) for name in family.split()
+    ]
+
+
+WORKS = [
+    *(
+        name
+        for table in (megatron_flags.TESTED, megatron_flags.TRIED, megatron_flags.PASSED_ON)
+        for name in names_of(table)
+    ),
+    *names_of(megatron_flags.ALWAYS_SO),
+]
+
+
+def test_the_table_has_each_of_megatrons_flags_once(found):
+    listed = collections.Counter([*WORKS, *names_of(megatron_flags.UNCHECKED), *found["refused"]])
+    assert set(found["flags"]) - set(listed) == set(), "flags of this Megatron of which nothing is known"
+    assert set(listed) - set(found["flags"]) == set(), "flags that this Megatron does not have"
+    assert [name for name, count in listed.items() if count > 1] == []
+
+
+def test_what_is_refused_is_refused_in_one_line_and_nothing_else_is(found):
+    for name, said in found["said"].items():
+        if name in found["refused"] or name in found["choices"]:
+            assert said.startswith(found["flags"][name]) and said.count("\n") == 0
+            assert any(remedy in said for remedy in ("leave it out", "name --", "choose ")), said
+        elif name not in ("profile", "wandb_project", "error_injection_rate", "step_batch_size_schedule"):
+            assert said == "", name
+    assert not found["of one value"]
+
+
+GIVEN = [
+    ("--num-experts 4", "--num-experts: the decoder has no experts; leave it out"),
+    ("--mtp-num-layers 1", "--mtp-num-layers: the decoder predicts the next token alone; leave it out"),
+    (
+        "--rampup-batch-size 8 8 64",
+        "--rampup-batch-size: Megatron 0.19 does not read it; name --step-batch-size-schedule and",
+    ),
+    ("--tp-comm-overlap", "--tp-comm-overlap: it needs Transformer Engine's layers"),
+    ("--use-megatron-fsdp", "--use-megatron-fsdp: parameters cannot be sharded here"),
+    ("--profile", "--profile: Nsight needs a GPU; add --use-pytorch-profiler, or leave it out"),
+    (
+        "--ckpt-format fsdp_dtensor",
+        "--ckpt-format fsdp_dtensor: it is of parameters sharded by FSDP; choose torch_dist",
+    ),
+    ("--wandb-project mine", "--wandb-project: name --save or --wandb-save-dir too, for its files"),
+    (
+        "--step-batch-size-schedule 0:8",
+        "--step-batch-size-schedule: name --train-samples beside it, and not --train-iters",
+    ),
+    ("--attention-backend local", "--attention-backend: it needs Transformer Engine's layers"),
+    ("--overlap-param-gather", "--overlap-param-gather only supported with distributed optimizer"),
+    ("--num-layer 2", "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),
+    ("--rsa-wieght 2", "unrecognized arguments: --rsa-wieght 2; did you mean --rsa-weight?"),
+    ("--quite-another-thing", "unrecognized arguments: --quite-another-thing"),
+    # What Megatron's own checks do not survive.
+    ("--tensor-model-parallel-size 0", "Megatron cannot use these flags: ZeroDivisionError: "),
+    # The defaults, and what is so anyway.
+    ("--normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear --moe-router-topk 2", ""),
+    ("--use-mcore-models --no-create-attention-mask-in-dataloader --tokenizer-type HuggingFaceTokenizer", ""),
+]
+
+
+def test_a_command_line_says_so(demo):
+    said = script.parse_errors(demo, [flags.split() for flags, _ in GIVEN])
+    for (flags, message), line in zip(GIVEN, said):
+        assert line.startswith(f"error: {message}") if message else line == "", (flags, line)
+
+
+def test_a_schedule_of_batch_sizes_is_followed_and_each_sample_read_once(demo, tmp_path):
+    """Of 64 samples: 8 of 4 and 4 of 8 (thresholds count tokens, 128 a sample); the rate decays over all of them."""
+    flags = [
+        "--step-batch-size-schedule",
+        "0:4 4096:8",
+        "--train-samples",
+        64,
+        "--metrics-file",
+        tmp_path / "metrics.jsonl",
+    ]
+    without = ("--train-iters", "--global-batch-size")
+    outputs = script.run(1, demo, *flags, "--lr-decay-style", "linear", "--min-lr", 0, without=without)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lm loss" in line]
+    assert [line["batch-size"] for line in lines] == [4] * 8 + [8] * 4
+    assert lines[-1]["learning-rate"] == 0 < lines[-2]["learning-rate"]
+    assert [float(line["skipped samples"]) for line in script.iterations(outputs).values()] == [0] * 12
