@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iteration", type=int, help="iteration of a --save folder; default: the latest")
     parser.add_argument("--hf-template", type=Path, help="folder to copy all but weights from; default: hf beside it")
     parser.add_argument(
+        "--llava-onevision",
+        action="store_true",
+        help="keep LLaVA-OneVision's class, processor and template, though the run showed its samples otherwise",
+    )
+    parser.add_argument(
         "--max-shard-size", type=_parse_size, default="2GB", help="largest safetensors file; default 2GB"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             "the tower's tokens, which have the same width: train it on images first",
             file=sys.stderr,
         )
-    training = read_training(source.parent)
+    training = None if args.llava_onevision else read_training(source.parent)
     rows = table(architecture)
     checkpoint = MegatronCheckpoint(source, rows)
     dtypes = {row.key: checkpoint.dtype(row) for row in rows}
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             if beside:
                 write_rows(folder / NEWLINE_FILE, beside, dtypes, read_parts)
     if said:
-        print(said)
+        print(f"{said} (--llava-onevision keeps the files of {template})")
 
 
 def check_projector(run: Path, tower_width: int) -> int | None:

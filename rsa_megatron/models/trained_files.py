@@ -129,7 +129,8 @@ def _set_grids(folder: Path, architecture: Architecture, grids: list[list[int]])
     side = architecture.vision.image_size
     pinpoints = {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in grids]}
     for name in ("config.json", "preprocessor_config.json"):
-        write_json(folder / name, read_json_if_there(folder / name) | pinpoints)
+        if (folder / name).is_file():
+            write_json(folder / name, read_json_if_there(folder / name) | pinpoints)
 
 
 def _write_llava_files(folder: Path, architecture: Architecture, tokenizer: "PreTrainedTokenizerBase") -> None:

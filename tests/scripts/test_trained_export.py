@@ -164,7 +164,7 @@ def exported_losses(folder, pictures) -> list[float]:
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
-def test_a_model_of_stage_1_has_the_same_loss_through_its_export(models, trained, stage_1, export, tmp_path):
+def test_a_model_of_stage_1_has_the_same_loss_through_its_export(models, stage_1, export, tmp_path):
     pictures = [
         forward_comparison.make_picture(*size, seed) for seed, size in enumerate([(58, 58), (60, 80), (20, 200)])
     ]
@@ -178,8 +178,8 @@ def test_a_model_of_stage_1_has_the_same_loss_through_its_export(models, trained
     (expected,) = processes.run(caption_losses, 1, argv, batches)
     for ours, theirs in zip(expected, exported_losses(export, pictures)):
         assert abs(ours - theirs) < TOLERANCE
-    # The control: through LLaVA-OneVision's defaults, as the run's own run.json has them, it is another.
-    defaults = convert("megatron-to-hf", "--checkpoint", trained, out=tmp_path / "defaults")
+    # The control: through LLaVA-OneVision's defaults it is another.
+    defaults = convert("megatron-to-hf", "--checkpoint", stage_1, "--llava-onevision", out=tmp_path / "defaults")
     for ours, theirs in zip(expected, exported_losses(defaults, pictures)):
         assert abs(ours - theirs) > 1000 * TOLERANCE
 
@@ -196,8 +196,8 @@ class Say(LogitsProcessor):
         return scores
 
 
-def test_its_generation_ends_with_the_line(export, trained, tmp_path):
-    defaults = convert("megatron-to-hf", "--checkpoint", trained, out=tmp_path / "defaults")
+def test_its_generation_ends_with_the_line(export, stage_1, tmp_path):
+    defaults = convert("megatron-to-hf", "--checkpoint", stage_1, "--llava-onevision", out=tmp_path / "defaults")
     for folder, length in ((export, 4), (defaults, NUM_NEW_TOKENS)):
         model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values()), info
