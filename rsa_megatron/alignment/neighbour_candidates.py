@@ -22,8 +22,8 @@ DISTANCE_STEPS = 2**30
 
 _SPARE_CANDIDATES = 22
 # A factor rounded to nearest errs by a standard deviation of at most 0.58 units, a product of two by 0.82, and the
-# difference of two products by 1.2. Each product is given 4, their difference 8: more than six deviations at worst. And 4
-# is no less than what can be at all where a row has its length in four columns or fewer.
+# difference of two products by 1.2. Each product is given 2.5, their difference 5: more than four deviations at worst. In one
+# column no product errs by more than 2. (Only bfloat16 leans on that: of float32 it is far less than the bound of the sums.)
 _ROUNDING_ERRORS = 2.5
 _FLOAT32_UNIT, _FLOAT64_UNIT = (torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float64))
 _TINY = torch.finfo(torch.float64).tiny  # instead of a zero row's length: 0 / _TINY is 0

@@ -158,6 +158,21 @@ def save(model_class: type, config, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def roberta(folder: Path) -> Path:
+    """The same with 66 positions, of which RoBERTa's count begins after its padding token's, at 2."""
+    bert(folder)
+    config = transformers.RobertaConfig(
+        vocab_size=1064,
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=28,
+        max_position_embeddings=66,
+    )
+    save(transformers.RobertaModel, config, folder)
+    return folder
+
+
 def bert(folder: Path) -> Path:
     """An encoder of 2 layers of 36 that sees 64 tokens at most; its tokenizer adds [CLS] and [SEP]."""
     tokenizer = train_tokenizer(CAPTIONS, folder)

@@ -254,7 +254,7 @@ def test_broken_images_are_named_and_left_out_on_both_sides(models, data, tmp_pa
     assert line["left_out"] == 2 and line["chance"] == pytest.approx(K / 27) and line["std"] is None
     assert line["scores"] != whole["scores"]
     printed = capsys.readouterr()
-    assert "2 pairs skipped" in printed.out
+    assert "2 pairs skipped" in printed.out and "truncated" not in printed.err
     assert printed.err.count("skipped: 03: ") == 1 and "17.png: the image cannot be opened" in printed.err
     assert "to retry these, remove features/" in printed.err
     for number in (3, 17):
@@ -262,6 +262,20 @@ def test_broken_images_are_named_and_left_out_on_both_sides(models, data, tmp_pa
             (tmp_path / "broken" / f"{number:02d}.{suffix}").unlink()
     command = [*command[:5], 28, *command[6:]]
     assert run(*command, out="without.jsonl")[0]["scores"] == line["scores"]
+
+
+def test_captions_that_are_longer_than_a_model_reads_are_counted(models, data, tmp_path, capsys):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for file in data.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for number in (2, 5, 9):
+        (folder / f"{number:02d}.txt").write_text(f"{number} boats " + "and a boat " * 100)
+    run("--language", models["bert"], "--vision", models["internvl"], "--data", folder, *SETTINGS[:4], "--seeds", 3)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "truncated" in line]
+    assert said == (
+        "3 of 30 texts are longer than bert reads and were truncated; texts with the same beginning may have equal features"
+    )
 
 
 def test_what_is_wrong_is_one_line(models, data, capsys):

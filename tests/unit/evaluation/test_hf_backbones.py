@@ -131,9 +131,10 @@ def test_a_caption_that_spells_a_special_token_is_text(folders):
         TextBackbone(model).prepare(CaptionedImage("0", "", PAIRS[0].image))
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
 @torch.no_grad()
-def test_an_encoder_sees_its_special_tokens_but_they_do_not_count(tmp_path):
-    folder = tiny_backbones.bert(tmp_path / "bert")
+def test_an_encoder_sees_its_special_tokens_but_they_do_not_count(kind, tmp_path):
+    folder = getattr(tiny_backbones, kind)(tmp_path / kind)
     backbone = TextBackbone(open_model(folder))
     model = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -150,6 +151,9 @@ def test_an_encoder_sees_its_special_tokens_but_they_do_not_count(tmp_path):
     long = CaptionedImage("0", "boat " * 300, PAIRS[0].image)  # its positions end at 64
     assert len(backbone.prepare(long).ids) == 64 and backbone.prepare(long).counts.sum() == 62
     features(backbone, [long, *PAIRS])
+    fitting = CaptionedImage("0", tokenizer.decode(tokenizer("boat " * 300)["input_ids"][1:63]), PAIRS[0].image)
+    before = backbone.num_truncated
+    assert len(backbone.prepare(fitting).ids) == 64 and backbone.num_truncated == before == 3  # `long`, each time
 
 
 @pytest.mark.parametrize(
