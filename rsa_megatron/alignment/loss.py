@@ -188,7 +188,7 @@ class _RowsOfRSA(torch.autograd.Function):
         *gradients, place_v, place_t = ctx.saved_tensors
         with torch.no_grad():
             scaled = [
-                None if g is None else (g * (loss_gradient * of_space * factor)).to(dtype)
+                None if g is None else (g * (loss_gradient * of_space * factor).to(g.dtype)).to(dtype)
                 for g, (factor, of_space), dtype in zip(gradients, ctx.factors, ctx.dtypes)
             ]
         if torch.is_grad_enabled():  # create_graph=True

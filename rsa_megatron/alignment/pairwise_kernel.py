@@ -62,8 +62,10 @@ class PairwiseKernel:
         if scale is None:
             self.x_ND = x_ND - x_ND.mean(0)
         else:
-            # In one pass after the sum's, which takes the rows times the scale, too: theirs could leave float's range.
-            minus_mean_D = torch.mv(x_ND.T, (scale / -len(x_ND)).repeat(len(x_ND)))
+            # The mean's sum takes the rows times the scale, too: theirs could leave float's range. (With `out`, which a
+            # script's autocast leaves alone.)
+            minus_mean_D = x_ND.new_empty(x_ND.shape[1])
+            torch.mv(x_ND.T, (scale / -len(x_ND)).repeat(len(x_ND)), out=minus_mean_D)
             self.x_ND = torch.addcmul(minus_mean_D, x_ND, scale)
         self.square_N = torch.linalg.vector_norm(self.x_ND, dim=1).square_()  # no copy of all rows
         self._memory = [x_ND.new_empty(0), x_ND.new_empty(0)]

@@ -81,4 +81,5 @@ class Spaces:
 
 def _across(u_nD: Tensor, g_nD: Tensor) -> Tensor:
     """The part of each row of g that is across that of u, in place."""
-    return g_nD.addcmul_(u_nD, torch.linalg.vecdot(u_nD, g_nD)[:, None], value=-1)
+    along_n = torch.linalg.vecdot(u_nD, g_nD, out=g_nD.new_empty(len(g_nD)))  # (`out`: not for autocast)
+    return g_nD.addcmul_(u_nD, along_n[:, None], value=-1)

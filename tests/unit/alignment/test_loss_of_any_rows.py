@@ -164,6 +164,16 @@ def test_rows_without_columns_are_all_at_distance_0(distance):
     assert actual.isfinite()
 
 
+@pytest.mark.parametrize("distance, normalize", SETTINGS)
+def test_a_script_s_autocast_changes_no_bit(distance, normalize):
+    settings = dict(distance=distance, normalize=normalize)
+    expected = value_and_gradients(rsa_loss, *pairs_of_size(1.0, 1.0), **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = value_and_gradients(rsa_loss, *pairs_of_size(1.0, 1.0), **settings)
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+
+
 # Second derivatives.
 
 
