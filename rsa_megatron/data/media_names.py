@@ -55,7 +55,8 @@ _DATA_ADDRESS = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.IGNORECASE)
 
 # In questions; <video> ... </video> is HTML.
 _TAG = re.compile(
-    r"<(?:vila/)?(video|audio|sound|speech|music|point_?cloud|motion)s?(?:[_ -]?\d+)?>|<image[_ -]?\d+>", re.IGNORECASE
+    r"<(?:vila/)?(video|audio|sound|speech|music|point_?cloud|motion)s?(?:[_ -]?\d+)?>|<image[_ -]?\d+>|<img>",
+    re.IGNORECASE,
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # Other models' marks of media, which no other text holds.
@@ -124,6 +125,6 @@ def find_mark(text: str, *, is_answer: bool) -> str | None:
     if not _TAG.search(text):
         return None
     for found in _TAG.finditer(_CODE.sub("", text)):
-        if f"</{found[1] or 'image'}".lower() not in text.lower():
+        if f"</{found[1] or found[0][1:4]}".lower() not in text.lower():
             return found[0]
     return None

@@ -1,6 +1,6 @@
 """The turns of a record's conversation, each with one text in which <image> stands for every image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
@@ -41,7 +41,7 @@ def read_turns(value: object) -> tuple[list[dict], list[Mark]]:
             "conversation", f"its conversation is {_describe(value)}; it must be a list of turns {{from, value}}"
         )
     read, marks = [], []
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(_split_exchanges(turns)):
         if not isinstance(turn, Mapping):
             raise Unusable(
                 "conversation", f"turn {number} of its conversation is {_describe(turn)}; it must be {{from, value}}"
@@ -56,6 +56,15 @@ def read_turns(value: object) -> tuple[list[dict], list[Mark]]:
             )
         read.append({"from": speaker, "value": text})
     return read, marks
+
+
+def _split_exchanges(turns: Sequence) -> list:
+    """Make two turns of each {user, assistant}, as the Cauldron and FineVision have them."""
+    split = []
+    for turn in turns:
+        is_exchange = isinstance(turn, Mapping) and {"user", "assistant"} <= turn.keys()
+        split += [{"from": name, "value": turn[name]} for name in ("user", "assistant")] if is_exchange else [turn]
+    return split
 
 
 def _read_text(turn: Mapping, number: int, marks: list[Mark]) -> str:

@@ -24,7 +24,7 @@ from rsa_megatron.data.record_turns import Mark, not_read, read_turns
 from rsa_megatron.data.sources.record import Unusable
 
 CAPTION_PROMPT = f"{IMAGE_TOKEN}\nPlease generate detailed descriptions of the given image."
-CONVERSATION_FIELDS = ("conversations", "messages", "conversation")
+CONVERSATION_FIELDS = ("conversations", "messages", "conversation", "texts")
 #: Of these the first that is filled counts.
 CAPTION_FIELDS = (
     *("caption_reference_description", "raw", "comment", "caption", "captions", "sentences", "text", "txt", "TEXT"),
@@ -58,12 +58,15 @@ class ReadRecord:
         return "\n".join(turn["value"].strip() for turn in self.turns if turn["from"] in ("gpt", "assistant"))
 
 
-def read_record(content: object, *, images_beside: int | None = None, texts_alone: bool = False) -> ReadRecord:
+def read_record(
+    content: object, *, images_beside: int | None = None, beside: str = "image(s)", texts_alone: bool = False
+) -> ReadRecord:
     """Turn a record into ours.
 
     Args:
         content: what JSON, a table's row or a part of a tar holds; also a list that is a conversation itself.
         images_beside: how many images lie beside it, as in a tar; None: it names its images itself.
+        beside: what these are, in words.
         texts_alone: whether its images do not count: there may be another number of them than of <image>.
 
     Raises:
@@ -83,7 +86,7 @@ def read_record(content: object, *, images_beside: int | None = None, texts_alon
             raise Unusable(
                 "number of images", f"it has a caption ({field}) and no image; its fields are {_name(fields)}"
             )
-        turns, own = _match_images(turns, marks, own, images_beside)
+        turns, own = _match_images(turns, marks, own, images_beside, beside)
     if isinstance(fields.get("system"), str) and turns[0]["from"] != "system":
         turns = [{"from": "system", "value": fields["system"]}, *turns]
     _check_texts(turns)
@@ -94,6 +97,7 @@ def _get_fields(content: object) -> dict:
     """Return a record's fields that are filled."""
     if isinstance(content, Unusable):
         raise content
+    content = parse_text(content)
     if isinstance(content, (list, tuple)) and content and all(isinstance(turn, Mapping) for turn in content):
         return {"conversations": content}
     if not isinstance(content, Mapping):
@@ -164,22 +168,20 @@ def _find_images(fields: dict) -> tuple[str | None, list[str | bytes]]:
 
 
 def _match_images(
-    turns: list[dict], marks: list[Mark], own: list[str | bytes], beside: int | None
+    turns: list[dict], marks: list[Mark], own: list[str | bytes], num_beside: int | None, beside: str
 ) -> tuple[list[dict], list[str | bytes]]:
     """Give each <image> its image; where the text has none they come first in it."""
-    available: Sequence = own if beside is None else range(beside)
+    available: Sequence = own if num_beside is None else range(num_beside)
     if not marks:
-        return (add_image_tokens(turns, len(available)) if available else turns), own if beside is None else []
-    named = beside is None and all(mark.reference is not None for mark in marks)
+        return (add_image_tokens(turns, len(available)) if available else turns), own if num_beside is None else []
+    named = num_beside is None and all(mark.reference is not None for mark in marks)
     ordered = [mark.index if mark.index is not None else number for number, mark in enumerate(marks)]
     if (len(marks) != len(available) and (available or not named)) or (
         not named and set(ordered) != set(range(len(available)))
     ):
-        place = "record" if beside is None else "sample"
-        raise Unusable(
-            "number of images", f"its text has {len(marks)} {IMAGE_TOKEN} and the {place} {len(available)} image(s)"
-        )
-    if beside is not None:
+        there = f"the record {len(own)} image(s)" if num_beside is None else f"the sample {num_beside} {beside}"
+        raise Unusable("number of images", f"its text has {len(marks)} {IMAGE_TOKEN} and {there}")
+    if num_beside is not None:
         if ordered != sorted(ordered):
             raise Unusable("number of images", "its text names the images beside it in another order than theirs")
         return turns, []

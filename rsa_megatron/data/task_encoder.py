@@ -36,7 +36,7 @@ from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.leaves import PreparedLeaves
 from rsa_megatron.data.records import read_record
 from rsa_megatron.data.single_epoch import shuffle_once
-from rsa_megatron.data.sources.record import Unusable, resolve_inside
+from rsa_megatron.data.sources.record import Unusable, relate, resolve_inside
 from rsa_megatron.data.stored_parts import StoredSample, pick_parts
 from rsa_megatron.data.tiles import ImageTiler
 
@@ -102,10 +102,12 @@ def _read_image(path: str | bytes, images: FileStore | None) -> bytes:
     if images is None:
         raise ValueError("its mixture names no images: add `aux: {images: filesystem://FOLDER}` to the data set")
     root = EPath(images.get_path())
-    if (
-        root.is_local() and not resolve_inside(Path(images.get_path()).resolve(), path).is_file()
-    ):  # reading a pipe would never end
-        raise ValueError(f"its image {path} is not a file in {root}")
+    if root.is_local():
+        folder = Path(images.get_path()).resolve()
+        file = resolve_inside(folder, path)
+        if not file.is_file():  # reading a pipe would never end
+            raise ValueError(f"its image {path} is not a file in {root}")
+        path = relate(folder, path, file)
     return images[path][0]
 
 
@@ -229,17 +231,16 @@ class LlavaTaskEncoder(PreparedLeaves, DefaultTaskEncoder[StoredSample, EncodedS
 
     def _encode(self, sample: StoredSample) -> EncodedSample:
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
-        record = read_stored_record(sample.record, len(parts or sample.images))
+        kind = "image(s)" if isinstance(self._images, ImageTiler) else "precomputed embedding(s) (.npy)"
+        record = read_stored_record(sample.record, len(parts or sample.images), kind)
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
         num_image_tokens = text.tokens.count(self._image_token_id)
         if num_image_tokens != len(parts):
-            what = "precomputed embedding(s) (.npy)"
-            if isinstance(self._images, ImageTiler):
-                what = "image(s)" + " in pixels; its embeddings (.npy) are read with --image-positions" * (
-                    len(sample.images) > len(parts)
-                )
+            remedy = " in pixels; its embeddings (.npy) are read with --image-positions" * (
+                isinstance(self._images, ImageTiler) and len(sample.images) > len(parts)
+            )
             raise ValueError(
-                f"its text has {num_image_tokens} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {what}"
+                f"its text has {num_image_tokens} {conversation.IMAGE_TOKEN} and the sample {len(parts)} {kind}{remedy}"
             )
         images = self._images.decode(_check_readable(parts))
         layouts = self._images.layouts(images)
@@ -313,7 +314,7 @@ def sample_id(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def read_stored_record(record: bytes | dict | Unusable | None, num_images: int) -> dict:
+def read_stored_record(record: bytes | dict | Unusable | None, num_images: int, kind: str = "image(s)") -> dict:
     """Read a sample's record, beside which so many images lie; its fields that are not ours stay."""
     if record is None:
         raise ValueError("it has no .json")
@@ -323,7 +324,7 @@ def read_stored_record(record: bytes | dict | Unusable | None, num_images: int) 
         content = json.loads(record) if isinstance(record, bytes) else record
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise ValueError(f"its .json cannot be read: {error}") from error
-    read = read_record(content, images_beside=num_images)
+    read = read_record(content, images_beside=num_images, beside=kind)
     return (content if isinstance(content, dict) else {}) | read.as_dict()
 
 

@@ -22,22 +22,22 @@ REASONS = {
     "too-long": "do not fit --seq-length 128, and what fits has no training target: raise it",
     "no-json": "it has no .json",
     "broken-json": "its .json cannot be read",
-    "no-conversation": 'its .json has no list "conversations"',
-    "turn-of-text": 'a turn of "conversations" is not {',
+    "no-conversation": "it has no conversations, messages or caption; its fields are",
+    "turn-of-text": "turn 1 of its conversation is the text",
     "speaker-of-two": "is from ['human', 'gpt']; it must be",
     "huge": "Image size (400000000 pixels) exceeds limit",
     "zero-bytes": "cannot identify image file, 0 bytes",
     "svg": "cannot identify image file",
     "float-tiff": "32",
     "not-utf-8": "its .json cannot be read",
-    "nested-json": "RecursionError",
-    "list-of-turns": 'its .json has no list "conversations"',
-    "null-conversations": 'its .json has no list "conversations"',
-    "no-turns": "one of them from gpt",
+    "nested-json": "its .json cannot be read",
+    "list-of-texts": "it is a list, not an object with conversations",
+    "null-conversations": "it has no conversations, messages or caption; its fields are",
+    "no-turns": "it has no conversations, messages or caption; its fields are",
     "no-answer": "one of them from gpt",
-    "number-for-text": "turns {",
+    "number-for-text": "the value of turn 1 is a int; it must be a text or a list of parts",
     "unknown-role": "is from 'robot'; it must be",
-    "text-for-turns": 'its .json has no list "conversations"',
+    "text-for-turns": "its conversation is the text 'a red boat'; it must be a list of turns",
 }
 
 #: good samples whose picture or text is an odd one: each is to be used
@@ -127,7 +127,7 @@ def _bad(key: str) -> dict:
         record["conversations"][1]["from"] = "robot"
     elif key == "text-for-turns":
         record["conversations"] = "a red boat"
-    sample["json"] = json.dumps(record["conversations"] if key == "list-of-turns" else record).encode()
+    sample["json"] = json.dumps(["a red boat"] if key == "list-of-texts" else record).encode()
     if key == "not-utf-8":
         sample["json"] = sample["json"].replace(b"gpt", b"\xff\xfe")
     if key == "nested-json":

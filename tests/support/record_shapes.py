@@ -85,6 +85,10 @@ SHAPES = {
             {"role": "assistant", "content": ANSWER.format(n), "images": []},
         ]
     },
+    "the Cauldron's": lambda n, root: {
+        "images": [f"{n}.png"],
+        "texts": [{"user": QUESTION, "assistant": ANSWER.format(n), "source": "made"}],
+    },
     "an object of lists": lambda n, root: {"image": f"{n}.png", "conversations": columns(llava(n))},
     "JSON in a text": lambda n, root: {"image": f"{n}.png", "conversations": json.dumps(llava(n))},
     "Python in a text": lambda n, root: {"image": f"{n}.png", "conversations": str(llava(n))},

@@ -22,10 +22,11 @@ def tell_json_form(path: Path) -> str:
     with open_bytes(path) as file:
         lines = (stripped for line in file if (stripped := line.removeprefix(codecs.BOM_UTF8).strip()))
         first = next(lines)
-        value = _parse(first)
-        if value is not None:
-            is_alone = next(lines, None) is None
-            return "json lines" if not is_alone else "json list" if isinstance(value, list) else "json object"
+        # Not parsed where it is all there is: it may be a gigabyte, and is parsed when it is read.
+        if next(lines, None) is None:
+            return "json list" if first[:1] == b"[" else "json object"
+        if _parse(first) is not None:
+            return "json lines"
         if first[:1] == b"[":
             return "json list"
         if first[-1:] == b"," and _parse(first[:-1]) is not None:

@@ -84,6 +84,8 @@ def _describe_folder(path: Path) -> str:
     files = sorted(
         file.name for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".yaml")
     )
+    if any(path.glob("*.tar")):
+        return f"{needs}; tars are indexed by `energon prepare`"
     return f"{needs}; or name a file in it, such as {path / files[0]}" if files else needs
 
 
@@ -139,10 +141,10 @@ class CaptionFolder:
                 elif suffix == ".txt":
                     self._texts.add(stem)
         self._images = images
-        self._stems = sorted(images.keys() | self._texts) if images else []
+        self._stems = sorted(images.keys() | self._texts) if images and self._texts else []
         #: files that are not read, by why
         self.left_out = Counter()
-        if self._texts and self._stems:
+        if self._stems:
             self._stems, self.left_out = choose_split(root, self._stems, split, by=os.path.dirname)
             self.left_out += leave_out_formats(list_records(root), "images with a .txt beside each")
 

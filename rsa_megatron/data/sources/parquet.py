@@ -1,6 +1,6 @@
 """Hugging Face's parquet files, read row group by row group.
 
-A row is a record, with the fields that data/records.py reads as columns. Only lists of numbers are not read.
+A row is a record, with the fields that data/records.py reads as columns. Lists of numbers (embeddings, tokens) are not read.
 """
 
 from collections import Counter
@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
+from rsa_megatron.data.media_names import may_name_medium
 from rsa_megatron.data.records import CONVERSATION_FIELDS
 from rsa_megatron.data.sources.record import Record, Unusable
 
@@ -59,7 +60,8 @@ class Parquet:
 
 
 def _read_rows(file: ParquetFile, group: int, num_rows: int) -> Iterator:
-    columns = [field.name for field in file.schema_arrow if not _holds_numbers(field.type)]
+    fields = file.schema_arrow
+    columns = [field.name for field in fields if may_name_medium(field.name) or not _holds_numbers(field.type)]
     done = 0
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):

@@ -59,8 +59,6 @@ def resolve_inside(root: Path, reference: str) -> Path:
                 f"{reference} is an address, nothing is downloaded, and {root} has no file {name}; --images names the folder",
             )
     fault = Unusable("outside of the image folder", f"{reference} leads out of {root}; --images names the folder")
-    if ".." in Path(name).parts:
-        raise fault
     try:
         resolved = (root / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links
@@ -71,6 +69,6 @@ def resolve_inside(root: Path, reference: str) -> Path:
 
 
 def relate(root: Path, reference: str, resolved: Path) -> str:
-    """Return the path of a file relative to `root`: as it was given, if it was."""
-    is_relative = not os.path.isabs(reference) and "://" not in reference
+    """Return the path of a file relative to `root`: as it was given, if it was and goes straight down."""
+    is_relative = not os.path.isabs(reference) and "://" not in reference and ".." not in Path(reference).parts
     return reference if is_relative else str(resolved.relative_to(root))

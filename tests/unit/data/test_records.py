@@ -54,6 +54,7 @@ UNREAD_TEXTS = {
     "<|image_1|> in its text": ["<|image_1|>\nWhat?"],
     "<|AUDIO|> in its text": ["<|AUDIO|>"],
     "<img>a/b.jpg</img> in its text": ["Picture 1: <img>a/b.jpg</img>\nWhat?"],
+    "<img> in its text": ["<img>\nWhat?"],
 }
 UNREAD_PARTS = {
     "a part of type video": {"type": "video", "video": "a.mp4", "fps": 2.0},

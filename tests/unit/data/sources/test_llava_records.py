@@ -207,6 +207,7 @@ def bad_records(folder):
             "leads out of",
         ),
         "address": (record(0, image="https://a.org/b/z.png?x=1"), "missing image", "nothing is downloaded, and"),
+        "up and out": (record(0, image="sub/../../outside.png"), "outside of the image folder", "leads out of"),
         "link": (record(0, image="link.png"), "outside of the image folder", "link.png leads out of"),
         "empty file": (record(0, image="zero.png"), "unreadable image", "zero.png is empty (0 bytes)"),
         "no image": (
