@@ -28,13 +28,12 @@ from tqdm import tqdm
 
 from rsa_megatron import atomic
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
-from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, show
+from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, say_left_out, show
 from rsa_megatron.data.field_values import is_absent
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
 from rsa_megatron.data.prepare.shard_writer import Lines, TarShards, index_lines, index_shards
-from rsa_megatron.data.sources.open_records import CaptionRecords, open_records
-from rsa_megatron.data.sources.pairs import format_counts
+from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
 
@@ -71,7 +70,8 @@ def parse(arguments: list[str] | None):
         command.add_argument(
             "--split",
             default="train",
-            help="split to take of tables with a column `split`, and of Karpathy's JSON; default: %(default)s",
+            help="split to take of a folder whose files' names say one, of tables with a column `split`, and of Karpathy's JSON; "
+            "default: %(default)s",
         )
         command.add_argument(
             "--language-code",
@@ -112,8 +112,7 @@ def make(args) -> None:
     source = open_records(
         args.source, images=args.images, seed=args.seed, split=args.split, language=args.language_code
     )
-    if isinstance(source, CaptionRecords) and source.left_out:
-        print(f"skipped: {format_counts(source.left_out)}", file=sys.stderr)
+    say_left_out(source)
     image_root = (args.images or source.image_root).resolve()
     if not image_root.is_dir():
         raise ValueError(f"--images {image_root} is not a folder")

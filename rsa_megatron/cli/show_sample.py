@@ -18,7 +18,8 @@ from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.sources.open_records import open_records
-from rsa_megatron.data.sources.record import Unusable
+from rsa_megatron.data.sources.pairs import format_counts
+from rsa_megatron.data.sources.record import Source, Unusable
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, read_stored_record
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
@@ -165,6 +166,7 @@ def read_stored_sample(args) -> StoredSample:
 def read_source_sample(args) -> StoredSample:
     """Read a record of a SOURCE as pack would store it with --rsa."""
     source = open_records(args.path, images=args.images, seed=args.seed, split=args.part)
+    say_left_out(source)
     if args.index >= len(source):
         raise ValueError(f"--index {args.index}: {args.path} has {len(source)} samples")
     record = next(source.records(args.index))
@@ -176,6 +178,12 @@ def read_source_sample(args) -> StoredSample:
     return StoredSample(
         __key__=record.place, __restore_key__=(), __subflavors__={"rsa": True}, record=parts.pop("json"), images=parts
     )
+
+
+def say_left_out(source: Source) -> None:
+    """Say which files and rows of a source are not read, and why."""
+    if left_out := getattr(source, "left_out", None):
+        print(f"skipped: {format_counts(left_out)}", file=sys.stderr)
 
 
 def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:

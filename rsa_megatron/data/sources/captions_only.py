@@ -10,10 +10,9 @@ They come as pairs all the same, whose images nobody opens: their keys are those
 from collections import Counter
 from pathlib import Path
 
-from rsa_megatron.data.sources.coco import read_records
 from rsa_megatron.data.sources.file_forms import tell_form
-from rsa_megatron.data.sources.llava_records import find_metadata, open_source
-from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs, read_captions
+from rsa_megatron.data.sources.llava_records import find_metadata
+from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs, read_captions, read_source
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, without_image
 from rsa_megatron.data.sources.shards import read_shards
 
@@ -47,11 +46,11 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
 def _open(path: Path, split: str, language: str) -> Pairs:
     if is_prepared(path):
         return read_shards(path, split, needs_image=False)
-    file = find_metadata(path)
+    file = find_metadata(path, split)
     if file.is_file() and tell_form(file) == "text":
         return _read_lines(file)
     pairs = read_captions(file, None, split, language)
-    return read_records(open_source(file), None) if pairs is None else pairs
+    return read_source(file, None, split) if pairs is None else pairs
 
 
 def _read_lines(path: Path) -> Pairs:

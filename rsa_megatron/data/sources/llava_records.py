@@ -12,6 +12,7 @@ a resumed run relies on. Here a record is only found; records.py reads it, sampl
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rsa_megatron.data.media_names import IMAGE_SUFFIXES
 from rsa_megatron.data.records import CAPTION_PROMPT
 from rsa_megatron.data.sources import json_files
 from rsa_megatron.data.sources.file_forms import FORMATS, tell_form
+from rsa_megatron.data.sources.folder_files import choose_split, choose_tables, leave_out_formats, list_records
 from rsa_megatron.data.sources.onevision_yaml import Mixture
 from rsa_megatron.data.sources.record import Record, Source, Unusable, resolve_inside
 from rsa_megatron.data.sources.tables import TableRecords
@@ -28,18 +30,19 @@ from rsa_megatron.data.sources.tables import TableRecords
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def open_source(path: str | Path, *, seed: int = 0) -> Source:
+def open_source(path: str | Path, *, seed: int = 0, split: str = "train") -> Source:
     """Tell what a file or folder is, and open it.
 
     Args:
         seed: of the sampling_strategy "random".
+        split: of a folder whose files' names say one (folder_files.py).
 
     Raises:
         ValueError: it is none of the formats, or cannot be read at all.
     """
     path = Path(path)
     try:
-        source = _open(find_metadata(path), seed)
+        source = _open(find_metadata(path, split), seed, split)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(source):
@@ -48,7 +51,7 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
     return source
 
 
-def find_metadata(path: Path) -> Path:
+def find_metadata(path: Path, split: str) -> Path:
     """Return the file that says what is in a folder of images, as Hugging Face's imagefolder has it; else the path itself.
 
     Raises:
@@ -63,6 +66,9 @@ def find_metadata(path: Path) -> Path:
     found = sorted(file for file in path.rglob("metadata.*") if file.name in _METADATA and _names_files(file))
     if not found or any(path.rglob("*.parquet")):
         return path
+    if len(found) > 1:
+        names, _ = choose_split(path, [file.relative_to(path).as_posix() for file in found], split)
+        found = [path / name for name in names]
     if len(found) > 1:
         raise ValueError(f"{path} has several files of metadata ({', '.join(map(str, found[:8]))}); name one of them")
     return found[0]
@@ -83,10 +89,10 @@ def _describe_folder(path: Path) -> str:
     return f"{needs}; or name a file in it, such as {path / files[0]}" if files else needs
 
 
-def _open(path: Path, seed: int) -> Source:
+def _open(path: Path, seed: int, split: str) -> Source:
     if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        return _open_parquet(files, path) if files else CaptionFolder(path)
+        chosen = choose_tables(path, split)
+        return _open_parquet(chosen.files, path, chosen.left_out) if chosen.files else CaptionFolder(path, split)
     form = tell_form(path)
     if form == "parquet":
         return _open_parquet([path], path.parent)
@@ -111,19 +117,19 @@ def _read_start(path: Path) -> str:
         return file.read(60)
 
 
-def _open_parquet(files: list[Path], image_root: Path) -> Source:
+def _open_parquet(files: list[Path], image_root: Path, left_out: Counter[str] | None = None) -> Source:
     # Not at the top: pyarrow is needed only for parquet files.
     try:
         from rsa_megatron.data.sources.parquet import Parquet
     except ImportError as error:
         raise ValueError(f"{files[0]}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return Parquet(files, image_root)
+    return Parquet(files, image_root, left_out)
 
 
 class CaptionFolder:
-    """Images, each beside a text file of the same name with its caption."""
+    """Images, each beside a text file of the same name with its caption; of the folders of one split, if they are named so."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, split: str = "train"):
         self.image_root = root
         images: dict[str, list[str]] = {}
         self._texts = set()
@@ -136,6 +142,11 @@ class CaptionFolder:
                     self._texts.add(stem)
         self._images = images
         self._stems = sorted(images.keys() | self._texts) if images and self._texts else []
+        #: files that are not read, by why
+        self.left_out = Counter()
+        if self._stems:
+            self._stems, self.left_out = choose_split(root, self._stems, split, by=os.path.dirname)
+            self.left_out += leave_out_formats(list_records(root), "images with a .txt beside each")
 
     def __len__(self) -> int:
         return len(self._stems)

@@ -20,6 +20,7 @@ import yaml
 
 from rsa_megatron.data.sources.coco import holds_coco, is_karpathys, read_coco, read_karpathy, read_records
 from rsa_megatron.data.sources.file_forms import YAML_SUFFIXES, tell_form
+from rsa_megatron.data.sources.folder_files import choose_tables
 from rsa_megatron.data.sources.json_files import read_json
 from rsa_megatron.data.sources.llava_records import find_metadata, open_source
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, sample
@@ -67,10 +68,18 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
         pairs = read_shards(path, split)
         pairs.split = split
         return pairs
-    file = find_metadata(path)
+    file = find_metadata(path, split)
     root = Path(images or (file if file.is_dir() else file.parent)).resolve()
     pairs = read_captions(file, root, split, language)
-    return read_records(open_source(file), root) if pairs is None else pairs
+    return read_source(file, root, split) if pairs is None else pairs
+
+
+def read_source(file: Path, root: Path | None, split: str) -> Pairs:
+    """Read the pairs of records, each of which names its own image; `root` as below."""
+    source = open_source(file, split=split)
+    pairs = read_records(source, root)
+    pairs.left_out.update(getattr(source, "left_out", ()))
+    return pairs
 
 
 def read_captions(file: Path, root: Path | None, split: str, language: str) -> Pairs | None:
@@ -80,8 +89,12 @@ def read_captions(file: Path, root: Path | None, split: str, language: str) -> P
         root: resolved folder that the paths of images are relative to; None where no image is looked for.
     """
     if file.is_dir():
-        tables = sorted(file.rglob("*.parquet"))
-        return read_tables(tables, root, split, language) if tables else None
+        chosen = choose_tables(file, split)
+        if not chosen.files:
+            return None
+        pairs = read_tables(chosen.files, root, split, language)
+        pairs.left_out.update(chosen.left_out)
+        return pairs
     form = tell_form(file)
     if form == "parquet" or (form == "table" and not holds_conversations(file)):
         return read_tables([file], root, split, language)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rsa_megatron.data.records import CAPTION_PROMPT, CONVERSATION_FIELDS
 from rsa_megatron.data.sources.file_forms import tell_form
+from rsa_megatron.data.sources.folder_files import choose_tables
 from rsa_megatron.data.sources.llava_records import find_metadata, open_source
 from rsa_megatron.data.sources.open_pairs import read_captions
 from rsa_megatron.data.sources.pairs import ImageFile, Pairs, format_counts
@@ -24,21 +25,21 @@ def open_records(
     Args:
         images: folder that the paths of images are relative to; the folder of the file itself.
         seed: of the sampling_strategy "random".
-        split, language: of tables with such a column, and of Karpathy's JSON.
+        split, language: of tables with such a column, and of Karpathy's JSON; of a folder whose files' names say a split.
 
     Raises:
         ValueError: it is none of the formats, or cannot be read at all.
     """
-    file = find_metadata(Path(path))
+    file = find_metadata(Path(path), split)
     is_parquet = any(file.rglob("*.parquet")) if file.is_dir() else file.is_file() and tell_form(file) == "parquet"
-    if not file.exists() or (is_parquet and _has_conversations(file)):
-        return open_source(file, seed=seed)
+    if not file.exists() or (is_parquet and _has_conversations(file, split)):
+        return open_source(file, seed=seed, split=split)
     root = Path(images or (file if file.is_dir() else file.parent)).resolve()
     if images is not None and not root.is_dir():
         raise ValueError(f"--images {images} is not a folder")
     pairs = read_captions(file, root, split, language)
     if pairs is None:
-        return open_source(file, seed=seed)
+        return open_source(file, seed=seed, split=split)
     if not len(pairs):
         reasons = f": {format_counts(pairs.left_out)}" if pairs.left_out else ""
         raise ValueError(f"{path}: no image with a caption found{reasons}")
@@ -73,9 +74,9 @@ class CaptionRecords:
         return {"id": pair.key, "image": found, "conversations": turns}
 
 
-def _has_conversations(path: Path) -> bool:
+def _has_conversations(path: Path, split: str) -> bool:
     """Return whether it is a parquet file, or a folder of them, with a column of conversations."""
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = choose_tables(path, split).files if path.is_dir() else [path]
     return bool(files) and bool({*CONVERSATION_FIELDS} & _read_columns(files[0]))
 
 

@@ -3,6 +3,7 @@
 A row is a record, with the fields that data/records.py reads as columns. Lists of numbers (embeddings, tokens) are not read.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ _ROWS = 32
 class Parquet:
     """The rows of one or more files, in the files' order."""
 
-    def __init__(self, files: list[Path], image_root: Path):
+    def __init__(self, files: list[Path], image_root: Path, left_out: Counter[str] | None = None):
         self.image_root = image_root
+        #: files of the same folder that are not read, by why
+        self.left_out = left_out or Counter()
         self._files = files
         #: rows of each group of each file
         self._groups: list[list[int]] = []

@@ -97,7 +97,7 @@ def read_tables(files: list[Path], root: Path | None, split: str, language: str)
         split, language: the rows that count, where there is a column of that name.
     """
     found, skipped = FoundPairs(root), {"split": Counter(), "language": Counter()}
-    folder = os.path.commonpath([file.parent for file in files])
+    folder, first = os.path.commonpath([file.parent for file in files]), None
     for file in files:
         table = (
             _open_parquet(file, os.path.relpath(file, folder), root)
@@ -105,6 +105,12 @@ def read_tables(files: list[Path], root: Path | None, split: str, language: str)
             else open_delimited(file)
         )
         roles = _Roles.of(table, needs_image=root is not None)
+        first = first or (table, roles)
+        if (roles.caption, roles.file) != (first[1].caption, first[1].file):
+            raise ValueError(
+                f"{table.path} and {first[0].path} are tables of different columns ({', '.join(table.columns)}; "
+                f"{', '.join(first[0].columns)}): name one of them"
+            )
         for row in table.rows:
             if roles.split and row.content.get(roles.split) != split:
                 skipped["split"][str(row.content.get(roles.split))] += 1
