@@ -1,7 +1,6 @@
 """Show one sample as training sees it: its tokens with the targets marked, and its images cut into tiles."""
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
-from rsa_megatron.data.task_encoder import StoredSample
+from rsa_megatron.data.task_encoder import StoredSample, read_stored
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import get_architecture, square_grids
 from rsa_megatron.recipes import STAGES
@@ -60,11 +59,14 @@ def show(args) -> None:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
     sample = read_stored_sample(args) if prepared else read_source_sample(args)
-    record = sample.record if isinstance(sample.record, dict) else json.loads(sample.record)
+    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, sample.images)))
+    parts = {name: part for name, part in sample.images.items() if reader.part.fullmatch(name)}
+    try:
+        record = read_stored(sample.record, len(parts or sample.images), "image(s)")
+    except Unusable as fault:
+        raise ValueError(f"sample {args.index} ({sample.__key__}) cannot be used: {fault}") from fault
+    check_readable(sample)
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
-    parts = read_parts(sample)
-    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, parts)))
-    parts = {name: part for name, part in parts.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
             f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform"
@@ -158,12 +160,11 @@ def read_source_sample(args) -> StoredSample:
     )
 
 
-def read_parts(sample: StoredSample) -> dict[str, bytes]:
-    """Return its images' bytes; of a linked sample each may be missing."""
+def check_readable(sample: StoredSample) -> None:
+    """Raise ValueError if an image of it could not be read; of a linked sample each may be missing."""
     for part in sample.images.values():
         if isinstance(part, Exception):
             raise ValueError(f"an image of {sample.__key__} cannot be read: {part}") from part
-    return sample.images
 
 
 def mark_text(tokenizer: "PreTrainedTokenizerBase", text: conversation.EncodedText, *, colour: bool) -> str:

@@ -231,7 +231,7 @@ class LlavaTaskEncoder(DefaultTaskEncoder[StoredSample, EncodedSample, LlavaBatc
     def _encode(self, sample: StoredSample) -> EncodedSample:
         parts = {name: part for name, part in sample.images.items() if self._images.part.fullmatch(name)}
         kind = "image(s)" if isinstance(self._images, ImageTiler) else "precomputed embedding(s) (.npy)"
-        record = _read_stored(sample.record, len(parts or sample.images), kind)
+        record = read_stored(sample.record, len(parts or sample.images), kind)
         text = conversation.encode(self.tokenizer, record["conversations"], self.template, label_style=self.label_style)
         num_image_tokens = text.tokens.count(self._image_token_id)
         if num_image_tokens != len(parts):
@@ -318,8 +318,12 @@ def sample_id(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _read_stored(record: bytes | dict | Unusable | None, num_images: int, kind: str) -> dict:
-    """Read a sample's record, beside which so many images lie; its fields that are not ours stay."""
+def read_stored(record: bytes | dict | Unusable | None, num_images: int, kind: str) -> dict:
+    """Read a sample's record, beside which so many images of a kind lie; its fields that are not ours stay.
+
+    Raises:
+        ValueError, Unusable: it has none, or it cannot be trained on.
+    """
     if record is None:
         raise ValueError("it has no .json")
     if isinstance(record, Unusable):

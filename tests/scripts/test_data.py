@@ -238,7 +238,9 @@ def test_what_is_left_out_is_listed_and_counted(tmp_path, capsys):
     ]
     assert skipped[1]["reason"] == "sub.folder/4.0.png is empty (0 bytes)"
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"] == {s["kind"]: 1 for s in skipped}
-    assert "7 samples: 7 train, 0 val, in 1 shards; 3 skipped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "7 samples: 7 train, 0 val, in 1 shards; 3 skipped" in out
+    assert "skipped  1 broken line: d.jsonl, line 7\n" in out and "1 unreadable image: some/id.4\n" in out
 
 
 def heavy_source(root):
