@@ -141,9 +141,12 @@ def make(args) -> None:
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.splits["train"]:
+        skipped = unfinished / "skipped.jsonl"
+        with skipped.open() as file:
+            first = json.loads(file.readline() or '{"reason": "all are held out by --val"}')
         raise ValueError(
-            f"{args.source}: no sample for training can be used ({'; '.join(figures.list_skipped())}); see {unfinished / 'skipped.jsonl'}; "
-            f"then remove {unfinished}"
+            f"{args.source}: no sample for training can be used ({'; '.join(figures.list_skipped())}); the first: "
+            f"{first['reason']}; see {skipped}; then remove {unfinished}"
         )
     if args.command == "pack":
         index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)

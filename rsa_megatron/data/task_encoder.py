@@ -318,7 +318,11 @@ def sample_id(key: str) -> int:
 
 
 def read_stored_record(record: bytes | dict | Unusable | None, num_images: int, kind: str = "image(s)") -> dict:
-    """Read a sample's record, beside which so many images lie; its fields that are not ours stay."""
+    """Read a sample's record, beside which so many images of a kind lie; its fields that are not ours stay.
+
+    Raises:
+        ValueError, Unusable: it has none, or it cannot be trained on.
+    """
     if record is None:
         raise ValueError("it has no .json")
     if isinstance(record, Unusable):

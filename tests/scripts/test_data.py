@@ -249,6 +249,7 @@ def test_what_is_left_out_is_listed_and_counted(tmp_path, capsys):
     offer = f"to let the 1 of 7 samples with exactly one image in, write rsa: true in {dataset}, or in a mixture"
     assert f"    RSA: no sample takes part (no --rsa); {offer}\n    train with" in said
     assert dataset.read_text().count("rsa: false") == 1
+    assert "skipped  1 broken line: d.jsonl, line 7\n" in said and "1 unreadable image: some/id.4\n" in said
 
 
 def heavy_source(root):

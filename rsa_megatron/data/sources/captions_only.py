@@ -13,7 +13,7 @@ from pathlib import Path
 from rsa_megatron.data.sources.file_forms import tell_form
 from rsa_megatron.data.sources.llava_records import find_metadata
 from rsa_megatron.data.sources.open_pairs import is_prepared, open_pairs, read_captions, read_source
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, without_image
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, describe_nothing, without_image
 from rsa_megatron.data.sources.shards import read_shards
 
 
@@ -34,12 +34,8 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(captions):
-        reasons = (
-            f": {format_counts(captions.left_out)}"
-            if captions.left_out
-            else "; name a .txt with a caption a line, or records with conversations or captions"
-        )
-        raise ValueError(f"{path}: no caption found{reasons}")
+        forms = "a .txt with a caption a line, or records with conversations or captions"
+        raise ValueError(f"{path}: no caption found{describe_nothing(captions, forms)}")
     return captions
 
 

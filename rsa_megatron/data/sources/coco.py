@@ -27,6 +27,7 @@ class FoundPairs:
         self.left_out: Counter[str] = Counter()
         #: images that a record of a caption has named
         self._captioned: set[str | bytes] = set()
+        self._first_fault: str | None = None
 
     def add(self, key: str, caption: str, image: str | Callable, record: dict | None = None) -> None:
         """Add a pair, unless its key exists already; `image` is a path below the folder, or opens the image."""
@@ -58,9 +59,10 @@ class FoundPairs:
             read = read_record(content, images_beside=num_own or None, texts_alone=not needs_image)
             num_images = num_own or len(read.images)
             if num_images > 1 or (needs_image and not num_images):
-                raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], place)
+                raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], f"it has {num_images} images")
         except Unusable as fault:
             self.left_out[_describe(fault)] += 1
+            self._first_fault = self._first_fault or f"{place}: {fault}"
             return
         image = own or (read.images[0] if read.images else "")
         if needs_image and read.is_caption and not own:
@@ -80,7 +82,9 @@ class FoundPairs:
             self.left_out[reason] = others.total()
 
     def pairs(self) -> Pairs:
-        return Pairs.of(list(self._pairs.values()), self.left_out)
+        pairs = Pairs.of(list(self._pairs.values()), self.left_out)
+        pairs.first_fault = self._first_fault
+        return pairs
 
 
 def read_coco(path: Path, content: dict, root: Path | None) -> Pairs:

@@ -27,6 +27,9 @@ _OTHERS = (
     (0, b"\xfe\xff", "text in UTF-16: save it as UTF-8"),
     (0, b"\xff\xd8\xff", "a picture: name the file or folder that says what is in it"),
     (0, b"\x89PNG", "a picture: name the file or folder that says what is in it"),
+    (0, b"version https://git-lfs", "a Git LFS pointer: fetch the file itself (git lfs pull)"),
+    (0, b"<!DOCTYPE", "a web page: fetch the file itself"),
+    (0, b"<html", "a web page: fetch the file itself"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it"),
     (0, b"BZh", "a bzip2 archive: unpack it"),
     (0, b"\xfd7zXZ", "an xz archive: unpack it"),
@@ -42,11 +45,13 @@ def tell_form(path: Path) -> str:
     """
     with open_bytes(path) as file:
         start = file.read(_START)
-    if start[:4] == b"PAR1" or path.suffix.lower() == ".parquet":
+    if start[:4] == b"PAR1":
         return "parquet"
     for at, mark, what in _OTHERS:
         if start[at : at + len(mark)] == mark:
             raise ValueError(f"{path} is {what}")
+    if path.suffix.lower() == ".parquet":  # the reader says what is wrong with it
+        return "parquet"
     text = start.decode("utf-8-sig", "replace").lstrip()
     suffix = path.suffix.lower()
     if suffix in YAML_SUFFIXES:

@@ -23,15 +23,15 @@ from rsa_megatron.data.sources.file_forms import YAML_SUFFIXES, tell_form
 from rsa_megatron.data.sources.folder_files import choose_tables
 from rsa_megatron.data.sources.json_files import read_json
 from rsa_megatron.data.sources.llava_records import find_metadata, open_source
-from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, format_counts, sample
+from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, describe_nothing, format_counts, sample
 from rsa_megatron.data.sources.shards import read_shards
 from rsa_megatron.data.sources.tables import holds_conversations, read_tables
 
 __all__ = ["CaptionedImage", "Pairs", "format_counts", "open_pairs", "sample"]
 
 _FORMS = (
-    "a folder of shards that rsa-megatron data pack has written, a mixture.yaml, COCO's captions .json, a .csv, .tsv or "
-    ".parquet with a column of captions, or a folder of images with a .txt beside each"
+    "a folder of shards that rsa-megatron data pack has written, a mixture.yaml, records in JSON or JSONL, COCO's captions "
+    ".json, a .csv, .tsv or .parquet with a column of captions, or a folder of images with a .txt beside each"
 )
 
 
@@ -56,8 +56,7 @@ def open_pairs(path: str | Path, *, images: Path | None = None, split: str = "va
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not len(pairs):
-        reasons = f": {format_counts(pairs.left_out)}" if pairs.left_out else f"; name {_FORMS}"
-        raise ValueError(f"{path}: no image with a caption found{reasons}")
+        raise ValueError(f"{path}: no image with a caption found{describe_nothing(pairs, _FORMS)}")
     return pairs
 
 

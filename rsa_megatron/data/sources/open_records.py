@@ -13,7 +13,7 @@ from rsa_megatron.data.sources.file_forms import tell_form
 from rsa_megatron.data.sources.folder_files import choose_tables
 from rsa_megatron.data.sources.llava_records import find_metadata, open_source
 from rsa_megatron.data.sources.open_pairs import read_captions
-from rsa_megatron.data.sources.pairs import ImageFile, Pairs, format_counts
+from rsa_megatron.data.sources.pairs import ImageFile, Pairs, describe_nothing
 from rsa_megatron.data.sources.record import Record, Source, Unusable
 
 
@@ -41,8 +41,8 @@ def open_records(
     if pairs is None:
         return open_source(file, seed=seed, split=split)
     if not len(pairs):
-        reasons = f": {format_counts(pairs.left_out)}" if pairs.left_out else ""
-        raise ValueError(f"{path}: no image with a caption found{reasons}")
+        forms = "a file with captions"
+        raise ValueError(f"{path}: no image with a caption found{describe_nothing(pairs, forms)}")
     return CaptionRecords(pairs, root)
 
 

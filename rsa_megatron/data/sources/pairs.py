@@ -66,6 +66,8 @@ class Pairs(Sequence[CaptionedImage]):
         self.left_out = left_out
         #: the split that they are, of prepared data
         self.split: str | None = None
+        #: what is wrong with the first of the skipped records, where it is known
+        self.first_fault: str | None = None
         self._load = load
 
     @classmethod
@@ -146,6 +148,12 @@ def _hash(seed: int, key: str) -> bytes:
 def format_counts(left_out: Counter[str]) -> str:
     """Format what was skipped: "12 without a caption; 3 of a language other than en"."""
     return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+
+
+def describe_nothing(pairs: Pairs, forms: str) -> str:
+    """Say why there are no pairs at all, or which forms are read."""
+    first = f"; the first: {pairs.first_fault}" if pairs.first_fault else ""
+    return f": {format_counts(pairs.left_out)}{first}" if pairs.left_out else f"; name {forms}"
 
 
 def without_image(key: str) -> Callable[[], Image.Image]:

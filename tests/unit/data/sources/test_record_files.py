@@ -81,6 +81,8 @@ def test_records_are_read_one_at_a_time(name, root, tmp_path):
         ("d.arrow", b"ARROW1..", "is an Arrow file: save the data set by to_parquet"),
         ("d.jsonl", "\ufeff{}".encode("utf-16-le"), "is text in UTF-16: save it as UTF-8"),
         ("d.json", b"\x89PNG", "is a picture: name the file or folder that says what is in it"),
+        ("d.json", b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer: fetch the file itself"),
+        ("d.parquet", b"<!DOCTYPE html><html>", "is a web page: fetch the file itself"),
         ("d.txt", b"A boat.\nA house.\n", "it is a text that begins with 'A boat."),
         ("d.md", b"# Records", "it is a text that begins with '# Records'"),
         ("d.json.gz", gzip.compress(json.dumps([*range(999)]).encode(), mtime=0)[:300], "is truncated or broken: "),

@@ -174,6 +174,6 @@ def test_a_sample_of_shards_passes_over_what_has_no_caption(tmp_path):
     pairs = open_pairs(folder)
     assert len(pairs) == len(before) == width
     assert len(sample(pairs, width - 1, 0)) == width - 1
-    message = f"--num-samples {width}: only {width - 1} pairs .*; last error: .*val-00000.tar, json: it has no"
+    message = f"--num-samples {width}: only {width - 1} pairs of the split val have a caption; lower it, or name another --split; .*last error: .*val-00000.tar, json: it has no"
     with pytest.raises(ValueError, match=message):
         sample(pairs, width, 0)
