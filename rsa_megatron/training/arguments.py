@@ -53,8 +53,6 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         if reads_data:
             check_data_path(args)
         set_one_epoch(args)
-        if not args.save and args.rerun_mode == "validate_results":
-            args.rerun_mode = "disabled"  # to run an iteration again on other hardware takes a checkpoint
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
     for message in filter(None, (weights, projector)):
