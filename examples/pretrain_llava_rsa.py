@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/pretrain_llava_rsa.py --model demo --stage 1 \
         --data-path demo/data/captions --tokenizer-model demo/tokenizer --pretrained-checkpoint demo/parts
 
---model and --stage set Megatron's arguments; every Megatron flag still works and overrides them. --dry-run prints
+--model and --stage set Megatron's arguments; Megatron's own flags override them. --dry-run prints
 what would run and stops. Without a CUDA device the same script runs on the CPU.
 """
 

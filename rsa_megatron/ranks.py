@@ -48,14 +48,24 @@ def exit_with_error(message: str) -> NoReturn:
 
 def exit_with_own_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what it may have found alone."""
-    print_own_error(message)
+    rank = get_rank()
+    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def print_own_error(message: str) -> None:
-    """Print the line of `exit_with_own_error`, for a rank that is about to end anyway."""
-    rank = get_rank()
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+def print_error_once(message: str) -> None:
+    """Print an error's line on the first rank, for ranks that are about to end anyway."""
+    if get_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def gather_objects(value: object) -> list:
+    """Return every rank's value, on all ranks."""
+    values = [value]
+    if get_group():
+        values = [None] * count_ranks()
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def end_process(message: str) -> NoReturn:
@@ -112,10 +122,7 @@ def run_on_all_ranks(function: Callable[[], Result]) -> Result:
         found = function()
     except (ValueError, OSError) as error:
         fault = str(error)
-    faults = [fault]
-    if get_group():
-        faults = [None] * count_ranks()
-        torch.distributed.all_gather_object(faults, fault)
+    faults = gather_objects(fault)
     if any(faults):
         raise ValueError(next(fault for fault in faults if fault))
     return found

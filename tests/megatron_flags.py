@@ -83,7 +83,7 @@ PASSED_ON = {
     "gradients": "ddp_param_name_patterns_for_fp32_local_accumulation",
     "choices that other flags narrow, whose bad values Megatron itself refuses in one line": """
         cross_entropy_fusion_impl overlap_param_gather_with_optimizer_step""",
-    "errors on purpose; with --save": "error_injection_rate error_injection_type",
+    "errors on purpose": "error_injection_rate error_injection_type",
 }
 
 #: What the flag asks for is so without it.

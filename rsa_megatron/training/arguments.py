@@ -66,8 +66,6 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
             check_data_path(args, rsa.config.weight)
         set_one_epoch(args)
         schedule = settle_schedule(args)
-        if not args.save and args.rerun_mode == "validate_results":
-            args.rerun_mode = "disabled"  # to run an iteration again on other hardware takes a checkpoint
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
     rsa.log_interval = args.log_interval

@@ -216,8 +216,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         raise ValueError("--profile: Nsight needs a GPU; add --use-pytorch-profiler, or leave it out")
     if args.wandb_project and not (args.wandb_save_dir or args.save):
         raise ValueError("--wandb-project: name --save or --wandb-save-dir too, for its files")
-    if args.error_injection_rate and not args.save:
-        raise ValueError("--error-injection-rate: name --save too, for the checkpoint that ends such a run")
     if args.step_batch_size_schedule and not args.train_samples:
         # With iterations Megatron ends the learning rate's decay at iterations x the first batch size.
         raise ValueError("--step-batch-size-schedule: name --train-samples beside it, and not --train-iters")

@@ -5,6 +5,7 @@ They end a run on GPUs as on the CPU, or --help, or make a resumed run another, 
 
 import argparse
 import functools
+import logging
 from pathlib import Path
 
 import megatron.core.datasets.utils
@@ -13,7 +14,7 @@ from megatron.core import mpu, rerun_state_machine
 from megatron.core.optimizer import distrib_optimizer
 from megatron.training import checkpointing, get_args, training
 
-from rsa_megatron.ranks import exit_with_own_error, print_own_error
+from rsa_megatron.ranks import exit_with_own_error, gather_objects, print_error_once
 
 
 def repair() -> None:
@@ -45,18 +46,23 @@ def _skip_helper_build_without_makefile() -> None:
 
 
 def _end_with_a_line_at_a_rejected_result() -> None:
-    """A loss or gradient that is not finite ends a run in a traceback, or in lines about the hardware, of another iteration.
+    """A loss or gradient that is not finite ends a run in lines about the hardware and another iteration, and then in a traceback.
 
-    Where --save is given, the iteration is run again, a checkpoint is saved and the run ends; else it ends at once.
+    Megatron runs the iteration again, tells all ranks, saves a checkpoint to --save, also where there is none, and ends. Here
+    all ranks end without that. With --rerun-mode disabled the rank that has found it ends at once.
     """
     state_machine = rerun_state_machine.RerunStateMachine
     validate_result, decide_exit = state_machine.validate_result, state_machine.should_checkpoint_and_exit
+    if not get_args().save:  # what it says is how to go on from that checkpoint
+        logging.getLogger(rerun_state_machine.__name__).setLevel(logging.CRITICAL)
 
     def format_line(message: str) -> str:
         return f"iteration {get_args().curr_iteration + 1}: {message}"
 
     @functools.wraps(validate_result)
     def validate_or_end(self, result, rejection_func, message, *args, **kwargs):
+        if not get_args().save:
+            self.first_iteration_complete = True  # Megatron lets the first pass, as it could not save that
         try:
             validate_result(self, result, rejection_func, message, *args, **kwargs)
         except RuntimeError:
@@ -64,11 +70,16 @@ def _end_with_a_line_at_a_rejected_result() -> None:
 
     @functools.wraps(decide_exit)
     def decide_and_say(self):
-        decision = decide_exit(self)
-        _, should_exit, _ = decision
-        if should_exit and self.failed_validation_call:
-            print_own_error(format_line(self.failed_validation_call.caller.message))
-        return decision
+        should_save, should_exit, status = decide_exit(self)
+        if should_exit:
+            call = self.failed_validation_call
+            found = gather_objects(call and call.caller.message)
+            # Of a loss the samples are known; gradients of other ranks are then no numbers either.
+            found = sorted((m for m in found if m), key=lambda message: "samples of the batch" not in message)
+            print_error_once(format_line(found[0] if found else "a result was rejected"))
+        if should_save and not get_args().save:
+            should_save, status = False, rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION
+        return should_save, should_exit, status
 
     state_machine.validate_result, state_machine.should_checkpoint_and_exit = validate_or_end, decide_and_say
 

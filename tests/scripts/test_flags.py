@@ -81,7 +81,7 @@ def test_what_is_refused_is_refused_in_one_line_and_nothing_else_is(found):
         if name in found["refused"] or name in found["choices"]:
             assert said.startswith(found["flags"][name]) and said.count("\n") == 0
             assert any(remedy in said for remedy in ("leave it out", "name --", "choose ")), said
-        elif name not in ("profile", "wandb_project", "error_injection_rate", "step_batch_size_schedule"):
+        elif name not in ("profile", "wandb_project", "step_batch_size_schedule"):
             assert said == "", name
     assert not found["of one value"]
 

@@ -81,8 +81,14 @@ def no_hooks_allowed():
     plugin.RepresentationHooks = None  # making one would raise
 
 
-def test_dry_run_prints_what_would_run_and_stops(demo):
+def test_dry_run_prints_what_would_run_and_stops_without_a_file(demo, tmp_path):
     flags = [
+        "--tensorboard-dir",
+        str(tmp_path),
+        "--wandb-project",
+        "tests",
+        "--wandb-save-dir",
+        str(tmp_path),
         "--trainable",
         "projector",
         "vision",
@@ -101,7 +107,7 @@ def test_dry_run_prints_what_would_run_and_stops(demo):
     )
     assert "word embeddings: 1,024 rows, and 512 of padding, not counted" in output
     assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
-    assert "iteration        1" not in output
+    assert "iteration        1" not in output and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,15 @@ def print_skipped_on_every_stage():
 @pytest.mark.parametrize("saves", [False, True], ids=["", "with a checkpoint to run it again from"])
 def test_a_loss_that_is_not_finite_ends_in_one_line_that_names_the_samples(demo, tmp_path, saves):
     flags = ("--save", tmp_path, "--save-interval", 100) if saves else ()
-    with pytest.raises(Failed, match="SystemExit: 16" if saves else "SystemExit: 2") as failed:
+    with pytest.raises(Failed, match="SystemExit: 16" if saves else "SystemExit: 17") as failed:
         script.run(2, demo, *flags, sabotage=poison_the_third_batch)
     said = failed.value.output
-    lines = [line for line in said.splitlines() if line.startswith("error")]
-    samples = r"lm loss is not finite; samples of the batch: captions-train-\d+, captions"
-    (line,) = [line for line in lines if "found NaN in local grad" not in line]  # that of rank 0, through RSA's kernel
-    assert re.match(rf"error on rank 1: iteration 3: {samples}", line) and len(lines) <= 2 and "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert re.match(
+        r"error: iteration 3: lm loss is not finite; samples of the batch: captions-train-\d+, captions", line
+    )
+    assert "Traceback" not in said
+    assert saves or "Rerun" not in said.split("training ...")[1]  # Megatron's words on how to go on from the checkpoint
     assert (tmp_path / "iter_0000002").is_dir() == saves
 
 
