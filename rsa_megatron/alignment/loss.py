@@ -211,8 +211,8 @@ class _OneDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "rsa_loss has no second derivative: take rsa_megatron.alignment.loss.rsa_loss_reference, which has "
-            "(its memory grows with N x N x width), or leave create_graph out"
+            "rsa_loss has no second derivative: take rsa_megatron.alignment.loss.rsa_loss_reference, which has one (in N x N x "
+            "width memory), or do not differentiate the gradient"
         )
 
 
