@@ -42,7 +42,7 @@ def test_an_arm_differs_from_another_by_its_data_and_by_nothing_else(args):
     for job in revision_plan.plan(args):
         if isinstance(job, Arm) and job.arm != UNTRAINED and job.seed == 2:
             command = list(job.command)
-            for flag in ("--data-path", "--save"):
+            for flag in ("--data-path", "--save", "--load"):
                 del command[command.index(flag) : command.index(flag) + 2]
             bare[job.arm] = command
     assert set(bare) == {*MOVED, PAIRED} and len(set(map(tuple, bare.values()))) == 1
