@@ -434,9 +434,9 @@ def test_a_linked_image_outside_its_folder_or_gone_is_named(demo, linked, tmp_pa
         "train.jsonl/1 .*gone.png is not a file",
         "train.jsonl/2 .*outside.png leads out",
         "train.jsonl/3 .*0.png leads out",
-        "train.jsonl/5 .*its image is 5; it must",
+        "train.jsonl/5 .*its image is a int; it must",
         "train.jsonl/6 .*pipe.png is not a file",
         "train.jsonl/7 .*link.png leads out",
-        "train.jsonl/8 .*its image is 7; it must",
+        "train.jsonl/8 .*its image is a int; it must",
     ):
         assert re.search(f"skipped sample {line}", caplog.text)
