@@ -172,6 +172,8 @@ def _match_images(
 ) -> tuple[list[dict], list[str | bytes]]:
     """Give each <image> its image; where the text has none they come first in it."""
     available: Sequence = own if num_beside is None else range(num_beside)
+    if not marks and own and len(own) != len(available):
+        raise Unusable("number of images", f"it names {len(own)} image(s) and the sample has {num_beside} {beside}")
     if not marks:
         return (add_image_tokens(turns, len(available)) if available else turns), own if num_beside is None else []
     named = num_beside is None and all(mark.reference is not None for mark in marks)

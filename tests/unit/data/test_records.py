@@ -164,6 +164,13 @@ def test_images_go_where_the_text_has_them():
     assert read_record({"conversations": talk()}, images_beside=2).texts == read.texts
 
 
+def test_an_image_that_is_named_and_does_not_lie_beside_its_record_is_missed():
+    with pytest.raises(Unusable, match="it names 1 image.s. and the sample has 0 image") as fault:
+        read_record({"conversations": talk(), **IMAGE}, images_beside=0)
+    assert fault.value.kind == "number of images"
+    assert read_record({"conversations": talk(), **IMAGE}, images_beside=1).texts[0].startswith("<image>")
+
+
 def test_a_system_prompt_stays():
     system = {"role": "system", "content": "Be brief."}
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
