@@ -34,6 +34,7 @@ def main():
     if "RANK" not in os.environ:
         end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     megatron_patches.repair()
+    megatron_patches.repair_log()
     architecture = architecture_of(args)
     try:
         write_hugging_face_files(args, architecture)
