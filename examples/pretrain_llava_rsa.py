@@ -43,6 +43,7 @@ def main():
         return print_once(nothing_left)
     end_with_launcher()
     megatron_patches.repair()
+    megatron_patches.repair_log()
     keep_loaded_checkpoint()
     architecture = architecture_of(args)
     print_once(format_table(args, architecture))

@@ -55,7 +55,7 @@ TRIED = {
         fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis attention_softmax_in_fp32
         apply_query_key_layer_scaling cross_entropy_loss_fusion""",
     "optimizer": """
-        optimizer sgd_momentum weight_decay_incr_style start_weight_decay end_weight_decay lr_wsd_decay_style lr_wsd_decay_iters
+        optimizer sgd_momentum lr_warmup_iters weight_decay_incr_style start_weight_decay end_weight_decay lr_wsd_decay_style lr_wsd_decay_iters
         lr_decay_iters""",
     "initialization": """
         init_method_std embedding_init_method_std perform_initialization data_parallel_random_init use_cpu_initialization
@@ -65,16 +65,17 @@ TRIED = {
         save_params_interval save_wgrads_interval save_retain_interval non_persistent_save_interval non_persistent_ckpt_type
         non_persistent_global_ckpt_dir ckpt_format ckpt_fully_parallel_save ckpt_fully_parallel_load
         ckpt_assume_constant_structure dist_ckpt_workers dist_ckpt_strictness verify_integrity
-        distrib_optim_fully_reshardable_mem_efficient ckpt_fully_parallel_save_process_group exit_on_missing_checkpoint""",
+        distrib_optim_fully_reshardable_mem_efficient ckpt_fully_parallel_save_process_group exit_on_missing_checkpoint
+        load_main_params_from_ckpt auto_detect_ckpt_format ckpt_fully_parallel_load_process_group
+        ckpt_load_validate_sharding_integrity use_checkpoint_opt_param_scheduler""",
+    "checkpoints, with --restart-data": "override_ckpt_iteration",
 }
 
 #: Megatron reads it from the namespace on the way that our script goes; nothing of ours comes between.
 PASSED_ON = {
     "optimizer and schedule": """
-        lr_decay_samples lr_warmup_iters lr_warmup_samples lr_wsd_decay_samples use_checkpoint_opt_param_scheduler""",
-    "checkpoints": """
-        load_main_params_from_ckpt auto_detect_ckpt_format ckpt_fully_parallel_load_exchange_algo
-        ckpt_fully_parallel_load_process_group ckpt_load_validate_sharding_integrity override_ckpt_iteration""",
+        lr_decay_samples lr_warmup_samples lr_wsd_decay_samples""",
+    "checkpoints": "ckpt_fully_parallel_load_exchange_algo",
     "fusions of Transformer Engine's layers, which are off with local ones": """
         masked_softmax_fusion bias_gelu_fusion bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion no_persist_layer_norm
         gradient_accumulation_fusion""",

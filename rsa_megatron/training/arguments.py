@@ -12,8 +12,10 @@ from typing import NoReturn
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
+from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 from transformers import AutoTokenizer
 
 from rsa_megatron import megatron_on_cpu
@@ -90,6 +92,11 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
     try:
         args = parse_args(extra_args_provider)
         validate_args(args)
+        # Megatron's configs have checks of their own, which would end in a traceback on every rank.
+        core_transformer_config_from_args(args)
+        if not args.skip_train:
+            get_megatron_optimizer_config(args)
+            get_megatron_ddp_config(args)
     except (RuntimeError, TypeError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(

@@ -22,6 +22,10 @@ def repair() -> None:
     _skip_helper_build_without_makefile()
     _let_distributed_torch_adam_load()
     _keep_random_states_of_every_rank()
+
+
+def repair_log() -> None:
+    """Patch what the training loop prints; before pretrain(), and after Megatron's arguments are there."""
     _end_with_a_line_at_a_rejected_result()
     _begin_intervals_of_the_log_anew()
 

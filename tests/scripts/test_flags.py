@@ -110,7 +110,12 @@ GIVEN = [
     ("--num-layer 2", "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),
     ("--rsa-wieght 2", "unrecognized arguments: --rsa-wieght 2; did you mean --rsa-weight?"),
     ("--quite-another-thing", "unrecognized arguments: --quite-another-thing"),
-    # What Megatron's own checks do not survive.
+    # What Megatron's own checks do not survive, and those of its configs.
+    (
+        "--bf16 --ddp-param-name-patterns-for-fp32-local-accumulation x",
+        "Only need to explicitly specify param_name patterns",
+    ),
+    ("--recompute-granularity full", "Using recompute_granularity: full so recompute_method must be"),
     ("--tensor-model-parallel-size 0", "Megatron cannot use these flags: ZeroDivisionError: "),
     # The defaults, and what is so anyway.
     ("--normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear --moe-router-topk 2", ""),
