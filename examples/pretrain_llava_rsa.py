@@ -9,7 +9,12 @@ what would run and stops. Without a CUDA device the same script runs on the CPU.
 
 import os
 
-from rsa_megatron.training import megatron_patches  # isort: skip  # rsa_megatron.training is imported before Megatron
+from rsa_megatron import screen
+
+if __name__ == "__main__":
+    screen.begin()  # what Megatron prints goes to a log; before its imports, which warn
+
+from rsa_megatron.training import console, megatron_patches  # isort: skip  # rsa_megatron.training is imported before Megatron
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -30,7 +35,8 @@ def main():
     rsa = RSAPlugin()
     args = parse(rsa)
     if args.dry_run:
-        return dry_run(args, rsa)
+        dry_run(args, rsa)
+        return screen.end()
     if "RANK" not in os.environ:
         end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     megatron_patches.repair()
@@ -47,6 +53,7 @@ def main():
     utilisation.apply()
     print_once(utilisation.description)
     write_metrics(args)
+    console.apply(args)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,
@@ -58,6 +65,7 @@ def main():
     )
     # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
     write_stage(args, finished=args.train_iters)
+    screen.end()
 
 
 if __name__ == "__main__":

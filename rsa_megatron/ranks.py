@@ -6,12 +6,17 @@ Until torch.distributed is initialised, a rank knows itself by torchrun's enviro
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 import torch.distributed
 
+from rsa_megatron import screen
+
 Result = TypeVar("Result")
+
+SECONDS_FOR_THE_FIRST_RANK = 20.0
 
 
 def get_rank() -> int:
@@ -30,22 +35,27 @@ def get_group() -> torch.distributed.ProcessGroup | None:
 def print_once(message: str) -> None:
     """Print on the first rank only. (Megatron's print_rank_0 prints on every rank until the ranks know each other.)"""
     if get_rank() == 0:
-        print(message, flush=True)
+        screen.show(message)
 
 
 def exit_with_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what every rank finds: one line, and one from each other node, where it may differ."""
     if get_rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
+        screen.show_last(f"error: {message}")
     elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"error on {platform.node()}: {message}", file=sys.stderr)
+        screen.show_last(f"error on {platform.node()}: {message}")
+    if get_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun ends all ranks as soon as one has ended: leave the first time to say its line.
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+    screen.end()
     sys.exit(2)
 
 
 def exit_with_own_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what it may have found alone."""
     rank = get_rank()
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr)
+    screen.show_last(f"error{f' on rank {rank}' if rank else ''}: {message}")
+    screen.end()
     sys.exit(2)
 
 

@@ -30,7 +30,15 @@ from rsa_megatron.models.llava_onevision import PARTS
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import exit_with_error, get_rank, print_once
 from rsa_megatron.recipes import recipe
-from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
+from rsa_megatron.training import (
+    ON_CPU,
+    console,
+    embedding_arguments,
+    learning_rates,
+    megatron_patches,
+    metrics_file,
+    mfu,
+)
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
 from rsa_megatron.training.run_folder import TRACKER, has_checkpoint, take_weights_of_another_stage
 
@@ -43,6 +51,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
     try:
         provider = functools.partial(add_arguments, rsa=rsa, settings=settings)
         args = parse_and_validate_args(extra_args_provider=provider)
+        console.end_at_signals(args)
         weights = take_weights_of_another_stage(args)
         check_arguments(args)
         projector = set_image_embeddings(args, rsa.config, architecture_of(args).vision.hidden_size)
@@ -53,6 +62,8 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         set_one_epoch(args)
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
+    if not args.dry_run:
+        console.move_log(args)
     for message in filter(None, (weights, projector)):
         print_once(message)
     if args.virtual_pipeline_model_parallel_size:
@@ -87,8 +98,10 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     megatron_patches.repair_help(parser)
+    of_megatron = {group.title for group in parser._action_groups}
     add_flags(parser)
     rsa.add_arguments(parser)
+    console.shorten_help(parser, ours={group.title for group in parser._action_groups} - of_megatron)
     known, _ = parser.parse_known_args()
     set_default_tokenizer(parser, known)
     architecture = find_architecture(known.model)
@@ -100,6 +113,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
         tokenizer_type="HuggingFaceTokenizer",
         dataloader_type="external",
+        exit_signal_handler=True,  # a run that is ended by a signal has saved what it did
         split="1,0,0",  # Energon's own splits count; this silences Megatron's
     )
     known, _ = parser.parse_known_args()
@@ -178,6 +192,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--restart-data", action="store_true", help="resume from a checkpoint with the data from its beginning"
     )
     mfu.add_arguments(group)
+    console.add_arguments(group)
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
 
