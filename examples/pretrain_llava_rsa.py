@@ -22,31 +22,31 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import print_once
 from rsa_megatron.training.alignment_scores import AlignmentScores, write_scores
-from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse
-from rsa_megatron.training.learning_rates import LearningRates, format_table
+from rsa_megatron.training.arguments import architecture_of, end_with, parse
+from rsa_megatron.training.learning_rates import LearningRates
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
 from rsa_megatron.training.providers import datasets_provider, model_provider
 from rsa_megatron.training.run_folder import write_hugging_face_files, write_stage
+from rsa_megatron.training.run_summary import format_run
 from rsa_megatron.training.train_step import forward_step
 
 
 def main():
     rsa = RSAPlugin()
     args = parse(rsa)
+    architecture = architecture_of(args)
+    print_once(format_run(args, rsa.config, architecture))
     if args.dry_run:
-        dry_run(args, rsa)
-        return screen.end()
+        return
     if "RANK" not in os.environ:
         end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     megatron_patches.repair()
-    architecture = architecture_of(args)
     try:
         write_hugging_face_files(args, architecture)
         write_stage(args)
     except (ValueError, OSError) as error:
         end_with(error)
-    print_once(format_table(args, architecture))
     rates = LearningRates(args)
     rates.apply()
     utilisation = Utilisation(args, architecture)
@@ -65,7 +65,6 @@ def main():
     )
     # Not reached at --exit-interval, --exit-duration and on a signal, which end the process.
     write_stage(args, finished=args.train_iters)
-    screen.end()
 
 
 if __name__ == "__main__":

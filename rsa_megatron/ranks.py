@@ -16,7 +16,7 @@ from rsa_megatron import screen
 
 Result = TypeVar("Result")
 
-SECONDS_FOR_THE_FIRST_RANK = 20.0
+SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 
 def get_rank() -> int:
@@ -40,14 +40,15 @@ def print_once(message: str) -> None:
 
 def exit_with_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what every rank finds: one line, and one from each other node, where it may differ."""
-    if get_rank() == 0:
+    rank = get_rank()
+    if rank == 0:
         screen.show_last(f"error: {message}")
     elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
         screen.show_last(f"error on {platform.node()}: {message}")
-    if get_rank() != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun ends all ranks as soon as one has ended: leave the first time to say its line.
+    elif "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ:
+        # These end all ranks as soon as one has ended: the first is left the time to say it. If it does not, it has not found it.
         time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-    screen.end()
+        screen.show_last(f"error on rank {rank}: {message}")
     sys.exit(2)
 
 
@@ -55,7 +56,6 @@ def exit_with_own_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what it may have found alone."""
     rank = get_rank()
     screen.show_last(f"error{f' on rank {rank}' if rank else ''}: {message}")
-    screen.end()
     sys.exit(2)
 
 

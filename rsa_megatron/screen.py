@@ -6,7 +6,7 @@ redirected.
 
     first rank   our lines, `error:` lines           screen and log
     last rank    Megatron's line of an iteration     screen and log
-    every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log, or a temporary file without --save
+    every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save only kept at a traceback
 
 An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log.
 """
@@ -15,17 +15,17 @@ import contextlib
 import os
 import select
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import IO
 
 #: file descriptors that were standard output and error, once these lead into the log
 _screen: tuple[int, int] | None = None
-_log: Path | None = None
-_is_temporary = False
+#: where these lead: without a name until there is a --save
+_log: IO[bytes] | None = None
 
 #: Seconds that a rank which lost another one leaves it to say why.
 _PATIENCE = 3.0
@@ -41,53 +41,33 @@ _LOST_ANOTHER = (
 
 
 def begin() -> None:
-    """Send what this process prints into a log from here on; not with --verbose or --help."""
-    global _screen, _log, _is_temporary
-    if _screen or not {"--verbose", "--help", "-h"}.isdisjoint(sys.argv):
+    """Send what this process prints into a log from here on; not with --verbose, --help or --help-megatron."""
+    global _screen, _log
+    if _screen or not {"--verbose", "--help", "--help-megatron", "-h"}.isdisjoint(sys.argv):
         return
-    _log, _is_temporary = Path(tempfile.mkdtemp(prefix="rsa-megatron-"), _name_file()), True
     _flush()
     _screen = os.dup(1), os.dup(2)
+    _log = tempfile.TemporaryFile("w+b")
     _redirect(_log)
     sys.stdout.reconfigure(line_buffering=True)
     sys.excepthook = _end_with_exception
-    end_at_signal(signal.SIGTERM)
 
 
-def end_at_signal(number: int) -> None:
-    """Let a signal end this process at once, with a line on the first rank: there is nothing to save yet."""
-    process = os.getpid()
-
-    def end(number, frame):
-        if os.getpid() != process:  # a data worker: it ends with its parent
-            return
-        if os.environ.get("RANK", "0") == "0":
-            show_from_handler(f"stopped by {signal.Signals(number).name} before training began")
-        os._exit(128 + number)
-
-    signal.signal(number, end)
-
-
-def move_log(folder: Path) -> Path | None:
-    """Go on with the log in `folder`, after what earlier runs have left there; return its file, None where nothing is redirected."""
-    global _log, _is_temporary
-    if not _screen:
-        return None
-    path = folder / _name_file()
-    folder.mkdir(parents=True, exist_ok=True)
+def move_log(path: Path) -> None:
+    """Go on with the log in the file `path`, after what earlier runs have left there."""
+    global _log
+    path.parent.mkdir(parents=True, exist_ok=True)
     _flush()
-    with _log.open("rb") as old, path.open("ab") as new:
-        shutil.copyfileobj(old, new)
-    _redirect(path)
-    shutil.rmtree(_log.parent)
-    _log, _is_temporary = path, False
-    return path
+    file = path.open("ab")
+    _log.seek(0)
+    shutil.copyfileobj(_log, file)
+    file.flush()
+    _redirect(file)
+    _log = file
 
 
-def end() -> None:
-    """Remove a temporary log, as a run that ended well without --save needs none."""
-    if _screen and _is_temporary:
-        shutil.rmtree(_log.parent, ignore_errors=True)
+def is_redirected() -> bool:
+    return _screen is not None
 
 
 def show(line: str) -> None:
@@ -110,12 +90,22 @@ def show_last(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
     errors = _screen[1] if _screen else None
     launcher = os.getppid()
-    # As process 1, or where it starts the ranks again, torchrun has no end that could be waited for.
-    if "TORCHELASTIC_RUN_ID" in os.environ and launcher > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+    if _is_torchrun(launcher):
         if errors is not None:
             _write_after(launcher, errors, line)
     elif errors is not None:
         _write(errors, line)
+
+
+def _is_torchrun(process: int) -> bool:
+    """Return whether a process is a torchrun whose end can be waited for: not process 1, and it does not start ranks again."""
+    if process == 1 or os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        return False
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torchrun" in command or b"torch.distributed.run" in command
 
 
 def _write_after(launcher: int, descriptor: int, line: str) -> None:
@@ -139,7 +129,7 @@ def _end_with_exception(kind: type, error: BaseException, trace) -> None:
         text = "stopped by Ctrl-C before training began"
     else:
         said = " ".join(str(error).split())
-        text = f"error: {kind.__name__}{': ' * bool(said)}{said[:300]}; the traceback is in {_log}"
+        text = f"error: {kind.__name__}{': ' * bool(said)}{said[:300]}; the traceback is in {_get_named_log()}"
         if any(words in said for words in _LOST_ANOTHER):
             time.sleep(_PATIENCE)
     if _is_first_to_fail():
@@ -160,14 +150,19 @@ def _is_first_to_fail() -> bool:
     return True
 
 
-def _name_file() -> str:
-    return f"rank-{os.environ.get('RANK', '0')}.log"
+def _get_named_log() -> str:
+    """Return the log's file; what has no name gets one, in the folder of temporary files."""
+    if isinstance(_log.name, str):
+        return _log.name
+    descriptor, name = tempfile.mkstemp(prefix="rsa-megatron-", suffix=".log")
+    os.close(descriptor)
+    move_log(Path(name))
+    return name
 
 
-def _redirect(path: Path) -> None:
-    with path.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _redirect(file: IO[bytes]) -> None:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
 
 
 def _flush() -> None:

@@ -1,4 +1,4 @@
-"""The command line of the training script: our flags beside Megatron's, what a recipe sets, what is checked, --dry-run.
+"""The command line of the training script: our flags beside Megatron's, what a recipe sets, what is checked.
 
 Nothing here trains. Every mistake that can be seen before the model is built ends the run with one line.
 """
@@ -350,13 +350,3 @@ def _tokenizer(path: str):
 def load_tokenizer(args):
     """The Hugging Face tokenizer; Megatron's own wrapper of it hides the special tokens."""
     return _tokenizer(args.tokenizer_model)
-
-
-def dry_run(args, rsa: RSAPlugin) -> None:
-    """Print the settings (Megatron has printed its own), the parameters of each part, and which are trained."""
-    architecture = architecture_of(args)
-    print_once(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
-    print_once(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
-    print_once(learning_rates.format_table(args, architecture))
-    padding = args.padded_vocab_size - architecture.vocab_size
-    print_once(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, not counted")

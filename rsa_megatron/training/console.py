@@ -62,15 +62,15 @@ class _PrintHelp(argparse.Action):
 
 def move_log(args) -> None:
     """Keep the log beside the checkpoints of --save, and say where it is."""
-    if args.save and not args.skip_train:
-        log = screen.move_log(Path(args.save, "logs"))
-        if log:
-            print_once(f"log: {log} (Megatron's settings and what else is printed; --verbose shows it here)")
+    if args.save and not args.skip_train and screen.is_redirected():
+        log = Path(args.save, "logs", f"rank-{get_rank()}.log")
+        screen.move_log(log)
+        print_once(f"log: {log} (Megatron's settings and what else is printed; --verbose shows it here)")
 
 
 def end_at_signals(args) -> None:
     """Right after Megatron has read the arguments: until training begins there is nothing to save, and a signal ends the run."""
-    screen.end_at_signal(args.exit_signal)
+    signal.signal(args.exit_signal, signal.SIG_DFL)
 
 
 def apply(args) -> None:
