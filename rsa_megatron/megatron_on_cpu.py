@@ -12,7 +12,10 @@ replaces anything (rsa_megatron/training/megatron_patches.py does, for the train
     x.cuda(), module.cuda(), x.pin_memory(), x.to("cuda") x itself
     torch.zeros(..., device="cuda") and its like          the same on the CPU
     type names: grad.type() == "torch.cuda.FloatTensor"   Tensor.type() reports the cuda name
-    the CUDA generator's state                            the CPU generator's
+    the CUDA generator's state                            the CPU generator's: dropout draws from it, and must find it
+                                                            the same on all tensor-parallel ranks, so that what one of
+                                                            them does alone must leave it as it was, as our loaders do
+                                                            (rsa_megatron/data/random_generators.py)
     torch.compile of fused helpers                        the functions themselves
     Transformer Engine's check in LLaVAModel and torch    Megatron's own attention passes the check (sequence
       norms' refusal of sequence parallelism                parallelism is plain collectives); norms that mark their
@@ -232,6 +235,10 @@ def _stand_in_inside_megatron():
 
     tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # A warning at each dropout of a tensor-parallel region, where draws from the CPU's generator are what is wanted.
+    logging.getLogger(tensor_parallel_random.__name__).addFilter(
+        lambda record: record.msg != "CPU RNG state changed within GPU RNG context"
+    )
     if not llava_model.HAVE_TE:
         llava_model.TEDotProductAttention, llava_model.HAVE_TE = _KindOf(DotProductAttention), True
         torch_norm.WrappedTorchNorm.__new__ = staticmethod(_norm_for_sequence_parallelism)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.data.dataset_checks import fingerprint
 from rsa_megatron.data.loader_state import DataLayout, from_plain, to_plain
+from rsa_megatron.data.random_generators import keep_generators
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
 
@@ -76,7 +77,7 @@ class TrainLoader:
 
     def __next__(self) -> LlavaBatch:
         if self._batches is None:
-            self._batches = iter(self._loader)
+            self._batches = _read(self._loader)
         batch = None if self._ended else next(self._batches, None)
         if batch is None:
             self._ended = True
@@ -88,6 +89,7 @@ class TrainLoader:
         energon = None if self._ended else to_plain(self._loader.save_state_rank())
         return {"layout": dataclasses.asdict(self.layout), "energon": energon}
 
+    @keep_generators()
     def restore_state(self, state_file: Path) -> None:
         """Resume at the position of a state file; before the first batch.
 
@@ -175,7 +177,7 @@ class ValidationLoader:
     def __next__(self) -> LlavaBatch:
         batch = next(self._batches, None)
         if batch is None:
-            self._batches = iter(self._loader)
+            self._batches = _read(self._loader)
             batch = next(self._batches, None)
         if batch is None:
             raise ValueError("the validation split does not fill one micro-batch in each data worker of each rank")
@@ -183,7 +185,19 @@ class ValidationLoader:
 
     def one_pass(self) -> Iterator[LlavaBatch]:
         """Yield each batch of the split once; for a loader that has not been read from."""
-        return iter(self._loader)
+        return _read(self._loader)
+
+
+def _read(loader: DataLoader) -> Iterator[LlavaBatch]:
+    """Yield the batches of a loader, each read without an effect on the training's random numbers."""
+    with keep_generators():
+        batches = iter(loader)
+    while True:
+        with keep_generators():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _isolate_workers(loader: DataLoader) -> DataLoader:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.models.anyres_projector import AnyResProjector
 from rsa_megatron.models.architectures import Architecture, VisionTower
+from rsa_megatron.models.embedding_dropout import SharedDropout
 from rsa_megatron.models.layer_specs import layer_specs
 
 
@@ -91,6 +92,8 @@ class LlavaOneVision(LLaVAModel):
         self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
         # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
         self.add_encoder = pre_process
+        if pre_process and decoder_config.sequence_parallel:
+            self.language_model.embedding.embedding_dropout = SharedDropout(decoder_config.hidden_dropout)
         if pre_process:
             self._drop_vision_class_token = False
             self.vision_model = _Tower(

@@ -1,6 +1,6 @@
 """Faults of megatron-core 0.19 as it is installed from PyPI, patched from outside, each only where it matters.
 
-They end a run on GPUs as on the CPU, or --help, and no argument of Megatron's gets round them.
+They end a run on GPUs as on the CPU, or --help, or make a resumed run another, and no argument of Megatron's gets round them alone.
 """
 
 import argparse
@@ -8,13 +8,16 @@ from pathlib import Path
 
 import megatron.core.datasets.utils
 import torch
+from megatron.core import mpu
 from megatron.core.optimizer import distrib_optimizer
+from megatron.training import checkpointing, get_args
 
 
 def repair() -> None:
     """Patch those of training; before pretrain()."""
     _skip_helper_build_without_makefile()
     _let_distributed_torch_adam_load()
+    _keep_random_states_of_every_rank()
 
 
 def repair_help(parser: argparse.ArgumentParser) -> None:
@@ -77,3 +80,38 @@ def _let_distributed_torch_adam_load() -> None:
     optimizer_class.state_dict = state_dict_with_state
     optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
     optimizer_class.load_state_dict = load_state_dict_with_steps_apart
+
+
+def _keep_random_states_of_every_rank() -> None:
+    """With dropout, checkpoints have the random states of each data-parallel rank, not of the first for all.
+
+    Megatron's ranks draw alike, as all their rows have one length. Ours are as long as their longest sample, so that each rank has
+    drawn another number of times, and would go on otherwise. --data-parallel-random-init would save each rank's too,
+    but is another run from its first weights on, and must be the same in every stage.
+    """
+    get_rng_state, load = checkpointing.get_rng_state, checkpointing._load_base_checkpoint
+
+    def get_rng_state_of_every_rank(*arguments, **options):
+        args = get_args()
+        is_set = args.data_parallel_random_init
+        args.data_parallel_random_init = is_set or args.hidden_dropout > 0 or args.attention_dropout > 0
+        try:
+            return get_rng_state(*arguments, **options)
+        finally:
+            args.data_parallel_random_init = is_set
+
+    def load_with_own_state(*arguments, **options):
+        state, *rest = load(*arguments, **options)
+        states = (state or {}).get("rng_state")
+        # Of another number of ranks: of the first, as Megatron does.
+        if (
+            isinstance(states, list)
+            and len(states) > 1
+            and not get_args().data_parallel_random_init
+            and len(states) == mpu.get_data_parallel_world_size()
+        ):
+            state["rng_state"] = [states[mpu.get_data_parallel_rank()]]
+        return state, *rest
+
+    checkpointing.get_rng_state = get_rng_state_of_every_rank
+    checkpointing._load_base_checkpoint = load_with_own_state

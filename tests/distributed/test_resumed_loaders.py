@@ -6,25 +6,26 @@ from megatron.energon import WorkerConfig
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loaders import ValidationLoader
 from tests.support import processes
-from tests.support.train_loaders import keys, make_encoder, save, train_loader
+from tests.support.train_loaders import generator_states, keys, make_encoder, save, train_loader
 
 
 def interrupted_and_restored(demo, num_workers, path):
-    encoder = make_encoder(demo)
+    encoder, states = make_encoder(demo), generator_states()
     loader = train_loader(demo, encoder, num_workers=num_workers)
     keys(loader, 5)
     save(loader, path)
     expected = keys(loader, 70)  # past the end of the 60 batches of an epoch
     restored = train_loader(demo, encoder, num_workers=num_workers)
     restored.restore_state(path)
-    return expected, keys(restored, 70), keys(train_loader(demo, encoder, num_workers=num_workers), 70)
+    from_the_beginning = keys(train_loader(demo, encoder, num_workers=num_workers), 70)
+    return expected, keys(restored, 70), from_the_beginning, generator_states() == states
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.check), 2])
 def test_a_restored_loader_goes_on_exactly(demo, tmp_path, num_workers):
     (runs,) = processes.run(interrupted_and_restored, 1, demo, num_workers, tmp_path / "state.pt")
-    expected, restored, from_the_beginning = runs
-    assert restored == expected
+    expected, restored, from_the_beginning, generators_are_as_they_were = runs
+    assert restored == expected and generators_are_as_they_were
     assert from_the_beginning != expected
 
 

@@ -1,5 +1,6 @@
 """The training script, killed, stopped, finished, or under another layout, goes on exactly, or says why it cannot."""
 
+import contextlib
 import re
 import signal
 
@@ -10,9 +11,11 @@ from tests.support import script
 from tests.support.layouts import PP, TP, VPP
 from tests.support.processes import Failed
 
+DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+
 
 def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
-    flags = ("--train-iters", 24, "--num-workers", 1, "--global-batch-size", 16, "--save-interval", 4)
+    flags = ("--train-iters", 24, "--num-workers", 1, "--global-batch-size", 16, "--save-interval", 4, *DROPOUT)
     flags_of = {name: (*flags, "--save", tmp_path / name, "--tensorboard-dir", tmp_path / name) for name in "ab"}
     uninterrupted = script.run(2, demo, *flags_of["a"])
     killed = script.run(2, demo, *flags_of["b"], kill_when=lambda output: re.search(r"iteration +10/", output))
@@ -30,7 +33,37 @@ def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
     # It is the data position that does it: with the data from the beginning the same weights see other samples.
     flags = (*flags, "--exit-interval", first, "--load", tmp_path / "a", "--ckpt-step", first - 1)
     restarted = script.losses(script.run(2, demo, *flags, "--restart-data"))
-    assert restarted[first] != script.losses(uninterrupted)[first]
+    # So do both ranks' random numbers: with those of the first on both, the same samples are dropped otherwise.
+    of_one_rank = script.losses(script.run(2, demo, *flags, sabotage=random_states_of_the_first_rank_for_all))
+    assert script.losses(uninterrupted)[first] not in (restarted[first], of_one_rank[first])
+
+
+def random_states_of_the_first_rank_for_all():
+    from rsa_megatron.training import megatron_patches
+
+    megatron_patches._keep_random_states_of_every_rank = lambda: None
+
+
+def reading_draws_from_dropouts_generator():
+    from rsa_megatron.data import loaders
+
+    loaders.keep_generators = contextlib.nullcontext
+
+
+def test_neither_reading_nor_evaluating_changes_what_is_dropped(demo, tmp_path):
+    """Without data workers, with one tensor-parallel rank that reads: an evaluation between steps, and a resumed run's start."""
+    flags = (*TP, *DROPOUT, "--save-interval", 3)
+    evaluated = ("--eval-interval", 2, "--eval-iters", 1, "--mutual-knn-samples", 16)
+    outputs = script.run(2, demo, *flags, *evaluated, "--save", tmp_path)
+    assert not any(
+        "RNG state changed" in output for output in outputs
+    )  # at each dropout, as on the CPU Megatron sees it
+    expected = script.losses(outputs)
+    for sabotage in (None, reading_draws_from_dropouts_generator):
+        actual = script.losses(script.run(2, demo, *flags, "--load", tmp_path, "--ckpt-step", 3, sabotage=sabotage))
+        assert list(actual) == [4, 5, 6]
+        # (Of the second iteration of a run Megatron prints the mean with the first.)
+        assert [actual[i] == expected[i] for i in (4, 6)] == [sabotage is None] * 2
 
 
 def scalars(folder, first):

@@ -1,5 +1,8 @@
 """Loaders of the demo data, and their saved positions."""
 
+import random
+
+import numpy
 import torch
 from megatron.energon import WorkerConfig
 from transformers import AutoTokenizer
@@ -9,9 +12,9 @@ from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from tests.support import processes
 
 
-def make_encoder(demo):
+def make_encoder(demo, kind=LlavaTaskEncoder):
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
-    return LlavaTaskEncoder(
+    return kind(
         tokenizer,
         image_size=28,
         patch_size=14,
@@ -40,3 +43,8 @@ def train_loader(
 
 def keys(loader, count):
     return [next(loader).keys for _ in range(count)]
+
+
+def generator_states() -> tuple:
+    """Of the generators on the CPU that a process shares: torch's, NumPy's and Python's."""
+    return torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), random.getstate()

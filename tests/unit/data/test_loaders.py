@@ -1,19 +1,24 @@
 """The position of the training data can be saved and taken up exactly; where it cannot, that is said."""
 
+import contextlib
 import json
+import random
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import webdataset
-from megatron.energon import WorkerConfig
+from megatron.energon import WorkerConfig, stateless
 
+from rsa_megatron.data import loaders
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.loader_state import find_train_state
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
 from rsa_megatron.data.synthetic import data_sets
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from tests.support import broken_data
-from tests.support.train_loaders import keys, make_encoder, save, train_loader
+from tests.support.train_loaders import generator_states, keys, make_encoder, save, train_loader
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,59 @@ def test_validation_is_the_same_each_time_and_one_pass_ends(demo, encoder):
     one_pass = [batch.keys for batch in loaders[0].one_pass()]
     assert len(one_pass) == 8  # 64 samples
     assert [next(loaders[1]).keys for _ in range(16)] == one_pass * 2
+
+
+@pytest.fixture
+def gpu_generator(monkeypatch) -> torch.Generator:
+    """A generator in the place of a GPU's."""
+    generator = torch.Generator()
+    stand_ins = dict(
+        is_initialized=lambda: True,
+        get_rng_state=lambda: generator.get_state(),
+        set_rng_state=lambda state: generator.set_state(state),
+        manual_seed_all=lambda seed: generator.manual_seed(seed),
+    )
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return generator
+
+
+def read_and_restore(demo, encoder, folder):
+    """Do what a run does with its loaders; yields after each thing."""
+    train = train_loader(demo, encoder)
+    yield keys(train, 70)  # more than an epoch
+    yield save(train, folder / "state.pt")
+    restored = train_loader(demo, encoder)
+    yield restored.restore_state(folder / "state.pt")
+    yield next(restored)
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    validation = [ValidationLoader(str(demo / "data" / "captions"), encoder, config, 8) for _ in range(2)]
+    yield [next(validation[0]) for _ in range(9)]  # more than the split
+    yield list(validation[1].one_pass())
+
+
+class DrawingEncoder(LlavaTaskEncoder):
+    """As one that cuts images at random."""
+
+    @stateless(restore_seeds=True)
+    def encode_sample(self, sample):
+        torch.rand(1), numpy.random.rand(), random.random()
+        return super().encode_sample(sample)
+
+
+def test_reading_leaves_random_generators_as_they_were(demo, tmp_path, gpu_generator, monkeypatch):
+    encoder = make_encoder(demo, DrawingEncoder)
+
+    def states():
+        return generator_states(), gpu_generator.get_state().tolist()
+
+    before = states()
+    for _ in read_and_restore(demo, encoder, tmp_path):
+        assert states() == before
+    # Else torch draws from its generator on the CPU, and Energon seeds the GPU's.
+    monkeypatch.setattr(loaders, "keep_generators", contextlib.nullcontext)
+    keys(train_loader(demo, encoder), 1)
+    assert all(after != then for after, then in zip(states(), before))
 
 
 def test_the_subflavor_of_the_data_set_lets_samples_into_rsa(demo, encoder):
