@@ -112,7 +112,7 @@ def stage_2() -> dict:
 
 
 def demo_stage_1() -> dict:
-    """Stage 1 of the demo model on rendered scenes (`make demo`): 300 iterations on two CPU cores, four minutes.
+    """Stage 1 of the demo model on rendered scenes (`make demo`): 200 iterations on two CPU cores, three minutes.
 
     The towers are small and have seen little: they take a larger rate than the paper's. The weight is such that on
     the training split's first batch the weighted RSA loss is about the LM loss: 1500 x 0.001 against 1.1. (The
@@ -125,10 +125,10 @@ def demo_stage_1() -> dict:
         global_batch_size=32,
         use_distributed_optimizer=False,
         lr=1e-3,
-        eval_interval=120,  # at 120 and 240; Megatron evaluates once more at the end
+        eval_interval=80,  # at 80 and 160; Megatron evaluates once more at the end
         eval_iters=5,
         log_interval=10,
-        save_interval=150,
+        save_interval=100,
     )
 
 
