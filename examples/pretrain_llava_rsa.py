@@ -9,7 +9,12 @@ what would run and stops. Without a CUDA device the same script runs on the CPU.
 
 import os
 
-from rsa_megatron.training import megatron_patches  # isort: skip  # rsa_megatron.training is imported before Megatron
+from rsa_megatron import screen
+
+if __name__ == "__main__":
+    screen.begin()  # what Megatron prints goes to a log; before its imports, which warn
+
+from rsa_megatron.training import console, megatron_patches  # isort: skip  # rsa_megatron.training is imported before Megatron
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -17,8 +22,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import end_with_launcher, print_once
 from rsa_megatron.training.alignment_scores import AlignmentScores, write_scores
-from rsa_megatron.training.arguments import architecture_of, dry_run, end_with, parse
-from rsa_megatron.training.learning_rates import LearningRates, format_table
+from rsa_megatron.training.arguments import architecture_of, end_with, parse
+from rsa_megatron.training.learning_rates import LearningRates
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
 from rsa_megatron.training.providers import datasets_provider, model_provider
@@ -29,14 +34,17 @@ from rsa_megatron.training.run_folder import (
     write_hugging_face_files,
     write_stage,
 )
+from rsa_megatron.training.run_summary import format_run
 from rsa_megatron.training.train_step import forward_step
 
 
 def main():
     rsa = RSAPlugin()
     args = parse(rsa)
+    architecture = architecture_of(args)
+    print_once(format_run(args, rsa.config, architecture))
     if args.dry_run:
-        return dry_run(args, rsa)
+        return
     if "RANK" not in os.environ:
         end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     if nothing_left := explain_nothing_left(args):
@@ -45,14 +53,13 @@ def main():
     megatron_patches.repair()
     megatron_patches.repair_log()
     keep_loaded_checkpoint()
-    architecture = architecture_of(args)
-    print_once(format_table(args, architecture))
     rates = LearningRates(args)
     rates.apply()
     utilisation = Utilisation(args, architecture)
     utilisation.apply()
     print_once(utilisation.description)
     write_metrics(args)
+    console.apply(args)
     with RunFolder(args, lambda: write_hugging_face_files(args, architecture), lambda: write_stage(args)) as folder:
         pretrain(
             pretrain_cfg_container_from_args(args),

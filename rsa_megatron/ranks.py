@@ -15,7 +15,11 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed
 
+from rsa_megatron import screen
+
 Result = TypeVar("Result")
+
+SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 
 def get_rank() -> int:
@@ -34,29 +38,34 @@ def get_group() -> torch.distributed.ProcessGroup | None:
 def print_once(message: str) -> None:
     """Print on the first rank only. (Megatron's print_rank_0 prints on every rank until the ranks know each other.)"""
     if get_rank() == 0:
-        print(message, flush=True)
+        screen.show(message)
 
 
 def exit_with_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what every rank finds: one line, and one from each other node, where it may differ."""
-    if get_rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
+    rank = get_rank()
+    if rank == 0:
+        screen.show_last(f"error: {message}")
     elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"error on {platform.node()}: {message}", file=sys.stderr)
+        screen.show_last(f"error on {platform.node()}: {message}")
+    elif "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ:
+        # These end all ranks as soon as one has ended: the first is left the time to say it. If it does not, it has not found it.
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        screen.show_last(f"error on rank {rank}: {message}")
     sys.exit(2)
 
 
 def exit_with_own_error(message: str) -> NoReturn:
     """End a rank with exit status 2 for what it may have found alone."""
     rank = get_rank()
-    print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr)
+    screen.show_last(f"error{f' on rank {rank}' if rank else ''}: {message}")
     sys.exit(2)
 
 
 def print_error_once(message: str) -> None:
     """Print an error's line on the first rank, for ranks that are about to end anyway."""
     if get_rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        screen.show_last(f"error: {message}")
 
 
 def gather_objects(value: object) -> list:
@@ -71,7 +80,7 @@ def gather_objects(value: object) -> list:
 def end_process(message: str) -> NoReturn:
     """End a rank at once and from any of its threads, whatever the others wait for, with one line and exit status 1."""
     with contextlib.suppress(OSError, ValueError):  # who would read it may have gone
-        print(f"error: {message}; this run ends", file=sys.stderr, flush=True)
+        screen.show_last(f"error: {message}; this run ends")
     os._exit(1)
 
 

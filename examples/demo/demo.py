@@ -1,7 +1,7 @@
-"""Train the demo model with the RSA loss and show the results: `make demo`.
+"""Train the demo model with the RSA loss and without, and show the results: `make demo`.
 
-    python examples/demo/demo.py                                  eight minutes on two cores
-    python examples/demo/demo.py --out other -- --rsa-weight 0    stage 1 with any flags of Megatron or of RSA
+    python examples/demo/demo.py                                  nine minutes on two cores
+    python examples/demo/demo.py --out other -- --rsa-weight 0.01 stage 1 with any flags of Megatron or of RSA
     python examples/demo/demo.py --compare                        four seeds, with RSA and without: `make demo-compare`
     python examples/demo/demo.py --stages                         three stages, with RSA and without: `make demo-stages`
     python examples/demo/demo.py --dry-run                        what would run
@@ -11,7 +11,9 @@ fails is named with its log, and the exit status is 1. A folder that holds a run
 
     OUT/data, OUT/tokenizer     what is trained on; --data names another folder, which several runs can share
     OUT/parts                   the pretrained backbones
-    OUT/stage1                  the run: run.log, metrics.jsonl, checkpoints, run.png, and `exported` in Hugging Face format
+    OUT/stage1                  the run: run.log, metrics.jsonl, checkpoints, and `exported` in Hugging Face format
+    OUT/without-rsa             the same with --rsa-weight 0
+    OUT/curves.png              both
     OUT/seed-1/...              the same for each seed of --compare; the figure goes to RESULTS/demo.png
     OUT/stages/...              the stages of --stages, stages.png and stages.jsonl
 """
@@ -22,6 +24,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from conclusion import format_conclusion
 from demo_plan import Step, plan
 from follower import Follower
 
@@ -41,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
         queue = Queue(jobs, args.out, args.jobs, environment(count_threads(args)))
     with lock:
         run(queue, args)
+        if not (args.compare or args.stages):
+            say(format_conclusion(args.out, args.data))
 
 
 def run(queue: Queue, args) -> None:

@@ -19,7 +19,7 @@ STAGES = {
 }
 ARMS = {"with RSA": (), "without": WITHOUT_RSA}
 # Seconds on two cores.
-SECONDS = {"data": 25, "pretraining": 100, "before": 20, "1": 240, "1.5": 120, "2": 80, "figures": 6, "export": 12}
+SECONDS = {"data": 25, "pretraining": 100, "before": 20, "1": 160, "1.5": 120, "2": 80, "figures": 6, "export": 12}
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ def plan(args) -> list[Step]:
         return plan_stages(args)
     if args.compare:
         return plan_comparison(args)
-    data = plan_captions(args)
+    arms = {"with RSA": "stage1", "without": "without-rsa"}
     return [
-        data,
+        plan_captions(args),
         *plan_backbones(args, "", args.seed),
-        *plan_stage_1(args, "", "stage1", args.seed),
-        *plan_results(args, "stage1"),
+        *plan_stage_1(args, "", arms["with RSA"], args.seed),
+        *plan_stage_1(args, "", arms["without"], args.seed, WITHOUT_RSA, number=5),
+        plan_curves(args, arms),
+        *plan_results(args, arms["with RSA"]),
     ]
 
 
@@ -56,7 +58,7 @@ def plan_comparison(args) -> list[Step]:
     for seed in args.seeds:
         jobs += plan_backbones(args, f"seed-{seed}/", seed)
         for name, flags in groups.values():
-            jobs += plan_stage_1(args, f"seed-{seed}/", name, seed, flags) + plan_results(args, f"seed-{seed}/{name}")
+            jobs += plan_stage_1(args, f"seed-{seed}/", name, seed, flags)
     runs = {label: [f"seed-{seed}/{name}" for seed in args.seeds] for label, (name, _) in groups.items()}
     files = [("--group", label, *(args.out / run / "metrics.jsonl" for run in names)) for label, names in runs.items()]
     compare = python(
@@ -66,7 +68,7 @@ def plan_comparison(args) -> list[Step]:
     )
     needs = tuple(run for names in runs.values() for run in names)
     name = f"comparison-{'-'.join(map(str, args.seeds))}"
-    return [*jobs, Step(name, compare, needs, SECONDS["figures"], 8, "all seeds, with RSA and without", True)]
+    return [*jobs, Step(name, compare, needs, SECONDS["figures"], 5, "all seeds, with RSA and without", True)]
 
 
 def plan_stages(args) -> list[Step]:
@@ -150,26 +152,33 @@ def plan_backbones(args, folder: str, seed: int) -> list[Step]:
     ]
 
 
-def plan_stage_1(args, folder: str, name: str, seed: int, flags: tuple[str, ...] = ()) -> list[Step]:
+def plan_stage_1(args, folder: str, name: str, seed: int, flags: tuple[str, ...] = (), number: int = 4) -> list[Step]:
     """Return the job of stage 1, with the user's flags and then `flags`."""
     before = f"{folder}before"
     command = build_training_command(
         args, *get_stage_1_flags(args, folder, seed), *get_run_flags(args, folder + name), *args.flags, *flags
     )
     sentence = (
-        f"stage 1, seed {seed}: vision tower and projector are trained, the language model is frozen (four minutes)"
+        f"stage 1, seed {seed}: vision tower and projector are trained, the language model is frozen (three minutes)"
     )
     sentence = " ".join([sentence, *args.flags, *flags])
-    return [Step(folder + name, command, (before,), SECONDS["1"], 4, sentence, measured_by=before)]
+    return [Step(folder + name, command, (before,), SECONDS["1"], number, sentence, measured_by=before)]
+
+
+def plan_curves(args, arms: dict[str, str]) -> Step:
+    """Return the job that draws the arms' curves in one figure."""
+    groups = ((label, args.out / run / "metrics.jsonl") for label, run in arms.items())
+    draw = python(
+        EXAMPLES / "demo" / "plot_runs.py",
+        *(word for group in groups for word in ("--group", *group)),
+        *("--out", args.out / "curves.png"),
+    )
+    return Step("curves", draw, tuple(arms.values()), SECONDS["figures"], 6, "figures of both", True)
 
 
 def plan_results(args, run: str) -> list[Step]:
-    """Return the jobs that draw a run's figures, export its model and caption a scene with that."""
+    """Return the jobs that export a run's model and caption a scene with that."""
     folder = args.out / run
-    draw = python(
-        EXAMPLES / "demo" / "plot_runs.py",
-        *("--group", "stage 1", folder / "metrics.jsonl", "--out", folder / "run.png"),
-    )
     export = python(
         *("-m", "checkpoint_conversion", "megatron-to-hf"),
         *("--checkpoint", folder, "--out", folder / "exported", "--overwrite"),
@@ -178,13 +187,10 @@ def plan_results(args, run: str) -> list[Step]:
         EXAMPLES / "demo" / "caption_image.py",
         *("--hf", folder / "exported", "--data", args.data / "data" / "captions"),
     )
-    form = (
-        "a held-out scene captioned with transformers (after four minutes of training: expect its form, not its truth)"
-    )
+    form = "a held-out scene captioned with transformers (after so little training: expect its form, not its truth)"
     return [
-        Step(f"{run}/figures", draw, (run,), SECONDS["figures"], 5, "results", True),
-        Step(f"{run}/export", export, (run,), SECONDS["export"], 6, "export to Hugging Face", True),
-        Step(f"{run}/caption", caption, (f"{run}/export",), SECONDS["export"], 7, form, True),
+        Step(f"{run}/export", export, (run,), SECONDS["export"], 7, "export to Hugging Face", True),
+        Step(f"{run}/caption", caption, (f"{run}/export",), SECONDS["export"], 8, form, True),
     ]
 
 
@@ -196,7 +202,7 @@ def build_training_command(args, *flags) -> tuple[str, ...]:
 def get_stage_1_flags(args, folder: str, seed: int) -> tuple:
     """Return what the demo's stage 1 and the evaluation before it share."""
     return (
-        *("--model", "demo", "--stage", "1", "--train-iters", "300"),
+        *("--model", "demo", "--stage", "1", "--train-iters", "200"),
         *get_common_flags(args, "captions", seed),
         *("--pretrained-checkpoint", args.out / folder / "parts"),
     )

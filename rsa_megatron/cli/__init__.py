@@ -12,6 +12,7 @@ See --help of each. Training: torchrun -m rsa_megatron.training (the same as exa
 """
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -49,4 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return command.main(rest) or 0
+    try:
+        status = command.main(rest) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 1
+    return status

@@ -21,6 +21,11 @@ class Layout:
     distributed_optimizer: bool = False
     sequence_parallel: bool = False
 
+    @property
+    def num_pairs(self) -> int:
+        """Count the pairs that one RSA kernel compares, if every sample is one."""
+        return self.micro_batch_size * self.data
+
 
 @dataclass(frozen=True)
 class Run:

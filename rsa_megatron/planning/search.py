@@ -42,7 +42,10 @@ class Plan:
 def find_plans(
     run: Run, cluster: Cluster, assumed: Assumptions
 ) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
-    """Find the layouts that fit, fastest first; those that do not, smallest first; and those rejected, with the reason."""
+    """Find the layouts that fit, fastest first; those that do not, smallest first; and those rejected, with the reason.
+
+    Times that differ by less than two digits show are equal. Among equals the one whose RSA kernel compares more pairs is first.
+    """
     fitting, too_large, rejected = [], [], []
     for layout in list_layouts(run, cluster):
         reason = find_rejection(run, layout, cluster)
@@ -56,7 +59,7 @@ def find_plans(
                 fitting.append(min(fits, key=lambda plan: plan.seconds))
             else:
                 too_large.append(min(made, key=lambda plan: plan.total))
-    fitting.sort(key=lambda plan: (plan.seconds, plan.total))
+    fitting.sort(key=lambda plan: (float(f"{plan.seconds:.2g}"), -plan.layout.num_pairs * run.rsa, plan.total))
     too_large.sort(key=lambda plan: plan.total)
     return fitting, too_large, rejected
 

@@ -5,15 +5,15 @@ done before any of Megatron's modules is loaded: they look for CUDA as they load
 """
 
 import gc
-import sys
 
 from rsa_megatron import megatron_on_cpu
+from rsa_megatron.ranks import exit_with_error
 
 try:
     #: whether this process trains on the CPU
     ON_CPU = megatron_on_cpu.enable()
 except RuntimeError as error:
-    sys.exit(f"error: {error}")
+    exit_with_error(str(error))
 
 gc.disable()  # what modules define stays: to look for garbage among it again and again is a seventh of the imports' time
 import megatron.training.training  # noqa: F401

@@ -6,6 +6,7 @@ from megatron.core import mpu
 from megatron.training import get_args, get_wandb_writer
 from megatron.training.utils import is_last_rank, print_rank_last
 
+from rsa_megatron import screen
 from rsa_megatron.alignment.metrics import MUTUAL_KNN, NEIGHBOUR_METRICS
 from rsa_megatron.evaluation.online import Score, measure_alignment, read_pairs
 from rsa_megatron.plugin import RSAPlugin
@@ -78,8 +79,16 @@ def log_scores(
 
 
 def write_scores(scores: dict[str, float], iteration: int, writer) -> None:
-    """Megatron's process_non_loss_data_func: to metrics.jsonl, TensorBoard and, where it is on, wandb."""
+    """Megatron's process_non_loss_data_func: to the screen, metrics.jsonl, TensorBoard and, where it is on, wandb."""
+    if is_last_rank() and scores:
+        screen.show(
+            " | ".join([f" alignment at iteration {iteration} on validation set", *map(_format_score, scores.items())])
+        )
     for key, score in scores.items():
         writer.add_scalar(f"{key} validation", score, iteration)
         if get_wandb_writer() and is_last_rank():
             get_wandb_writer().log({f"{key} validation": score}, iteration)
+
+
+def _format_score(score: tuple[str, float]) -> str:
+    return f"{score[0]}: {score[1]:.4f}"

@@ -1,4 +1,4 @@
-"""The command line of the training script: our flags beside Megatron's, what a recipe sets, what is checked, --dry-run.
+"""The command line of the training script: our flags beside Megatron's, what a recipe sets, what is checked.
 
 Nothing here trains. Every mistake that can be seen before the model is built ends the run with one line.
 """
@@ -35,7 +35,15 @@ from rsa_megatron.models.llava_onevision import PARTS
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank, print_once
 from rsa_megatron.recipes import recipe
-from rsa_megatron.training import ON_CPU, embedding_arguments, learning_rates, megatron_patches, metrics_file, mfu
+from rsa_megatron.training import (
+    ON_CPU,
+    console,
+    embedding_arguments,
+    learning_rates,
+    megatron_patches,
+    metrics_file,
+    mfu,
+)
 from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
 from rsa_megatron.training.flag_checks import check_flags, explain
 from rsa_megatron.training.run_folder import (
@@ -58,6 +66,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         args = parse_megatron(functools.partial(add_arguments, rsa=rsa, settings=settings))
         if is_same_folder(args.load, args.save):
             args.load = args.save  # however it is written
+        console.end_at_signals(args)
         weights = take_weights_of_another_stage(args)
         goes_back = check_save(args)
         check_arguments(args)
@@ -127,8 +136,10 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
 
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     megatron_patches.repair_help(parser)
+    of_megatron = {group.title for group in parser._action_groups}
     add_flags(parser)
     rsa.add_arguments(parser)
+    console.shorten_help(parser, ours={group.title for group in parser._action_groups} - of_megatron)
     known, _ = parser.parse_known_args()
     set_default_tokenizer(parser, known)
     architecture = find_architecture(known.model)
@@ -140,6 +151,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         **(megatron_on_cpu.MEGATRON_ARGUMENTS if ON_CPU else {}),
         tokenizer_type="HuggingFaceTokenizer",
         dataloader_type="external",
+        exit_signal_handler=True,  # a run that is ended by a signal has saved what it did
         split="1,0,0",  # Energon's own splits count; this silences Megatron's
     )
     # What a recipe says must not contradict the flag that takes its place.
@@ -224,6 +236,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--restart-data", action="store_true", help="resume from a checkpoint with the data from its beginning"
     )
     mfu.add_arguments(group)
+    console.add_arguments(group)
     group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
 
@@ -413,13 +426,3 @@ def _tokenizer(path: str):
 def load_tokenizer(args):
     """The Hugging Face tokenizer; Megatron's own wrapper of it hides the special tokens."""
     return _tokenizer(args.tokenizer_model)
-
-
-def dry_run(args, rsa: RSAPlugin) -> None:
-    """Print the settings (Megatron has printed its own), the parameters of each part, and which are trained."""
-    architecture = architecture_of(args)
-    print_once(f"\nmodel {args.model}, stage {args.stage}, {rsa.config}")
-    print_once(f"kernel size N: up to {args.micro_batch_size * args.data_parallel_size} pairs a micro-batch")
-    print_once(learning_rates.format_table(args, architecture))
-    padding = args.padded_vocab_size - architecture.vocab_size
-    print_once(f"word embeddings: {architecture.vocab_size:,} rows, and {padding:,} of padding, not counted")

@@ -2,7 +2,7 @@
 
 Beside the checkpoints lie run.json: the model, the stage, how it showed its samples (which an export must fit), of images that come
 as embeddings their width, and where the run has come to its end, at which iteration; hf/: the model's files in Hugging Face's format,
-without weights; and, while a run writes there, run.lock.
+without weights; and, while a run writes there, run.lock; and logs/, what each rank has printed (console.py).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
+from rsa_megatron.training import console
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -148,6 +149,7 @@ class RunFolder:
             run_on_first_rank(self._write)
         except ValueError as error:
             exit_with_error(str(error))
+        console.move_log(self._args)
 
     def _write(self) -> None:
         if self._lock:

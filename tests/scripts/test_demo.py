@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import re
+import shlex
 
 import pytest
 from PIL import Image
+
+from rsa_megatron import cli
 
 pytestmark = pytest.mark.usefixtures("preloaded_commands")
 
@@ -19,9 +23,8 @@ def test_all_of_it_on_next_to_nothing(tmp_path, capsys):
     demo_script.main(command)
     first = capsys.readouterr().out
     steps = [line for line in first.splitlines() if line.startswith("[")]
-    assert [step[:3] for step in steps] == [f"[{number}]" for number in range(1, 8)] and steps[3].endswith(
-        " ".join(SMALL)
-    )
+    assert [step[:3] for step in steps] == [f"[{number}]" for number in range(1, 9)]
+    assert steps[3].endswith(" ".join(SMALL)) and steps[4].endswith(" ".join(SMALL) + " --rsa-weight 0")
     figures = [json.loads(line) for line in (out / "stage1" / "metrics.jsonl").read_text().splitlines()]
     # The figures of the run open with those of the evaluation before it.
     before = json.loads((out / "before" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -31,12 +34,23 @@ def test_all_of_it_on_next_to_nothing(tmp_path, capsys):
     assert f"| mutual-knn {before['mutual-knn validation']:.4f}\n" in first
     assert f"iteration    2 | validation lm loss {measured['lm loss validation']:.6f} | mutual-knn" in first
     assert "true caption: " in first and "transformers: " in first and "iterations 0 and 2" in first
-    assert Image.open(out / "stage1" / "run.png").width > 1000
+    assert Image.open(out / "curves.png").width > 1000
+    # It ends with what it showed, and with commands that can be typed.
+    showed, following = first.split("What it showed")[1].split("Next:\n")
+    without = json.loads((out / "without-rsa" / "metrics.jsonl").read_text().splitlines()[-1])
+    scores = (before, measured, without)
+    row = " +".join(f"{line['mutual-knn validation']:.3f}" for line in scores)
+    assert re.search(rf"mutual-kNN \(chance 0\.\d+\) +{row}\n", showed)
+    row = " +".join(f"{line['lm loss validation']:.3f}" for line in scores)
+    assert re.search(rf"LM loss, nats per token +{row}\n", showed)
+    measure = shlex.split(re.search(r"rsa-megatron (measure .*)", following)[1])
+    assert cli.main([*measure, "--num-samples", "16", "--k", "3"]) == 0 and (out / "layers.jsonl").is_file()
     # Again: the results are shown, and nothing runs.
+    capsys.readouterr()
     logs = {log: log.stat().st_size for log in out.rglob("run.log")}
     demo_script.main(command)
     again = capsys.readouterr().out
-    assert [line[:3] for line in again.splitlines() if line.startswith("[")] == ["[5]", "[6]", "[7]"]
+    assert [line[:3] for line in again.splitlines() if line.startswith("[")] == ["[6]", "[7]", "[8]"]
     assert first.endswith(again) and {log: log.stat().st_size for log in logs} == logs
     # Other settings in its place are refused.
     with pytest.raises(SystemExit, match=f"error: {out}/parts holds a run of other settings: name another --out"):

@@ -51,8 +51,8 @@ def help_of(preloaded_python):
     """The help of a command by its words."""
 
     @cache
-    def help_of(*words: str) -> str:
-        result = subprocess.run([preloaded_python, *words, "--help"], capture_output=True, text=True, cwd=ROOT)
+    def help_of(*words: str, flag: str = "--help") -> str:
+        result = subprocess.run([preloaded_python, *words, flag], capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -77,7 +77,7 @@ def test_a_command_of_the_docs_is_there_with_its_flags(page, line, help_of):
         return
     if TRAINING.search(line) or "run_stages.sh" in line or "slurm/" in line:
         text = (
-            help_of("-m", "rsa_megatron.training")
+            help_of("-m", "rsa_megatron.training", flag="--help-megatron")
             + help_of("-m", "torch.distributed.run")
             + "--nodes --wait --dependency"
         )
@@ -88,7 +88,7 @@ def test_a_command_of_the_docs_is_there_with_its_flags(page, line, help_of):
         words = [word for word in command.groups() if word]
         text = help_of("-m", "rsa_megatron", *words) + help_of("-m", "torch.distributed.run")
         if "--checkpoint" in flags:  # with it, Megatron's flags follow
-            text += help_of("-m", "rsa_megatron.training")
+            text += help_of("-m", "rsa_megatron.training", flag="--help-megatron")
     elif command := re.search(r"-m checkpoint_conversion ([\w-]+)", line):
         text = help_of("-m", "checkpoint_conversion", command[1])
     elif script := re.search(r"examples/[\w/]+\.py", line):

@@ -10,13 +10,17 @@ import pytest
 from rsa_megatron.cli import plan as plan_command
 from rsa_megatron.cli.plan import count_most_tiles, format_flags, parse, read_run
 from rsa_megatron.models.architectures import ARCHITECTURES
+from rsa_megatron.planning.memory import peak_memory
+from rsa_megatron.planning.parallel_layout import Layout
 from rsa_megatron.planning.search import find_plans, find_rejection, list_layouts
-from rsa_megatron.recipes import recipe
+from rsa_megatron.recipes import STAGES, recipe
 from tests.support import processes
 
 
 def arguments(model: str, stage: str, gpus: int, *flags: str):
-    args = parse(["--model", model, "--stage", stage, "--gpus", str(gpus), *flags])
+    args = parse(
+        ["--model", model, "--stage", stage, "--gpus", str(gpus), "--transformer-impl=transformer_engine", *flags]
+    )
     return args, *read_run(args)
 
 
@@ -139,6 +143,56 @@ def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():
 
     small, large = plans(40), plans(141)
     assert splits(small) < splits(large) and part_recomputed(small) > part_recomputed(large)
+
+
+@pytest.mark.parametrize("stage, on_8_gpus", [("revision", None), ("1", None), ("1.5", 57), ("2", 54)])
+def test_the_command_of_a_recipe_fits_the_gpus_that_it_names(stage, on_8_gpus):
+    said = STAGES[stage].__doc__
+    nodes = re.search(r"--nodes (\d+)", said)
+    for gpus, gibibytes in (
+        (8 * int(nodes[1]) if nodes else 8, re.search(r"; (\d+) GiB each", said)[1]),
+        (8, on_8_gpus),
+    ):
+        if not gibibytes:
+            continue
+        _, run, cluster, assumed = arguments("llava-ov-7b", stage, gpus)
+        tensor = int((re.search(r"--tensor-model-parallel-size (\d+)", said) or (0, 1))[1])
+        settings = recipe("llava-ov-7b", stage)
+        (plan,) = (
+            plan
+            for plan in find_plans(run, cluster, assumed)[0]
+            if (plan.layout.tensor, plan.layout.pipeline, plan.layout.recompute) == (tensor, 1, "none")
+            and plan.layout.micro_batch_size == settings["micro_batch_size"]
+        )
+        assert (
+            plan.layout.sequence_parallel == ("--sequence-parallel" in said) and settings["use_distributed_optimizer"]
+        )
+        assert plan.layout.distributed_optimizer and f"{plan.total / 2**30:.0f}" == str(gibibytes)
+        assert not on_8_gpus or f"{on_8_gpus} GiB." in said
+    # What it was before fits no GPU of 80 GB: Adam's state on every rank.
+    if stage in ("1.5", "2"):
+        whole = Layout(data=8, num_micro_batches=32, micro_batch_size=1)
+        assert peak_memory(run, whole)[1]["optimizer"] > 80 * 2**30
+
+
+def test_among_equal_times_the_larger_kernel_is_first():
+    _, run, cluster, assumed = arguments("llava-ov-7b", "1", 8)
+    plans = find_plans(run, cluster, assumed)[0]
+    keys = [(float(f"{plan.seconds:.2g}"), -plan.layout.num_pairs) for plan in plans]
+    assert keys == sorted(keys) and plans[0].layout.num_pairs == 32 and len(set(keys)) > 5
+
+
+def test_without_transformer_engine_its_layers_are_no_default(capsys):
+    """The flags that are printed run in the environment that prints them; there is none here."""
+    assert plan_command.main("--model llava-ov-7b --stage 1 --gpus 8".split()) == 0
+    printed = capsys.readouterr().out
+    assert "--transformer-impl local" in printed and "Transformer Engine is not installed here" in printed
+
+
+def test_a_reader_that_ends_early_gets_no_traceback():
+    command = f"{sys.executable} -m rsa_megatron plan --model llava-ov-7b --stage 1 --gpus 8 --show-refused | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("llava-ov-7b") and result.stderr == ""
 
 
 def test_the_largest_image_is_that_of_the_recipe():

@@ -106,7 +106,7 @@ def test_dry_run_prints_what_would_run_and_stops_without_a_file(demo, tmp_path):
         rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} are trained$", output, re.M
     )
     assert "word embeddings: 1,024 rows, and 512 of padding, not counted" in output
-    assert "RSAConfig(weight=0.01" in output and "tensor_model_parallel_size ...." in output
+    assert "RSAConfig(weight=0.01" in output and "layout: 2 rank(s), DP 1, TP 2\n" in output
     assert "iteration        1" not in output and not list(tmp_path.iterdir())
 
 
@@ -202,10 +202,13 @@ def test_a_frozen_language_model_without_a_checkpoint_is_warned_of(demo):
 # Bad input
 
 
-def test_help_lists_the_flags_of_script_plugin_and_megatron(demo):
-    (output,) = script.run(1, demo, "--help")
-    for flag in ("--image-aspect-ratio", "--rsa-weight", "--tensor-model-parallel-size"):
-        assert flag in output
+def test_help_lists_our_flags_and_on_request_megatrons(demo):
+    (ours,) = script.run(1, demo, "--help")
+    (everything,) = script.run(1, demo, "--help-megatron")
+    for flag in ("--image-aspect-ratio", "--rsa-weight", "--help-megatron"):
+        assert flag in ours and flag in everything
+    assert "--tensor-model-parallel-size" in everything and "--tensor-model-parallel-size" not in ours
+    assert ours.count("\n") < 150 < 1000 < everything.count("\n")
 
 
 def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, tmp_path):

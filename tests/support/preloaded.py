@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 from tests.support import processes
@@ -153,7 +152,7 @@ def _run(arguments: list[str], environment: dict, folder: str, files) -> None:
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else bool(end.code)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as the interpreter does
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)

@@ -32,14 +32,15 @@ def test_every_job_comes_once_and_after_what_it_needs(kind):
 
 
 def test_stage_1_has_the_flags_of_the_recipe_and_the_users_after_them():
-    commands = commands_of("--seed", "3", "--data", "/data", "--", "--rsa-weight", "0")
+    commands = commands_of("--seed", "3", "--data", "/data", "--", "--rsa-weight", "0.01")
     data = "--data-path /data/data/captions --tokenizer-model /data/tokenizer --seed 3"
     stage_1 = (
-        f"pretrain_llava_rsa.py --model demo --stage 1 --train-iters 300 {data} --pretrained-checkpoint /out/parts"
+        f"pretrain_llava_rsa.py --model demo --stage 1 --train-iters 200 {data} --pretrained-checkpoint /out/parts"
     )
     folders = "--load /out/stage1 --save /out/stage1 --tensorboard-dir /out/stage1/tensorboard"
     assert "--standalone --nproc-per-node 2 " in commands["stage1"]
-    assert commands["stage1"].endswith(f"{stage_1} {folders} --rsa-weight 0")
+    assert commands["stage1"].endswith(f"{stage_1} {folders} --rsa-weight 0.01")
+    assert commands["without-rsa"] == commands["stage1"].replace("/out/stage1", "/out/without-rsa") + " --rsa-weight 0"
     assert commands["before"].endswith(f"{stage_1} --skip-train --metrics-file /out/before/metrics.jsonl")
     assert commands["parts"].endswith(f"pretrain_backbones.py {data} --load /out/parts --save /out/parts")
     assert commands["prepare/captions"].endswith("prepare_data.py --out /data --kinds captions")
@@ -121,7 +122,7 @@ def test_processes_and_jobs_share_the_cores(monkeypatch):
 
 def test_a_dry_run_starts_nothing(tmp_path, capsys):
     demo_script.main(["--dry-run", "--out", str(tmp_path / "out"), "--processes", "2"])
-    assert "7 jobs, 1 at a time: about " in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "8 jobs, 1 at a time: about " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_examples_of_the_makefile_are_flags_of_the_script():

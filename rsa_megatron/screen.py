@@ -1,0 +1,175 @@
+"""The screen of a training run: what a person reads there. All else that a rank prints goes to a log file.
+
+`begin()` sends the standard output and error of this process into a log: Megatron's list of arguments, warnings of libraries,
+what data workers print. `show()` writes on the screen, and into the log. Without `begin()`, and with --verbose, nothing is
+redirected.
+
+    first rank   our lines, `error:` lines           screen and log
+    last rank    Megatron's line of an iteration     screen and log
+    every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save only kept at a traceback
+
+An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import IO
+
+#: file descriptors that were standard output and error, once these lead into the log
+_screen: tuple[int, int] | None = None
+#: where these lead: without a name until there is a --save
+_log: IO[bytes] | None = None
+
+#: Seconds that a rank which lost another one leaves it to say why.
+_PATIENCE = 3.0
+#: What torch.distributed says on the ranks that another one has left.
+_LOST_ANOTHER = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "ProcessGroupNCCL",
+    "NCCL error",
+    "timed out",
+)
+
+
+def begin() -> None:
+    """Send what this process prints into a log from here on; not with --verbose, --help or --help-megatron."""
+    global _screen, _log
+    if _screen or not {"--verbose", "--help", "--help-megatron", "-h"}.isdisjoint(sys.argv):
+        return
+    _flush()
+    _screen = os.dup(1), os.dup(2)
+    _log = tempfile.TemporaryFile("w+b")
+    _redirect(_log)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.excepthook = _end_with_exception
+
+
+def move_log(path: Path) -> None:
+    """Go on with the log in the file `path`, after what earlier runs have left there."""
+    global _log
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _flush()
+    file = path.open("ab")
+    _log.seek(0)
+    shutil.copyfileobj(_log, file)
+    file.flush()
+    _redirect(file)
+    _log = file
+
+
+def is_redirected() -> bool:
+    return _screen is not None
+
+
+def show(line: str) -> None:
+    """Write a line on the screen, and into the log."""
+    print(line, flush=True)
+    if _screen:
+        _write(_screen[0], line)
+
+
+def show_from_handler(line: str) -> None:
+    """Write a line on the screen from a signal handler, which must not print: what it interrupts may be printing."""
+    _write(_screen[0] if _screen else 1, line)
+
+
+def show_last(line: str) -> None:
+    """Write the line that a run ends with on the standard error, and into the log.
+
+    torchrun ends with a report of its own, of some twenty lines: the line comes after it, from a process that waits for that.
+    """
+    print(line, file=sys.stderr, flush=True)
+    errors = _screen[1] if _screen else None
+    launcher = os.getppid()
+    if _is_torchrun(launcher):
+        if errors is not None:
+            _write_after(launcher, errors, line)
+    elif errors is not None:
+        _write(errors, line)
+
+
+def _is_torchrun(process: int) -> bool:
+    """Return whether a process is a torchrun whose end can be waited for: not process 1, and it does not start ranks again."""
+    if process == 1 or os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        return False
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torchrun" in command or b"torch.distributed.run" in command
+
+
+def _write_after(launcher: int, descriptor: int, line: str) -> None:
+    try:
+        ends = os.pidfd_open(launcher)
+    except OSError:  # it has ended, or the system has no such thing
+        return _write(descriptor, line)
+    if os.fork():
+        return None
+    # The child does nothing but wait: another thread of the parent may hold any lock.
+    os.setsid()
+    select.select([ends], [], [])
+    _write(descriptor, line)
+    os._exit(0)
+
+
+def _end_with_exception(kind: type, error: BaseException, trace) -> None:
+    traceback.print_exception(kind, error, trace)
+    _flush()
+    if issubclass(kind, KeyboardInterrupt):
+        text = "stopped by Ctrl-C before training began"
+    else:
+        said = " ".join(str(error).split())
+        text = f"error: {kind.__name__}{': ' * bool(said)}{said[:300]}; the traceback is in {_get_named_log()}"
+        if any(words in said for words in _LOST_ANOTHER):
+            time.sleep(_PATIENCE)
+    if _is_first_to_fail():
+        show_last(text)
+
+
+def _is_first_to_fail() -> bool:
+    """Return whether no other rank of this launch on this node has said why it ends; without torchrun each rank says it."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json, in a folder of this launch
+    if not error_file:
+        return True
+    try:
+        Path(error_file).parents[1].joinpath("said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _get_named_log() -> str:
+    """Return the log's file; what has no name gets one, in the folder of temporary files."""
+    if isinstance(_log.name, str):
+        return _log.name
+    descriptor, name = tempfile.mkstemp(prefix="rsa-megatron-", suffix=".log")
+    os.close(descriptor)
+    move_log(Path(name))
+    return name
+
+
+def _redirect(file: IO[bytes]) -> None:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _write(descriptor: int, line: str) -> None:
+    with contextlib.suppress(OSError):  # a reader that has gone; the log has the line
+        os.write(descriptor, f"{line}\n".encode())

@@ -1,0 +1,58 @@
+"""What runs, said before it runs: model, loss, layout, data, and what is trained. --dry-run ends after it."""
+
+from rsa_megatron.config import RSAConfig
+from rsa_megatron.models.architectures import Architecture
+from rsa_megatron.training import learning_rates
+
+
+def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
+    """Format the run's settings in a dozen lines; Megatron's own list of them has four hundred."""
+    return "\n".join(
+        [
+            f"model {args.model}, stage {args.stage}: {_format_precision(args)}, {args.transformer_impl} layers, rows of up to "
+            f"{args.seq_length} positions",
+            f"layout: {_format_layout(args)}",
+            f"batch: micro-batch {args.micro_batch_size} x {_count_micro_batches(args)} x DP {args.data_parallel_size} = "
+            f"{args.global_batch_size} samples; {_format_length(args)}",
+            *([f"data: {args.data_path[0]}"] if args.data_path else []),
+            f"RSA: {_format_rsa(args, rsa)}",
+            learning_rates.format_table(args, architecture),
+            f"word embeddings: {architecture.vocab_size:,} rows, and {args.padded_vocab_size - architecture.vocab_size:,} of "
+            "padding, not counted",
+        ]
+    )
+
+
+def _format_precision(args) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def _format_layout(args) -> str:
+    sizes = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+    }
+    parts = [f"{args.world_size} rank(s), DP {args.data_parallel_size}"]
+    parts += [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    parts += ["sequence parallel"] * args.sequence_parallel
+    parts += ["distributed optimizer"] * args.use_distributed_optimizer
+    parts += [f"recompute {args.recompute_granularity}"] * bool(args.recompute_granularity)
+    return ", ".join(parts)
+
+
+def _count_micro_batches(args) -> int:
+    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+
+
+def _format_length(args) -> str:
+    if args.skip_train:
+        return "validation only"
+    return f"{args.train_iters} iterations" if args.train_iters else f"{args.train_samples} samples"
+
+
+def _format_rsa(args, rsa: RSAConfig) -> str:
+    if not rsa.weight:
+        return "off (weight 0)"
+    num_pairs = args.micro_batch_size * args.data_parallel_size
+    return f"up to {num_pairs} pairs a kernel (micro-batch x DP); {rsa}"
