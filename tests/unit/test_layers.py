@@ -21,7 +21,8 @@ ARROWS = {
     "job_queue": [],
     "job_commands": [],
     "example_files": [],
-    "ranks": [],
+    "screen": [],
+    "ranks": ["screen"],
     "alignment": [],
     "realign": ["alignment"],
     "hooks": ["alignment", "batch", "config"],
@@ -46,6 +47,7 @@ ARROWS = {
         "plugin",
         "ranks",
         "recipes",
+        "screen",
     ],
     "cli": [
         "alignment",
@@ -68,7 +70,17 @@ ARROWS = {
 # Of other packages, what each may not import. Only training/ imports megatron.training.
 FORBIDDEN = {
     **dict.fromkeys(
-        ["config", "anyres", "recipes", "json_lines", "folder_lock", "job_queue", "job_commands", "example_files"],
+        [
+            "config",
+            "anyres",
+            "recipes",
+            "json_lines",
+            "folder_lock",
+            "job_queue",
+            "job_commands",
+            "example_files",
+            "screen",
+        ],
         ["torch", "numpy", "megatron", "transformers", "PIL"],
     ),
     **dict.fromkeys(
