@@ -40,6 +40,10 @@ _LOST_ANOTHER = (
 )
 
 
+class Explained(Exception):
+    """An exception whose text says all that a person needs, and has another as its cause."""
+
+
 def begin() -> None:
     """Send what this process prints into a log from here on; not with --verbose, --help or --help-megatron."""
     global _screen, _log
@@ -129,7 +133,8 @@ def _end_with_exception(kind: type, error: BaseException, trace) -> None:
         text = "stopped by Ctrl-C before training began"
     else:
         said = " ".join(str(error).split())
-        text = f"error: {kind.__name__}{': ' * bool(said)}{said[:300]}; the traceback is in {_get_named_log()}"
+        text = said if kind is Explained else f"{kind.__name__}{': ' * bool(said)}{said[:300]}"
+        text = f"error: {text}; the traceback is in {_get_named_log()}"
         if any(words in said for words in _LOST_ANOTHER):
             time.sleep(_PATIENCE)
     if _is_first_to_fail():

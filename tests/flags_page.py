@@ -16,7 +16,7 @@ STAGES = ("1", "1.5", "2", "revision")
 
 def page() -> str:
     from rsa_megatron.plugin import RSAPlugin
-    from rsa_megatron.training.arguments import add_flags
+    from rsa_megatron.training.own_flags import add_flags
 
     ours, plugin = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
     add_flags(ours)

@@ -15,6 +15,14 @@ try:
 except RuntimeError as error:
     exit_with_error(str(error))
 
+import megatron.core
+
+if not megatron.core.__version__.startswith("0.19."):
+    exit_with_error(
+        f"megatron-core {megatron.core.__version__} is imported from {list(megatron.core.__path__)[0]}, and this script needs 0.19: "
+        "install 'megatron-core[training]>=0.19.2,<0.20', or take another Megatron off PYTHONPATH"
+    )
+
 gc.disable()  # what modules define stays: to look for garbage among it again and again is a seventh of the imports' time
 import megatron.training.training  # noqa: F401
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
@@ -19,33 +18,20 @@ from megatron.training.training import get_megatron_ddp_config, get_megatron_opt
 from transformers import AutoTokenizer
 
 from rsa_megatron import megatron_on_cpu
-from rsa_megatron.alignment.metrics import METRICS, NEIGHBOUR_METRICS
-from rsa_megatron.config import RSAConfig
-from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES, check_tokenizer
-from rsa_megatron.data.dataset_checks import check_data, check_rsa_flags
-from rsa_megatron.data.loaders import count_epoch_iterations, explain_unread_validation
-from rsa_megatron.data.raw_samples import check_embeddings
-from rsa_megatron.data.tiles import ASPECT_RATIOS
+from rsa_megatron.data.conversation import check_tokenizer
 from rsa_megatron.hooks.isolated_captions import check_settings
 from rsa_megatron.hooks.layer_hooks import layer_number
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
-from rsa_megatron.models.llava_onevision import PARTS
 from rsa_megatron.plugin import RSAPlugin
-from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank, print_once
+from rsa_megatron.ranks import exit_with_error, exit_with_own_error, print_once
 from rsa_megatron.recipes import recipe
-from rsa_megatron.training import (
-    ON_CPU,
-    console,
-    embedding_arguments,
-    learning_rates,
-    megatron_patches,
-    metrics_file,
-    mfu,
-)
-from rsa_megatron.training.embedding_arguments import image_embeddings, set_image_embeddings
+from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu
+from rsa_megatron.training.data_arguments import check_data_path, explain_lone_pairs, set_one_epoch
+from rsa_megatron.training.embedding_arguments import set_image_embeddings
 from rsa_megatron.training.flag_checks import check_flags, explain
+from rsa_megatron.training.own_flags import add_flags
 from rsa_megatron.training.run_folder import (
     TRACKER,
     check_agreement,
@@ -170,76 +156,6 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the training script's own flags."""
-    group = parser.add_argument_group("LLaVA with RSA")
-    group.add_argument(
-        "--model", default="demo", help="architecture, or a Hugging Face folder; sets the model's Megatron arguments"
-    )
-    group.add_argument(
-        "--stage", default="1", help="training stage: revision, 1, 1.5 or 2; sets the run's Megatron arguments"
-    )
-    group.add_argument(
-        "--trainable", nargs="+", choices=list(PARTS), help="modules that are trained; the others are frozen"
-    )
-    learning_rates.add_arguments(group)
-    metrics_file.add_arguments(group)
-    group.add_argument("--template", choices=TEMPLATES, help="how a conversation becomes tokens")
-    group.add_argument(
-        "--label-style",
-        choices=LABEL_STYLES,
-        default="llava",
-        help="which tokens of the template qwen_1_5 are trained on: as in LLaVA, or only the answers",
-    )
-    group.add_argument(
-        "--image-aspect-ratio",
-        choices=ASPECT_RATIOS,
-        help="square: an image is squashed into one tile; anyres: a base tile and a grid of tiles",
-    )
-    group.add_argument(
-        "--image-grids",
-        nargs="+",
-        type=grid,
-        metavar="ROWSxCOLUMNS",
-        help="the grids of tiles that anyres may choose from, of equally good ones the first; default: the model's own",
-    )
-    embedding_arguments.add_arguments(group)
-    group.add_argument(
-        "--drop-last",
-        action="store_true",
-        help="in a single pass over the data, skip each reader's last samples that do not fill a micro-batch, "
-        "and the last iterations for which not every rank has data",
-    )
-    group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
-    group.add_argument(
-        "--mutual-knn-samples",
-        type=int,
-        default=1000,
-        help="validation pairs for mutual-knn at each evaluation; 0: none",
-    )
-    group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours")
-    group.add_argument(
-        "--eval-metrics",
-        nargs="+",
-        choices=list(METRICS),
-        default=["mutual-knn"],
-        help="scores of alignment at each evaluation, on the pairs and layers of --mutual-knn-samples and --mutual-knn-layers",
-    )
-    group.add_argument(
-        "--mutual-knn-layers",
-        type=layer_pairs,
-        default=[(-1, -1)],
-        metavar="VISION:TEXT,...",
-        help="layers to compare, as --mutual-knn-layers=-1:-1,12:14; -1 is the last, 0 what goes into the first",
-    )
-    group.add_argument(
-        "--restart-data", action="store_true", help="resume from a checkpoint with the data from its beginning"
-    )
-    mfu.add_arguments(group)
-    console.add_arguments(group)
-    group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-
-
 def set_default_tokenizer(parser, known) -> None:
     """Default to the model's tokenizer: in its folder, or beside the checkpoint that the run starts from."""
     folders = [Path(folder, "hf") for folder in (known.load, known.pretrained_checkpoint) if folder] + [
@@ -250,25 +166,6 @@ def set_default_tokenizer(parser, known) -> None:
         raise ValueError("--tokenizer-model is missing: name a folder with a tokenizer in Hugging Face format")
     if not known.tokenizer_model:
         parser.set_defaults(tokenizer_model=str(found))
-
-
-def grid(text: str) -> tuple[int, int]:
-    """ "2x3" as (2, 3)."""
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"{text} is no grid of ROWSxCOLUMNS, such as 2x3")
-    return int(rows), int(columns)
-
-
-def layer_pairs(text: str) -> list[tuple[int, int]]:
-    """ "-1:-1,12:14" as [(-1, -1), (12, 14)]."""
-    try:
-        pairs = [tuple(int(layer) for layer in pair.split(":")) for pair in text.split(",")]
-    except ValueError:
-        pairs = [()]
-    if any(len(pair) != 2 for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text} is no list of VISION:TEXT layers, such as -1:-1,12:14")
-    return pairs
 
 
 def check_arguments(args) -> None:
@@ -294,58 +191,6 @@ def check_arguments(args) -> None:
             "folder that --save or hf-to-megatron has written"
         )
     check_model(args)
-
-
-def check_data_path(args, rsa_weight: float) -> None:
-    if not args.data_path:
-        raise ValueError("--data-path is missing: name a prepared Energon data set or a mixture (.yaml)")
-    if len(args.data_path) > 1:
-        raise ValueError(f"--data-path takes one data set, not {len(args.data_path)}: name a mixture (.yaml) of them")
-    if get_rank() == 0:
-        check_data(
-            args.data_path[0],
-            (["train"] if not args.skip_train else []) + (["val"] if args.eval_iters else []),
-            num_readers=args.data_parallel_size * max(1, args.num_workers),
-            micro_batch_size=args.eval_micro_batch_size,
-        )
-        if args.eval_iters:
-            say_unread_validation(args)
-        if embeddings := image_embeddings(args):
-            check_embeddings(args.data_path[0], "val" if args.skip_train else "train", embeddings)
-    if not args.skip_train:
-        check_rsa_flags(args.data_path[0], rsa_weight=rsa_weight)
-
-
-def explain_lone_pairs(args, rsa: RSAConfig) -> str | None:
-    """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0."""
-    most = args.micro_batch_size * args.data_parallel_size if rsa.scope == "micro-batch" else args.global_batch_size
-    if args.skip_train or not rsa.weight or most > 1:
-        return None
-    return (
-        f"WARNING: RSA is on (--rsa-weight {rsa.weight:g}), but compares the pairs of a micro-batch on all data-parallel ranks, and "
-        "there is one: its loss is always 0; raise --micro-batch-size, use more ranks, or --rsa-scope global-batch"
-    )
-
-
-def say_unread_validation(args) -> None:
-    """Print once which validation samples no evaluation reads, and which scores cannot be."""
-    has_neighbours = not set(NEIGHBOUR_METRICS).isdisjoint(args.eval_metrics)
-    unread = explain_unread_validation(
-        args.data_path[0],
-        data_parallel_size=args.data_parallel_size,
-        num_workers=args.num_workers,
-        micro_batch_size=args.eval_micro_batch_size,
-        micro_batches=count_eval_micro_batches(args),
-        pairs=args.mutual_knn_samples,
-        neighbours=args.mutual_knn_k * has_neighbours,
-    )
-    if unread:
-        print_once(unread)
-
-
-def count_eval_micro_batches(args) -> int:
-    """Count the micro-batches that a rank reads in an evaluation (megatron.training's evaluate)."""
-    return args.eval_iters * (args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size))
 
 
 def check_parallelism(args) -> None:
@@ -383,31 +228,6 @@ def check_model(args) -> None:
         raise ValueError(
             f"--tokenizer-model {args.tokenizer_model} has other ids than the tokenizer in --model {args.model}: name that one"
         )
-
-
-def set_one_epoch(args) -> None:
-    """Without a number of iterations or samples a run is one pass over the training part."""
-    args.one_epoch = not (args.train_iters or args.train_samples or args.skip_train)
-    if args.drop_last and not args.one_epoch:
-        raise ValueError(
-            "--drop-last is about a single pass over the data; leave it out, or leave out the number of iterations"
-        )
-    if not args.one_epoch:
-        return
-    args.train_iters = count_epoch_iterations(
-        args.data_path[0],
-        data_parallel_size=args.data_parallel_size,
-        num_workers=args.num_workers,
-        micro_batch_size=args.micro_batch_size,
-        global_batch_size=get_current_running_global_batch_size(),  # less with --decrease-batch-size-if-needed
-        drop_last=args.drop_last,
-    )
-    if not args.train_iters:
-        raise ValueError(
-            f"--data-path {args.data_path[0]}: one pass over it does not fill a batch of {args.global_batch_size}; lower "
-            "--global-batch-size or leave out --drop-last"
-        )
-    print_once(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")
 
 
 def architecture_of(args) -> Architecture:

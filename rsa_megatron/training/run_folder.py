@@ -22,6 +22,7 @@ from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
 from rsa_megatron.training import console
+from rsa_megatron.training.checkpoint_faults import list_checkpoints
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -243,9 +244,26 @@ def keep_loaded_checkpoint() -> None:
 
 
 def read_tracker(folder: str | None) -> str | None:
-    """Return what Megatron's tracker says of the last checkpoint, an iteration or "release"; None without one."""
+    """Return what Megatron's tracker says of the last checkpoint, an iteration or "release"; None without one.
+
+    Raises:
+        ValueError: it says something else, or names a checkpoint that is not there.
+    """
     file = Path(folder, TRACKER) if folder else None
-    return file.read_text().strip() if file and file.is_file() else None
+    if not (file and file.is_file()):
+        return None
+    said = file.read_text(errors="replace").strip()
+    there = f"there are {', '.join(map(str, list_checkpoints(folder))) or 'none'}"
+    if said != "release" and not said.isdecimal():
+        raise ValueError(
+            f"{file} says {said[:40]!r}: write the iteration of the last whole checkpoint into it ({there})"
+        )
+    name = "release" if said == "release" else f"iter_{int(said):07d}"
+    if not Path(folder, name).is_dir():
+        raise ValueError(
+            f"{file} says {said}, and {name} is not there: write the iteration of another into it ({there})"
+        )
+    return said
 
 
 def has_checkpoint(args) -> bool:

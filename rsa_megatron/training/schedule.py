@@ -17,6 +17,8 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.training import training
 
+from rsa_megatron.ranks import print_once
+from rsa_megatron.training.checkpoint_faults import explain_unreadable
 from rsa_megatron.training.learning_rates import peak_rates
 from rsa_megatron.training.run_folder import read_tracker
 
@@ -62,6 +64,7 @@ def settle_schedule(args) -> str | None:
     state = _read_state(args)
     if state is None:
         return None
+    _settle_optimizer(args, getattr(state["args"], "use_distributed_optimizer", args.use_distributed_optimizer))
     # Of a run of another script the rates of parts are not known: they are this run's, or its optimizer cannot be loaded.
     own = {name: getattr(args, name) for name in ("trainable", "vision_lr", "projector_lr")}
     then_args = argparse.Namespace(**own | vars(state["args"]))
@@ -99,6 +102,24 @@ def settle_schedule(args) -> str | None:
     )
 
 
+def _settle_optimizer(args, was_distributed: bool) -> None:
+    """Go on with the kind of optimizer that the checkpoint has: neither kind loads the other's state."""
+    if was_distributed == args.use_distributed_optimizer or args.no_load_optim:
+        return
+    if was_distributed:
+        raise ValueError(
+            f"--load {args.load}: its optimizer is a distributed one, and this run's is not: add --use-distributed-optimizer, or "
+            "--no-load-optim (the weights go on; optimizer and schedule begin anew)"
+        )
+    if args.overlap_param_gather:
+        raise ValueError(
+            f"--load {args.load}: its optimizer is not a distributed one, which --overlap-param-gather needs: leave it out, or add "
+            "--no-load-optim (the weights go on; optimizer and schedule begin anew)"
+        )
+    args.use_distributed_optimizer = False  # a recipe has turned it on, and no flag of Megatron's turns it off
+    print_once(f"--load {args.load}: its optimizer is not a distributed one; neither is this run's")
+
+
 def _read_state(args) -> dict | None:
     """Return what the checkpoint that the run goes on from has beside tensors; None where its schedule is not loaded."""
     if args.finetune or args.no_load_optim:
@@ -112,7 +133,10 @@ def _read_state(args) -> dict | None:
     with warnings.catch_warnings(
         action="ignore"
     ):  # that this process reads alone: the ranks do not know each other yet
-        state = dist_checkpointing.load_common_state_dict(folder)
+        try:
+            state = dist_checkpointing.load_common_state_dict(folder)
+        except Exception as error:
+            raise ValueError(explain_unreadable(args.load, error)) from error
     return state if {"args", "opt_param_scheduler"} <= state.keys() else None
 
 

@@ -1,0 +1,71 @@
+"""A checkpoint that cannot be read or written ends the run in one line with the remedy; the traceback is in the log."""
+
+import functools
+from pathlib import Path
+
+from megatron.training import get_args, training
+
+from rsa_megatron.screen import Explained
+
+
+def explain_faults() -> None:
+    """Before pretrain(): training.py calls these by their names."""
+    training.load_checkpoint = _with_explanation(training.load_checkpoint, _explain_load)
+    training.save_checkpoint_and_time = _with_explanation(training.save_checkpoint_and_time, _explain_save)
+
+
+def _with_explanation(function, explain):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise Explained(explain(error, args)) from error
+
+    return call
+
+
+def _explain_load(error: Exception, _) -> str:
+    args = get_args()
+    return explain_unreadable(
+        args.load if list_checkpoints(args.load) else args.pretrained_checkpoint or args.load, error
+    )
+
+
+def explain_unreadable(folder: str, error: Exception) -> str:
+    """Return the line for a checkpoint in `folder` that loading has failed on."""
+    there = list_checkpoints(folder)
+    others = (
+        f"name another by --ckpt-step (there are {', '.join(map(str, there))})" if len(there) > 1 else "name another"
+    )
+    return f"--load {folder}: its checkpoint cannot be loaded ({_find_reason(error)}); {others}"
+
+
+def _explain_save(error: Exception, arguments: tuple) -> str:
+    args, iteration = get_args(), arguments[0]
+    there = [other for other in list_checkpoints(args.save) if other != iteration]
+    whole = (
+        f"that of iteration {there[-1]} is whole, and the same command goes on from it"
+        if there
+        else "there is no other"
+    )
+    return f"--save {args.save}: the checkpoint of iteration {iteration} could not be written ({_find_reason(error)}); {whole}"
+
+
+def list_checkpoints(folder: str | None) -> list[int]:
+    """List the iterations of the checkpoints in a folder."""
+    found = Path(folder).glob("iter_*") if folder else ()
+    return sorted(int(path.name[5:]) for path in found if path.name[5:].isdecimal())
+
+
+def _find_reason(error: BaseException) -> str:
+    """Return what went wrong at first, in a line: of ranks that failed together, the first one's error."""
+    while True:
+        failures = getattr(error, "failures", None)  # torch.distributed.checkpoint's CheckpointException: of each rank
+        if failures:
+            error = next(iter(failures.values()))[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
