@@ -51,6 +51,7 @@ def main():
     if nothing_left := explain_nothing_left(args):
         return print_once(nothing_left)
     end_with_launcher()
+    console.open_log(args)
     megatron_patches.repair()
     megatron_patches.repair_log()
     keep_loaded_checkpoint()

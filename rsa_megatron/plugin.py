@@ -50,6 +50,8 @@ class RSAPlugin:
         self.config = config
         self.log_interval = log_interval
         self._select = select or _of_batch
+        #: shows a warning, on one rank
+        self.say: Callable[[str], None] = functools.partial(print, flush=True)
 
     def __deepcopy__(self, memo) -> "RSAPlugin":
         # Megatron-Bridge copies model providers, with the hooks that were registered: all of them mean this plugin.
@@ -151,7 +153,7 @@ class RSAPlugin:
                 term.num_pairs, term.num_pairs + term.num_earlier_pairs, self.config.weight
             )
             if warning and not any(group.rank() for group in (groups.dp, groups.tp, groups.cp)):
-                print(warning, flush=True)
+                self.say(warning)
         return add_to_loss(outputs, term, self.config, model_config.calculate_per_token_loss, groups)
 
     def _attach_to_chunk(self, model: torch.nn.Module) -> None:

@@ -11,6 +11,7 @@ redirected.
 An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log.
 """
 
+import atexit
 import contextlib
 import os
 import select
@@ -26,6 +27,8 @@ from typing import IO
 _screen: tuple[int, int] | None = None
 #: where these lead: without a name until there is a --save
 _log: IO[bytes] | None = None
+
+_has_failed = False
 
 #: Seconds that a rank which lost another one leaves it to say why.
 _PATIENCE = 3.0
@@ -70,15 +73,22 @@ def move_log(path: Path) -> None:
     _log = file
 
 
+def name_log() -> str:
+    """Give the log a name in the folder of temporary files, where it stays unless the run ends well."""
+    name = _get_named_log()
+    atexit.register(_remove_after_success, name)
+    return name
+
+
 def is_redirected() -> bool:
     return _screen is not None
 
 
 def show(line: str) -> None:
     """Write a line on the screen, and into the log."""
-    print(line, flush=True)
     if _screen:
         _write(_screen[0], line)
+    _log_line(line, sys.stdout)
 
 
 def show_from_handler(line: str) -> None:
@@ -91,7 +101,7 @@ def show_last(line: str) -> None:
 
     torchrun ends with a report of its own, of some twenty lines: the line comes after it, from a process that waits for that.
     """
-    print(line, file=sys.stderr, flush=True)
+    _log_line(line, sys.stderr)
     errors = _screen[1] if _screen else None
     launcher = os.getppid()
     if _is_torchrun(launcher):
@@ -115,22 +125,29 @@ def _is_torchrun(process: int) -> bool:
 def _write_after(launcher: int, descriptor: int, line: str) -> None:
     try:
         ends = os.pidfd_open(launcher)
-    except OSError:  # it has ended, or the system has no such thing
+    except (AttributeError, OSError):  # it has ended, or the system has no such thing
         return _write(descriptor, line)
     if os.fork():
         return None
-    # The child does nothing but wait: another thread of the parent may hold any lock.
-    os.setsid()
-    select.select([ends], [], [])
-    _write(descriptor, line)
-    os._exit(0)
+    # The child does nothing but wait, and never goes on as a rank: another thread of the parent may hold any lock.
+    try:
+        os.setsid()
+        poll = select.poll()
+        poll.register(ends, select.POLLIN)
+        poll.poll()
+        _write(descriptor, line)
+    finally:
+        os._exit(0)
 
 
 def _end_with_exception(kind: type, error: BaseException, trace) -> None:
-    traceback.print_exception(kind, error, trace)
-    _flush()
+    global _has_failed
+    _has_failed = True
+    with contextlib.suppress(OSError):  # on a full disk the line is all that there can be
+        traceback.print_exception(kind, error, trace)
+        _flush()
     if issubclass(kind, KeyboardInterrupt):
-        text = "stopped by Ctrl-C before training began"
+        text = "stopped by Ctrl-C"
     else:
         said = " ".join(str(error).split())
         text = said if kind is Explained else f"{kind.__name__}{': ' * bool(said)}{said[:300]}"
@@ -155,6 +172,12 @@ def _is_first_to_fail() -> bool:
     return True
 
 
+def _remove_after_success(name: str) -> None:
+    if not _has_failed:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
 def _get_named_log() -> str:
     """Return the log's file; what has no name gets one, in the folder of temporary files."""
     if isinstance(_log.name, str):
@@ -173,6 +196,12 @@ def _redirect(file: IO[bytes]) -> None:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _log_line(line: str, stream) -> None:
+    """Print a line; where it leads into a log, a full disk must not end a run nor keep a line from the screen."""
+    with contextlib.suppress(OSError) if _screen else contextlib.nullcontext():
+        print(line, file=stream, flush=True)
 
 
 def _write(descriptor: int, line: str) -> None:

@@ -12,6 +12,7 @@
 #SBATCH --exclusive
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@600
 set -euo pipefail
 : "${DATA:?set DATA to a prepared Energon data set or a mixture (.yaml)}"
 : "${TOKENIZER:?set TOKENIZER to a folder in Hugging Face format}"
@@ -20,6 +21,8 @@ set -euo pipefail
 # Megatron asks for it under tensor parallelism: communication keeps its place in the queue before computation.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+# At a signal the ranks end their iteration and save; torchrun kills them after this many seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 # The distributed optimizer shards Adam's state over the data-parallel ranks; overlapping hides its communication

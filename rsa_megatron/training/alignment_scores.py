@@ -4,7 +4,7 @@ import time
 
 from megatron.core import mpu
 from megatron.training import get_args, get_wandb_writer
-from megatron.training.utils import is_last_rank, print_rank_last
+from megatron.training.utils import is_last_rank
 
 from rsa_megatron import screen
 from rsa_megatron.alignment.metrics import MUTUAL_KNN, NEIGHBOUR_METRICS
@@ -54,7 +54,7 @@ class AlignmentScores:
 def log_scores(
     args, scores: dict[tuple[str, tuple[int, int]], Score | str], num_pairs: int, seconds: float
 ) -> dict[str, float]:
-    """Write the scores to the log, each beside its chance, and return both by the names that they have there.
+    """Show the scores, each beside its chance, and return both by the names that they have there.
 
     What has no score is in the log with the reason, and not among the figures.
     """
@@ -66,12 +66,12 @@ def log_scores(
         k = f"@{args.mutual_knn_k}" * (metric in NEIGHBOUR_METRICS)
         start = f" validation {metric}{k} at iteration {iteration} | {metric}{layers}"
         if isinstance(score, str):
-            print_rank_last(f"{start} has no value: {score} |")
+            _show(f"{start} has no value: {score} |")
             continue
         named[metric + layers] = score.value
         # That of mutual-kNN is the same for all layers.
         named[f"{metric} chance" if metric == MUTUAL_KNN else f"{metric}{layers} chance"] = score.chance
-        print_rank_last(
+        _show(
             f"{start} value: {score.value:.4f} | {num_pairs} pairs, image only against caption only, {seconds:.1f} s | "
             f"chance {score.chance:.4f} |"
         )
@@ -79,16 +79,13 @@ def log_scores(
 
 
 def write_scores(scores: dict[str, float], iteration: int, writer) -> None:
-    """Megatron's process_non_loss_data_func: to the screen, metrics.jsonl, TensorBoard and, where it is on, wandb."""
-    if is_last_rank() and scores:
-        screen.show(
-            " | ".join([f" alignment at iteration {iteration} on validation set", *map(_format_score, scores.items())])
-        )
+    """Megatron's process_non_loss_data_func: to metrics.jsonl, TensorBoard and, where it is on, wandb."""
     for key, score in scores.items():
         writer.add_scalar(f"{key} validation", score, iteration)
         if get_wandb_writer() and is_last_rank():
             get_wandb_writer().log({f"{key} validation": score}, iteration)
 
 
-def _format_score(score: tuple[str, float]) -> str:
-    return f"{score[0]}: {score[1]:.4f}"
+def _show(line: str) -> None:
+    if is_last_rank():
+        screen.show(line)

@@ -17,7 +17,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 from transformers import AutoTokenizer
 
-from rsa_megatron import megatron_on_cpu
+from rsa_megatron import megatron_on_cpu, screen
 from rsa_megatron.data.conversation import check_tokenizer
 from rsa_megatron.hooks.isolated_captions import check_settings
 from rsa_megatron.hooks.layer_hooks import layer_number
@@ -65,7 +65,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         schedule = settle_schedule(args)
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
-    rsa.log_interval = args.log_interval
+    rsa.log_interval, rsa.say = args.log_interval, screen.show
     for message in filter(None, (weights, goes_back, projector, schedule, explain_lone_pairs(args, rsa.config))):
         print_once(message)
     if args.virtual_pipeline_model_parallel_size:
@@ -98,9 +98,12 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
             f"Megatron cannot use these flags: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         ) from error
     # Megatron begins to write to TensorBoard and wandb as it takes the arguments.
-    unwritten = {"tensorboard_dir": None, "wandb_project": ""} if args.dry_run else {}
+    written = {name: getattr(args, name) for name in ("tensorboard_dir", "wandb_project")}
+    if args.dry_run:
+        vars(args).update(tensorboard_dir=None, wandb_project="")
     try:
-        set_global_variables(argparse.Namespace(**{**vars(args), **unwritten}) if unwritten else args)
+        set_global_variables(args)
+        vars(args).update(written)
     except (ValueError, AssertionError):
         raise
     except Exception as error:  # of TensorBoard's or wandb's, on the rank that writes
@@ -145,6 +148,8 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         parser.set_defaults(global_batch_size=None)
     if known.train_samples:
         parser.set_defaults(train_iters=None)
+    if known.lr_warmup_iters or known.lr_warmup_samples:
+        parser.set_defaults(lr_warmup_fraction=None)
     known, _ = parser.parse_known_args()
     check_flags(parser, known)
     multiple = max(1, known.make_vocab_size_divisible_by * known.tensor_model_parallel_size)

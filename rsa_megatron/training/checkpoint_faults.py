@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import torch
 from megatron.training import get_args, training
 
 from rsa_megatron.screen import Explained
@@ -19,6 +20,8 @@ def _with_explanation(function, explain):
     def call(*args, **kwargs):
         try:
             return function(*args, **kwargs)
+        except (torch.OutOfMemoryError, torch.distributed.DistError):  # no fault of the checkpoint's
+            raise
         except Exception as error:
             raise Explained(explain(error, args)) from error
 
@@ -27,28 +30,25 @@ def _with_explanation(function, explain):
 
 def _explain_load(error: Exception, _) -> str:
     args = get_args()
-    return explain_unreadable(
-        args.load if list_checkpoints(args.load) else args.pretrained_checkpoint or args.load, error
+    if list_checkpoints(args.load):
+        return explain_unreadable(args.load, error)
+    return (
+        f"--pretrained-checkpoint {args.pretrained_checkpoint} cannot be loaded ({_find_reason(error)}): name another"
     )
 
 
 def explain_unreadable(folder: str, error: Exception) -> str:
-    """Return the line for a checkpoint in `folder` that loading has failed on."""
+    """Return the line for a checkpoint in `folder` that --load has failed on."""
     there = list_checkpoints(folder)
-    others = (
-        f"name another by --ckpt-step (there are {', '.join(map(str, there))})" if len(there) > 1 else "name another"
-    )
-    return f"--load {folder}: its checkpoint cannot be loaded ({_find_reason(error)}); {others}"
+    others = f"; --ckpt-step takes an earlier one (there are {', '.join(map(str, there))})" if len(there) > 1 else ""
+    return f"--load {folder}: its checkpoint cannot be loaded ({_find_reason(error)}){others}"
 
 
 def _explain_save(error: Exception, arguments: tuple) -> str:
     args, iteration = get_args(), arguments[0]
-    there = [other for other in list_checkpoints(args.save) if other != iteration]
-    whole = (
-        f"that of iteration {there[-1]} is whole, and the same command goes on from it"
-        if there
-        else "there is no other"
-    )
+    tracker = Path(args.save, "latest_checkpointed_iteration.txt")
+    reached = tracker.read_text().strip() if tracker.is_file() else None
+    whole = f"that of iteration {reached} is whole" if reached else "there is no other"
     return f"--save {args.save}: the checkpoint of iteration {iteration} could not be written ({_find_reason(error)}); {whole}"
 
 

@@ -60,12 +60,19 @@ class _PrintHelp(argparse.Action):
         parser.exit()
 
 
-def move_log(args) -> None:
-    """Keep the log beside the checkpoints of --save, and say where it is."""
-    if args.save and not args.skip_train and screen.is_redirected():
+def open_log(args) -> None:
+    """Keep the log beside the checkpoints of --save, or with the temporary files, and say where it is.
+
+    Before the ranks meet: a run may hang there, or be killed.
+    """
+    if not screen.is_redirected():
+        return
+    if args.save and not args.skip_train:
         log = Path(args.save, "logs", f"rank-{get_rank()}.log")
         screen.move_log(log)
-        print_once(f"log: {log} (Megatron's settings and what else is printed; --verbose shows it here)")
+    else:
+        log = screen.name_log()
+    print_once(f"log: {log} (Megatron's settings and what else is printed; --verbose shows it here)")
 
 
 def end_at_signals(args) -> None:
@@ -94,16 +101,26 @@ def _with_reason_shown(print_datetime, handler: "_SignalHandler"):
         print_datetime(text, *args, **kwargs)
         if get_rank() == 0 and text.startswith("exiting program"):
             # Megatron calls every signal SIGTERM.
-            screen.show_last(f"stopped by {handler.received}; the same command goes on" if handler.received else text)
+            screen.show_last(f"stopped by {handler.received}; {_explain_rest()}" if handler.received else text)
 
     return with_reason_shown
 
 
+def _explain_rest() -> str:
+    args = training.get_args()
+    if not args.save:
+        return "nothing was saved, as there is no --save"
+    return "the same command goes on" if args.load == args.save else f"to go on, add --load {args.save}"
+
+
 def _with_place_shown(save):
     @functools.wraps(save)
-    def with_place_shown(iteration, *args, **kwargs):
-        result = save(iteration, *args, **kwargs)
-        print_once(f"checkpoint of iteration {iteration} in {training.get_args().save}")
+    def with_place_shown(iteration, *args, non_persistent_ckpt: bool = False, **kwargs):
+        result = save(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+        settings = training.get_args()
+        if not non_persistent_ckpt:
+            is_written = "is being written to" if settings.async_save else "is in"
+            print_once(f"checkpoint of iteration {iteration} {is_written} {settings.save}")
         return result
 
     return with_place_shown
@@ -119,9 +136,14 @@ class _SignalHandler:
     def wrap(self, train):
         @functools.wraps(train)
         def train_until_signal(*args, **kwargs):
-            for number in (self._args.exit_signal, signal.SIGINT):
-                signal.signal(number, self._receive)
-            return train(*args, **kwargs)
+            before = {
+                number: signal.signal(number, self._receive) for number in (self._args.exit_signal, signal.SIGINT)
+            }
+            try:
+                return train(*args, **kwargs)
+            finally:  # what follows, the last checkpoint and evaluation, has no more iterations to wait for
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
         return train_until_signal
 
@@ -131,6 +153,9 @@ class _SignalHandler:
         if not self.received and get_rank() == 0:
             save = self._args.save
             saves = f"with a checkpoint in {save}" if save else "without a checkpoint, as there is no --save"
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+                saves += f" (torchrun kills after {seconds} s; TORCH_ELASTIC_SHUTDOWN_TIMEOUT sets more)"
             screen.show_from_handler(f"{signal.Signals(number).name}: the run ends after this iteration, {saves}")
         self.received = self.received or signal.Signals(number).name
         training.get_signal_handler()._signal_received = True

@@ -24,6 +24,7 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_args, get_timers
 
+from rsa_megatron import screen
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.planning.flops import training_flops
 from rsa_megatron.ranks import get_group, get_rank
@@ -201,10 +202,7 @@ class Utilisation:
                 total_loss_dict["mfu"] = torch.full([1], math.nan, device=torch.cuda.current_device())
             if mfu > 1 and not self._has_said_impossible and get_rank() == get_args().world_size - 1:
                 self._has_said_impossible = True
-                print(
-                    f"WARNING: mfu {mfu:.3g} is above 1, and left out: name the device's peak by --peak-tflops",
-                    flush=True,
-                )
+                screen.show(f"WARNING: mfu {mfu:.3g} is above 1, and left out: name the device's peak by --peak-tflops")
             return training_log(loss_dict, total_loss_dict, *args, **kwargs)
 
         return log

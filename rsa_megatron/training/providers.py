@@ -13,11 +13,11 @@ from rsa_megatron.models.llava_onevision import LlavaOneVision, set_trainable
 from rsa_megatron.models.partial_load import leave_out_projector_once
 from rsa_megatron.training.arguments import (
     architecture_of,
-    count_eval_micro_batches,
     dataloader_folder,
     end_with,
     load_tokenizer,
 )
+from rsa_megatron.training.data_arguments import count_eval_micro_batches
 from rsa_megatron.training.embedding_arguments import image_embeddings
 
 

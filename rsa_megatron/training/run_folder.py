@@ -21,7 +21,6 @@ from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
-from rsa_megatron.training import console
 from rsa_megatron.training.checkpoint_faults import list_checkpoints
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -150,7 +149,6 @@ class RunFolder:
             run_on_first_rank(self._write)
         except ValueError as error:
             exit_with_error(str(error))
-        console.move_log(self._args)
 
     def _write(self) -> None:
         if self._lock:
@@ -212,7 +210,7 @@ def explain_nothing_left(args) -> str | None:
 
     One that was ended between its last checkpoint and its last evaluation has that left.
     """
-    if args.skip_train or args.rampup_batch_size:  # with which the number of iterations is not known yet
+    if args.skip_train or args.step_batch_size_schedule:  # with which the number of iterations is not known yet
         return None
     start, count = find_start(args), args.train_iters or (args.train_samples or 0) // args.global_batch_size
     if start is None or start < count or "finished" not in run_of(args.save):

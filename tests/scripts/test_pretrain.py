@@ -227,7 +227,7 @@ def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, 
     run("--template", "qwen_1_5", "--rotary-base", 5000, *resumed)  # it is the same model
     with pytest.raises(Failed) as failed:
         run(*resumed, "--train-iters", 3)
-    assert "save/hf is of another model than this run's: name another --save" in failed.value.output
+    assert "save/hf/config.json and 1000000 by --model tiny: name the model" in failed.value.output
     # A tokenizer that has no room for <video> cannot be exported: said before training.
     vocabulary = {f"word{i}": i for i in range(1021)} | {"<image>": 1021, "<|endoftext|>": 1022, "[UNK]": 1023}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))

@@ -252,8 +252,6 @@ def test_another_schedule_is_taken_where_it_is_plain_and_asked_about_where_not(d
         "lr_warmup_steps < self.lr_decay_steps": (
             "--train-iters",
             6,
-            "--lr-warmup-iters",
-            6,
             "--lr-warmup-fraction",
             1,
         ),

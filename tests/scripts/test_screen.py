@@ -2,12 +2,14 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from tests.support import script
 from tests.support.environment import ROOT
 
 FLAGS = (
@@ -19,7 +21,7 @@ FLAGS = (
 def start(demo):
     """Starts the script; it leads a process group, as a job of a shell does."""
 
-    def start(num_ranks: int, flags: str) -> subprocess.Popen:
+    def start(num_ranks: int, flags: str, largest_file: int | None = None) -> subprocess.Popen:
         data = f"--data-path {demo}/data/captions --tokenizer-model {demo}/tokenizer"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         command = [*torchrun, "examples/pretrain_llava_rsa.py", *f"{FLAGS} {data} {flags}".split()]
@@ -31,6 +33,8 @@ def start(demo):
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=largest_file
+            and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))),
         )
 
     return start
@@ -55,8 +59,9 @@ def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_chec
     said = "".join(shown)
     assert "SIGINT: the run ends after this iteration, with a checkpoint in " in said
     stopped_at = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert f"checkpoint of iteration {stopped_at} in {save}\n" in said and stopped_at < 500
+    assert f"checkpoint of iteration {stopped_at} is in {save}\n" in said and stopped_at < 500
     assert "stopped by SIGINT; the same command goes on\n" in said and "KeyboardInterrupt" not in said
+    assert not list(save.glob("run.lock"))
     # What is not shown is in the log.
     log = (save / "logs" / "rank-0.log").read_text()
     assert "tensor_model_parallel_size ...." in log and "tensor_model_parallel_size ...." not in said
@@ -84,3 +89,54 @@ def test_a_traceback_is_in_the_log_and_its_last_line_on_the_screen(start, tmp_pa
     )
     (log,) = re.findall(r"the traceback is in (\S+)", line)
     assert re.search(r"Traceback .*\nIsADirectoryError: ", open(log).read().replace("[rank1]: ", ""), re.DOTALL)
+
+
+def test_a_checkpoint_that_cannot_be_read_or_written_is_one_line(start, tmp_path, preloaded_python, monkeypatch):
+    save = tmp_path / "run"
+    flags = f"--save {save} --load {save} --save-interval 1 --lr-decay-iters 9"
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", preloaded_python)
+    run = start(1, f"--train-iters 2 {flags}")
+    shown, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, shown
+    # The kernel refuses to let a file grow, as it does when a disk is full: the checkpoint's, then the log too.
+    monkeypatch.setattr(sys, "executable", python)
+    log = (save / "logs" / "rank-0.log").stat().st_size
+    run = start(1, f"--train-iters 3 {flags}", largest_file=2 * log + 1000)
+    shown, _ = run.communicate(timeout=60)
+    (line,) = re.findall(r"^error: .*", shown, re.MULTILINE)
+    assert f"--save {save}: the checkpoint of iteration 3 could not be written (" in line
+    assert "); that of iteration 2 is whole; the traceback is in " in line
+    monkeypatch.setattr(sys, "executable", preloaded_python)
+    (data,) = (save / "iter_0000002").glob("__0_0.distcp")
+    os.truncate(data, data.stat().st_size // 2)
+    run = start(1, f"--train-iters 3 {flags}")
+    shown, _ = run.communicate(timeout=60)
+    (line,) = re.findall(r"^error: .*", shown, re.MULTILINE)
+    assert f"--load {save}: its checkpoint cannot be loaded (" in line and "--ckpt-step takes an earlier one" in line
+
+
+def test_a_tracker_that_names_no_checkpoint_is_one_line(demo, tmp_path):
+    (tmp_path / "iter_0000002").mkdir()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for said, expected in (
+        ("2x\n", "says '2x': write the iteration of the last whole checkpoint into it (there are 2)"),
+        ("4", "says 4, and iter_0000004 is not there: write the iteration of another into it (there are 2)"),
+    ):
+        tracker.write_text(said)
+        (line,) = script.parse_errors(demo, [("--load", tmp_path, "--save", tmp_path, "--save-interval", 1)])
+        assert f"{tracker} {expected}" in line
+
+
+def test_another_megatron_before_the_installed_one_is_named(tmp_path):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").touch()
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 20\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", "import rsa_megatron.training"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1] == (
+        f"error: megatron-core 0.20 is imported from {core}, and this script needs 0.19: "
+        "install 'megatron-core[training]>=0.19.2,<0.20', or take another Megatron off PYTHONPATH"
+    )
