@@ -1,6 +1,7 @@
 """A checkpoint that cannot be read or written ends the run in one line with the remedy; the traceback is in the log."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import torch
@@ -20,15 +21,15 @@ def _with_explanation(function, explain):
     def call(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (torch.OutOfMemoryError, torch.distributed.DistError):  # no fault of the checkpoint's
-            raise
-        except Exception as error:
+        except (torch.OutOfMemoryError, torch.distributed.DistError, SystemExit, KeyboardInterrupt):
+            raise  # no fault of the checkpoint's
+        except BaseException as error:  # as torch's CheckpointException is
             raise Explained(explain(error, args)) from error
 
     return call
 
 
-def _explain_load(error: Exception, _) -> str:
+def _explain_load(error: BaseException, _) -> str:
     args = get_args()
     if list_checkpoints(args.load):
         return explain_unreadable(args.load, error)
@@ -37,25 +38,31 @@ def _explain_load(error: Exception, _) -> str:
     )
 
 
-def explain_unreadable(folder: str, error: Exception) -> str:
+def explain_unreadable(folder: str, error: BaseException) -> str:
     """Return the line for a checkpoint in `folder` that --load has failed on."""
-    there = list_checkpoints(folder)
-    others = f"; --ckpt-step takes an earlier one (there are {', '.join(map(str, there))})" if len(there) > 1 else ""
+    failed = get_args().ckpt_step or int(Path(folder, "latest_checkpointed_iteration.txt").read_text())
+    others = [str(iteration) for iteration in list_checkpoints(folder) if iteration != failed]
+    others = f"; --ckpt-step takes another (there are {', '.join(others)})" if others else ""
     return f"--load {folder}: its checkpoint cannot be loaded ({_find_reason(error)}){others}"
 
 
-def _explain_save(error: Exception, arguments: tuple) -> str:
+def _explain_save(error: BaseException, arguments: tuple) -> str:
     args, iteration = get_args(), arguments[0]
     tracker = Path(args.save, "latest_checkpointed_iteration.txt")
     reached = tracker.read_text().strip() if tracker.is_file() else None
     whole = f"that of iteration {reached} is whole" if reached else "there is no other"
-    return f"--save {args.save}: the checkpoint of iteration {iteration} could not be written ({_find_reason(error)}); {whole}"
+    free = shutil.disk_usage(args.save).free / 1e9  # what a process that writes has met does not always come here
+    return (
+        f"--save {args.save}: the checkpoint of iteration {iteration} could not be written ({_find_reason(error)}; {free:.1f} GB are "
+        f"free there); {whole}"
+    )
 
 
 def list_checkpoints(folder: str | None) -> list[int]:
-    """List the iterations of the checkpoints in a folder."""
+    """List the iterations of the checkpoints in a folder; of torch_dist those that were written to their end."""
     found = Path(folder).glob("iter_*") if folder else ()
-    return sorted(int(path.name[5:]) for path in found if path.name[5:].isdecimal())
+    whole = (path for path in found if (path / "metadata.json").is_file() or any(path.glob("mp_rank_*")))
+    return sorted(int(path.name[5:]) for path in whole if path.name[5:].isdecimal())
 
 
 def _find_reason(error: BaseException) -> str:
