@@ -27,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rsa_megatron import atomic
+from rsa_megatron.cli.data_first_run import format_first_run
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, say_left_out, show
 from rsa_megatron.data.field_values import is_absent
@@ -82,7 +83,8 @@ def parse(arguments: list[str] | None):
         command.add_argument(
             "--val",
             default="0.01",
-            help="held out for validation: a fraction below 1, or a number of samples; default: %(default)s",
+            help="held out for validation: a fraction below 1 (of few samples at least 16, or a quarter), or a number of samples; "
+            "default: %(default)s",
         )
         command.add_argument(
             "--num-workers", type=int, default=2, help="images decoded in parallel; default: %(default)s"
@@ -159,7 +161,9 @@ def make(args) -> None:
     print(f"{args.out}: {format_summary(figures, num_shards)}")
     print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
     print(f"    RSA: {describe_rsa(args, figures)}")
-    print(f"    train with --data-path {args.out if args.command == 'pack' else args.out / 'mixture.yaml'}")
+    path = args.out if args.command == "pack" else args.out / "mixture.yaml"
+    print(f"    train with --data-path {path}; a first run, to see that all fits together:")
+    print(format_first_run(path, figures.splits, takes_part=args.rsa))
 
 
 def describe_rsa(args, figures: Figures) -> str:
@@ -179,6 +183,9 @@ def choose_held_out(num_records: int, val: str, seed: int) -> set[int]:
     if not re.fullmatch(r"[0-9]+|0?\.[0-9]+", val):
         raise ValueError(f"--val {val} is neither a fraction below 1, such as 0.01, nor a number of samples")
     count = int(val) if val.isdigit() else round(float(val) * num_records)
+    if not val.isdigit() and float(val) and num_records >= 20:
+        # A validation that takes place at all: a micro-batch, and more pairs than neighbours are looked for.
+        count = max(count, min(16, num_records // 4))
     if count >= num_records:
         raise ValueError(f"--val {val} leaves nothing of {num_records} samples to train on")
     return set(random.Random(seed).sample(range(num_records), count))

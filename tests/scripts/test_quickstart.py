@@ -57,6 +57,12 @@ def test_own_captions_become_a_model_scores_and_figures(folder, preloaded_python
     (block,) = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
     result = run(block, folder, preloaded_python)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    # The very command that `data pack` has printed trains at the first try, too.
+    command = re.search(r"^ +(torchrun (?:.*\\\n)*.*)$", result.stdout, re.MULTILINE)[1]
+    assert "--eval-interval 10" in command
+    first = run(f"{command} --save runs/first", folder, preloaded_python)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    assert read_figures(folder / "runs" / "first" / "metrics.jsonl")["mutual-knn"]
     figures = read_figures(folder / "runs" / "mine" / "metrics.jsonl")
     assert list(figures["lm loss"]) == list(range(1, 41)) and list(figures["mutual-knn"]) == [20, 40]
     assert figures["lm loss"][40] < figures["lm loss"][1] and figures["chance"][40] == 3 / 7
