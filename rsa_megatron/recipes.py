@@ -113,7 +113,7 @@ def stage_2() -> dict:
 
 
 def demo_stage_1() -> dict:
-    """Stage 1 of the demo model on rendered scenes (`make demo`): 200 iterations on two CPU cores, three minutes.
+    """Stage 1 of the demo model on rendered scenes (`make demo`): 200 iterations on two CPU cores, two minutes.
 
     The towers are small and have seen little: they take a larger rate than the paper's. The weight is such that on
     the training split's first batch the weighted RSA loss is about the LM loss: 1500 x 0.001 against 1.1. (The

@@ -1,6 +1,6 @@
 """Train the demo model with the RSA loss and without, and show the results: `make demo`.
 
-    python examples/demo/demo.py                                  nine minutes on two cores
+    python examples/demo/demo.py                                  six minutes on two cores
     python examples/demo/demo.py --out other -- --rsa-weight 0.01 stage 1 with any flags of Megatron or of RSA
     python examples/demo/demo.py --compare                        four seeds, with RSA and without: `make demo-compare`
     python examples/demo/demo.py --stages                         three stages, with RSA and without: `make demo-stages`

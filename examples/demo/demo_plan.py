@@ -19,7 +19,7 @@ STAGES = {
 }
 ARMS = {"with RSA": (), "without": WITHOUT_RSA}
 # Seconds on two cores.
-SECONDS = {"data": 25, "pretraining": 100, "before": 20, "1": 160, "1.5": 120, "2": 80, "figures": 6, "export": 12}
+SECONDS = {"data": 25, "pretraining": 100, "before": 20, "1": 120, "1.5": 120, "2": 80, "figures": 6, "export": 12}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan_stage_1(args, folder: str, name: str, seed: int, flags: tuple[str, ...]
         args, *get_stage_1_flags(args, folder, seed), *get_run_flags(args, folder + name), *args.flags, *flags
     )
     sentence = (
-        f"stage 1, seed {seed}: vision tower and projector are trained, the language model is frozen (three minutes)"
+        f"stage 1, seed {seed}: vision tower and projector are trained, the language model is frozen (two minutes)"
     )
     sentence = " ".join([sentence, *args.flags, *flags])
     return [Step(folder + name, command, (before,), SECONDS["1"], number, sentence, measured_by=before)]
