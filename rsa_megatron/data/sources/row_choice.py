@@ -18,8 +18,8 @@ class RowChoice:
     def takes(self, row: Mapping, columns: Collection[str]) -> bool:
         """Return whether a row of a table with these columns counts; if not, remember why."""
         for name, value in self.wanted.items():
-            if name in columns and (found := row.get(name)) != value:
-                self._others[name][str(found)] += 1
+            if name in columns and (found := str(row.get(name))) != value:
+                self._others[name][found] += 1
                 return False
         return True
 

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 from rsa_megatron.data.field_values import is_absent
@@ -187,22 +187,28 @@ def holds_conversations(path: Path) -> bool:
 
 
 class TableRecords:
-    """The rows of a .csv or .tsv with a column of conversations, as records."""
+    """The rows of a .csv or .tsv with a column of conversations, as records; of one split, if it has a column `split`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, split: str = "train"):
         self.path, self.image_root = path, path.parent
-        if not holds_conversations(path):
-            columns = open_delimited(path).columns
+        table = open_delimited(path)
+        columns = table.columns
+        if not {*CONVERSATION_FIELDS} & {*columns}:
             raise ValueError(
                 f"{path} has no column {' or '.join(CONVERSATION_FIELDS[:2])}; its columns are {', '.join(columns)}"
             )
-        self._length = sum(1 for _ in open_delimited(path).rows)
+        choice = RowChoice(split=split)
+        #: of each row, whether it is of the split
+        self._taken = bytes(choice.takes(row.content, columns) for row in table.rows)
+        #: rows that are not read, by why
+        self.left_out = choice.count_others()
 
     def __len__(self) -> int:
-        return self._length
+        return sum(self._taken)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        for number, row in enumerate(islice(open_delimited(self.path).rows, start, None), start):
+        rows = compress(open_delimited(self.path).rows, self._taken)
+        for number, row in enumerate(islice(rows, start, None), start):
             yield Record(number, row.place, row.content)
 
 
