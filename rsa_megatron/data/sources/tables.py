@@ -38,7 +38,7 @@ _CAPTIONS = (*CONVERSATION_FIELDS, *CAPTION_FIELDS)
 _IMAGES = (*IMAGE_FIELDS, *FILE_FIELDS)
 # A row in which such a column is filled asks for an answer or a class: a "comment" or "text" beside it is no caption.
 _TASKS = {
-    *("question", "questions", "query", "queries", "prompt", "prompts", "instruction", "instructions"),
+    *("question_id", "question", "questions", "query", "queries", "prompt", "prompts", "instruction", "instructions"),
     *("answer", "answers", "response", "responses", "choices", "options", "label", "labels"),
 }
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; an unpaired
@@ -89,8 +89,11 @@ class _Roles:
         return []
 
     def find_tasks(self, content: dict) -> list[str]:
-        """List the columns of a row beside which its caption is none."""
-        return [name for name in self.tasks if not is_absent(content.get(name))]
+        """List the columns of a row beside which its caption is none; the number of a class beside a `caption` is no such."""
+        tasks = [name for name in self.tasks if not is_absent(content.get(name))]
+        if self.caption.startswith("caption"):
+            tasks = [name for name in tasks if name.lower() != "label" or not str(content[name]).strip().isdigit()]
+        return tasks
 
     def get_caption(self, content: dict) -> str:
         value = content.get(self.caption)

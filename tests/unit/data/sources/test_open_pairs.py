@@ -309,14 +309,14 @@ def test_what_a_tables_column_of_addresses_holds_is_told_from_an_address(tmp_pat
 
 
 def test_a_tables_image_is_that_of_the_column_that_a_record_gives(tmp_path):
-    images(tmp_path, ["a.png", "b.png", "c.png"])
-    row = {"file_name": "a.png", "caption": "A boat.", "image_path": "b.png", "image": "c.png"}
+    images(tmp_path, ["x/a.png", "y/a.png", "z/a.png"])
+    row = {"file_name": "x/a.png", "caption": "A boat.", "image_path": "y/a.png", "image": "z/a.png"}
     for name in ("d.csv", "d.jsonl"):
         (tmp_path / name).write_text(
             json.dumps(row) if name == "d.jsonl" else "\n".join(",".join(cells) for cells in (row, row.values()))
         )
         assert widths(open_pairs(tmp_path / name)) == [3]
-    (tmp_path / "d.csv").write_text("file_name,caption,image_path,image\na.png,A boat.,b.png,\n")
+    (tmp_path / "d.csv").write_text("file_name,caption,image_path,image,label\nx/a.png,A boat.,y/a.png,,3\n")
     assert widths(open_pairs(tmp_path / "d.csv")) == [2]  # the first that is filled
 
 
@@ -377,6 +377,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
             r"1 whose column comment is no caption beside question, answer \(save those as a column conversations; or,",
         ),
         ("a.csv", b"image,text,Label\na.png,x,0\n", "1 whose column text is no caption beside Label"),
+        ("a.csv", b"image,caption,label\na.png,x,a class\n", "1 whose column caption is no caption beside label"),
         ("a.csv", b"image,caption,prompt\na.png,x,y\n", "1 whose column caption is no caption beside prompt"),
         ("a.csv", b'image,caption\n"[1, 2]",x\n', r"1 that cannot be used \(wrong type\)"),
         ("a.csv", b"image_url,caption\nhttp://[a/a.png,x\n", "1 whose image is not in"),
