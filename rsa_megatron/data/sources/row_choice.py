@@ -31,7 +31,7 @@ class RowChoice:
 
 def count_others(name: str, wanted: str, others: Counter[str]) -> Counter[str]:
     """Count what is of another split or language than the wanted one: how many, by which."""
-    kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(8))
+    kinds = ", ".join(f"{kind or "''"} ({count})" for kind, count in others.most_common(8))
     flag = {"language": "--language-code"}.get(name, f"--{name}")
     reason = f"of another {name} than {wanted!r} ({flag} selects it; found: {kinds})"
     return Counter({reason: others.total()} if others else {})

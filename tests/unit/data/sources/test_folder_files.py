@@ -215,7 +215,7 @@ def test_rows_of_conversations_are_those_of_the_split(tmp_path, kind):
         path = tmp_path
         write_parquet(path / "0.parquet", rows[:3])
         write_parquet(path / "1.parquet", rows[3:])
-    null = "" if kind == "d.csv" else "None"
+    null = "''" if kind == "d.csv" else "None"
     for split, numbers, other in (("train", (0, 3, 6), "val"), ("val", (1, 4), "train")):
         counts = sorted({"train": 3, "val": 2, null: 2}.items(), key=lambda kind: -kind[1])
         found = ", ".join(f"{name} ({count})" for name, count in counts if name != split)
