@@ -42,11 +42,13 @@ def open_captions(path: str | Path, *, split: str = "train", language: str = "en
 def _open(path: Path, split: str, language: str) -> Pairs:
     if is_prepared(path):
         return read_shards(path, split, needs_image=False)
-    file = find_metadata(path, split)
+    file, left_out = find_metadata(path, split)
     if file.is_file() and tell_form(file) == "text":
         return _read_lines(file)
     pairs = read_captions(file, None, split, language)
-    return read_source(file, None, split) if pairs is None else pairs
+    pairs = read_source(file, None, split) if pairs is None else pairs
+    pairs.left_out.update(left_out)
+    return pairs
 
 
 def _read_lines(path: Path) -> Pairs:

@@ -1,6 +1,6 @@
 """Pairs of files that list images by path: COCO's captions, Karpathy's, and the records that training reads as well."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -8,10 +8,12 @@ from pathlib import Path
 from rsa_megatron.data.records import read_caption, read_record
 from rsa_megatron.data.sources.pairs import CaptionedImage, ImageBytes, ImageFile, Pairs, find_image, without_image
 from rsa_megatron.data.sources.record import Source, Unusable
+from rsa_megatron.data.sources.row_choice import count_others
 
 #: Reason for skipping samples by whether exactly one image is needed (True), or at most one.
 WRONG_NUMBER_OF_IMAGES = {True: "that have no image, or several", False: "that have several images"}
 SECOND_CAPTION = "of an image that has a caption already"
+SHARED_FILE = "whose address ends in the same name as another's: the file of that name may be of either"
 
 
 class FoundPairs:
@@ -61,7 +63,7 @@ class FoundPairs:
             if num_images > 1 or (needs_image and not num_images):
                 raise Unusable(WRONG_NUMBER_OF_IMAGES[needs_image], f"it has {num_images} images")
         except Unusable as fault:
-            self.left_out[_describe(fault)] += 1
+            self.left_out[describe_fault(fault)] += 1
             self._first_fault = self._first_fault or f"{place}: {fault}"
             return
         image = own or (read.images[0] if read.images else "")
@@ -73,18 +75,21 @@ class FoundPairs:
         image = ImageBytes(image, place) if isinstance(image, bytes) else image
         self.add(place, read.caption, image, read.as_dict())
 
-    def leave_out_others(self, name: str, wanted: str, others: Counter[str]) -> None:
-        """Count what is of another split or language than the wanted one: how many, by which."""
-        if others:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(8))
-            flag = {"language": "--language-code"}.get(name, f"--{name}")
-            reason = f"of another {name} than {wanted!r} ({flag} selects it; found: {kinds})"
-            self.left_out[reason] = others.total()
-
     def pairs(self) -> Pairs:
+        self._leave_out_shared_files()
         pairs = Pairs.of(list(self._pairs.values()), self.left_out)
         pairs.first_fault = self._first_fault
         return pairs
+
+    def _leave_out_shared_files(self) -> None:
+        """Leave out the pairs of several addresses that end in the same name: whose the file of that name is, is unknown."""
+        of_file = defaultdict(list)
+        for key, pair in self._pairs.items():
+            if "://" in key and not key.lower().startswith("file://") and isinstance(pair.image, ImageFile):
+                of_file[pair.image.path].append(key)
+        for key in [key for keys in of_file.values() if len(keys) > 1 for key in keys]:
+            self.left_out[SHARED_FILE] += 1
+            del self._pairs[key]
 
 
 def read_coco(path: Path, content: dict, root: Path | None) -> Pairs:
@@ -97,8 +102,11 @@ def read_coco(path: Path, content: dict, root: Path | None) -> Pairs:
     captions = {}
     try:
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
-            if annotation["caption"].strip():
-                captions.setdefault(annotation["image_id"], annotation["caption"])
+            caption = annotation.get("caption")
+            if isinstance(caption, str) and caption.strip():
+                captions.setdefault(annotation["image_id"], caption)
+        if content["annotations"] and not any("caption" in annotation for annotation in content["annotations"]):
+            raise KeyError("caption")
         names = [(image["id"], image["file_name"]) for image in content["images"]]
     except KeyError as error:
         raise ValueError(
@@ -116,15 +124,15 @@ def read_karpathy(content: dict, root: Path | None, split: str) -> Pairs:
     """Read Karpathy's dataset_*.json: of each image of a split the first sentence."""
     found, others = FoundPairs(root), Counter()
     for number, entry in enumerate(content["images"]):
-        name = entry.get("filename")
+        name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            raise ValueError(f"image {number} of Karpathy's JSON has no filename; its keys are {', '.join(entry)}")
+            raise ValueError(f"image {number} of Karpathy's JSON has no filename; it is {str(entry)[:200]}")
         if entry.get("split", split) != split:
             others[str(entry["split"])] += 1
             continue
         folder = entry.get("filepath") or ""
-        found.add(str(entry.get("imgid", number)), read_caption(entry["sentences"]), f"{folder}/{name}".lstrip("/"))
-    found.leave_out_others("split", split, others)
+        found.add(str(entry.get("imgid", number)), read_caption(entry.get("sentences")), f"{folder}/{name}".lstrip("/"))
+    found.left_out += count_others("split", split, others)
     return found.pairs()
 
 
@@ -136,7 +144,7 @@ def holds_coco(content: dict) -> bool:
 def is_karpathys(content: dict) -> bool:
     """Return whether a JSON object lists images with their sentences."""
     images = content.get("images")
-    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
+    return isinstance(images, list) and any(isinstance(entry, dict) and "sentences" in entry for entry in images)
 
 
 def read_records(source: Source, root: Path | None, numbers: range | None = None, prefix: str = "") -> Pairs:
@@ -157,7 +165,7 @@ def read_records(source: Source, root: Path | None, numbers: range | None = None
     return found.pairs()
 
 
-def _describe(fault: Unusable) -> str:
+def describe_fault(fault: Unusable) -> str:
     """Describe a fault as what samples are that have it."""
     if fault.kind == "conversation":
         return "without a caption"

@@ -78,7 +78,7 @@ def choose_split(
 
     Args:
         names: paths below the folder.
-        split: train, val, test, or another name that the files give.
+        split: train, val, test, or another name that the files give; none for those that give no name.
         by: what of a path counts; the path.
 
     Returns:
@@ -93,7 +93,7 @@ def choose_split(
         of_split = {found: group for found, group in of_split.items() if group} | (
             {None: unsharded} if unsharded else {}
         )
-    wanted = _get_split(split)
+    wanted = None if split == "none" else _get_split(split)
     if len(of_split) == 1:
         (wanted,) = of_split
     named = sorted((name or "none", len(group)) for name, group in of_split.items() if name != wanted)

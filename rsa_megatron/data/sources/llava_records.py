@@ -24,6 +24,7 @@ from rsa_megatron.data.sources import json_files
 from rsa_megatron.data.sources.file_forms import FORMATS, tell_form
 from rsa_megatron.data.sources.folder_files import choose_split, choose_tables, leave_out_formats, list_records
 from rsa_megatron.data.sources.onevision_yaml import Mixture
+from rsa_megatron.data.sources.pairs import format_counts
 from rsa_megatron.data.sources.record import Record, Source, Unusable, resolve_inside
 from rsa_megatron.data.sources.tables import TableRecords
 
@@ -35,43 +36,56 @@ def open_source(path: str | Path, *, seed: int = 0, split: str = "train") -> Sou
 
     Args:
         seed: of the sampling_strategy "random".
-        split: of a folder whose files' names say one (folder_files.py).
+        split: of a folder whose files' names say one (folder_files.py), and of a table with a column `split`.
 
     Raises:
         ValueError: it is none of the formats, or cannot be read at all.
     """
     path = Path(path)
     try:
-        source = _open(find_metadata(path, split), seed, split)
+        file, left_out = find_metadata(path, split)
+        source = _open(file, seed, split)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    count_left_out(source, left_out)
     if not len(source):
         needs = _describe_folder(path) if path.is_dir() else ""
-        raise ValueError(f"{path}: no sample found{needs}")
+        raise ValueError(
+            f"{path}: no sample found{f': {format_counts(source.left_out)}' if source.left_out else needs}"
+        )
     return source
 
 
-def find_metadata(path: Path, split: str) -> Path:
-    """Return the file that says what is in a folder of images, as Hugging Face's imagefolder has it; else the path itself.
+def count_left_out(source: Source, left_out: Counter[str]) -> None:
+    """Add what was left out on the way to a source to what it has left out itself."""
+    source.left_out = Counter(getattr(source, "left_out", ())) + left_out
+
+
+def find_metadata(path: Path, split: str) -> tuple[Path, Counter[str]]:
+    """Find the file that says what is in a folder of images, as Hugging Face's imagefolder has it.
+
+    Returns:
+        The file, or the path itself; and how many such files are not read, by why.
 
     Raises:
         ValueError: it is a prepared data set, or has several such files.
     """
+    left_out = Counter()
     if not path.is_dir():
-        return path
+        return path, left_out
     if (path / ".nv-meta").is_dir():
         raise ValueError(
             f"{path} is a prepared data set: --data-path {path} trains on it, `rsa-megatron data show` shows it"
         )
     found = sorted(file for file in path.rglob("metadata.*") if file.name in _METADATA and _names_files(file))
     if not found or any(path.rglob("*.parquet")):
-        return path
+        return path, left_out
     if len(found) > 1:
-        names, _ = choose_split(path, [file.relative_to(path).as_posix() for file in found], split)
+        names, left_out = choose_split(path, [file.relative_to(path).as_posix() for file in found], split)
         found = [path / name for name in names]
     if len(found) > 1:
         raise ValueError(f"{path} has several files of metadata ({', '.join(map(str, found[:8]))}); name one of them")
-    return found[0]
+    return found[0], left_out
 
 
 def _names_files(metadata: Path) -> bool:
@@ -92,18 +106,18 @@ def _describe_folder(path: Path) -> str:
 def _open(path: Path, seed: int, split: str) -> Source:
     if path.is_dir():
         chosen = choose_tables(path, split)
-        return _open_parquet(chosen.files, path, chosen.left_out) if chosen.files else CaptionFolder(path, split)
+        return _open_parquet(chosen.files, path, split, chosen.left_out) if chosen.files else CaptionFolder(path, split)
     form = tell_form(path)
     if form == "parquet":
-        return _open_parquet([path], path.parent)
+        return _open_parquet([path], path.parent, split)
     if form == "yaml":
-        return Mixture(path, open_source, seed=seed)
+        return Mixture(path, open_source, seed=seed, split=split)
     if form == "json lines":
         return json_files.JsonLines(path)
     if form == "json values":
         return json_files.JsonValues(path)
     if form == "table":
-        return TableRecords(path)
+        return TableRecords(path, split)
     if form == "text":
         raise ValueError(f"{path} is not {FORMATS}; it is a text that begins with {_read_start(path)!r}")
     content = json_files.read_json(path)
@@ -117,13 +131,13 @@ def _read_start(path: Path) -> str:
         return file.read(60)
 
 
-def _open_parquet(files: list[Path], image_root: Path, left_out: Counter[str] | None = None) -> Source:
+def _open_parquet(files: list[Path], image_root: Path, split: str, left_out: Counter[str] | None = None) -> Source:
     # Not at the top: pyarrow is needed only for parquet files.
     try:
         from rsa_megatron.data.sources.parquet import Parquet
     except ImportError as error:
         raise ValueError(f"{files[0]}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return Parquet(files, image_root, left_out)
+    return Parquet(files, image_root, split, left_out)
 
 
 class CaptionFolder:

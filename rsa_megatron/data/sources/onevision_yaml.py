@@ -6,6 +6,7 @@ import difflib
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -21,7 +22,7 @@ _STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?%|[0-9]+)")
 class Mixture:
     """LLaVA-OneVision's YAML: several sources one after the other, some of each."""
 
-    def __init__(self, path: Path, open_source: Callable[..., Source], *, seed: int):
+    def __init__(self, path: Path, open_source: Callable[..., Source], *, seed: int, split: str = "train"):
         self.image_root = path.parent
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict) and "__class__" in content:
@@ -33,27 +34,31 @@ class Mixture:
         _check_keys(f"{path}", content, ("datasets",))
         for entry in entries:
             _check_keys(f"{path}: {entry['json_path']}", entry, ("json_path", "sampling_strategy"))
-        #: of each entry its source, and the numbers of the records chosen from it, in order
-        self._parts: list[tuple[Source, Sequence[int]]] = []
+        #: of each entry its source, the numbers of the records chosen from it, in order, and its json_path
+        self._parts: list[tuple[Source, Sequence[int], str]] = []
+        #: what the entries leave out, by why
+        self.left_out = Counter()
         for position, entry in enumerate(entries):
-            source = open_source(path.parent / entry["json_path"], seed=seed)
+            source = open_source(path.parent / entry["json_path"], seed=seed, split=split)
+            self.left_out += source.left_out
             strategy = entry.get("sampling_strategy") or "all"
             try:
                 chosen = choose(len(source), strategy, seed=f"{seed}/{position}")
             except ValueError as error:
                 raise ValueError(f"{path}: {entry['json_path']}: {error}") from error
-            self._parts.append((source, chosen))
+            self._parts.append((source, chosen, entry["json_path"]))
 
     def __len__(self) -> int:
-        return sum(len(chosen) for _, chosen in self._parts)
+        return sum(len(chosen) for _, chosen, _ in self._parts)
 
     def records(self, start: int = 0) -> Iterator[Record]:
         number = 0
-        for source, chosen in self._parts:
+        for source, chosen, name in self._parts:
             skipped = min(max(start - number, 0), len(chosen))
             number += skipped
             for record in _select_records(source, chosen[skipped:]):
-                yield replace(record, number=number)
+                # Two entries may have files of the same name.
+                yield replace(record, number=number, place=f"{name}: {record.place}")
                 number += 1
 
 

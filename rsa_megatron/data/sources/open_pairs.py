@@ -67,10 +67,12 @@ def _open(path: Path, images: Path | None, split: str, language: str) -> Pairs:
         pairs = read_shards(path, split)
         pairs.split = split
         return pairs
-    file = find_metadata(path, split)
+    file, left_out = find_metadata(path, split)
     root = Path(images or (file if file.is_dir() else file.parent)).resolve()
     pairs = read_captions(file, root, split, language)
-    return read_source(file, root, split) if pairs is None else pairs
+    pairs = read_source(file, root, split) if pairs is None else pairs
+    pairs.left_out.update(left_out)
+    return pairs
 
 
 def read_source(file: Path, root: Path | None, split: str) -> Pairs:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rsa_megatron.data.records import CAPTION_PROMPT, CONVERSATION_FIELDS
 from rsa_megatron.data.sources.file_forms import tell_form
 from rsa_megatron.data.sources.folder_files import choose_tables
-from rsa_megatron.data.sources.llava_records import find_metadata, open_source
+from rsa_megatron.data.sources.llava_records import count_left_out, find_metadata, open_source
 from rsa_megatron.data.sources.open_pairs import read_captions
 from rsa_megatron.data.sources.pairs import ImageFile, Pairs, describe_nothing
 from rsa_megatron.data.sources.record import Record, Source, Unusable
@@ -30,7 +30,13 @@ def open_records(
     Raises:
         ValueError: it is none of the formats, or cannot be read at all.
     """
-    file = find_metadata(Path(path), split)
+    file, left_out = find_metadata(Path(path), split)
+    source = _open(file, path, images, seed, split, language)
+    count_left_out(source, left_out)
+    return source
+
+
+def _open(file: Path, path: str | Path, images: Path | None, seed: int, split: str, language: str) -> Source:
     is_parquet = any(file.rglob("*.parquet")) if file.is_dir() else file.is_file() and tell_form(file) == "parquet"
     if not file.exists() or (is_parquet and _has_conversations(file, split)):
         return open_source(file, seed=seed, split=split)

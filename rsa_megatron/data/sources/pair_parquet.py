@@ -41,7 +41,7 @@ def open_parquet(path: Path, name: str, root: Path | None, wanted: set[str]) -> 
         (n for n in (*IMAGE_FIELDS, *FILE_FIELDS) if n in schema.names and _holds_images(schema.field(n).type)), None
     )
     read = wanted | {_NESTED} | {column for column in schema.names if may_name_medium(column)}
-    texts = [column for column in schema.names if column in read and column != image_column]
+    texts = [column for column in schema.names if {column, column.lower()} & read and column != image_column]
     return Table(path, columns, image_column, _read_rows(path, name, root, texts, image_column))
 
 

@@ -180,6 +180,8 @@ def find_image(root: Path, name: str) -> Path:
         raise missing
     try:
         found = resolve_inside(root, name)
+    except ValueError as error:  # an address that is none
+        raise missing from error
     except Unusable as fault:
         if fault.kind == "missing image":
             raise missing from fault

@@ -3,8 +3,10 @@
 A row is a record, with the fields that data/records.py reads as columns. Lists of numbers (embeddings, tokens) are not read.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
 
 import pyarrow
@@ -13,50 +15,65 @@ from pyarrow.parquet import ParquetFile
 from rsa_megatron.data.media_names import may_name_medium
 from rsa_megatron.data.records import CONVERSATION_FIELDS
 from rsa_megatron.data.sources.record import Record, Unusable
+from rsa_megatron.data.sources.row_choice import RowChoice
 
 # Rows that are in memory at once; a row group of pictures can be gigabytes.
 _ROWS = 32
 
 
 class Parquet:
-    """The rows of one or more files, in the files' order."""
+    """The rows of one or more files, in the files' order; of one split, where they have a column `split`."""
 
-    def __init__(self, files: list[Path], image_root: Path, left_out: Counter[str] | None = None):
+    def __init__(self, files: list[Path], image_root: Path, split: str, left_out: Counter[str] | None = None):
         self.image_root = image_root
-        #: files of the same folder that are not read, by why
-        self.left_out = left_out or Counter()
         self._files = files
-        #: rows of each group of each file
-        self._groups: list[list[int]] = []
+        #: of each group of each file, of each of its rows whether it is read
+        self._groups: list[list[bytes]] = []
+        choice = RowChoice(split=split)
         for path in files:
             try:
                 with ParquetFile(path) as file:
-                    metadata, names = file.metadata, file.schema_arrow.names
-                    self._groups.append([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+                    names = file.schema_arrow.names
+                    self._groups.append([_choose(file, group, choice) for group in range(file.num_row_groups)])
             except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
             if not set(CONVERSATION_FIELDS) & set(names):
                 raise ValueError(f"{path} has no column conversations or messages; its columns are {', '.join(names)}")
+        #: rows, and files of the same folder, that are not read, by why
+        self.left_out = (left_out or Counter()) + choice.count_others()
 
     def __len__(self) -> int:
-        return sum(map(sum, self._groups))
+        return sum(sum(map(sum, groups)) for groups in self._groups)
 
     def records(self, start: int = 0) -> Iterator[Record]:
         number = 0
         for path, groups in zip(self._files, self._groups):
-            if start >= number + sum(groups):
-                number += sum(groups)
+            if start >= number + sum(map(sum, groups)):
+                number += sum(map(sum, groups))
                 continue
+            name = os.path.relpath(path, self.image_root)
             with ParquetFile(path) as file:
-                row = 0
-                for group, num_rows in enumerate(groups):
-                    if start < number + num_rows:
-                        for offset, content in enumerate(_read_rows(file, group, num_rows)):
-                            if number + offset >= start:
-                                place = f"{path.name}, row {row + offset}"
-                                yield Record(number + offset, place, content)
-                    number += num_rows
-                    row += num_rows
+                first = 0
+                for group, taken in enumerate(groups):
+                    if start >= number + sum(taken):
+                        number += sum(taken)
+                    else:
+                        for row, content in compress(enumerate(_read_rows(file, group, len(taken)), first), taken):
+                            if number >= start:
+                                yield Record(number, f"{name}, row {row}", content)
+                            number += 1
+                    first += len(taken)
+
+
+def _choose(file: ParquetFile, group: int, choice: RowChoice) -> bytes:
+    """Return of each row of a group whether it is read."""
+    num_rows = file.metadata.row_group(group).num_rows
+    columns = [name for name in choice.wanted if name in file.schema_arrow.names]
+    try:
+        rows = file.read_row_group(group, columns=columns).to_pylist() if columns else []
+    except (pyarrow.ArrowException, OSError):  # reading its rows says so
+        rows = []
+    return bytes(choice.takes(row, columns) for row in rows) if rows else b"\1" * num_rows
 
 
 def _read_rows(file: ParquetFile, group: int, num_rows: int) -> Iterator:

@@ -7,36 +7,40 @@
                                  languages lie in one column wit_features, as well
 
 One pair an image: of several rows that name the same image the first that has a caption. An image that is not in the table
-itself is looked for by its file name; where the table has only an address, by its last component.
+itself is looked for by its path; where the table has an address (://), by its last component. Beside questions or labels a
+column is no caption, whatever its name.
 """
 
 import csv
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from rsa_megatron.data.field_values import is_absent
 from rsa_megatron.data.image_references import list_references
 from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, find_unread, may_name_medium
 from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption
-from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs
+from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs, describe_fault
 from rsa_megatron.data.sources.compressed import open_bytes
 from rsa_megatron.data.sources.file_forms import tell_form
 from rsa_megatron.data.sources.pairs import ImageBytes, Pairs, Row, Table
-from rsa_megatron.data.sources.record import Record
+from rsa_megatron.data.sources.record import Record, Unusable
+from rsa_megatron.data.sources.row_choice import RowChoice
 
-# Of each, the first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
+# The first that a table has counts. "raw" holds a JSON list; the others a text, a list of texts or a conversation.
 _CAPTIONS = (*CONVERSATION_FIELDS, *CAPTION_FIELDS)
-_ADDRESSES = ("image_url", "url")
-_FILES = ("file_name", "filename", "image_name", "image_path", "image_file", "image")
-_FILES += tuple(name for name in (*IMAGE_FIELDS, *FILE_FIELDS) if name not in _FILES + _ADDRESSES)
+# In a row the first that is filled counts, as in a record.
+_IMAGES = (*IMAGE_FIELDS, *FILE_FIELDS)
+# A row in which such a column is filled asks for an answer or a class: a "comment" or "text" beside it is no caption.
+_TASKS = {
+    *("question_id", "question", "questions", "query", "queries", "prompt", "prompts", "instruction", "instructions"),
+    *("answer", "answers", "response", "responses", "choices", "options", "label", "labels"),
+}
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; an unpaired
 # quotation mark would make one field of the rest of the file.
 _LONGEST_FIELD = 1 << 24
@@ -47,37 +51,49 @@ class _Roles:
     """Which column is what."""
 
     caption: str
-    file: str | None
-    address: str | None
-    language: str | None
-    split: str | None
+    #: those that may name the image
+    images: list[str]
+    #: those beside which the caption is none
+    tasks: list[str]
     #: those that may name a medium which is not read
     others: list[str]
 
     @classmethod
     def of(cls, table: Table, *, needs_image: bool) -> "_Roles":
-        def first(*known: str) -> str | None:
-            return next((name for name in known if name in table.columns and name != table.image_column), None)
-
-        known = {*_CAPTIONS, *_FILES, *_ADDRESSES, table.image_column}
-        others = [name for name in table.columns if name not in known and may_name_medium(name)]
-        roles = cls(first(*_CAPTIONS), first(*_FILES), first(*_ADDRESSES), first("language"), first("split"), others)
+        own = [name for name in table.columns if name != table.image_column]
+        others = [name for name in own if name not in _CAPTIONS + _IMAGES and may_name_medium(name)]
+        roles = cls(
+            next((name for name in _CAPTIONS if name in own), None),
+            [name for name in _IMAGES if name in own],
+            [name for name in own if name.lower() in _TASKS],
+            others,
+        )
         theirs = f"its columns are {', '.join(table.columns)}; rename the one that has them"
         if roles.caption is None:
             raise ValueError(f"{table.path} has no column of captions ({', '.join(_CAPTIONS)}), {theirs}")
         is_record = roles.caption in CONVERSATION_FIELDS  # which may name its image in its text
-        if needs_image and not (roles.file or roles.address or table.image_column or is_record):
-            raise ValueError(
-                f"{table.path} has no column that names images ({', '.join(_FILES + _ADDRESSES)}), {theirs}"
-            )
+        if needs_image and not (roles.images or table.image_column or is_record):
+            raise ValueError(f"{table.path} has no column that names images ({', '.join(_IMAGES)}), {theirs}")
         return roles
 
-    def find_image(self, content: dict) -> tuple[str | bytes | None, bool]:
-        """Return what a row names its image by, a file, an address or its bytes, and whether it is an address."""
-        for column in (self.file, self.address):
-            if column and (found := list_references(content.get(column))):
-                return found[0], column == self.address
-        return None, False
+    def find_images(self, content: dict) -> list[str | bytes]:
+        """List what a row names its images by, each a path, an address or its bytes.
+
+        Raises:
+            Unusable: it is none of these.
+        """
+        for column in self.images:
+            value = content.get(column)
+            if not isinstance(value, bool) and (found := list_references(value)):
+                return found
+        return []
+
+    def find_tasks(self, content: dict) -> list[str]:
+        """List the columns of a row beside which its caption is none; the number of a class beside a `caption` is no such."""
+        tasks = [name for name in self.tasks if not is_absent(content.get(name))]
+        if self.caption.startswith("caption"):
+            tasks = [name for name in tasks if name.lower() != "label" or not str(content[name]).strip().isdigit()]
+        return tasks
 
     def get_caption(self, content: dict) -> str:
         value = content.get(self.caption)
@@ -96,7 +112,7 @@ def read_tables(files: list[Path], root: Path | None, split: str, language: str)
         root: resolved folder that the images' names are relative to; None where no image is looked for.
         split, language: the rows that count, where there is a column of that name.
     """
-    found, skipped = FoundPairs(root), {"split": Counter(), "language": Counter()}
+    found, choice = FoundPairs(root), RowChoice(split=split, language=language)
     folder, first = os.path.commonpath([file.parent for file in files]), None
     for file in files:
         table = (
@@ -106,20 +122,17 @@ def read_tables(files: list[Path], root: Path | None, split: str, language: str)
         )
         roles = _Roles.of(table, needs_image=root is not None)
         first = first or (table, roles)
-        if (roles.caption, roles.file) != (first[1].caption, first[1].file):
+        if (roles.caption, roles.images[:1]) != (first[1].caption, first[1].images[:1]):
             raise ValueError(
                 f"{table.path} and {first[0].path} are tables of different columns ({', '.join(table.columns)}; "
                 f"{', '.join(first[0].columns)}): name one of them"
             )
+        # Of conversations `language` may be that of a program.
+        columns = {"split"} & {*table.columns} if roles.caption in CONVERSATION_FIELDS else table.columns
         for row in table.rows:
-            if roles.split and row.content.get(roles.split) != split:
-                skipped["split"][str(row.content.get(roles.split))] += 1
-            elif roles.language and row.content.get(roles.language) != language:
-                skipped["language"][str(row.content.get(roles.language))] += 1
-            else:
+            if choice.takes(row.content, columns):
                 _add(found, roles, row, needs_image=root is not None)
-    for name, wanted in (("split", split), ("language", language)):
-        found.leave_out_others(name, wanted, skipped[name])
+    found.left_out += choice.count_others()
     return found.pairs()
 
 
@@ -130,9 +143,24 @@ def _add(found: FoundPairs, roles: _Roles, row: Row, *, needs_image: bool) -> No
     if row.num_images > 1:
         found.left_out[WRONG_NUMBER_OF_IMAGES[needs_image]] += 1
         return
-    name, is_address = roles.find_image(row.content)
-    file = unquote(urlsplit(name).path.rpartition("/")[2]) if is_address else name
-    image = row.image or (ImageBytes(file, row.place) if isinstance(file, bytes) else file)
+    if tasks := roles.find_tasks(row.content):
+        found.left_out[
+            f"whose column {roles.caption} is no caption beside {', '.join(tasks)} (save those as a column conversations; "
+            "or, if it is one, leave them out)"
+        ] += 1
+        return
+    try:
+        names = roles.find_images(row.content)
+    except Unusable as fault:
+        if not row.image:
+            found.left_out[describe_fault(fault)] += 1
+            return
+        names = []
+    if len(names) > 1 and not row.image:
+        found.left_out[WRONG_NUMBER_OF_IMAGES[needs_image]] += 1
+        return
+    name = names[0] if names else ""
+    image = row.image or (ImageBytes(name, row.place) if isinstance(name, bytes) else name)
     if needs_image and not image:
         found.left_out["that name no image"] += 1
         return
@@ -144,8 +172,7 @@ def _add(found: FoundPairs, roles: _Roles, row: Row, *, needs_image: bool) -> No
     except (ValueError, TypeError):  # "raw" is not JSON
         found.left_out[f"whose column {roles.caption} cannot be read"] += 1
         return
-    key = image if isinstance(image, str) else name if isinstance(name, str) else row.place
-    found.add(key, caption, image or "")
+    found.add(name if name and isinstance(name, str) else row.place, caption, image)
 
 
 def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
@@ -154,7 +181,7 @@ def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
         from rsa_megatron.data.sources.pair_parquet import open_parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return open_parquet(path, name, root, {*_CAPTIONS, *_FILES, *_ADDRESSES, "language", "split", "id"})
+    return open_parquet(path, name, root, {*_CAPTIONS, *_IMAGES, *_TASKS, "language", "split", "id"})
 
 
 def holds_conversations(path: Path) -> bool:
@@ -163,22 +190,28 @@ def holds_conversations(path: Path) -> bool:
 
 
 class TableRecords:
-    """The rows of a .csv or .tsv with a column of conversations, as records."""
+    """The rows of a .csv or .tsv with a column of conversations, as records; of one split, if it has a column `split`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, split: str = "train"):
         self.path, self.image_root = path, path.parent
-        if not holds_conversations(path):
-            columns = open_delimited(path).columns
+        table = open_delimited(path)
+        columns = table.columns
+        if not {*CONVERSATION_FIELDS} & {*columns}:
             raise ValueError(
                 f"{path} has no column {' or '.join(CONVERSATION_FIELDS[:2])}; its columns are {', '.join(columns)}"
             )
-        self._length = sum(1 for _ in open_delimited(path).rows)
+        choice = RowChoice(split=split)
+        #: of each row, whether it is of the split
+        self._taken = bytes(choice.takes(row.content, columns) for row in table.rows)
+        #: rows that are not read, by why
+        self.left_out = choice.count_others()
 
     def __len__(self) -> int:
-        return self._length
+        return sum(self._taken)
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        for number, row in enumerate(islice(open_delimited(self.path).rows, start, None), start):
+        rows = compress(open_delimited(self.path).rows, self._taken)
+        for number, row in enumerate(islice(rows, start, None), start):
             yield Record(number, row.place, row.content)
 
 

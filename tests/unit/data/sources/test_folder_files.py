@@ -8,11 +8,14 @@ from PIL import Image
 from pyarrow import parquet
 
 from rsa_megatron.cli.data import main
+from rsa_megatron.data.records import read_record
 from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.folder_files import name_split
+from rsa_megatron.data.sources.llava_records import open_source
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.data.sources.open_records import open_records
 from tests.support import broken_data
+from tests.support.record_shapes import llava, write_parquet, write_table
 
 PICTURE = broken_data.picture()
 
@@ -163,5 +166,67 @@ def test_an_imagefolders_metadata_is_that_of_the_split(tmp_path):
         write_texts(tmp_path / split, ["a"])
         (tmp_path / split / "a.txt").unlink()
         (tmp_path / split / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": f"of {split}"}))
-    assert [pair.caption for pair in open_pairs(tmp_path, split="test")] == ["of test"]
-    assert [pair.caption for pair in open_pairs(tmp_path, split="train")] == ["of train"]
+    for split, other in (("train", "test"), ("test", "train")):
+        said = {f"file(s) of another split than {split!r} (--split selects it; found: {other} (1))": 1}
+        for read in (open_pairs, open_captions):
+            pairs = read(tmp_path, split=split)
+            assert [pair.caption for pair in pairs] == [f"of {split}"] and pairs.left_out == said
+        for read in (open_records, open_source):
+            source = read(tmp_path, split=split)
+            assert len(source) == 1 and source.left_out == said
+
+
+def test_files_whose_names_say_no_split_are_chosen_by_none(tmp_path):
+    write_texts(tmp_path, ["0001/a", "val/b"])
+    with pytest.raises(ValueError, match=r"by their names of none \(1\), val \(1\): --split selects one"):
+        answers(tmp_path)
+    assert answers(tmp_path, "val")[0] == ["b"]
+    said = "file(s) of another split than 'none' (--split selects it; found: val (1))"
+    assert answers(tmp_path, "none") == (["a"], {said: 1})
+
+
+def test_a_yamls_folders_are_of_the_split(tmp_path):
+    for part in ("x", "y"):
+        for split in ("train", "test"):
+            write(tmp_path / part / split / "0.parquet", [f"{part} {split}"], as_turns=True)
+    (tmp_path / "m.yaml").write_text("datasets: [{json_path: x}, {json_path: y}]")
+    for split, other in (("train", "test"), ("test", "train")):
+        said = {f"file(s) of another split than {split!r} (--split selects it; found: {other} (1))": 2}
+        assert answers(tmp_path / "m.yaml", split) == ([f"x {split}", f"y {split}"], said)
+        pairs = open_pairs(tmp_path / "m.yaml", split=split)
+        assert [pair.caption for pair in pairs] == [f"x {split}", f"y {split}"] and pairs.left_out == said
+
+
+@pytest.mark.parametrize("kind", ["d.csv", "d.parquet", "folder of parquet"])
+def test_rows_of_conversations_are_those_of_the_split(tmp_path, kind):
+    """Alike in what packs and in what measures; `language` may be that of a program, and selects captions alone."""
+    write_texts(tmp_path, ["a"])
+    (tmp_path / "a.txt").unlink()
+    rows = [
+        {"image": "a.png", "conversations": llava(n), "split": ("train", "val", None)[n % 3], "language": "python"}
+        for n in range(7)
+    ]
+    path = tmp_path / kind
+    if kind == "d.csv":
+        write_table(path, rows)
+    elif kind == "d.parquet":
+        write_parquet(path, rows)  # in groups of two rows
+    else:
+        path = tmp_path
+        write_parquet(path / "0.parquet", rows[:3])
+        write_parquet(path / "1.parquet", rows[3:])
+    null = "''" if kind == "d.csv" else "None"
+    for split, numbers, other in (("train", (0, 3, 6), "val"), ("val", (1, 4), "train")):
+        counts = sorted({"train": 3, "val": 2, null: 2}.items(), key=lambda kind: -kind[1])
+        found = ", ".join(f"{name} ({count})" for name, count in counts if name != split)
+        said = {f"of another split than {split!r} (--split selects it; found: {found})": 7 - len(numbers)}
+        source, pairs = open_records(path, split=split), open_pairs(path, split=split)
+        expected = [llava(n)[-1]["value"] for n in numbers]
+        assert [pair.caption for pair in pairs] == expected and pairs.left_out == said == source.left_out
+        for start in range(len(source) + 1):
+            records = list(source.records(start))
+            assert [record.number for record in records] == [*range(start, len(numbers))]
+            assert [read_record(record.content).caption for record in records] == expected[start:]
+        assert len({record.place for record in source.records()}) == len(numbers)
+    with pytest.raises(ValueError, match=r"7 of another split than 'x' \(--split selects it; found: train \(3\), "):
+        open_records(path, split="x")

@@ -1,16 +1,19 @@
 """Image-caption pairs of every form of file are recognised, with the right caption, rows and image; faults are named."""
 
+import base64
 import csv
 import gzip
 import json
 import pickle
 import sys
+from functools import partial
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from rsa_megatron.data.sources.captions_only import open_captions
 from rsa_megatron.data.sources.open_pairs import format_counts, open_pairs, sample
 from tests.support.pictures import captions, conversation, images, picture, table, widths
 
@@ -84,6 +87,24 @@ def test_a_json_that_is_not_cocos_captions_is_named(tmp_path, changes, message):
     images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
     with pytest.raises(ValueError, match=message):
         open_pairs(coco(tmp_path, **changes))
+
+
+def test_an_image_without_a_caption_costs_no_other(tmp_path):
+    images(tmp_path, ["b.jpg", "a.jpg", "c.jpg"])
+    told = [{"id": 1, "image_id": 42, "caption": None}, {"id": 2, "image_id": 7, "caption": "Seven."}, {"id": 3}]
+    pairs = open_pairs(coco(tmp_path, annotations=told))
+    assert captions(pairs) == {"7": "Seven."} and pairs.left_out == {"without a caption": 2}
+    entries = [
+        {"filename": "b.jpg"},
+        {"filename": "a.jpg", "sentences": [{"raw": "A."}]},
+        {"filename": "c.jpg", "sentences": None},
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
+    pairs = open_pairs(tmp_path / "dataset.json")
+    assert captions(pairs) == {"1": "A."} and pairs.left_out == {"without a caption": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": [*entries, 7]}))
+    with pytest.raises(ValueError, match="image 3 of Karpathy's JSON has no filename; it is 7"):
+        open_pairs(tmp_path / "dataset.json")
 
 
 def test_a_broken_json_is_named(tmp_path):
@@ -194,7 +215,9 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
         write_tsv(path)
     before = csv.field_size_limit()
     pairs = open_pairs(path, images=tmp_path / "images")
-    assert captions(pairs) == {"Tour_(Paris).jpg": 'The "tower"\nof Paris.', "B.jpg": "B."}
+    folder = "https://upload.wikimedia.org/wikipedia/commons/4/44"
+    tower = f"{folder}/Tour_%28Paris%29.jpg"
+    assert captions(pairs) == {tower: 'The "tower"\nof Paris.', f"{folder}/B.jpg": "B."}
     assert widths(pairs) == [1, 2]
     assert csv.field_size_limit() == before < len(wit_rows()[0]["context_page_description"])  # as it was, and too low
     assert pairs.left_out == {
@@ -204,7 +227,7 @@ def test_wikipedias_rows_are_those_of_the_language_whose_image_is_here(tmp_path,
         "of another language than 'en' (--language-code selects it; found: de (1))": 1,
     }
     # Control: another language gives the same image another caption.
-    assert captions(open_pairs(path, images=tmp_path / "images", language="de")) == {"Tour_(Paris).jpg": "Der Turm."}
+    assert captions(open_pairs(path, images=tmp_path / "images", language="de")) == {tower: "Der Turm."}
     with pytest.raises(
         ValueError, match=r"6 of another language than 'fr' \(--language-code selects it; found: en \(5\), de \(1\)\)"
     ):
@@ -249,6 +272,54 @@ def test_parquet_takes_bytes_paths_and_wikimedias_nested_texts(tmp_path):
         assert captions(pairs) == {"http://a/b/House.jpg": "House"} and widths(pairs) == [6]
 
 
+def test_a_parquets_column_of_no_image_or_of_several_is_counted(tmp_path):
+    images(tmp_path, ["a.png", "b.png"])
+    write = partial(pyarrow.parquet.write_table, where=tmp_path / "d.parquet")
+    write(pyarrow.table({"image": [1, 2], "caption": ["A", "B"]}))
+    with pytest.raises(ValueError, match=r"2 that cannot be used \(wrong type\)"):
+        open_pairs(tmp_path / "d.parquet")
+    write(pyarrow.table({"images": [["a.png", "b.png"], ["b.png"]], "caption": ["A", "B"], "prompt": [None, ""]}))
+    pairs = open_pairs(tmp_path / "d.parquet")
+    assert captions(pairs) == {"b.png": "B"} and pairs.left_out == {"that have no image, or several": 1}
+    # A row's own image counts, whatever else names.
+    write(pyarrow.table({"image": [picture(3)], "file": [7], "caption": ["A"]}))
+    assert widths(open_pairs(tmp_path / "d.parquet")) == [4]
+
+
+def test_what_a_tables_column_of_addresses_holds_is_told_from_an_address(tmp_path):
+    """Widths tell which picture is taken: below sub/ they are others than those of the same name above."""
+    images(tmp_path, ["a.png", "b.png", "sub/a.png", "sub/b.png"])
+    data = "data:image/png;base64," + base64.b64encode(picture(9)).decode()
+    told = ["sub/a.png", "sub/b.png", data, "https://a.org/x/a.png"]
+    text = "".join(f'"{name}",Number {n}.\n' for n, name in enumerate(told))
+    (tmp_path / "d.csv").write_text("image_url,caption\n" + text)
+    pairs = open_pairs(tmp_path / "d.csv")
+    assert pairs.keys == ["sub/a.png", "sub/b.png", "d.csv, line 4", "https://a.org/x/a.png"]
+    assert widths(pairs) == [3, 4, 10, 1] and not pairs.left_out
+    # Of two addresses that end alike nobody knows whose the file is.
+    text += "https://a.org/y/a.png,Another.\nhttps://a.org/x/a.png,Second.\n"
+    (tmp_path / "d.csv").write_text("image_url,caption\n" + text)
+    pairs = open_pairs(tmp_path / "d.csv")
+    assert widths(pairs) == [3, 4, 10]
+    assert pairs.left_out == {
+        "whose address ends in the same name as another's: the file of that name may be of either": 2,
+        "of an image that has a caption already": 1,
+    }
+    assert len(open_captions(tmp_path / "d.csv")) == 5
+
+
+def test_a_tables_image_is_that_of_the_column_that_a_record_gives(tmp_path):
+    images(tmp_path, ["x/a.png", "y/a.png", "z/a.png"])
+    row = {"file_name": "x/a.png", "caption": "A boat.", "image_path": "y/a.png", "image": "z/a.png"}
+    for name in ("d.csv", "d.jsonl"):
+        (tmp_path / name).write_text(
+            json.dumps(row) if name == "d.jsonl" else "\n".join(",".join(cells) for cells in (row, row.values()))
+        )
+        assert widths(open_pairs(tmp_path / name)) == [3]
+    (tmp_path / "d.csv").write_text("file_name,caption,image_path,image,label\nx/a.png,A boat.,y/a.png,,3\n")
+    assert widths(open_pairs(tmp_path / "d.csv")) == [2]  # the first that is filled
+
+
 def test_a_table_with_conversations(tmp_path):
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A boat."}]
     image = {"bytes": picture(2), "path": None}
@@ -277,7 +348,7 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
         (
             "a.csv",
             b"caption,label\n1,x\n",
-            r"no column that names images \(file_name, .*its columns are caption, label; rename",
+            r"no column that names images \(image, .*its columns are caption, label; rename",
         ),
         ("a.csv", b"", "a.csv has no column of captions"),
         ("a.csv", b"image,caption\n", "a.csv: no image with a caption found; name"),
@@ -300,6 +371,21 @@ def test_parquet_without_pyarrow_is_named(tmp_path, monkeypatch):
             "a.tsv.gz is truncated or broken: .*fetch it again",
         ),
         ("a.tsv.gz", b"filename\tcaption\n", "a.tsv.gz is truncated or broken: .*fetch it again"),
+        (
+            "a.tsv",
+            b"index\tquestion\tA\tB\tanswer\timage\tcomment\n0\tWhich?\tx\ty\tA\ta.png\tlooks fine\n",
+            r"1 whose column comment is no caption beside question, answer \(save those as a column conversations; or,",
+        ),
+        ("a.csv", b"image,text,Label\na.png,x,0\n", "1 whose column text is no caption beside Label"),
+        ("a.csv", b"image,caption,label\na.png,x,a class\n", "1 whose column caption is no caption beside label"),
+        ("a.csv", b"image,caption,prompt\na.png,x,y\n", "1 whose column caption is no caption beside prompt"),
+        ("a.csv", b'image,caption\n"[1, 2]",x\n', r"1 that cannot be used \(wrong type\)"),
+        ("a.csv", b"image_url,caption\nhttp://[a/a.png,x\n", "1 whose image is not in"),
+        (
+            "a.csv",
+            b"image,caption\n\"['a.png', 'b.png']\",x\n",
+            "1 that have no image, or several",
+        ),
         ("a.parquet", b"PAR1 or so", "a.parquet is not a readable parquet file: .*fetch it again"),
         ("a.txt", b"x", "a.txt is not JSON, JSONL"),
     ],

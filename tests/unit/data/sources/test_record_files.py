@@ -12,7 +12,7 @@ from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.record import Unusable
 from tests.support.pictures import picture
-from tests.support.record_shapes import ANSWER, CONTAINERS, SHAPES, write_json, write_lines, write_table
+from tests.support.record_shapes import ANSWER, CONTAINERS, SHAPES, write_json, write_lines, write_parquet, write_table
 
 
 @pytest.fixture
@@ -33,6 +33,23 @@ def test_one_record_alone_is_a_file_of_one(root, tmp_path):
         for name, indent in (("d.json", None), ("d.json", 1), ("d.jsonl", None)):
             (tmp_path / name).write_text(json.dumps(record, indent=indent))
             assert len(open_records(tmp_path / name)) == len(open_pairs(tmp_path / name, images=root)) == 1
+
+
+def test_a_yamls_files_of_the_same_name_lose_no_record(root, tmp_path):
+    (tmp_path / "z").mkdir()
+    for part, write, name in (
+        ("x", write_json, "d.json"),
+        ("y", write_json, "d.json"),
+        ("z/0", write_parquet, "d.parquet"),
+        ("z/1", write_parquet, "d.parquet"),
+    ):
+        (tmp_path / part).mkdir()
+        write(tmp_path / part / name, [SHAPES["messages"](n, root) for n in range(2)])
+    (tmp_path / "m.yaml").write_text("datasets: [{json_path: x/d.json}, {json_path: y/d.json}, {json_path: z}]")
+    pairs = open_pairs(tmp_path / "m.yaml", images=root)
+    assert len(pairs) == 8 and not pairs.left_out
+    assert pairs.keys[2] == "y/d.json: d.json, record 0" and pairs.keys[6] == "z: 1/d.parquet, row 0"
+    assert [record.place for record in open_records(tmp_path / "m.yaml").records()] == pairs.keys
 
 
 def test_a_broken_record_of_indented_ones_loses_itself_alone(root, tmp_path):
