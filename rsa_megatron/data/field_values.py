@@ -26,6 +26,11 @@ def is_null_text(value) -> bool:
     return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false")
 
 
+def escape_surrogates(text: str) -> str:
+    """Return a text that can be written as UTF-8: what is not, as in a file's name in Latin-1, as its escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def parse_text(value) -> object:
     """Return the list or object that a text holds, as JSON or as Python writes it; the value itself if it is none."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
@@ -33,7 +38,7 @@ def parse_text(value) -> object:
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that literal_eval raises
             continue
     return value
 

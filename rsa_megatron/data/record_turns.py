@@ -146,7 +146,11 @@ def _read_image_part(filled: dict) -> Mark:
                 )
             return Mark(references[0])
     index = filled.get("index")
-    return Mark(index=int(index) if isinstance(index, (int, float)) else None)
+    if index is not None and not (isinstance(index, (int, float)) and float(index).is_integer()):
+        raise Unusable(
+            "number of images", f"a part of its conversation has the index {index!r:.40}, not a whole number"
+        )
+    return Mark(index=None if index is None else int(index))
 
 
 def _describe(value: object) -> str:

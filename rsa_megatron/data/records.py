@@ -15,9 +15,10 @@ and leaves out, with the reason, what names a medium that is not read. Null, NaN
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
-from rsa_megatron.data.field_values import is_absent, parse_text
+from rsa_megatron.data.field_values import escape_surrogates, is_absent, is_null_text, parse_text
 from rsa_megatron.data.image_references import list_references
 from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, IMAGE_SUFFIXES, find_unread, is_file
 from rsa_megatron.data.record_turns import Mark, not_read, read_turns
@@ -28,6 +29,23 @@ CONVERSATION_FIELDS = ("conversations", "messages", "conversation", "texts")
 #: Of these the first that is filled counts.
 CAPTION_FIELDS = (
     *("caption_reference_description", "raw", "comment", "caption", "captions", "sentences", "text", "txt", "TEXT"),
+)
+
+
+# Beside a caption these say that the record is a question with its answer, and that its text is no caption.
+_TASK_FIELDS = (
+    *(
+        "question_id",
+        "question",
+        "questions",
+        "answer",
+        "answers",
+        "label",
+        "prompt",
+        "query",
+        "instruction",
+        "choices",
+    ),
 )
 
 
@@ -79,6 +97,8 @@ def read_record(
     _check_read(others, has_image=True)
     field, turns, marks = _read_talk(fields)
     is_caption = field in CAPTION_FIELDS
+    if is_caption:
+        _check_no_task(fields, field)
     has_image = bool(own or images_beside or any(mark.reference for mark in marks))
     _check_read(others, has_image=has_image)
     if not texts_alone:
@@ -129,6 +149,18 @@ def _read_talk(fields: dict) -> tuple[str, list[dict], list[Mark]]:
     if fields.keys() & {"from", "role"} and fields.keys() & {"value", "content"}:
         raise Unusable("conversation", "it is one turn; a record has a list of them: conversations, messages")
     raise Unusable("conversation", f"it has no conversations, messages or caption; its fields are {_name(fields)}")
+
+
+def _check_no_task(fields: dict, caption: str) -> None:
+    tasks = [name for name in _TASK_FIELDS if name in fields and not is_null_text(fields[name])]
+    if caption.startswith("caption") and isinstance(fields.get("label"), Number):  # the number of a class
+        tasks = [name for name in tasks if name != "label"]
+    if tasks:
+        raise Unusable(
+            "a question or label beside a caption",
+            f"it has {', '.join(tasks)} beside {caption}, which is then no caption alone: make it conversations of a question "
+            f"and its answer, or remove {', '.join(tasks)}",
+        )
 
 
 def read_caption(value: object) -> str:
@@ -224,6 +256,8 @@ def _read_id(value: object) -> str | int | None:
         return str(int(value))
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
-    if value is None or isinstance(value, (str, int)):
+    if isinstance(value, str):
+        return escape_surrogates(value)
+    if value is None or isinstance(value, int):
         return value
     return str(value)

@@ -149,6 +149,23 @@ def test_an_id_is_any_scalar(given, expected):
     assert found == expected and type(found) is type(expected)
 
 
+@pytest.mark.parametrize(
+    "others", [{"label": 3}, {"prompt": None, "answer": "", "question": "null"}, {"task": "caption"}]
+)
+def test_a_caption_with_a_class_or_empty_fields_is_a_caption(others):
+    assert read_record(IMAGE | {"caption": "A boat."} | others).caption == "A boat."
+
+
+@pytest.mark.parametrize("text", ["{{}}", "{[1]}", "{{1}: 2}", "[" * 9999, "{" * 9999])
+def test_a_text_that_only_looks_like_an_object_is_a_text(text):
+    assert read_record({"conversations": talk(), "template": text}).caption == "A boat."
+    assert read_record(IMAGE | {"caption": text}).caption == text
+
+
+def test_a_file_name_in_latin_1_can_be_an_id():
+    assert read_record({"id": "caf\udce9.png", "conversations": talk()}).id == "caf\\udce9.png"
+
+
 def test_images_go_where_the_text_has_them():
     parts = [{"type": "text", "text": "Between"}, {"type": "image", "image": "b.png"}, {"type": "text", "text": "and"}]
     read = read_record(with_parts(*parts, {"type": "image", "image": "a.png"}))
@@ -225,6 +242,21 @@ def test_a_system_prompt_stays():
         ({"image": 3, "conversations": talk()}, "wrong type", "its image is a int; it must be a path"),
         ({"image": {"base64": "?"}, "conversations": talk()}, "unreadable image", "not the base64 that it says"),
         ("Hi", "wrong type", "it is a str, not an object"),
+        (
+            IMAGE | {"question_id": 1, "text": "Is there a snowboard?", "label": "yes"},  # POPE's
+            "a question or label beside a caption",
+            "it has question_id, label beside text, which is then no caption alone",
+        ),
+        (
+            IMAGE | {"question": "What?", "answer": 3, "caption": "A boat."},
+            "a question or label beside a caption",
+            "it has question, answer beside caption",
+        ),
+        (
+            with_parts({"type": "image", "index": float("inf")}) | {"images": ["a.png"]},
+            "number of images",
+            "has the index inf, not a whole number",
+        ),
     ],
 )
 def test_a_refusal_says_what_was_found(content, kind, reason):
