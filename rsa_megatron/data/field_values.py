@@ -23,7 +23,7 @@ def is_absent(value) -> bool:
 
 def is_null_text(value) -> bool:
     """Return whether a text is a null that was written as one."""
-    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false")
+    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false", "no")
 
 
 def escape_surrogates(text: str) -> str:
