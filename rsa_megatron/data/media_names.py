@@ -32,7 +32,7 @@ _OTHER_SUFFIXES = (
 # Words of a field's name. Those that mean more than a medium count where the value looks like one.
 _MEDIA = {"video", "videos", "vid", "vids", "audio", "audios", "mp4", "webm", "avi", "wav", "mp3", "flac", "pointcloud"}
 _SOUNDS = {"sound", "sounds", "speech", "voice", "music"}
-_PERHAPS_MEDIA = _SOUNDS | {"movie", "clip", "clips", "frames", "media", "medium", "attachment", "attachments"}
+_PERHAPS_MEDIA = _SOUNDS | {"movie", "clip", "clips", "frame", "frames", "media", "medium", "attachment", "attachments"}
 _IMAGE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "screenshot", "screenshots"}
 _FILE_WORDS = {"path", "paths", "file", "files", "url", "urls", "uri", "link", "dir", "folder", "filename", "filenames"}
 # Beside these words a medium's name is no more than itself.
@@ -133,8 +133,8 @@ def _names_medium_alone(words: set[str], value: object) -> bool:
     if words & _TELLING_WORDS or not _has_text(value):
         return False
     others = words - _PERHAPS_MEDIA
-    return bool(words & (_MEDIA | _IMAGE_WORDS | {"youtube"})) or bool(
-        words & _PERHAPS_MEDIA and others and others <= _FILE_WORDS | {"data", "list", "segment", "frame", "features"}
+    return bool(words & (_MEDIA | _IMAGE_WORDS | {"youtube", "thumbnail"})) or bool(
+        words & _PERHAPS_MEDIA and others and others <= _FILE_WORDS | {"list", "segment", "features"}
     )
 
 

@@ -16,9 +16,8 @@ and leaves out, with the reason, what names a medium that is not read. Null, NaN
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Number
 
-from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
+from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.data.field_values import escape_surrogates, is_absent, parse_text
 from rsa_megatron.data.image_references import list_references
 from rsa_megatron.data.media_names import (
@@ -30,6 +29,7 @@ from rsa_megatron.data.media_names import (
     list_names,
     may_name_medium,
 )
+from rsa_megatron.data.record_checks import check_agreement, check_no_places, check_no_task, check_texts
 from rsa_megatron.data.record_turns import Mark, not_read, read_turns
 from rsa_megatron.data.sources.record import Unusable
 
@@ -42,21 +42,6 @@ CAPTION_FIELDS = (
 
 
 _OTHER_LETTERS = re.compile(re.escape(IMAGE_TOKEN), re.IGNORECASE)
-# Beside a caption these say that the record is a question with its answer, and that its text is no caption.
-_TASK_FIELDS = (
-    *(
-        "question_id",
-        "question",
-        "questions",
-        "answer",
-        "answers",
-        "label",
-        "prompt",
-        "query",
-        "instruction",
-        "choices",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,7 @@ def read_record(
     others = {name: value for name, value in fields.items() if name not in known}
     names = list_names(fields[own_field]) if own_field else set()
     if images_beside is None:
-        _check_agreement(fields, own_field, names)
+        check_agreement(fields, own_field, names)
     has_media = bool(own or images_beside or texts_alone or any(map(may_name_medium, fields)))
     try:
         field, turns, marks = _read_talk(fields, names, has_media)
@@ -115,18 +100,18 @@ def read_record(
         raise
     is_caption = field in CAPTION_FIELDS
     if is_caption:
-        _check_no_task(fields, field)
+        check_no_task(fields, field)
     has_image = bool(own or images_beside or any(mark.reference for mark in marks))
     names |= {name for mark in marks if mark.reference for name in list_names(mark.reference)}
     _check_read(others, names, has_image=has_image)
-    _check_no_places(fields, turns)
+    check_no_places(fields, turns)
     if not texts_alone:
         if is_caption and not has_image:
             raise Unusable(
                 "number of images", f"it has a caption ({field}) and no image; its fields are {_name(fields)}"
             )
         turns, own = _match_images(turns, marks, own, images_beside, beside)
-    _check_texts(turns)
+    check_texts(turns)
     return ReadRecord(_read_id(fields.get("id")), turns, own, is_caption)
 
 
@@ -147,27 +132,6 @@ def _check_read(fields: dict, names: set[str], *, has_image: bool) -> None:
         raise not_read(
             f"field {unread}",
             f"its field {unread} names a medium that is not read; images are in a field image or images",
-        )
-
-
-def _check_agreement(fields: dict, own_field: str | None, names: set[str]) -> None:
-    """Fields that name pictures must name the same ones: only those of one field are read."""
-    for name in (*IMAGE_FIELDS, *FILE_FIELDS):
-        is_other = name in fields and name != own_field and is_file(fields[name], IMAGE_SUFFIXES, addresses=False)
-        if is_other and names and not list_names(fields[name]) <= names:
-            raise Unusable(
-                "number of images",
-                f"its {own_field} and its {name} name different images; keep the one field or the other",
-            )
-
-
-def _check_no_places(fields: dict, turns: list[dict]) -> None:
-    """What stands for an object or a place in the image, in ms-swift's data, is filled in by that code alone."""
-    marks = ("<ref-object>", "<bbox>")
-    if "objects" in fields and (found := [mark for mark in marks if any(mark in turn["value"] for turn in turns)]):
-        raise Unusable(
-            "objects that are not filled in",
-            f"its text has {', '.join(found)}, which stands for what its field objects holds; write that into the text",
         )
 
 
@@ -192,18 +156,6 @@ def _read_talk(fields: dict, names: set[str], has_media: bool) -> tuple[str, lis
     if fields.keys() & {"from", "role"} and fields.keys() & {"value", "content"}:
         raise Unusable("conversation", "it is one turn; a record has a list of them: conversations, messages")
     raise Unusable("conversation", f"it has no conversations, messages or caption; its fields are {_name(fields)}")
-
-
-def _check_no_task(fields: dict, caption: str) -> None:
-    tasks = [name for name in _TASK_FIELDS if name in fields]
-    if caption.startswith("caption") and isinstance(fields.get("label"), Number):  # the number of a class
-        tasks = [name for name in tasks if name != "label"]
-    if tasks:
-        raise Unusable(
-            "a question or label beside a caption",
-            f"it has {', '.join(tasks)} beside {caption}, which is then no caption alone: make it conversations of a question "
-            f"and its answer, or remove {', '.join(tasks)}",
-        )
 
 
 def read_caption(value: object) -> str:
@@ -293,17 +245,6 @@ def add_image_tokens(turns: list[dict], count: int = 1) -> list[dict]:
             with_images = {"from": turn["from"], "value": f"{IMAGE_TOKEN}\n" * count + turn["value"]}
             return [*turns[:index], with_images, *turns[index + 1 :]]
     raise Unusable("conversation", "it has an image and no human turn to put it in")
-
-
-def _check_texts(turns: list[dict]) -> None:
-    try:
-        check_conversation(turns)
-    except ValueError as error:
-        raise Unusable("conversation", str(error)) from error
-    try:
-        "".join(turn["value"] for turn in turns).encode()
-    except UnicodeEncodeError as error:
-        raise Unusable("not UTF-8", f"its text is not UTF-8: {error}") from error
 
 
 def _read_id(value: object) -> str | int | None:

@@ -47,6 +47,8 @@ UNREAD = {
     "field video_link": {"video_link": "https://a.org/watch?v=3"},
     "field youtube_id": {"youtube_id": "dQw4"},
     "field frames_dir": {"frames_dir": "frames/0001"},
+    "field frame_paths": {"frame_paths": ["a/1", "a/2"]},
+    "field thumbnail": {"thumbnail": "t/1"},
     "field media_list": {"media_list": ["c/1"]},
     "field screenshot": {"screenshot": PNG_IN_BASE64},
     "field page": {"page": PNG_IN_BASE64},
@@ -157,6 +159,7 @@ NO_MEDIA = {
         "speech": "A. b.",
         "frames": "2",
         "movie_id": "tt0111161",
+        "data_frame": "df",
         "voice": "calm",
     },
     "numbers and flags": {"has_video": False, "num_videos": 3, "audio_rate": 16000, "video_fps": 2.5, "video": False},
@@ -284,7 +287,9 @@ def test_an_id_is_any_scalar(given, expected):
     assert found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize("others", [{"label": 3}, {"prompt": None, "answer": ""}, {"task": "caption"}])
+@pytest.mark.parametrize(
+    "others", [{"label": 3}, {"prompt": None, "answer": ""}, {"task": "caption", "num_questions": 3}]
+)
 def test_a_caption_with_a_class_or_empty_fields_is_a_caption(others):
     assert read_record(IMAGE | {"caption": "A boat."} | others).caption == "A boat."
 
@@ -384,6 +389,11 @@ def test_a_system_prompt_stays():
             IMAGE | {"question": "What?", "answer": 3, "caption": "A boat."},
             "a question or label beside a caption",
             "it has question, answer beside caption",
+        ),
+        (
+            IMAGE | {"text": "What is it?", "multiple_choice_answer": "a boat"},
+            "a question or label beside a caption",
+            "it has multiple_choice_answer beside text",
         ),
         (
             with_parts({"type": "image", "index": float("inf")}) | {"images": ["a.png"]},
