@@ -30,7 +30,7 @@ from rsa_megatron import atomic
 from rsa_megatron.cli.data_first_run import format_first_run
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, say_left_out, show
-from rsa_megatron.data.field_values import is_absent
+from rsa_megatron.data.field_values import escape_surrogates, is_absent
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
 from rsa_megatron.data.prepare.shard_writer import Lines, TarShards, index_lines, index_shards
@@ -233,6 +233,10 @@ def write(
             return sample_checks.check(record, image_root)
         except Unusable as fault:
             return fault
+        except Exception as error:  # one record must not end what thousands of others are read by
+            return Unusable(
+                "cannot be read", f"it cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+            )
 
     def remember(next_record: int) -> None:
         positions = {name: output.position() for name, output in outputs.items()}
@@ -292,7 +296,7 @@ def map_in_order(function: Callable, items: Iterable, num_workers: int) -> Itera
 def get_id(record: Record) -> str | int | None:
     """Return the record's own id, for the list of skipped samples."""
     found = record.content.get("id") if isinstance(record.content, dict) else None
-    return found if isinstance(found, str | int) else None if is_absent(found) else str(found)
+    return found if isinstance(found, int) else None if is_absent(found) else escape_surrogates(str(found))
 
 
 def write_state(folder: Path, state: dict) -> None:

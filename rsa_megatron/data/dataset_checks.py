@@ -7,7 +7,6 @@ from pathlib import Path
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors import BaseCoreDatasetFactory
 from megatron.energon.flavors.jsonl.crude_jsonl_dataset import CrudeJsonlDatasetFactory
-from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 from megatron.energon.metadataset import load_dataset, traverse_metadataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset, LoadedDatasetList
@@ -175,8 +174,8 @@ def _load_split(path: str, split: str) -> LoadedDatasetList:
         loaded = load_dataset(path).get_datasets(training=split == "train", split_part=split, worker_config=config)
         for each in loaded.datasets:
             check_type(each.dataset)
-    except (ValueError, TypeError, KeyError, OSError, AssertionError, ImportError, EmptyDatasetError) as error:
-        reason = _name_leaf(path, split) + " ".join(str(error).split())
+    except Exception as error:  # whatever Energon comes upon
+        reason = _name_leaf(path, split) + (" ".join(str(error).split()) or type(error).__name__)
         raise ValueError(
             f"--data-path {path}, split {split!r}: {reason}{_suggest_remedy(path, split, reason)}"
         ) from error
@@ -209,7 +208,10 @@ def _suggest_remedy(path: str, split: str, error: str) -> str:
         return f"; name {Path(path, 'mixture.yaml')}"
     if "unknown key" in error or ".nv-meta/dataset.yaml" in error:
         return ""  # it says what to do
-    if ": rename " in error:
+    if any(
+        said in error
+        for said in (": rename ", "is broken YAML", ".yaml is empty", "names itself", "it must be a number")
+    ):
         return ""
     if "split part" in error.lower() and split == "train":
         return "; leave it out of the data, or name its shards of this split in its .nv-meta/split.yaml"

@@ -23,7 +23,12 @@ def is_absent(value) -> bool:
 
 def is_null_text(value) -> bool:
     """Return whether a text is a null that was written as one."""
-    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false")
+    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nan", "<na>", "n/a", "false", "no")
+
+
+def escape_surrogates(text: str) -> str:
+    """Return a text that can be written as UTF-8: what is not, as in a file's name in Latin-1, as its escape."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_text(value) -> object:
@@ -33,7 +38,7 @@ def parse_text(value) -> object:
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that literal_eval raises
             continue
     return value
 

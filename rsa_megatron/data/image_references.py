@@ -53,7 +53,12 @@ def decode_reference(reference: str | bytes) -> str | bytes:
         return reference
     if reference[:5].lower() == "data:" and (found := _DATA_ADDRESS.match(reference)):
         return _decode_base64(reference[found.end() :])
-    return _decode_base64(reference) if len(reference) > 64 and _BASE64.fullmatch(reference) else reference
+    return _decode_base64(reference) if is_base64(reference) else reference
+
+
+def is_base64(text: str) -> bool:
+    """Return whether a text is an image in base64, or a sound in a container of the same kind as WebP."""
+    return len(text) > 64 and bool(_BASE64.fullmatch(text))
 
 
 def _decode_base64(text: str) -> bytes:

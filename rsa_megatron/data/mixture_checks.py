@@ -6,9 +6,12 @@ here, and of `aux` the images of a JSONL file.
 
 import dataclasses
 import difflib
+import math
+import os
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+import yaml
 from megatron.energon.epathlib import EPath
 from megatron.energon.eyaml import load_yaml
 from megatron.energon.flavors.webdataset.metadata import EnergonDatasetType, get_dataset_type
@@ -28,14 +31,23 @@ def check_mixture(path: str, splits: Iterable[str] = ()) -> None:
         path: of a mixture; anything else passes.
         splits: those that it must have.
     """
-    _check_file(EPath(path), tuple(splits), seen=set())
+    _check_file(EPath(path), tuple(splits), above=())
 
 
-def _check_file(path: EPath, splits: tuple[str, ...], seen: set[str]) -> None:
-    if str(path) in seen or get_dataset_type(path) != EnergonDatasetType.METADATASET:
+def _check_file(path: EPath, splits: tuple[str, ...], above: tuple[str, ...]) -> None:
+    kind = get_dataset_type(path)
+    if kind == EnergonDatasetType.WEBDATASET:
+        for name in ("dataset.yaml", "split.yaml"):
+            if (file := path / ".nv-meta" / name).is_file():
+                _load(file)
+    if kind != EnergonDatasetType.METADATASET:
         return
-    seen.add(str(path))
-    content = load_yaml(path.read_bytes())
+    name = os.path.realpath(str(path)) if path.is_local() else str(path)
+    if name in above:
+        raise ValueError(
+            f"{path} names itself{', by way of ' + above[-1] if above[-1] != name else ''}: remove it from its splits"
+        )
+    content = _load(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mixture: it needs __class__: MetadatasetV2 and splits")
     _check_keys(content, _ROOT, str(path))
@@ -48,11 +60,30 @@ def _check_file(path: EPath, splits: tuple[str, ...], seen: set[str]) -> None:
             remedy = f": rename {close[0]} to {split}" if close else ""
             raise ValueError(f"{path} has no split part {split!r}, its splits are {', '.join(found)}{remedy}")
     is_v2 = content.get("__class__") == "MetadatasetV2"
-    for name, split in found.items():
-        place = f"{path}, splits: {name}"
+    for part, split in found.items():
+        place = f"{path}, splits: {part}"
         for leaf in _check_v2(split, place) if is_v2 else _check_v1(split, place):
             if isinstance(leaf.get("path"), str):
-                _check_file(path.parent / leaf["path"], (), seen)
+                _check_file(path.parent / leaf["path"], (), (*above, name))
+
+
+def _load(path: EPath) -> object:
+    """Load a YAML file as Energon does.
+
+    Raises:
+        ValueError: it is broken or empty; says where.
+    """
+    data = path.read_bytes()
+    try:  # before Energon's parser, which writes lines of its own on the screen, and says nothing in its error
+        is_empty = yaml.compose(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) is None
+        if not is_empty:
+            return load_yaml(data)
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is broken YAML{place}: {what}") from error
+    raise ValueError(f"{path} is empty")
 
 
 def _check_v2(node, place: str) -> list[dict]:
@@ -102,6 +133,9 @@ def _check_reference(node: dict, reference_class: type, place: str) -> None:
     _check_keys(node, _names(reference_class), place)
     if "path" not in node:
         raise ValueError(f"{place} has no path")
+    for key in ("weight", "repetitions"):
+        if key in node and not _is_share(node[key]):
+            raise ValueError(f"{place}: {key} is {node[key]!r}; it must be a number, 0 or larger")
     if isinstance(node.get("subset"), dict):
         _check_keys(node["subset"], _names(metadataset_v2.Subset), f"{place}: subset")
     if isinstance(node.get("aux"), dict):
@@ -115,6 +149,10 @@ def _check_subflavors(subflavors: dict, place: str) -> None:
         likeness = difflib.SequenceMatcher(None, str(key).lower(), _RSA).ratio()
         if key != _RSA and _RSA not in subflavors and likeness >= _LEAST_LIKENESS_OF_RSA:
             raise ValueError(f"{place}: subflavors: unknown key {key!r}; did you mean {_RSA!r}?")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _names(dataclass: type) -> list[str]:

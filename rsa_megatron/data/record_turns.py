@@ -1,16 +1,20 @@
 """The turns of a record's conversation, each with one text in which <image> stands for every image."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.data.field_values import is_absent, list_objects, parse_text
 from rsa_megatron.data.image_references import REFERENCE_FIELDS, list_references
-from rsa_megatron.data.media_names import IMAGE_FIELDS, find_mark, find_unread
+from rsa_megatron.data.media_names import IMAGE_FIELDS, find_mark, find_unread, list_names
 from rsa_megatron.data.sources.record import Unusable
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "images", "image_url", "input_image", "img")
+_IMAGE_OF_MINICPM = re.compile(r"\(?<image>\./</image>\)?")
+# OpenAI's, ms-swift's and axolotl's flags of an answer.
+_TRAINED_FIELDS = ("weight", "loss", "train")
 _TURN_FIELDS = {"from", "role", "value", "content"}
 
 
@@ -27,8 +31,14 @@ def not_read(what: str, sentence: str) -> Unusable:
     return Unusable(f"a medium that is not read ({what})", sentence)
 
 
-def read_turns(value: object) -> tuple[list[dict], list[Mark]]:
+def read_turns(
+    value: object, *, names: Set[str] = frozenset(), has_media: bool = True
+) -> tuple[list[dict], list[Mark]]:
     """Return the turns of a conversation as {"from", "value"}, and what each <image> in them stands for, in order.
+
+    Args:
+        names: of the record's images, as `list_names` gives them.
+        has_media: whether the record names any medium beside its turns.
 
     Raises:
         Unusable: it is no conversation, or names a medium that is not read.
@@ -48,8 +58,15 @@ def read_turns(value: object) -> tuple[list[dict], list[Mark]]:
             )
         speaker = next((turn[name] for name in ("from", "role") if not is_absent(turn.get(name))), None)
         speaker = speaker.strip().lower() if isinstance(speaker, str) else speaker
-        text = _read_text(turn, number, marks)
-        if mark := find_mark(text, is_answer=speaker in ("gpt", "assistant")):
+        text = _read_text(turn, number, marks, names)
+        is_answer = speaker in ("gpt", "assistant")
+        if is_answer and (flag := next((n for n in _TRAINED_FIELDS if n in turn and turn[n] in (0, "0")), None)):
+            raise Unusable(
+                "an answer that is not to be trained",
+                f"turn {number} of its conversation says that it is not to be trained ({flag}: {turn[flag]}); all answers of a "
+                "record are: leave out the turn or the field",
+            )
+        if mark := find_mark(text, is_answer=is_answer, has_media=has_media or bool(marks)):
             raise not_read(
                 f"{mark[:40]} in its text",
                 f"turn {number} of its conversation has {mark[:100]}, the mark of a medium that is not read; of an image it must be {IMAGE_TOKEN}",
@@ -67,7 +84,7 @@ def _split_exchanges(turns: Sequence) -> list:
     return split
 
 
-def _read_text(turn: Mapping, number: int, marks: list[Mark]) -> str:
+def _read_text(turn: Mapping, number: int, marks: list[Mark], names: Set[str]) -> str:
     """Return a turn's text; the images in it are added to `marks`."""
     named = [name for name in ("value", "content") if turn.get(name) is not None]
     name = next((name for name in named if not is_absent(turn[name])), named[0] if named else None)
@@ -76,7 +93,7 @@ def _read_text(turn: Mapping, number: int, marks: list[Mark]) -> str:
             "conversation",
             f"turn {number} of its conversation has no value or content; its fields are {', '.join(map(str, turn))}",
         )
-    content = turn[name]
+    content = _parse_parts(turn[name])
     content = list_objects(content) or [content] if isinstance(content, Mapping) else content
     pieces = [content] if isinstance(content, str) else content
     if not isinstance(pieces, (list, tuple)):
@@ -85,7 +102,7 @@ def _read_text(turn: Mapping, number: int, marks: list[Mark]) -> str:
         )
     pieces = [piece for part in pieces if part is not None for piece in [_read_part(part, number)]]
     if not turn.keys() <= _TURN_FIELDS:
-        pieces = _read_turns_images(turn, pieces, number) + pieces
+        pieces = _read_turns_images(turn, pieces, number, names) + pieces
     text = ""
     for piece in pieces:
         new = piece if isinstance(piece, str) else IMAGE_TOKEN
@@ -94,12 +111,26 @@ def _read_text(turn: Mapping, number: int, marks: list[Mark]) -> str:
     return text
 
 
-def _read_turns_images(turn: Mapping, pieces: list, number: int) -> list[Mark]:
+def _parse_parts(content: object) -> object:
+    """Return the list of parts that a text is, as JSON; the content itself if it is none."""
+    parts = parse_text(content) if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)) or not parts:
+        return content
+    are_parts = all(
+        isinstance(part, Mapping)
+        and part.get("type") in (*_TEXT_PARTS, *_IMAGE_PARTS, "video", "audio", "video_url", "input_audio")
+        for part in parts
+    )
+    return parts if are_parts else content
+
+
+def _read_turns_images(turn: Mapping, pieces: list, number: int, names: Set[str]) -> list[Mark]:
     """Return what a turn names beside its text (Ollama's images); it must name no other medium."""
     filled = {name: value for name, value in turn.items() if name not in _TURN_FIELDS and not is_absent(value)}
     found = next((list_references(filled[name]) for name in IMAGE_FIELDS if name in filled), [])
     rest = [(name, value) for name, value in filled.items() if name not in IMAGE_FIELDS]
-    if unread := find_unread(rest, has_image=True):
+    own = {name for reference in found for name in list_names(reference)}
+    if unread := find_unread(rest, has_image=bool(found), read=names | own):
         raise not_read(
             f"field {unread} of a turn", f"the field {unread} of turn {number} names a medium that is not read"
         )
@@ -114,7 +145,7 @@ def _read_turns_images(turn: Mapping, pieces: list, number: int) -> list[Mark]:
 def _read_part(part: object, number: int) -> str | Mark:
     """Read a part of a turn's content: a text, or an image."""
     if isinstance(part, str):
-        return part
+        return _IMAGE_OF_MINICPM.sub(IMAGE_TOKEN, part)
     if not isinstance(part, Mapping):
         raise Unusable(
             "conversation", f"a part of turn {number} is {_describe(part)}; it must be a text or {{type, ...}}"
@@ -128,8 +159,10 @@ def _read_part(part: object, number: int) -> str | Mark:
         ((n, v) for n, v in filled.items() if n not in ("text", "content", "value")), has_image=kind in _TEXT_PARTS
     )
     text = next((part[name] for name in ("text", "content", "value") if isinstance(part.get(name), str)), None)
+    if text is None and kind in _TEXT_PARTS and "text" in part and not filled:
+        text = ""
     if not unread and kind in ("", *_TEXT_PARTS) and text is not None and not names_image:
-        return text
+        return _IMAGE_OF_MINICPM.sub(IMAGE_TOKEN, text)
     what = f"of type {kind}" if kind else f"with {', '.join(map(str, filled)) or 'nothing in it'}"
     raise not_read(
         f"a part {what}", f"turn {number} of its conversation has a part {what}, which is not read; text and images are"
@@ -146,7 +179,11 @@ def _read_image_part(filled: dict) -> Mark:
                 )
             return Mark(references[0])
     index = filled.get("index")
-    return Mark(index=int(index) if isinstance(index, (int, float)) else None)
+    if index is not None and not (isinstance(index, (int, float)) and float(index).is_integer()):
+        raise Unusable(
+            "number of images", f"a part of its conversation has the index {index!r:.40}, not a whole number"
+        )
+    return Mark(index=None if index is None else int(index))
 
 
 def _describe(value: object) -> str:

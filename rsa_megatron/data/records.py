@@ -13,13 +13,23 @@ Every source of data, `show`, `measure`, `realign` and the task encoder read rec
 and leaves out, with the reason, what names a medium that is not read. Null, NaN, "", and lists and objects of them are absent.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rsa_megatron.data.conversation import IMAGE_TOKEN, check_conversation
-from rsa_megatron.data.field_values import is_absent, parse_text
+from rsa_megatron.data.conversation import IMAGE_TOKEN
+from rsa_megatron.data.field_values import escape_surrogates, is_absent, parse_text
 from rsa_megatron.data.image_references import list_references
-from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, IMAGE_SUFFIXES, find_unread, is_file
+from rsa_megatron.data.media_names import (
+    FILE_FIELDS,
+    IMAGE_FIELDS,
+    IMAGE_SUFFIXES,
+    find_unread,
+    is_file,
+    list_names,
+    may_name_medium,
+)
+from rsa_megatron.data.record_checks import check_agreement, check_no_places, check_no_task, check_texts
 from rsa_megatron.data.record_turns import Mark, not_read, read_turns
 from rsa_megatron.data.sources.record import Unusable
 
@@ -29,6 +39,9 @@ CONVERSATION_FIELDS = ("conversations", "messages", "conversation", "texts")
 CAPTION_FIELDS = (
     *("caption_reference_description", "raw", "comment", "caption", "captions", "sentences", "text", "txt", "TEXT"),
 )
+
+
+_OTHER_LETTERS = re.compile(re.escape(IMAGE_TOKEN), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,20 +89,29 @@ def read_record(
     own_field, own = _find_images(fields)
     known = {"id", "system", own_field, *CONVERSATION_FIELDS, *CAPTION_FIELDS, *IMAGE_FIELDS}
     others = {name: value for name, value in fields.items() if name not in known}
-    _check_read(others, has_image=True)
-    field, turns, marks = _read_talk(fields)
+    names = list_names(fields[own_field]) if own_field else set()
+    if images_beside is None:
+        check_agreement(fields, own_field, names)
+    has_media = bool(own or images_beside or texts_alone or any(map(may_name_medium, fields)))
+    try:
+        field, turns, marks = _read_talk(fields, names, has_media)
+    except Unusable:
+        _check_read(others, names, has_image=True)  # a field says more than the mark that stands for it
+        raise
     is_caption = field in CAPTION_FIELDS
+    if is_caption:
+        check_no_task(fields, field)
     has_image = bool(own or images_beside or any(mark.reference for mark in marks))
-    _check_read(others, has_image=has_image)
+    names |= {name for mark in marks if mark.reference for name in list_names(mark.reference)}
+    _check_read(others, names, has_image=has_image)
+    check_no_places(fields, turns)
     if not texts_alone:
         if is_caption and not has_image:
             raise Unusable(
                 "number of images", f"it has a caption ({field}) and no image; its fields are {_name(fields)}"
             )
         turns, own = _match_images(turns, marks, own, images_beside, beside)
-    if isinstance(fields.get("system"), str) and turns[0]["from"] != "system":
-        turns = [{"from": "system", "value": fields["system"]}, *turns]
-    _check_texts(turns)
+    check_texts(turns)
     return ReadRecord(_read_id(fields.get("id")), turns, own, is_caption)
 
 
@@ -105,8 +127,8 @@ def _get_fields(content: object) -> dict:
     return {name: value for name, value in content.items() if not is_absent(value)}
 
 
-def _check_read(fields: dict, *, has_image: bool) -> None:
-    if unread := find_unread(fields.items(), has_image=has_image):
+def _check_read(fields: dict, names: set[str], *, has_image: bool) -> None:
+    if unread := find_unread(fields.items(), has_image=has_image, read=names):
         raise not_read(
             f"field {unread}",
             f"its field {unread} names a medium that is not read; images are in a field image or images",
@@ -117,11 +139,16 @@ def _name(fields: dict) -> str:
     return ", ".join(map(str, fields)) or "all empty"
 
 
-def _read_talk(fields: dict) -> tuple[str, list[dict], list[Mark]]:
+def _read_talk(fields: dict, names: set[str], has_media: bool) -> tuple[str, list[dict], list[Mark]]:
     """Return the field that holds a record's turns or caption, the turns, and what each <image> in them stands for."""
     for name in CONVERSATION_FIELDS:
         if name in fields:
-            return name, *read_turns(fields[name])
+            turns, marks = read_turns(fields[name], names=names, has_media=has_media)
+            if isinstance(fields.get("system"), (str, list, tuple)) and turns and turns[0]["from"] != "system":
+                system = [{"from": "system", "value": fields["system"]}]
+                first, first_marks = read_turns(system, names=names, has_media=has_media)
+                turns, marks = first + turns, first_marks + marks
+            return name, turns, marks
     for name in CAPTION_FIELDS:
         if name in fields and (caption := read_caption(fields[name])):
             turns = [{"from": "human", "value": CAPTION_PROMPT}, {"from": "gpt", "value": caption}]
@@ -153,13 +180,15 @@ def read_caption(value: object) -> str:
 
 def _find_images(fields: dict) -> tuple[str | None, list[str | bytes]]:
     """Return the field that holds a record's images, and the images."""
+    fields = {name: value for name, value in fields.items() if not isinstance(value, bool)}
     if "image" in fields and "images" in fields:
         one, several = list_references(fields["image"]), list_references(fields["images"])
-        if not all(image in several for image in one):
+        if not all(image in several or list_names(image) & list_names(fields["images"]) for image in one):
             raise Unusable("number of images", "its image is not one of its images; keep the one field or the other")
-        return "images", several
+        if several:
+            return "images", several
     for name in IMAGE_FIELDS:
-        if name in fields and not isinstance(fields[name], bool) and (found := list_references(fields[name])):
+        if name in fields and (found := list_references(fields[name])):
             return name, found
     for name in FILE_FIELDS:
         if name in fields and is_file(fields[name], IMAGE_SUFFIXES):
@@ -175,7 +204,7 @@ def _match_images(
     if not marks and own and len(own) != len(available):
         raise Unusable("number of images", f"it names {len(own)} image(s) and the sample has {num_beside} {beside}")
     if not marks:
-        return (add_image_tokens(turns, len(available)) if available else turns), own if num_beside is None else []
+        return (_mark_images(turns, len(available)) if available else turns), own if num_beside is None else []
     named = num_beside is None and all(mark.reference is not None for mark in marks)
     ordered = [mark.index if mark.index is not None else number for number, mark in enumerate(marks)]
     if (len(marks) != len(available) and (available or not named)) or (
@@ -188,6 +217,21 @@ def _match_images(
             raise Unusable("number of images", "its text names the images beside it in another order than theirs")
         return turns, []
     return turns, [own[index] if mark.reference is None else mark.reference for index, mark in zip(ordered, marks)]
+
+
+def _mark_images(turns: list[dict], count: int) -> list[dict]:
+    """Put in an <image> for each image: where the questions have it in other letters (<Image>), else at the beginning."""
+    found = [len(_OTHER_LETTERS.findall(turn["value"])) if turn["from"] in ("human", "user") else 0 for turn in turns]
+    if not any(found):
+        return add_image_tokens(turns, count)
+    if sum(found) != count:
+        raise Unusable(
+            "number of images", f"its text has {sum(found)} {IMAGE_TOKEN}, in other letters, for {count} image(s)"
+        )
+    return [
+        {**turn, "value": _OTHER_LETTERS.sub(IMAGE_TOKEN, turn["value"])} if number else turn
+        for turn, number in zip(turns, found)
+    ]
 
 
 def add_image_tokens(turns: list[dict], count: int = 1) -> list[dict]:
@@ -203,17 +247,6 @@ def add_image_tokens(turns: list[dict], count: int = 1) -> list[dict]:
     raise Unusable("conversation", "it has an image and no human turn to put it in")
 
 
-def _check_texts(turns: list[dict]) -> None:
-    try:
-        check_conversation(turns)
-    except ValueError as error:
-        raise Unusable("conversation", str(error)) from error
-    try:
-        "".join(turn["value"] for turn in turns).encode()
-    except UnicodeEncodeError as error:
-        raise Unusable("not UTF-8", f"its text is not UTF-8: {error}") from error
-
-
 def _read_id(value: object) -> str | int | None:
     """Return an id as a text or a whole number: 3.0 is "3"."""
     if isinstance(value, (list, tuple, Mapping)):
@@ -224,6 +257,8 @@ def _read_id(value: object) -> str | int | None:
         return str(int(value))
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
-    if value is None or isinstance(value, (str, int)):
+    if isinstance(value, str):
+        return escape_surrogates(value)
+    if value is None or isinstance(value, int):
         return value
     return str(value)

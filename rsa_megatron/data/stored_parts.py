@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from megatron.energon.flavors import Sample
 
 from rsa_megatron.data.image_embeddings import EMBEDDING_PART
-from rsa_megatron.data.records import CONVERSATION_FIELDS
+from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS
+from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS
 from rsa_megatron.data.sources.record import Unusable
 from rsa_megatron.data.tiles import IMAGE_PART
 
@@ -86,7 +87,11 @@ def _pick_record(parts: Mapping[str, object]) -> bytes | dict | None:
         return record
     if not isinstance(content, dict) or any(content.get(name) for name in CONVERSATION_FIELDS) or not caption:
         return record
-    return {"id": content.get("id", content.get("key")), "caption": caption}
+    # What else the json names still says whether the sample has a medium that is not read.
+    others = {
+        name: value for name, value in content.items() if name not in (*CAPTION_FIELDS, *IMAGE_FIELDS, *FILE_FIELDS)
+    }
+    return others | {"id": content.get("id", content.get("key")), "caption": caption}
 
 
 def _is_medium(name: str, part: object) -> bool:

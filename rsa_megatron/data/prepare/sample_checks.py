@@ -4,6 +4,7 @@ Images stay the bytes that they are; they are decoded once, as training will, to
 raises an Unusable, whose kinds are counted.
 """
 
+import errno
 import io
 import json
 from dataclasses import dataclass
@@ -101,4 +102,5 @@ def _read(file: Path, path: str, image_root: Path) -> bytes:
             raise Unusable("unreadable image", f"{path} is not a file")
         return file.read_bytes()
     except OSError as error:
-        raise Unusable("unreadable image", f"{path} cannot be read: {error.strerror}") from error
+        kind = "missing image" if error.errno == errno.ENAMETOOLONG else "unreadable image"
+        raise Unusable(kind, f"{path} cannot be read: {error.strerror}") from error

@@ -32,8 +32,10 @@ def tell_json_form(path: Path) -> str:
         if first[-1:] == b"," and _parse(first[:-1]) is not None:
             return "json values"
     with open_bytes(path) as file:
-        # A broken first line, and whole ones after it? The lines of an indented object begin with a space, or hold no object.
-        if any(line[:1] == b"{" and isinstance(_parse(line), dict) for line in islice(file, _LINES_LOOKED_AT)):
+        # A broken first line, and most of the others whole? The lines of an object with an entry a line end in commas; those of
+        # an indented one begin with a space, or hold no object.
+        others = [line for line in islice(file, 1, _LINES_LOOKED_AT) if line.strip()]
+        if 2 * sum(line[:1] == b"{" and isinstance(_parse(line), dict) for line in others) > len(others):
             return "json lines"
     return "json object" if len(list(islice(iterate_values(path), 2))) < 2 else "json values"
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from rsa_megatron.data.field_values import escape_surrogates
+
 
 class Unusable(Exception):
     """A sample that is skipped: the kind of fault, to be counted by, and what it is in this one."""
 
     def __init__(self, kind: str, reason: str):
         # A "path" may be a whole picture in base64.
-        super().__init__(reason if len(reason) <= 400 else reason[:400] + "...")
-        self.kind = kind
+        super().__init__(escape_surrogates(reason if len(reason) <= 400 else reason[:400] + "..."))
+        self.kind = escape_surrogates(kind)
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,20 @@ def resolve_inside(root: Path, reference: str) -> Path:
     Raises:
         Unusable: it is not below the folder, or no path.
     """
-    name = unquote(urlsplit(reference).path) if reference[:7].lower() == "file://" else reference
-    if name[:8].lower().startswith(("http://", "https://", "s3://", "gs://", "hf://")):
-        name = unquote(urlsplit(name).path).rpartition("/")[2]
-        if not name or not (root / name).is_file():
-            raise Unusable(
-                "missing image",
-                f"{reference} is an address, nothing is downloaded, and {root} has no file {name}; --images names the folder",
-            )
-    fault = Unusable("outside of the image folder", f"{reference} leads out of {root}; --images names the folder")
     try:
+        name = unquote(urlsplit(reference).path) if reference[:7].lower() == "file://" else reference
+        if name[:8].lower().startswith(("http://", "https://", "s3://", "gs://", "hf://")):
+            name = unquote(urlsplit(name).path).rpartition("/")[2]
+            if not name or not (root / name).is_file():
+                raise Unusable(
+                    "missing image",
+                    f"{reference} is an address, nothing is downloaded, and {root} has no file {name}; --images names the folder",
+                )
         resolved = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links
-        raise Unusable("missing image", f"{reference!r} is not a path: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links, half an address
+        raise Unusable("missing image", f"{reference!r} is not a path or address: {error}") from error
     if not resolved.is_relative_to(root):
-        raise fault
+        raise Unusable("outside of the image folder", f"{reference} leads out of {root}; --images names the folder")
     return resolved
 
 

@@ -1,11 +1,15 @@
 """What a record names that is not read leaves it out, by the name of what was found; what only looks like it does not."""
 
+import base64
+import json
+
 import pytest
 
 from rsa_megatron.data.records import read_record
 from rsa_megatron.data.sources.record import Unusable
 
 IMAGE = {"image": "a.png"}
+PNG_IN_BASE64 = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(90)).decode()
 
 
 def talk(question="What is it?", answer="A boat."):
@@ -40,10 +44,28 @@ UNREAD = {
     "field target_image": IMAGE | {"target_image": {"bytes": b"x", "path": None}},
     "field thing": {"thing": "a/b.JPG"},
     "field Image": {"Image": "a.jpg"},
+    "field video_link": {"video_link": "https://a.org/watch?v=3"},
+    "field youtube_id": {"youtube_id": "dQw4"},
+    "field frames_dir": {"frames_dir": "frames/0001"},
+    "field frame_paths": {"frame_paths": ["a/1", "a/2"]},
+    "field thumbnail": {"thumbnail": "t/1"},
+    "field media_list": {"media_list": ["c/1"]},
+    "field screenshot": {"screenshot": PNG_IN_BASE64},
+    "field page": {"page": PNG_IN_BASE64},
+    "field image_id": {"image_id": "COCO_train2014_000000000042"},
+    "field photo_of": {"photo_of": ["x", None]},
+    "field reference_video": IMAGE | {"reference_video": "b.mp4"},
+    "field question_speech": IMAGE | {"question_speech": "b.wav"},
+    "field speech_path": IMAGE | {"speech_path": "s/0001"},
+    "field voice": IMAGE | {"voice": [0.1, -0.2]},
+    "field attachments": IMAGE | {"attachments": ["b.png"]},
+    "field attachment": IMAGE | {"attachment": [{"name": "b.png", "kind": "picture"}]},
+    "field mediaItems": IMAGE | {"mediaItems": [{"type": "video", "path": "x"}]},
+    "field mask_image": IMAGE | {"mask_image": "masks/a.png"},
     "field movie": {"movie": "data:video/mp4;base64,AAAA"},
 }
 UNREAD_TEXTS = {
-    "<video> in its text": ["<video>\nWhat happens?", "<Video>", "Look: <video> and <b>bold</b>"],
+    "<video> in its text": ["<video>\nWhat happens?", "<Video>", "<b>bold</b>\nLook: <video>"],
     "<video_1> in its text": ["<video_1> or the other?"],
     "<audio> in its text": ["<audio>"],
     "<sound> in its text": ["<sound>\nWho speaks?"],
@@ -55,6 +77,11 @@ UNREAD_TEXTS = {
     "<|AUDIO|> in its text": ["<|AUDIO|>"],
     "<img>a/b.jpg</img> in its text": ["Picture 1: <img>a/b.jpg</img>\nWhat?"],
     "<img> in its text": ["<img>\nWhat?"],
+    "<point> in its text": ["<point>\nWhat is it?"],
+    "<SpeechHere> in its text": ["<Speech><SpeechHere></Speech>"],
+    "[img]a.png[/img] in its text": ["See [img]a.png[/img]"],
+    "![](a.png) in its text": ["What is ![](a.png)?"],
+    "![a boat](b/c d.JPG) in its text": ["![a boat](b/c d.JPG)"],
 }
 UNREAD_PARTS = {
     "a part of type video": {"type": "video", "video": "a.mp4", "fps": 2.0},
@@ -91,15 +118,50 @@ def test_a_part_that_is_not_read_leaves_its_record_out(what):
     assert "turn 0" in str(fault.value)
 
 
-def test_a_medium_of_a_turn_leaves_its_record_out():
-    turns = [talk()[0] | {"videos": ["a.mp4"]}, talk()[1]]
-    with pytest.raises(Unusable, match="the field videos of turn 0 names a medium that is not read"):
+@pytest.mark.parametrize("field, value", [("videos", ["a.mp4"]), ("attachments", ["a.png"]), ("file", "a.png")])
+def test_a_medium_of_a_turn_leaves_its_record_out(field, value):
+    turns = [talk()[0] | {field: value}, talk()[1]]
+    with pytest.raises(Unusable, match=f"the field {field} of turn 0 names a medium that is not read"):
         read_record({"conversations": turns})
+    if field != "videos":  # unless it is the record's own image
+        assert read_record({"conversations": turns} | IMAGE).images == ["a.png"]
+
+
+def test_a_tag_within_a_line_counts_where_the_record_names_a_medium():
+    question = "Look: <video> and <b>bold</b>"
+    assert read_record({"conversations": talk(question)}).texts[0] == question
+    with pytest.raises(Unusable, match="has <video>, the mark of a medium"):
+        read_record({"conversations": talk(question), **IMAGE})
+
+
+def test_a_system_prompt_in_a_field_is_read_as_a_turn():
+    read = read_record({"conversations": talk(), "system": "See <image>.", **IMAGE})
+    assert read.texts == ["See <image>.", "What is it?", "A boat."] and read.images == ["a.png"]
+    with pytest.raises(Unusable, match="its text has 1 <image> and the record 0 image"):
+        read_record({"conversations": talk(), "system": "See <image>."})
+    with pytest.raises(Unusable, match="has <video>, the mark of a medium"):
+        read_record({"conversations": talk(), "system": "<video>"})
 
 
 NO_MEDIA = {
     "empty": {"video": "", "videos": [], "audio": None, "audios": [None], "sound": {}, "video_path": float("nan")},
     "nulls in words": {"video": "None", "audio": "nan", "image": "null"},
+    "no": {"video": "no", "image_3": "no"},
+    "files in prose": {"note": "compare a.jpg and b.jpg", "title": "Why is my photo.jpg"},
+    "said of media": {
+        "image_caption": "A boat.",
+        "image_type": "none at all",
+        "media_type": "text",
+        "photo_credit": "Ann",
+    },
+    "words of several meanings": {
+        "depth": "3",
+        "speech": "A. b.",
+        "frames": "2",
+        "movie_id": "tt0111161",
+        "data_frame": "df",
+        "voice": "calm",
+    },
     "numbers and flags": {"has_video": False, "num_videos": 3, "audio_rate": 16000, "video_fps": 2.5, "video": False},
     "no samples": {"audio": {"array": None, "path": None, "sampling_rate": 16000}},
     "about": {"video_title": "A film about boats", "speech": "Four score and seven", "movie": "Ran", "music": "jazz"},
@@ -113,6 +175,9 @@ NO_MARKS = [
     "vector<int> x; a < b && audio > c",
     "<image-rendering> and <imagery>",
     "<img src='a.png'> is HTML",
+    "What does the <img> tag do in HTML?",
+    "Which of <audio> and <video> is older?",
+    "Is [img] a mark? And x[i](a.png)? And ![a](https://a.org/b.svg)?",
 ]
 
 
@@ -126,6 +191,79 @@ def test_what_describes_the_image_leaves_nothing_out():
     about = {"video_id": "v_3", "source_video": "a.mp4", "image_url": "https://a.org/b.jpg", "image_id": "COCO_3.jpg"}
     about |= {"original_image": "raw/a.png", "image_path": "elsewhere/a.png", "mask_rle": "ab.png"}
     assert read_record({"conversations": talk(), **IMAGE, **about}).images == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["img_name", "img_file", "image_key", "image_filename", "img_file_name", "file", "media", "imageFile"]
+)
+def test_a_second_name_of_the_image_leaves_nothing_out(name):
+    fields = {"image": "sub/a.png", name: "a.png"}
+    assert read_record({"conversations": talk(), **fields}).images == ["sub/a.png"]
+
+
+@pytest.mark.parametrize(
+    "name", [f"{a}_{b}" for a in ("image", "img") for b in ("name", "file", "filename", "file_name", "path")]
+)
+def test_an_image_has_many_names(name):
+    assert read_record({"conversations": talk(), name: "a.png"}).images == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": "a.png", "img": "b.png"},
+        {"image": "a.png", "image_paths": ["a.png", "b.png"]},
+        {"image": "a.png", "file_name": "b.png"},
+    ],
+)
+def test_fields_that_name_different_images_are_refused(fields):
+    with pytest.raises(Unusable, match=f"its image and its {list(fields)[1]} name different images"):
+        read_record({"conversations": talk(), **fields})
+
+
+def test_a_flag_in_place_of_an_image_is_none():
+    for flag in (False, True, "no"):
+        assert read_record({"image": flag, "images": ["a.png"], "conversations": talk()}).images == ["a.png"]
+
+
+def test_an_image_in_other_letters_or_minicpms_is_an_image():
+    for question in ("<Image>\nWhat?", "<IMAGE>\nWhat?", "(<image>./</image>)\nWhat?"):
+        read = read_record({"conversations": talk(question), **IMAGE})
+        assert read.texts[0] == "<image>\nWhat?" and read.images == ["a.png"]
+    assert read_record({"conversations": talk("What is <Image>?")}).texts[0] == "What is <Image>?"
+    with pytest.raises(Unusable, match="its text has 2 <image>, in other letters, for 1 image"):
+        read_record({"conversations": talk("<Image> or <Image>?"), **IMAGE})
+
+
+def test_parts_in_a_text_are_parts():
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": json.dumps(parts)}, {"role": "assistant", "content": "[1, 2]"}]
+    read = read_record({"messages": messages})
+    assert read.texts == ["<image>\nWhat?", "[1, 2]"] and read.images == ["a.png"]
+    answer = '[{"type": "car", "text": "x"}]'
+    assert read_record({"conversations": talk(answer=answer)}).caption == answer
+
+
+def test_a_null_text_of_a_part_is_empty():
+    read = read_record(with_parts({"type": "text", "text": None}, {"type": "image", "image": "a.png"}))
+    assert read.texts[0] == "<image>\n?"
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}])
+def test_an_answer_that_is_not_to_be_trained_leaves_its_record_out(flag):
+    question, answer = talk()
+    with pytest.raises(Unusable, match="turn 1 of its conversation says that it is not to be trained") as fault:
+        read_record({"conversations": [question, answer | flag]})
+    assert fault.value.kind == "an answer that is not to be trained"
+    name = next(iter(flag))
+    assert read_record({"conversations": [question | flag, answer | {name: 1}]}).caption == "A boat."
+
+
+def test_objects_that_are_filled_in_by_other_code_leave_their_record_out():
+    objects = {"ref": ["boat"], "bbox": [[1, 2, 3, 4]]}
+    with pytest.raises(Unusable, match="its text has <ref-object>, <bbox>, which stands for what its field objects"):
+        read_record({"conversations": talk("Find <ref-object>.", "<bbox>"), "objects": objects, **IMAGE})
+    assert read_record({"conversations": talk(), "objects": objects, **IMAGE}).images == ["a.png"]
 
 
 @pytest.mark.parametrize("text", NO_MARKS)
@@ -147,6 +285,23 @@ def test_answers_may_speak_of_tags_in_plain_words():
 def test_an_id_is_any_scalar(given, expected):
     found = read_record({"id": given, "conversations": talk()}).id
     assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "others", [{"label": 3}, {"prompt": None, "answer": ""}, {"task": "caption", "num_questions": 3}]
+)
+def test_a_caption_with_a_class_or_empty_fields_is_a_caption(others):
+    assert read_record(IMAGE | {"caption": "A boat."} | others).caption == "A boat."
+
+
+@pytest.mark.parametrize("text", ["{{}}", "{[1]}", "{{1}: 2}", "[" * 9999, "{" * 9999])
+def test_a_text_that_only_looks_like_an_object_is_a_text(text):
+    assert read_record({"conversations": talk(), "template": text}).caption == "A boat."
+    assert read_record(IMAGE | {"caption": text}).caption == text
+
+
+def test_a_file_name_in_latin_1_can_be_an_id():
+    assert read_record({"id": "caf\udce9.png", "conversations": talk()}).id == "caf\\udce9.png"
 
 
 def test_images_go_where_the_text_has_them():
@@ -225,6 +380,26 @@ def test_a_system_prompt_stays():
         ({"image": 3, "conversations": talk()}, "wrong type", "its image is a int; it must be a path"),
         ({"image": {"base64": "?"}, "conversations": talk()}, "unreadable image", "not the base64 that it says"),
         ("Hi", "wrong type", "it is a str, not an object"),
+        (
+            IMAGE | {"question_id": 1, "text": "Is there a snowboard?", "label": "yes"},  # POPE's
+            "a question or label beside a caption",
+            "it has question_id, label beside text, which is then no caption alone",
+        ),
+        (
+            IMAGE | {"question": "What?", "answer": 3, "caption": "A boat."},
+            "a question or label beside a caption",
+            "it has question, answer beside caption",
+        ),
+        (
+            IMAGE | {"text": "What is it?", "multiple_choice_answer": "a boat"},
+            "a question or label beside a caption",
+            "it has multiple_choice_answer beside text",
+        ),
+        (
+            with_parts({"type": "image", "index": float("inf")}) | {"images": ["a.png"]},
+            "number of images",
+            "has the index inf, not a whole number",
+        ),
     ],
 )
 def test_a_refusal_says_what_was_found(content, kind, reason):

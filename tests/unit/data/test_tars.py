@@ -37,12 +37,23 @@ def encoder(demo):
             (2, "A red boat."),
         ),
         ({"jpg": PICTURE, "txt": b"A red boat.\n", "json": IMG2DATASET}, (1, "A red boat.")),
+        ({"jpg": PICTURE, "txt": b"A red boat.", "json": b'{"image": 3, "file_name": "b.png"}'}, (1, "A red boat.")),
         ({"jpg": PICTURE, "json": IMG2DATASET}, (1, "A stale caption.")),
         ({"JPG": PICTURE, "TXT": b"\xef\xbb\xbfA red boat."}, (1, "A red boat.")),
         ({"jpg": PICTURE, "txt": b"A note.", "json": CONVERSATION}, (1, "A red boat.")),
         ({"jpg": PICTURE, "json": CONVERSATION, "cls": b"3", "url": b"http://a/1.jpg"}, (1, "A red boat.")),
     ],
-    ids=["JPG", "JSON", "several", "img2dataset", "its json alone", "TXT", "conversation goes first", "other parts"],
+    ids=[
+        "JPG",
+        "JSON",
+        "several",
+        "img2dataset",
+        "a number for the image",
+        "its json alone",
+        "TXT",
+        "conversation goes first",
+        "other parts",
+    ],
 )
 def test_parts_are_read_as_they_are_meant(encoder, tmp_path, parts, learnt):
     folder = tars.write(tmp_path / "data", {"a": parts})
@@ -50,6 +61,13 @@ def test_parts_are_read_as_they_are_meant(encoder, tmp_path, parts, learnt):
     if learnt[0] == 1:
         (pair,) = open_pairs(folder)
         assert pair.caption == learnt[1] and pair.image().size == (1, 1) or pair.image().width > 1
+
+
+def test_a_medium_in_the_json_beside_a_text_leaves_the_sample_out(encoder, tmp_path, caplog):
+    parts = {"jpg": PICTURE, "txt": b"A red boat.", "json": b'{"video": "a.mp4", "caption": "A boat."}'}
+    folder = tars.write(tmp_path / "data", {"bad": parts, "good": {"jpg": PICTURE, "txt": b"A red boat."}})
+    assert list(tars.read(folder, encoder, 2)) == ["good"]
+    assert "its field video names a medium that is not read" in caplog.text
 
 
 @pytest.mark.parametrize(

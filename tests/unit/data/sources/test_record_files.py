@@ -7,10 +7,12 @@ import tracemalloc
 
 import pytest
 
+from rsa_megatron.cli.data import main
+from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import check
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.data.sources.open_records import open_records
-from rsa_megatron.data.sources.record import Unusable
+from rsa_megatron.data.sources.record import Record, Unusable
 from tests.support.pictures import picture
 from tests.support.record_shapes import ANSWER, CONTAINERS, SHAPES, write_json, write_lines, write_parquet, write_table
 
@@ -71,6 +73,48 @@ def test_lines_that_are_no_records_are_told_from_a_broken_first_line(root, tmp_p
         for record in open_records(tmp_path / "d.json").records()
     ]
     assert kinds == ["broken line", "", ""]
+
+
+@pytest.mark.parametrize(
+    "before, between, after",
+    [
+        ('{"data": [\n', ",\n", "\n]}\n"),
+        ('{\n"data": [\n', "\n,", "\n]\n}"),
+        ('{"version": 1, "data": [\n', "\n,\n", "\n]}"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_object_with_an_entry_a_line_is_an_object(before, between, after, count, root, tmp_path):
+    records = [SHAPES["LLaVA's"](n, root) for n in range(count)]
+    (tmp_path / "d.json").write_text(before + between.join(map(json.dumps, records)) + after)
+    assert [record.content for record in open_records(tmp_path / "d.json").records()] == records
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["https://[x/a.png", "https://a.org/" + "a" * 300 + ".png", "file://[x/a.png", "a\0.png", "a" * 300 + ".png"],
+)
+def test_what_cannot_be_a_path_is_a_missing_image(name, root):
+    with pytest.raises(Unusable, match="is not a path or address|[.]{3}$|too long") as fault:
+        check(Record(0, "d.json, record 0", {"image": name, "caption": "A boat."}), root)
+    assert fault.value.kind == "missing image"
+
+
+def test_whatever_else_happens_to_a_record_is_counted_and_named(root, tmp_path, monkeypatch):
+    def check_all_but_one(record, image_root):
+        if record.number == 1:
+            raise RuntimeError("it\nis odd")
+        return check(record, image_root)
+
+    monkeypatch.setattr(sample_checks, "check", check_all_but_one)
+    write_lines(tmp_path / "d.jsonl", [{"id": n, "image": "0.png", "caption": "A boat."} for n in range(3)])
+    main(["pack", str(tmp_path / "d.jsonl"), "--images", str(root), "--out", str(tmp_path / "out"), "--val", "0"])
+    (fault,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert (fault["id"], fault["kind"], fault["reason"]) == (
+        1,
+        "cannot be read",
+        "it cannot be read: RuntimeError: it is odd",
+    )
 
 
 @pytest.mark.parametrize("name", ["lines.json", "indented.json"])
