@@ -9,7 +9,10 @@ from rsa_megatron.data.sources.record import Unusable
 
 # Beside a caption these say that the record is a question with its answer, and that its text is no caption.
 _TASK_WORDS = {"question", "questions", "answer", "answers"}
-_TASK_FIELDS = ("label", "prompt", "query", "instruction", "choices")
+TASK_FIELDS = {
+    *("question_id", "question", "questions", "query", "queries", "prompt", "prompts", "instruction", "instructions"),
+    *("answer", "answers", "response", "responses", "choices", "options", "label", "labels"),
+}
 
 
 def check_no_task(fields: dict, caption: str) -> None:
@@ -18,7 +21,8 @@ def check_no_task(fields: dict, caption: str) -> None:
     tasks = [
         name
         for name in fields
-        if name in _TASK_FIELDS or (words[name] & _TASK_WORDS and not words[name] & {"num", "number", "count", "has"})
+        if str(name).lower() in TASK_FIELDS
+        or (words[name] & _TASK_WORDS and not words[name] & {"num", "number", "count", "has"})
     ]
     if caption.startswith("caption") and isinstance(fields.get("label"), Number):  # the number of a class
         tasks = [name for name in tasks if name != "label"]

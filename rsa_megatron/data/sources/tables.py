@@ -24,6 +24,7 @@ from pathlib import Path
 from rsa_megatron.data.field_values import is_absent
 from rsa_megatron.data.image_references import list_references
 from rsa_megatron.data.media_names import FILE_FIELDS, IMAGE_FIELDS, find_unread, may_name_medium
+from rsa_megatron.data.record_checks import TASK_FIELDS
 from rsa_megatron.data.records import CAPTION_FIELDS, CONVERSATION_FIELDS, read_caption
 from rsa_megatron.data.sources.coco import WRONG_NUMBER_OF_IMAGES, FoundPairs, describe_fault
 from rsa_megatron.data.sources.compressed import open_bytes
@@ -36,11 +37,6 @@ from rsa_megatron.data.sources.row_choice import RowChoice
 _CAPTIONS = (*CONVERSATION_FIELDS, *CAPTION_FIELDS)
 # In a row the first that is filled counts, as in a record.
 _IMAGES = (*IMAGE_FIELDS, *FILE_FIELDS)
-# A row in which such a column is filled asks for an answer or a class: a "comment" or "text" beside it is no caption.
-_TASKS = {
-    *("question_id", "question", "questions", "query", "queries", "prompt", "prompts", "instruction", "instructions"),
-    *("answer", "answers", "response", "responses", "choices", "options", "label", "labels"),
-}
 # Characters of a field. csv's own limit of 131,072 is below some pages' descriptions; an unpaired
 # quotation mark would make one field of the rest of the file.
 _LONGEST_FIELD = 1 << 24
@@ -53,7 +49,7 @@ class _Roles:
     caption: str
     #: those that may name the image
     images: list[str]
-    #: those beside which the caption is none
+    #: those beside which, where a row fills them, a "comment" or "text" is no caption
     tasks: list[str]
     #: those that may name a medium which is not read
     others: list[str]
@@ -65,7 +61,7 @@ class _Roles:
         roles = cls(
             next((name for name in _CAPTIONS if name in own), None),
             [name for name in _IMAGES if name in own],
-            [name for name in own if name.lower() in _TASKS],
+            [name for name in own if name.lower() in TASK_FIELDS],
             others,
         )
         theirs = f"its columns are {', '.join(table.columns)}; rename the one that has them"
@@ -181,7 +177,7 @@ def _open_parquet(path: Path, name: str, root: Path | None) -> Table:
         from rsa_megatron.data.sources.pair_parquet import open_parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return open_parquet(path, name, root, {*_CAPTIONS, *_IMAGES, *_TASKS, "language", "split", "id"})
+    return open_parquet(path, name, root, {*_CAPTIONS, *_IMAGES, *TASK_FIELDS, "language", "split", "id"})
 
 
 def holds_conversations(path: Path) -> bool:
