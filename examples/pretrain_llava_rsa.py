@@ -42,12 +42,12 @@ from rsa_megatron.training.train_step import forward_step
 def main():
     rsa = RSAPlugin()
     args = parse(rsa)
+    if "RANK" not in os.environ and not args.dry_run:
+        end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     architecture = architecture_of(args)
     print_once(format_run(args, rsa.config, architecture))
     if args.dry_run:
         return
-    if "RANK" not in os.environ:
-        end_with(ValueError("start it with torchrun: torchrun --nproc-per-node 1 examples/pretrain_llava_rsa.py ..."))
     if nothing_left := explain_nothing_left(args):
         return print_once(nothing_left)
     end_with_launcher()

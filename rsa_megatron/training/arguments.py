@@ -6,6 +6,7 @@ Nothing here trains. Every mistake that can be seen before the model is built en
 import argparse
 import dataclasses
 import functools
+import math
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -86,6 +87,7 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
     """Megatron's parse_and_validate_args; what it does not survive is a ValueError, and a dry run writes no file."""
     try:
         args = parse_args(extra_args_provider)
+        check_batch(args)
         validate_args(args)
         # Megatron's configs have checks of their own, which would end in a traceback on every rank.
         core_transformer_config_from_args(args)
@@ -114,7 +116,7 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
 def end_with(error: Exception) -> NoReturn:
     """End the run with one line for a mistake that every rank finds."""
     # Some of Megatron's assertions have no text: their own line says what was wrong.
-    exit_with_error(str(error) or traceback.extract_tb(error.__traceback__)[-1].line)
+    exit_with_error(" ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line)
 
 
 def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
@@ -129,9 +131,11 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     add_flags(parser)
     rsa.add_arguments(parser)
     console.shorten_help(parser, ours={group.title for group in parser._action_groups} - of_megatron)
-    known, _ = parser.parse_known_args()
-    set_default_tokenizer(parser, known)
+    known, unknown = parser.parse_known_args()
+    if unknown:  # before what may follow from it
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     architecture = find_architecture(known.model)
+    set_default_tokenizer(parser, known)
     settings = settings or recipe(known.model, known.stage)
     parser.set_defaults(
         **architecture.megatron_defaults(),
@@ -196,6 +200,29 @@ def check_arguments(args) -> None:
             "folder that --save or hf-to-megatron has written"
         )
     check_model(args)
+
+
+def check_batch(args) -> None:
+    """Check that ranks and batch can be divided; before Megatron's checks, which name values that nobody has set."""
+    sizes = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+    }
+    num_divided = math.prod(sizes.values())
+    if args.world_size % num_divided:
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{args.world_size} process(es) cannot be divided by {product}: start a multiple of {num_divided}"
+        )
+    data_parallel_size = args.world_size // num_divided
+    if not args.global_batch_size or not args.micro_batch_size or args.decrease_batch_size_if_needed:
+        return
+    if args.global_batch_size % (args.micro_batch_size * data_parallel_size):
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x DP "
+            f"{data_parallel_size}: change one of the three"
+        )
 
 
 def check_parallelism(args) -> None:

@@ -110,7 +110,7 @@ def _explain_rest() -> str:
     args = training.get_args()
     if not args.save:
         return "nothing was saved, as there is no --save"
-    return "the same command goes on" if args.load == args.save else f"to go on, add --load {args.save}"
+    return "the same command resumes" if args.load == args.save else f"to go on, add --load {args.save}"
 
 
 def _with_place_shown(save):

@@ -212,8 +212,11 @@ def explain_nothing_left(args) -> str | None:
     """
     if args.skip_train or args.step_batch_size_schedule:  # with which the number of iterations is not known yet
         return None
-    start, count = find_start(args), args.train_iters or (args.train_samples or 0) // args.global_batch_size
-    if start is None or start < count or "finished" not in run_of(args.save):
+    start = find_start(args)
+    if start is None and args.load != args.save and not args.finetune and (reached := read_tracker(args.load)):
+        start = args.ckpt_step or (int(reached) if reached.isdecimal() else None)
+    count = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    if start is None or start < count or "finished" not in run_of(args.load):
         return None
     return (
         f"--load {args.load}: its run has come to its end at iteration {start}, and this one has {count}: nothing is left to "

@@ -125,7 +125,7 @@ BAD_FLAGS = [
         "error: --tensor-model-parallel-size 2 does not divide the decoder's query groups, 1",
     ),
     ([*PP, "--num-virtual-stages-per-pipeline-rank", 4], "error: --pipeline-model-parallel-size 2 with 4 chunk"),
-    (["--tensor-model-parallel-size", 3], "error: world size .* is not divisible by total_model_size"),
+    (["--tensor-model-parallel-size", 3], "error: 2 process.es. cannot be divided by TP 3: start a multiple of 3"),
     ([*TP, "--sequence-parallel", "--seq-length", 127], "error: --seq-length 127 must be a multiple of .* 2"),
     (["--transformer-impl", "transformer_engine"], "Transformer Engine is not installed"),
     (["--rsa-weight", "-1"], "error: --rsa-weight must be 0 or more, not -1.0"),

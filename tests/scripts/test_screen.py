@@ -60,7 +60,7 @@ def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_chec
     assert "SIGINT: the run ends after this iteration, with a checkpoint in " in said
     stopped_at = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert f"checkpoint of iteration {stopped_at} is in {save}\n" in said and stopped_at < 500
-    assert "stopped by SIGINT; the same command goes on\n" in said and "KeyboardInterrupt" not in said
+    assert "stopped by SIGINT; the same command resumes\n" in said and "KeyboardInterrupt" not in said
     assert not list(save.glob("run.lock"))
     # What is not shown is in the log.
     log = (save / "logs" / "rank-0.log").read_text()
