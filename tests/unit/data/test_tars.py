@@ -90,10 +90,11 @@ def test_a_medium_that_is_not_read_leaves_the_sample_out_by_name(encoder, demo, 
     assert list(tars.read(folder, encoder, 2)) == ["good"]
     (line,) = {record.message for record in caplog.records if record.message.startswith("skipped sample bad ")}
     assert f"it has media that are not read, {named}: rename or convert" in line and "part_filter: [json" in line
-    # show gives the same line, and measure counts the sample by it.
-    with pytest.raises(SystemExit, match="error: skipped sample bad .*not read") as shown:
-        main(["show", str(folder), "--tokenizer", str(demo / "tokenizer"), "--part", "val"])
-    assert str(shown.value) == f"error: {line}"
+    # show gives the same line (of one of each kind: it takes two seconds), and measure counts the sample by it.
+    if named in (".heic", ".img"):
+        with pytest.raises(SystemExit, match="error: skipped sample bad .*not read") as shown:
+            main(["show", str(folder), "--tokenizer", str(demo / "tokenizer"), "--part", "val"])
+        assert str(shown.value) == f"error: {line}"
     if named != ".img":  # whose bytes alone say what it is
         assert open_pairs(folder).left_out == {f"that cannot be used (medium not read: part {named})": 1}
     # The remedy that it names.
