@@ -54,18 +54,8 @@ class StoredTensor:
             return file.get_slice(self.name)[rows]
 
 
-@dataclass(frozen=True)
-class PickledTensor:
+class PickledTensor(StoredTensor):
     """A tensor of a .bin file."""
-
-    file: Path
-    name: str
-    shape: Shape
-    dtype: torch.dtype
-
-    @property
-    def source(self) -> str:
-        return f"{self.file}, tensor {self.name}"
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         return _load_pickle(self.file)[self.name][rows].clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ redirected.
 
     first rank   our lines, `error:` lines           screen and log
     last rank    Megatron's line of an iteration     screen and log
-    every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save only kept at a traceback
+    every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save a temporary file
 
 An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log.
 """
@@ -25,9 +25,10 @@ from typing import IO
 
 #: file descriptors that were standard output and error, once these lead into the log
 _screen: tuple[int, int] | None = None
-#: where these lead: without a name until there is a --save
+#: where these lead: a file without a name until the run is known to begin, or fails
 _log: IO[bytes] | None = None
 
+#: whether an exception ended this process: then a temporary log stays
 _has_failed = False
 
 #: Seconds that a rank which lost another one leaves it to say why.

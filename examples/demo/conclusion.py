@@ -1,21 +1,20 @@
 """What `make demo` says at its end: what it showed, where the results are, what to type next."""
 
-import json
 from pathlib import Path
 
-SCORES = ("mutual-knn validation", "lm loss validation")
+from rsa_megatron.plots.training_figures import read_figures
 
 
 def format_conclusion(out: Path, data: Path) -> str:
     """Format the scores before and after both runs, and the next commands."""
-    (with_rsa, without), before = (
-        (read_scores(out / run)[-1] for run in ("stage1", "without-rsa")),
-        read_scores(out / "stage1")[0],
-    )
-    chance = before["mutual-knn chance validation"]
+    with_rsa, without = (read_figures(out / run / "metrics.jsonl") for run in ("stage1", "without-rsa"))
+    names = {
+        "mutual-knn": f"mutual-kNN (chance {_get_last(with_rsa['chance']):.3f})",
+        "validation lm loss": "LM loss, nats per token",
+    }
     rows = [
-        f"    {name:<34}{before[key]:>8.3f}{with_rsa[key]:>10.3f}{without[key]:>9.3f}"
-        for name, key in zip((f"mutual-kNN (chance {chance:.3f})", "LM loss, nats per token"), SCORES)
+        f"    {name:<34}{with_rsa[figure][0]:>8.3f}{_get_last(with_rsa[figure]):>10.3f}{_get_last(without[figure]):>9.3f}"
+        for figure, name in names.items()
     ]
     model = out / "stage1" / "exported"
     return "\n".join(
@@ -33,11 +32,5 @@ def format_conclusion(out: Path, data: Path) -> str:
     )
 
 
-def read_scores(run: Path) -> list[dict]:
-    """Return the evaluations of a run, each of whose scores stands in one line, the one before training first."""
-    found: dict[int, dict] = {}
-    for text in (run / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if any(name in line for name in SCORES):
-            found.setdefault(line["iteration"], {}).update(line)
-    return [found[iteration] for iteration in sorted(found)]
+def _get_last(values: dict[int, float]) -> float:
+    return values[max(values)]

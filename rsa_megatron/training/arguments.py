@@ -41,6 +41,7 @@ from rsa_megatron.training.run_folder import (
     is_same_folder,
     take_weights_of_another_stage,
 )
+from rsa_megatron.training.run_summary import get_parallel_sizes
 from rsa_megatron.training.schedule import settle_schedule
 
 
@@ -204,11 +205,7 @@ def check_arguments(args) -> None:
 
 def check_batch(args) -> None:
     """Check that ranks and batch can be divided; before Megatron's checks, which name values that nobody has set."""
-    sizes = {
-        "TP": args.tensor_model_parallel_size,
-        "PP": args.pipeline_model_parallel_size,
-        "CP": args.context_parallel_size,
-    }
+    sizes = get_parallel_sizes(args)
     num_divided = math.prod(sizes.values())
     if args.world_size % num_divided:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)

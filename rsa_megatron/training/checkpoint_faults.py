@@ -9,6 +9,8 @@ from megatron.training import get_args, training
 
 from rsa_megatron.screen import Explained
 
+TRACKER = "latest_checkpointed_iteration.txt"
+
 
 def explain_faults() -> None:
     """Before pretrain(): training.py calls these by their names."""
@@ -40,7 +42,7 @@ def _explain_load(error: BaseException, _) -> str:
 
 def explain_unreadable(folder: str, error: BaseException) -> str:
     """Return the line for a checkpoint in `folder` that --load has failed on."""
-    failed = get_args().ckpt_step or int(Path(folder, "latest_checkpointed_iteration.txt").read_text())
+    failed = get_args().ckpt_step or int(Path(folder, TRACKER).read_text())
     others = [str(iteration) for iteration in list_checkpoints(folder) if iteration != failed]
     others = f"; --ckpt-step takes another (there are {', '.join(others)})" if others else ""
     return f"--load {folder}: its checkpoint cannot be loaded ({_find_reason(error)}){others}"
@@ -48,7 +50,7 @@ def explain_unreadable(folder: str, error: BaseException) -> str:
 
 def _explain_save(error: BaseException, arguments: tuple) -> str:
     args, iteration = get_args(), arguments[0]
-    tracker = Path(args.save, "latest_checkpointed_iteration.txt")
+    tracker = Path(args.save, TRACKER)
     reached = tracker.read_text().strip() if tracker.is_file() else None
     whole = f"that of iteration {reached} is whole" if reached else "there is no other"
     free = shutil.disk_usage(args.save).free / 1e9  # what a process that writes has met does not always come here

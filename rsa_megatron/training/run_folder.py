@@ -21,9 +21,7 @@ from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
-from rsa_megatron.training.checkpoint_faults import list_checkpoints
-
-TRACKER = "latest_checkpointed_iteration.txt"
+from rsa_megatron.training.checkpoint_faults import TRACKER, list_checkpoints
 
 
 def take_weights_of_another_stage(args) -> str | None:

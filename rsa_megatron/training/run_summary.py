@@ -23,18 +23,22 @@ def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
     )
 
 
+def get_parallel_sizes(args) -> dict[str, int]:
+    """Return over how many ranks a model is split, by the field's name of each way."""
+    return {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+    }
+
+
 def _format_precision(args) -> str:
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
 def _format_layout(args) -> str:
-    sizes = {
-        "TP": args.tensor_model_parallel_size,
-        "PP": args.pipeline_model_parallel_size,
-        "CP": args.context_parallel_size,
-    }
     parts = [f"{args.world_size} rank(s), DP {args.data_parallel_size}"]
-    parts += [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    parts += [f"{name} {size}" for name, size in get_parallel_sizes(args).items() if size > 1]
     parts += ["sequence parallel"] * args.sequence_parallel
     parts += ["distributed optimizer"] * args.use_distributed_optimizer
     parts += [f"recompute {args.recompute_granularity}"] * bool(args.recompute_granularity)
