@@ -1,6 +1,7 @@
 """What a batch holds: the contract between data/, which makes it, and hooks/ and training/, which train on it.
 
-Shapes: B samples, S text positions (an image is one position), T image tiles in the whole batch.
+Shapes: B rows, n samples (B of them, or those packed into one row), S text positions (an image is one position), T image tiles in
+the whole batch.
 """
 
 from dataclasses import dataclass
@@ -12,19 +13,24 @@ from torch import Tensor
 class RSASamples:
     """What the RSA loss must know of a batch: which samples are selected, and where the caption and the image are. int64."""
 
-    #: 1 for a sample that is one image with its caption and may enter the kernels, [B]
+    #: 1 for a sample that is one image with its caption and may enter the kernels, [n]
     eligible: Tensor
-    #: 1 where the token AT this position is the caption's (not where it is the next one's label), [B, S]
+    #: 1 where the token AT this position is the caption's (not where it is the next one's label), [B, S]; in a packed row, [1, S],
+    #: s where it is the caption of sample s = 1 .. n
     caption_mask: Tensor
-    #: tiles of each sample, [B]; the tiles of sample 0 come first in LlavaBatch.images, then those of sample 1, ...
+    #: tiles of each sample, [n]; the tiles of sample 0 come first in LlavaBatch.images, then those of sample 1, ...
     num_tiles: Tensor
-    #: the same number for the same sample on every pipeline stage, [B]; non-negative
+    #: the same number for the same sample on every pipeline stage, [n]; non-negative
     sample_id: Tensor
 
 
 @dataclass
 class LlavaBatch:
-    """One micro-batch, as LLaVAModel.forward takes it."""
+    """One micro-batch, as LLaVAModel.forward takes it.
+
+    In a packed row (B = 1) each sample stands as a sequence of its own, with its last token, which is a label alone elsewhere: the
+    loss mask leaves that position out. (LLaVAModel drops the label of a token before an image, and a sample may begin with one.)
+    """
 
     #: token ids, [B, S] int64; the image token's id stands once for each image
     tokens: Tensor
@@ -40,13 +46,21 @@ class LlavaBatch:
     row_lengths: Tensor
     #: which samples enter the RSA loss
     rsa: RSASamples
-    #: where each sample comes from, B strings, for messages
+    #: where each sample comes from, n strings, for messages
     keys: list[str]
-    #: each sample's record as it is stored, B
+    #: each sample's record as it is stored, n
     records: list[dict]
     #: samples that were skipped since the batch before this one
     num_skipped: int = 0
     #: samples of this batch whose text was truncated to the longest sequence
     num_truncated: int = 0
+    #: positions of each sequence of a packed row in order, images spliced in, [m] int64: its samples, and behind each the copy of its
+    #: caption where there is one (--rsa-text-source caption); None where each row is one sample
+    sequence_lengths: Tensor | None = None
     #: Energon's key by which the batch can be rebuilt; Energon sets it
     __restore_key__: tuple = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are trained on; those that fill up the last batch of an epoch have no key."""
+        return sum(key != "" for key in self.keys)

@@ -45,6 +45,10 @@ class StepBatch:
     #: how many were skipped before them, and how many of them were cut, scalars, int64
     num_skipped: Tensor
     num_truncated: Tensor
+    #: how many samples the rows hold, a scalar, int64
+    num_samples: Tensor
+    #: positions of each sequence of a packed row, [m] int64; None where each row is one sample
+    sequence_lengths: Tensor | None
 
 
 def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> StepBatch:
@@ -53,12 +57,13 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
     batch = next(data_iterator) if tp_group.rank() == 0 else None
 
     def broadcast(dtype, *names):
-        tensors = batch and {name: torch.as_tensor(getattr(batch, name)) for name in names}
+        values = batch and {name: getattr(batch, name) for name in names}
+        tensors = values and {name: torch.as_tensor([] if value is None else value) for name, value in values.items()}
         return broadcast_tensors(names, tensors, dtype, tp_group)
 
-    integers = broadcast(
-        torch.int64, "tokens", "labels", "image_layouts", "row_lengths", "num_skipped", "num_truncated"
-    )
+    counts = ("num_skipped", "num_truncated", "num_samples")
+    integers = broadcast(torch.int64, "tokens", "labels", "image_layouts", "row_lengths", "sequence_lengths", *counts)
+    sequence_lengths = integers["sequence_lengths"]
     return StepBatch(
         images=broadcast(torch.float32, "images")["images"] if model.pre_process else None,
         tokens=integers["tokens"],
@@ -68,8 +73,8 @@ def get_batch(data_iterator: Iterator[LlavaBatch] | None, model: LLaVAModel) -> 
         row_lengths=integers["row_lengths"],
         num_positions=integers["row_lengths"].sum() / model.pg_collection.cp.size(),
         keys=batch.keys if batch else [],
-        num_skipped=integers["num_skipped"],
-        num_truncated=integers["num_truncated"],
+        **{name: integers[name] for name in counts},
+        sequence_lengths=sequence_lengths if len(sequence_lengths) else None,
     )
 
 
