@@ -8,7 +8,8 @@ redirected.
     last rank    Megatron's line of an iteration     screen and log
     every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save a temporary file
 
-An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log.
+An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log. So is a
+signal that comes while modules are imported.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -49,9 +51,14 @@ class Explained(Exception):
 
 
 def begin() -> None:
-    """Send what this process prints into a log from here on; not with --verbose, --help or --help-megatron."""
+    """Send what this process prints into a log from here on (not with --verbose), and let a signal end it in one line."""
     global _screen, _log
-    if _screen or not {"--verbose", "--help", "--help-megatron", "-h"}.isdisjoint(sys.argv):
+    if _screen:
+        return
+    # Of a background job of a script SIGINT is ignored, as it is by nobody else: torchrun sends it on, and waits.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_signal)
+    if "--verbose" in sys.argv:
         return
     _flush()
     _screen = os.dup(1), os.dup(2)
@@ -85,6 +92,14 @@ def is_redirected() -> bool:
     return _screen is not None
 
 
+def get_width() -> int:
+    """Return the columns of the screen; 80 where it is none."""
+    try:
+        return os.get_terminal_size(_screen[0] if _screen else 1).columns or 80
+    except OSError:
+        return 80
+
+
 def show(line: str) -> None:
     """Write a line on the screen, and into the log."""
     if _screen:
@@ -103,13 +118,16 @@ def show_last(line: str) -> None:
     torchrun ends with a report of its own, of some twenty lines: the line comes after it, from a process that waits for that.
     """
     _log_line(line, sys.stderr)
-    errors = _screen[1] if _screen else None
+    if _screen:
+        _write_last(_screen[1], line)
+
+
+def _write_last(descriptor: int, line: str) -> None:
     launcher = os.getppid()
     if _is_torchrun(launcher):
-        if errors is not None:
-            _write_after(launcher, errors, line)
-    elif errors is not None:
-        _write(errors, line)
+        _write_after(launcher, descriptor, line)
+    else:
+        _write(descriptor, line)
 
 
 def _is_torchrun(process: int) -> bool:
@@ -141,6 +159,17 @@ def _write_after(launcher: int, descriptor: int, line: str) -> None:
         os._exit(0)
 
 
+def _end_at_signal(number: int, frame) -> None:
+    """End this process by the signal that it has got, as it would without a handler, and say so.
+
+    Not by an exception: what is imported just then could catch it, or print it.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    if _is_first_to_fail():
+        _write_last(_screen[1] if _screen else 2, f"stopped by {signal.Signals(number).name}")
+    os.kill(os.getpid(), number)
+
+
 def _end_with_exception(kind: type, error: BaseException, trace) -> None:
     global _has_failed
     _has_failed = True
@@ -148,7 +177,7 @@ def _end_with_exception(kind: type, error: BaseException, trace) -> None:
         traceback.print_exception(kind, error, trace)
         _flush()
     if issubclass(kind, KeyboardInterrupt):
-        text = "stopped by Ctrl-C"
+        text = "stopped by SIGINT"
     else:
         said = " ".join(str(error).split())
         text = said if kind is Explained else f"{kind.__name__}{': ' * bool(said)}{said[:300]}"

@@ -26,6 +26,8 @@ def add_arguments(group) -> None:
 def shorten_help(parser, ours: set[str]) -> None:
     """Let --help print this project's flags alone, and --help-megatron all."""
     parser.usage = "torchrun [of torchrun] examples/pretrain_llava_rsa.py [flags of this script and of Megatron]"
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=screen.get_width() - 2)
+    parser.print_help = lambda file=None: print_once(parser.format_help())  # standard output is the log's by now
     everything = parser.format_help
     parser.add_argument(
         "--help-megatron", action=_PrintHelp, format_help=everything, help="print Megatron's flags too, and exit"
@@ -56,7 +58,7 @@ class _PrintHelp(argparse.Action):
         self.format_help = format_help
 
     def __call__(self, parser, *args):
-        print(self.format_help())
+        print_once(self.format_help())
         parser.exit()
 
 
@@ -76,7 +78,11 @@ def open_log(args) -> None:
 
 
 def end_at_signals(args) -> None:
-    """Right after Megatron has read the arguments: until training begins there is nothing to save, and a signal ends the run."""
+    """Right after Megatron has read the arguments: until training begins there is nothing to save, and a signal ends the run.
+
+    SIGINT by an exception, so that run.lock goes; the other at once, also where a rank waits for another.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(args.exit_signal, signal.SIG_DFL)
 
 
