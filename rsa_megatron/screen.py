@@ -8,8 +8,8 @@ redirected.
     last rank    Megatron's line of an iteration     screen and log
     every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save a temporary file
 
-An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log. So is a
-signal that comes while modules are imported.
+An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log. So is
+Ctrl-C while modules are imported.
 """
 
 import atexit
@@ -51,13 +51,12 @@ class Explained(Exception):
 
 
 def begin() -> None:
-    """Send what this process prints into a log from here on (not with --verbose), and let a signal end it in one line."""
+    """Send what this process prints into a log from here on (not with --verbose), and let Ctrl-C end it in one line."""
     global _screen, _log
     if _screen:
         return
-    # Of a background job of a script SIGINT is ignored, as it is by nobody else: torchrun sends it on, and waits.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_at_signal)
+    # Also where it is ignored, as in a background job of a script: torchrun sends it on all the same, and waits.
+    signal.signal(signal.SIGINT, _end_at_ctrl_c)
     if "--verbose" in sys.argv:
         return
     _flush()
@@ -159,14 +158,14 @@ def _write_after(launcher: int, descriptor: int, line: str) -> None:
         os._exit(0)
 
 
-def _end_at_signal(number: int, frame) -> None:
-    """End this process by the signal that it has got, as it would without a handler, and say so.
+def _end_at_ctrl_c(number: int, frame) -> None:
+    """End this process by the signal, as it would end without a handler, and say so.
 
     Not by an exception: what is imported just then could catch it, or print it.
     """
     signal.signal(number, signal.SIG_DFL)
     if _is_first_to_fail():
-        _write_last(_screen[1] if _screen else 2, f"stopped by {signal.Signals(number).name}")
+        _write_last(_screen[1] if _screen else 2, "stopped by SIGINT")
     os.kill(os.getpid(), number)
 
 

@@ -1,6 +1,6 @@
 """What a training run shows of Megatron's output, and how it ends at a signal: screen.py, applied to pretrain().
 
-Shown are Megatron's line of an iteration and of an evaluation, that a checkpoint was written, and why the program exits.
+Shown are Megatron's line of an iteration and of an evaluation, and why the program exits.
 """
 
 import argparse
@@ -92,7 +92,6 @@ def apply(args) -> None:
     training.train = handler.wrap(training.train)
     training.print_rank_last = _show_on_last_rank
     training.print_datetime = _with_reason_shown(training.print_datetime, handler)
-    training.save_checkpoint_and_time = _with_place_shown(training.save_checkpoint_and_time)
 
 
 def _show_on_last_rank(line: str) -> None:
@@ -117,19 +116,6 @@ def _explain_rest() -> str:
     if not args.save:
         return "nothing was saved, as there is no --save"
     return "the same command resumes" if args.load == args.save else f"to go on, add --load {args.save}"
-
-
-def _with_place_shown(save):
-    @functools.wraps(save)
-    def with_place_shown(iteration, *args, non_persistent_ckpt: bool = False, **kwargs):
-        result = save(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
-        settings = training.get_args()
-        if not non_persistent_ckpt:
-            is_written = "is being written to" if settings.async_save else "is in"
-            print_once(f"checkpoint of iteration {iteration} {is_written} {settings.save}")
-        return result
-
-    return with_place_shown
 
 
 class _SignalHandler:

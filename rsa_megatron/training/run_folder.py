@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.training import get_args, training
 from transformers import AutoTokenizer
 
 from rsa_megatron import atomic
@@ -220,26 +219,6 @@ def explain_nothing_left(args) -> str | None:
         f"--load {args.load}: its run has come to its end at iteration {start}, and this one has {count}: nothing is left to "
         "train, and nothing is written; to go on, raise --train-iters; to evaluate, add --skip-train"
     )
-
-
-def keep_loaded_checkpoint() -> None:
-    """Before pretrain(): a run that has not got beyond the checkpoint that it resumes does not write it again.
-
-    While it is written it would be no whole checkpoint, and it may be the only one.
-    """
-    save = training.save_checkpoint_and_time
-
-    @functools.wraps(save)
-    def save_what_is_new(iteration, *more, **options):
-        args = get_args()
-        if iteration == args.iteration == find_start(args):
-            print_once(
-                f"{args.save}: the checkpoint of iteration {iteration} is there already, and is not written again"
-            )
-        else:
-            save(iteration, *more, **options)
-
-    training.save_checkpoint_and_time = save_what_is_new
 
 
 def read_tracker(folder: str | None) -> str | None:

@@ -1,11 +1,14 @@
 """What a person sees of a training run under torchrun: few lines before the first iteration, one line at the end of a run that failed."""
 
+import contextlib
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,10 @@ def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_chec
         if re.search(r"iteration +2/", line):
             os.killpg(run.pid, signal.SIGINT)
             break
+    # torchrun sends a signal to each rank's group: from now on, while the checkpoint is written, to all that the ranks have started.
+    for helper in watch_children_of_ranks(run):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helper, signal.SIGINT)
     shown += list(run.stdout)
     assert run.wait(60) != 0
     first = next(index for index, line in enumerate(shown) if re.search(r"iteration +1/", line))
@@ -65,6 +72,20 @@ def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_chec
     # What is not shown is in the log.
     log = (save / "logs" / "rank-0.log").read_text()
     assert "tensor_model_parallel_size ...." in log and "tensor_model_parallel_size ...." not in said
+
+
+def watch_children_of_ranks(run: subprocess.Popen):
+    """Yield the processes that the ranks of a torchrun have started, again and again until there are no ranks any more."""
+    while ranks := children_of(run.pid):
+        yield from (child for rank in ranks for child in children_of(rank))
+        time.sleep(0.1)
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def test_an_error_is_the_last_line_once_and_no_log_is_left(start, tmp_path, monkeypatch):
