@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 from megatron.training import get_args, training
 
@@ -50,6 +51,7 @@ def _signals_kept_from_helpers(args) -> Iterator[None]:
     A terminal and torchrun send these to all of them: without its helpers a rank would have no checkpoint to end with. What a
     thread blocks, the processes that it starts do not get; what comes for this process meanwhile it gets afterwards.
     """
+    resource_tracker.ensure_running()  # which unblocks them as it starts
     signals = {signal.SIGINT, args.exit_signal}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

@@ -203,8 +203,9 @@ def test_a_frozen_language_model_without_a_checkpoint_is_warned_of(demo):
 
 
 def test_help_lists_our_flags_and_on_request_megatrons(demo):
-    (ours,) = script.run(1, demo, "--help")
+    ours, *others = script.run(2, demo, "--help")
     (everything,) = script.run(1, demo, "--help-megatron")
+    assert others == [""]  # once, not on each rank
     for flag in ("--image-aspect-ratio", "--rsa-weight", "--help-megatron"):
         assert flag in ours and flag in everything
     assert "--tensor-model-parallel-size" in everything and "--tensor-model-parallel-size" not in ours
