@@ -66,6 +66,21 @@ def format_table(args, architecture: Architecture) -> str:
     return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {trained:,} are trained"])
 
 
+def explain_warmup(args) -> list[str]:
+    """Return a line on what a log would have look like a fault: with a warm-up from 0 the first iteration has rate 0."""
+    length, warmup = (
+        (args.lr_decay_iters or args.train_iters, args.lr_warmup_iters)
+        if args.train_iters
+        else (args.lr_decay_samples or args.train_samples, args.lr_warmup_samples)
+    )
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * (length or 0)
+    if args.skip_train or not warmup or args.lr_warmup_init:
+        return []
+    unit = "iterations" if args.train_iters else "samples"
+    return [f"warm-up: the rates rise from 0 over {warmup:g} {unit}; iteration 1 has rate 0, and changes no weight"]
+
+
 class LearningRates:
     """The rates of one run, from its arguments to its optimizer and its log."""
 

@@ -8,6 +8,7 @@ without weights; and, while a run writes there, run.lock; and logs/, what each r
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
 from rsa_megatron.training.checkpoint_faults import TRACKER, list_checkpoints
+
+#: --save-interval of a run that writes its last checkpoint alone. (Megatron saves at the end what is not of an interval.)
+AT_THE_END = sys.maxsize
 
 
 def take_weights_of_another_stage(args) -> str | None:

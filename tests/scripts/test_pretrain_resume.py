@@ -249,7 +249,7 @@ def test_another_schedule_is_taken_where_it_is_plain_and_asked_about_where_not(d
             OVERRIDE,
         ),
         "--trainable was vision projector embeddings language there and is vision here": ("--trainable", "vision"),
-        "lr_warmup_steps < self.lr_decay_steps": (
+        "--lr-warmup-fraction 1.0: it is from 0 to below 1": (
             "--train-iters",
             6,
             "--lr-warmup-fraction",
