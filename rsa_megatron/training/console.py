@@ -91,6 +91,7 @@ def apply(args) -> None:
     handler = _SignalHandler(args)
     training.train = handler.wrap(training.train)
     training.print_rank_last = _show_on_last_rank
+    training.evaluate_and_print_results = _once_an_iteration(training.evaluate_and_print_results)
     training.print_datetime = _with_reason_shown(training.print_datetime, handler)
 
 
@@ -98,6 +99,20 @@ def _show_on_last_rank(line: str) -> None:
     if is_last_rank() and line.strip("-"):
         # Megatron gives every figure of a validation a perplexity, and only the LM loss has one.
         screen.show(re.sub(r"(?<=\| )(?!lm loss)[^|]* PPL: [^|]*\| ?", "", line))
+
+
+def _once_an_iteration(evaluate):
+    """Megatron evaluates once more at the end of training, also where --eval-interval has just had it done: to the same figures."""
+    done = None
+
+    @functools.wraps(evaluate)
+    def evaluate_once(prefix, forward_step, data, model, iteration, *args, **kwargs):
+        nonlocal done
+        if iteration != done:
+            evaluate(prefix, forward_step, data, model, iteration, *args, **kwargs)
+        done = iteration
+
+    return evaluate_once
 
 
 def _with_reason_shown(print_datetime, handler: "_SignalHandler"):
