@@ -215,9 +215,12 @@ def test_help_lists_our_flags_and_on_request_megatrons(demo):
 def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, tmp_path):
     def run(*flags):
         folder = tmp_path / "save"
-        return script.run(1, demo, "--train-iters", 1, "--save", folder, "--save-interval", 1, *flags)
+        return script.run(1, demo, "--train-iters", 1, "--save", folder, *flags)
 
-    run("--template", "qwen_1_5", "--rotary-base", 5000)
+    (said,) = run("--template", "qwen_1_5", "--rotary-base", 5000)
+    assert (
+        "/save, at the end alone (--save-interval N: every N iterations too)" in said
+    )  # and there it is to resume from
     hf = tmp_path / "save" / "hf"
     expected = dataclasses.replace(
         tiny.TINY, name="hf", decoder=dataclasses.replace(tiny.TINY.decoder, rotary_base=5000)
@@ -234,7 +237,5 @@ def test_what_an_export_needs_is_beside_the_checkpoints_and_of_this_model(demo, 
     backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", unk_token="[UNK]")
     tokenizer.save_pretrained(tmp_path / "full")
-    line = script.error_line(
-        1, demo, "--tokenizer-model", tmp_path / "full", "--save", tmp_path / "never", "--save-interval", 1
-    )
+    line = script.error_line(1, demo, "--tokenizer-model", tmp_path / "full", "--save", tmp_path / "never")
     assert "has 1025 ids (<video> added), the model 1024 word embeddings" in line

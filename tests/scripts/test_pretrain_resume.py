@@ -104,12 +104,14 @@ def scalars(folder, first):
 
 def test_a_finished_run_says_so_leaves_every_byte_and_evaluates_as_what_it_is(demo, tmp_path):
     """Its last checkpoint is not of an interval: Megatron would write it again, in its place."""
-    evaluation = ("--eval-iters", 1, "--mutual-knn-samples", 32)
+    evaluation = ("--eval-iters", 1, "--eval-interval", 3, "--mutual-knn-samples", 32)
     flags = ("--train-iters", 3, "--save-interval", 2, "--load", tmp_path / "run", *evaluation)
     saved = (*flags, "--save", tmp_path / "run")
     (first,) = script.run(1, demo, *saved)
     assert script.iterations([first]) and (tmp_path / "run" / "iter_0000003").is_dir()
     found = bytes_of(tmp_path / "run")
+    # Its last iteration is of an interval of evaluations: Megatron would evaluate twice.
+    assert found["metrics.jsonl"].count(b"lm loss validation") == first.count("validation loss at iteration 3") == 1
     for fewer in ((), ("--train-iters", 2)):
         again = script.run(2, demo, *saved, *fewer)
         assert re.search(
