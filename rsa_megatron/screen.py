@@ -57,6 +57,7 @@ def begin() -> None:
         return
     # Also where it is ignored, as in a background job of a script: torchrun sends it on all the same, and waits.
     signal.signal(signal.SIGINT, _end_at_ctrl_c)
+    sys.excepthook = _end_with_exception
     if "--verbose" in sys.argv:
         return
     _flush()
@@ -64,7 +65,6 @@ def begin() -> None:
     _log = tempfile.TemporaryFile("w+b")
     _redirect(_log)
     sys.stdout.reconfigure(line_buffering=True)
-    sys.excepthook = _end_with_exception
 
 
 def move_log(path: Path) -> None:
@@ -172,10 +172,14 @@ def _end_at_ctrl_c(number: int, frame) -> None:
 def _end_with_exception(kind: type, error: BaseException, trace) -> None:
     global _has_failed
     _has_failed = True
-    with contextlib.suppress(OSError):  # on a full disk the line is all that there can be
-        traceback.print_exception(kind, error, trace)
-        _flush()
-    if issubclass(kind, KeyboardInterrupt):
+    is_ctrl_c = issubclass(kind, KeyboardInterrupt)
+    if not _screen and not is_ctrl_c:  # --verbose
+        return sys.__excepthook__(kind, error, trace)
+    if _screen:
+        with contextlib.suppress(OSError):  # on a full disk the line is all that there can be
+            traceback.print_exception(kind, error, trace)
+            _flush()
+    if is_ctrl_c:
         text = "stopped by SIGINT"
     else:
         said = " ".join(str(error).split())

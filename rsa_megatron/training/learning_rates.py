@@ -8,6 +8,7 @@ for all parts: lr_part(step) / lr(step) is the same at every step.
 
 import dataclasses
 import functools
+import math
 
 import megatron.training.training
 from megatron.core.optimizer.optimizer_config import ParamKey
@@ -77,8 +78,8 @@ def explain_warmup(args) -> list[str]:
         warmup = args.lr_warmup_fraction * (length or 0)
     if args.skip_train or not warmup or args.lr_warmup_init:
         return []
-    unit = "iterations" if args.train_iters else "samples"
-    return [f"warm-up: the rates rise from 0 over {warmup:g} {unit}; iteration 1 has rate 0, and changes no weight"]
+    count, unit = math.ceil(warmup), "iteration" if args.train_iters else "sample"
+    return [f"warm-up of {count} {unit}{'s' * (count > 1)}: the rates begin at 0, and iteration 1 changes no weight"]
 
 
 class LearningRates:
