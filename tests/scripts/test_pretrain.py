@@ -52,13 +52,15 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     found = re.findall(
         r"mutual-knn@5 at iteration (\d+) \| mutual-knn value: ([\d.]+) \| (\d+) pairs.*chance ([\d.]+)", outputs[1]
     )
-    assert [(i, pairs, chance) for i, _, pairs, chance in found] == [(i, "64", "0.0794") for i in ("3", "6", "6")]
+    assert [(i, pairs, chance) for i, _, pairs, chance in found] == [
+        (i, "64", "0.0794") for i in ("3", "6")
+    ]  # the last one once
     assert all(0 < float(score) < 1 for _, score, *_ in found)
     events = EventAccumulator(str(tmp_path)).Reload()
     for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "skipped samples"):
         assert len(events.Scalars(name)) == 6
     for name in ("lm loss validation", "rsa loss validation", "mutual-knn validation"):
-        assert [event.step for event in events.Scalars(name)][:2] == [3, 6]
+        assert [event.step for event in events.Scalars(name)] == [3, 6]
     (written,) = tmp_path.rglob("*.wandb")
     for name in ("lm loss", "rsa loss", "rsa pairs", "rsa dist vision", "rsa dist text", "mutual-knn validation"):
         assert name.encode() in written.read_bytes()
