@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import script
+from tests.support import processes, script
 from tests.support.environment import ROOT
 
 FLAGS = (
@@ -82,6 +82,29 @@ def children_of(process: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
         return []
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_waits_for_its_end():
+    """After the last iteration no handler takes note; another thread than the one that saves may get the signal."""
+    assert processes.run(interrupt_what_is_held, 1) == [["written", "ended"]]
+
+
+def interrupt_what_is_held() -> list[str]:
+    import threading
+
+    from rsa_megatron.training.checkpoint_saving import hold_signals
+
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = []
+    try:
+        with hold_signals(signal.SIGTERM):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            found.append("written")
+    except KeyboardInterrupt:
+        found.append("ended")
+    return found
 
 
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "of a script's background job"])
