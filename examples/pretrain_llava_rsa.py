@@ -23,7 +23,7 @@ from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import end_with_launcher, print_once
 from rsa_megatron.training.alignment_scores import AlignmentScores, write_scores
 from rsa_megatron.training.arguments import architecture_of, end_with, parse
-from rsa_megatron.training.checkpoint_faults import explain_faults
+from rsa_megatron.training.checkpoint_saving import surround_checkpoints
 from rsa_megatron.training.learning_rates import LearningRates
 from rsa_megatron.training.metrics_file import write_metrics
 from rsa_megatron.training.mfu import Utilisation
@@ -31,7 +31,6 @@ from rsa_megatron.training.providers import datasets_provider, model_provider
 from rsa_megatron.training.run_folder import (
     RunFolder,
     explain_nothing_left,
-    keep_loaded_checkpoint,
     write_hugging_face_files,
     write_stage,
 )
@@ -54,7 +53,6 @@ def main():
     console.open_log(args)
     megatron_patches.repair()
     megatron_patches.repair_log()
-    keep_loaded_checkpoint()
     rates = LearningRates(args)
     rates.apply()
     utilisation = Utilisation(args, architecture)
@@ -62,7 +60,7 @@ def main():
     print_once(utilisation.description)
     write_metrics(args)
     console.apply(args)
-    explain_faults()
+    surround_checkpoints()
     with RunFolder(args, lambda: write_hugging_face_files(args, architecture), lambda: write_stage(args)) as folder:
         pretrain(
             pretrain_cfg_container_from_args(args),

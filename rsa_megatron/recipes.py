@@ -126,7 +126,7 @@ def demo_stage_1() -> dict:
         global_batch_size=32,
         use_distributed_optimizer=False,
         lr=1e-3,
-        eval_interval=80,  # at 80 and 160; Megatron evaluates once more at the end
+        eval_interval=80,  # at 80 and 160, and at the end
         eval_iters=5,
         log_interval=10,
         save_interval=100,

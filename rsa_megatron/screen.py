@@ -8,7 +8,8 @@ redirected.
     last rank    Megatron's line of an iteration     screen and log
     every rank   everything else, tracebacks         log: SAVE/logs/rank-N.log; without --save a temporary file
 
-An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log.
+An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log. So is
+Ctrl-C while modules are imported.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -49,16 +51,20 @@ class Explained(Exception):
 
 
 def begin() -> None:
-    """Send what this process prints into a log from here on; not with --verbose, --help or --help-megatron."""
+    """Send what this process prints into a log from here on (not with --verbose), and let Ctrl-C end it in one line."""
     global _screen, _log
-    if _screen or not {"--verbose", "--help", "--help-megatron", "-h"}.isdisjoint(sys.argv):
+    if _screen:
+        return
+    # Also where it is ignored, as in a background job of a script: torchrun sends it on all the same, and waits.
+    signal.signal(signal.SIGINT, _end_at_ctrl_c)
+    sys.excepthook = _end_with_exception
+    if "--verbose" in sys.argv:
         return
     _flush()
     _screen = os.dup(1), os.dup(2)
     _log = tempfile.TemporaryFile("w+b")
     _redirect(_log)
     sys.stdout.reconfigure(line_buffering=True)
-    sys.excepthook = _end_with_exception
 
 
 def move_log(path: Path) -> None:
@@ -85,6 +91,14 @@ def is_redirected() -> bool:
     return _screen is not None
 
 
+def get_width() -> int:
+    """Return the columns of the screen; 80 where it is none."""
+    try:
+        return os.get_terminal_size(_screen[0] if _screen else 1).columns or 80
+    except OSError:
+        return 80
+
+
 def show(line: str) -> None:
     """Write a line on the screen, and into the log."""
     if _screen:
@@ -103,13 +117,16 @@ def show_last(line: str) -> None:
     torchrun ends with a report of its own, of some twenty lines: the line comes after it, from a process that waits for that.
     """
     _log_line(line, sys.stderr)
-    errors = _screen[1] if _screen else None
+    if _screen:
+        _write_last(_screen[1], line)
+
+
+def _write_last(descriptor: int, line: str) -> None:
     launcher = os.getppid()
     if _is_torchrun(launcher):
-        if errors is not None:
-            _write_after(launcher, errors, line)
-    elif errors is not None:
-        _write(errors, line)
+        _write_after(launcher, descriptor, line)
+    else:
+        _write(descriptor, line)
 
 
 def _is_torchrun(process: int) -> bool:
@@ -141,14 +158,29 @@ def _write_after(launcher: int, descriptor: int, line: str) -> None:
         os._exit(0)
 
 
+def _end_at_ctrl_c(number: int, frame) -> None:
+    """End this process by the signal, as it would end without a handler, and say so.
+
+    Not by an exception: what is imported just then could catch it, or print it.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    if _is_first_to_fail():
+        _write_last(_screen[1] if _screen else 2, "stopped by SIGINT")
+    os.kill(os.getpid(), number)
+
+
 def _end_with_exception(kind: type, error: BaseException, trace) -> None:
     global _has_failed
     _has_failed = True
-    with contextlib.suppress(OSError):  # on a full disk the line is all that there can be
-        traceback.print_exception(kind, error, trace)
-        _flush()
-    if issubclass(kind, KeyboardInterrupt):
-        text = "stopped by Ctrl-C"
+    is_ctrl_c = issubclass(kind, KeyboardInterrupt)
+    if not _screen and not is_ctrl_c:  # --verbose
+        return sys.__excepthook__(kind, error, trace)
+    if _screen:
+        with contextlib.suppress(OSError):  # on a full disk the line is all that there can be
+            traceback.print_exception(kind, error, trace)
+            _flush()
+    if is_ctrl_c:
+        text = "stopped by SIGINT"
     else:
         said = " ".join(str(error).split())
         text = said if kind is Explained else f"{kind.__name__}{': ' * bool(said)}{said[:300]}"

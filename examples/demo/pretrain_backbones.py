@@ -23,9 +23,10 @@ from rsa_megatron.ranks import end_with_launcher
 from rsa_megatron.recipes import demo_parts
 from rsa_megatron.training import providers
 from rsa_megatron.training.arguments import parse
+from rsa_megatron.training.checkpoint_saving import surround_checkpoints
 from rsa_megatron.training.learning_rates import LearningRates
 from rsa_megatron.training.metrics_file import write_metrics
-from rsa_megatron.training.run_folder import RunFolder, keep_loaded_checkpoint
+from rsa_megatron.training.run_folder import RunFolder
 
 LABELS = scenes.all_labels()
 
@@ -35,7 +36,7 @@ def main():
     args = parse(rsa, settings=demo_parts())
     end_with_launcher()
     megatron_patches.repair()
-    keep_loaded_checkpoint()
+    surround_checkpoints()
     LearningRates(args).apply()
     write_metrics(args)
     with RunFolder(args) as folder:

@@ -54,8 +54,23 @@ class DataLayout:
         "micro_batch_size": "--micro-batch-size",
         "shuffle_buffer_size": "--shuffle-buffer-size",
         "one_epoch": "iterations of a single pass over the data (by --global-batch-size and --drop-last; 0: a run of --train-iters)",
-        "data_fingerprint": "the shards behind --data-path, with the fingerprint",
     }
+
+    def check_same_data(self, then: dict, path_then: str | None, path: str) -> None:
+        """Raise ValueError where a position was saved in other data than that behind `path`, naming both.
+
+        Args:
+            path_then: that of the data when it was saved; None where that is not known (of an earlier version).
+        """
+        if then["data_fingerprint"] == self.data_fingerprint:
+            return
+        if path_then == path:
+            fault, remedy = f"--data-path {path}: its shards are others than when the run read them", "restore them"
+        else:
+            there = path_then or f"other shards (fingerprint {then['data_fingerprint']})"
+            fault = f"--data-path {path}: the run that is resumed has read {there}"
+            remedy = f"set it back{f' to {path_then}' if path_then else ''}"
+        raise ValueError(f"{fault}; {remedy}, or pass --restart-data to read this data from its beginning")
 
     def check_same(self, then: dict, state_file: Path) -> None:
         """Raise ValueError unless a position saved with the layout `then` means the same samples here."""

@@ -70,6 +70,7 @@ class TrainLoader:
             one_epoch=one_epoch > 0,
             drop_last=drop_last,
         )
+        self._path = str(Path(path).resolve())
         self._task_encoder = task_encoder
         self._loader: SavableDataLoader = _isolate_workers(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
@@ -90,7 +91,7 @@ class TrainLoader:
     def save_state(self) -> dict:
         """Return the position; called by Megatron when it writes a checkpoint."""
         energon = None if self._ended else to_plain(self._loader.save_state_rank())
-        return {"layout": dataclasses.asdict(self.layout), "energon": energon}
+        return {"layout": dataclasses.asdict(self.layout), "data": self._path, "energon": energon}
 
     @keep_generators()
     def restore_state(self, state_file: Path) -> None:
@@ -100,6 +101,7 @@ class TrainLoader:
             ValueError: the file is of another layout.
         """
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
+        self.layout.check_same_data(state["layout"], state.get("data"), self._path)
         self.layout.check_same(state["layout"], state_file)
         self._ended = state["energon"] is None
         if not self._ended:
@@ -131,6 +133,12 @@ def count_epoch_iterations(
     of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]
     num_micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
     return min(of_rank) // num_micro_batches if drop_last else -(-max(of_rank) // num_micro_batches)
+
+
+def count_epoch_samples(path: str) -> int:
+    """Count the samples of one pass over the training split behind `path`, each as often as it is repeated."""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=1)
+    return _train_dataset(path, _Counter(), config, 1, None, one_epoch=True, drop_last=False).len_worker(0)
 
 
 class _Counter(DefaultTaskEncoder):

@@ -10,11 +10,13 @@ import re
 import sys
 from pathlib import Path
 
-from rsa_megatron import megatron_on_cpu, screen
-from rsa_megatron.ranks import exit_with_error
+from rsa_megatron import screen
 
 if sys.argv[:1] == ["-m"]:  # python -m rsa_megatron.training imports this before the script, and with it what warns
     screen.begin()
+
+from rsa_megatron import megatron_on_cpu  # isort: skip  # both import torch, which takes seconds
+from rsa_megatron.ranks import exit_with_error  # isort: skip
 
 
 def find_megatron() -> tuple[str, str]:

@@ -6,7 +6,7 @@ Nothing here trains. Every mistake that can be seen before the model is built en
 import argparse
 import dataclasses
 import functools
-import math
+import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +31,7 @@ from rsa_megatron.recipes import recipe
 from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu
 from rsa_megatron.training.data_arguments import check_data_path, explain_lone_pairs, set_one_epoch
 from rsa_megatron.training.embedding_arguments import set_image_embeddings
-from rsa_megatron.training.flag_checks import check_flags, explain
+from rsa_megatron.training.flag_checks import check_flags
 from rsa_megatron.training.own_flags import add_flags
 from rsa_megatron.training.run_folder import (
     TRACKER,
@@ -41,8 +41,9 @@ from rsa_megatron.training.run_folder import (
     is_same_folder,
     take_weights_of_another_stage,
 )
-from rsa_megatron.training.run_summary import get_parallel_sizes
 from rsa_megatron.training.schedule import settle_schedule
+from rsa_megatron.training.unknown_flags import explain_unknown
+from rsa_megatron.training.value_checks import check_length, check_values
 
 
 def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = True):
@@ -64,6 +65,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         if reads_data:
             check_data_path(args, rsa.config.weight)
         set_one_epoch(args)
+        check_length(args)
         schedule = settle_schedule(args)
     except (ValueError, AssertionError, OSError) as error:
         end_with(error)
@@ -88,7 +90,7 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
     """Megatron's parse_and_validate_args; what it does not survive is a ValueError, and a dry run writes no file."""
     try:
         args = parse_args(extra_args_provider)
-        check_batch(args)
+        check_values(args, architecture_of(args))
         validate_args(args)
         # Megatron's configs have checks of their own, which would end in a traceback on every rank.
         core_transformer_config_from_args(args)
@@ -124,7 +126,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     """Megatron's extra_args_provider."""
 
     def raise_value_error(message: str):
-        raise ValueError(explain(parser, message))
+        raise ValueError(message)
 
     parser.error = raise_value_error  # argparse would print the usage of all of Megatron's flags, on every rank
     megatron_patches.repair_help(parser)
@@ -134,7 +136,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     console.shorten_help(parser, ours={group.title for group in parser._action_groups} - of_megatron)
     known, unknown = parser.parse_known_args()
     if unknown:  # before what may follow from it
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        raise ValueError(explain_unknown(parser, unknown, sys.argv[1:]))
     architecture = find_architecture(known.model)
     set_default_tokenizer(parser, known)
     settings = settings or recipe(known.model, known.stage)
@@ -176,6 +178,15 @@ def set_default_tokenizer(parser, known) -> None:
         raise ValueError("--tokenizer-model is missing: name a folder with a tokenizer in Hugging Face format")
     if not known.tokenizer_model:
         parser.set_defaults(tokenizer_model=str(found))
+    elif is_missing_folder(known.tokenizer_model):
+        raise ValueError(
+            f"--tokenizer-model {known.tokenizer_model}: there is no such folder; name one with a tokenizer in Hugging Face format"
+        )
+
+
+def is_missing_folder(name: str) -> bool:
+    """Return whether a name can only be a folder's, not one of the Hugging Face Hub, and there is none."""
+    return not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1)
 
 
 def check_arguments(args) -> None:
@@ -201,25 +212,6 @@ def check_arguments(args) -> None:
             "folder that --save or hf-to-megatron has written"
         )
     check_model(args)
-
-
-def check_batch(args) -> None:
-    """Check that ranks and batch can be divided; before Megatron's checks, which name values that nobody has set."""
-    sizes = get_parallel_sizes(args)
-    num_divided = math.prod(sizes.values())
-    if args.world_size % num_divided:
-        product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        raise ValueError(
-            f"{args.world_size} process(es) cannot be divided by {product}: start a multiple of {num_divided}"
-        )
-    data_parallel_size = args.world_size // num_divided
-    if not args.global_batch_size or not args.micro_batch_size or args.decrease_batch_size_if_needed:
-        return
-    if args.global_batch_size % (args.micro_batch_size * data_parallel_size):
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x DP "
-            f"{data_parallel_size}: change one of the three"
-        )
 
 
 def check_parallelism(args) -> None:

@@ -1,37 +1,30 @@
 """A checkpoint that cannot be read or written ends the run in one line with the remedy; the traceback is in the log."""
 
-import functools
+import contextlib
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from megatron.training import get_args, training
+from megatron.training import get_args
 
 from rsa_megatron.screen import Explained
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def explain_faults() -> None:
-    """Before pretrain(): training.py calls these by their names."""
-    training.load_checkpoint = _with_explanation(training.load_checkpoint, _explain_load)
-    training.save_checkpoint_and_time = _with_explanation(training.save_checkpoint_and_time, _explain_save)
+@contextlib.contextmanager
+def explained_by(explain: Callable[[BaseException], str]) -> Iterator[None]:
+    """Raise Explained, with the line that `explain` makes of it, for whatever reading or writing a checkpoint has met."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError, SystemExit, KeyboardInterrupt):
+        raise  # no fault of the checkpoint's
+    except BaseException as error:  # as torch's CheckpointException is
+        raise Explained(explain(error)) from error
 
 
-def _with_explanation(function, explain):
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (torch.OutOfMemoryError, torch.distributed.DistError, SystemExit, KeyboardInterrupt):
-            raise  # no fault of the checkpoint's
-        except BaseException as error:  # as torch's CheckpointException is
-            raise Explained(explain(error, args)) from error
-
-    return call
-
-
-def _explain_load(error: BaseException, _) -> str:
+def explain_load(error: BaseException) -> str:
     args = get_args()
     if list_checkpoints(args.load):
         return explain_unreadable(args.load, error)
@@ -48,8 +41,8 @@ def explain_unreadable(folder: str, error: BaseException) -> str:
     return f"--load {folder}: its checkpoint cannot be loaded ({_find_reason(error)}){others}"
 
 
-def _explain_save(error: BaseException, arguments: tuple) -> str:
-    args, iteration = get_args(), arguments[0]
+def explain_save(iteration: int, error: BaseException) -> str:
+    args = get_args()
     tracker = Path(args.save, TRACKER)
     reached = tracker.read_text().strip() if tracker.is_file() else None
     whole = f"that of iteration {reached} is whole" if reached else "there is no other"

@@ -1,6 +1,6 @@
 """What a training run shows of Megatron's output, and how it ends at a signal: screen.py, applied to pretrain().
 
-Shown are Megatron's line of an iteration and of an evaluation, that a checkpoint was written, and why the program exits.
+Shown are Megatron's line of an iteration and of an evaluation, and why the program exits.
 """
 
 import argparse
@@ -26,6 +26,8 @@ def add_arguments(group) -> None:
 def shorten_help(parser, ours: set[str]) -> None:
     """Let --help print this project's flags alone, and --help-megatron all."""
     parser.usage = "torchrun [of torchrun] examples/pretrain_llava_rsa.py [flags of this script and of Megatron]"
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=screen.get_width() - 2)
+    parser.print_help = lambda file=None: print_once(parser.format_help())  # standard output is the log's by now
     everything = parser.format_help
     parser.add_argument(
         "--help-megatron", action=_PrintHelp, format_help=everything, help="print Megatron's flags too, and exit"
@@ -56,7 +58,7 @@ class _PrintHelp(argparse.Action):
         self.format_help = format_help
 
     def __call__(self, parser, *args):
-        print(self.format_help())
+        print_once(self.format_help())
         parser.exit()
 
 
@@ -76,7 +78,11 @@ def open_log(args) -> None:
 
 
 def end_at_signals(args) -> None:
-    """Right after Megatron has read the arguments: until training begins there is nothing to save, and a signal ends the run."""
+    """Right after Megatron has read the arguments: until training begins there is nothing to save, and a signal ends the run.
+
+    SIGINT by an exception, so that run.lock goes; the other at once, also where a rank waits for another.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(args.exit_signal, signal.SIG_DFL)
 
 
@@ -85,14 +91,28 @@ def apply(args) -> None:
     handler = _SignalHandler(args)
     training.train = handler.wrap(training.train)
     training.print_rank_last = _show_on_last_rank
+    training.evaluate_and_print_results = _once_an_iteration(training.evaluate_and_print_results)
     training.print_datetime = _with_reason_shown(training.print_datetime, handler)
-    training.save_checkpoint_and_time = _with_place_shown(training.save_checkpoint_and_time)
 
 
 def _show_on_last_rank(line: str) -> None:
     if is_last_rank() and line.strip("-"):
         # Megatron gives every figure of a validation a perplexity, and only the LM loss has one.
         screen.show(re.sub(r"(?<=\| )(?!lm loss)[^|]* PPL: [^|]*\| ?", "", line))
+
+
+def _once_an_iteration(evaluate):
+    """Megatron evaluates once more at the end of training, also where --eval-interval has just had it done: to the same figures."""
+    done = None
+
+    @functools.wraps(evaluate)
+    def evaluate_once(prefix, forward_step, data, model, iteration, *args, **kwargs):
+        nonlocal done
+        if iteration != done:
+            evaluate(prefix, forward_step, data, model, iteration, *args, **kwargs)
+        done = iteration
+
+    return evaluate_once
 
 
 def _with_reason_shown(print_datetime, handler: "_SignalHandler"):
@@ -111,19 +131,6 @@ def _explain_rest() -> str:
     if not args.save:
         return "nothing was saved, as there is no --save"
     return "the same command resumes" if args.load == args.save else f"to go on, add --load {args.save}"
-
-
-def _with_place_shown(save):
-    @functools.wraps(save)
-    def with_place_shown(iteration, *args, non_persistent_ckpt: bool = False, **kwargs):
-        result = save(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
-        settings = training.get_args()
-        if not non_persistent_ckpt:
-            is_written = "is being written to" if settings.async_save else "is in"
-            print_once(f"checkpoint of iteration {iteration} {is_written} {settings.save}")
-        return result
-
-    return with_place_shown
 
 
 class _SignalHandler:

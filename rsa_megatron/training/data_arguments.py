@@ -5,7 +5,7 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from rsa_megatron.alignment.metrics import NEIGHBOUR_METRICS
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.data.dataset_checks import check_data, check_rsa_flags
-from rsa_megatron.data.loaders import count_epoch_iterations, explain_unread_validation
+from rsa_megatron.data.loaders import count_epoch_iterations, count_epoch_samples, explain_unread_validation
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.ranks import get_rank, print_once
 from rsa_megatron.training.embedding_arguments import image_embeddings
@@ -85,4 +85,13 @@ def set_one_epoch(args) -> None:
             f"--data-path {args.data_path[0]}: one pass over it does not fill a batch of {args.global_batch_size}; lower "
             "--global-batch-size or leave out --drop-last"
         )
-    print_once(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")
+    if get_rank() == 0:
+        print_once(f"one pass over the data: {_format_pass(args, count_epoch_samples(args.data_path[0]))}")
+
+
+def _format_pass(args, num_samples: int) -> str:
+    iterations = f"{args.train_iters} iteration{'s' * (args.train_iters > 1)}"
+    if args.drop_last:
+        num_read = args.train_iters * args.global_batch_size
+        return f"{num_read} of {num_samples} samples (--drop-last) in {iterations} of {args.global_batch_size}"
+    return f"{num_samples} samples in {iterations} of up to {args.global_batch_size}"

@@ -5,8 +5,6 @@ namespace. A launch script that names a flag with its default passes.
 """
 
 import argparse
-import difflib
-import re
 
 from rsa_megatron.training import ON_CPU
 
@@ -242,10 +240,3 @@ def is_changed(parser: argparse.ArgumentParser, args: argparse.Namespace, name: 
 def flag_of(parser: argparse.ArgumentParser, name: str) -> str:
     """Return the flag that sets an argument: of several, the first."""
     return next(action.option_strings[0] for action in parser._actions if action.dest == name)
-
-
-def explain(parser: argparse.ArgumentParser, message: str) -> str:
-    """Return argparse's message; where it does not know a flag, with those that are spelled like it."""
-    unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-    like = unknown and difflib.get_close_matches(unknown[1], parser._option_string_actions, n=1, cutoff=0.75)
-    return f"{message}; did you mean {like[0]}?" if like else message

@@ -8,6 +8,7 @@ for all parts: lr_part(step) / lr(step) is the same at every step.
 
 import dataclasses
 import functools
+import math
 
 import megatron.training.training
 from megatron.core.optimizer.optimizer_config import ParamKey
@@ -64,6 +65,21 @@ def format_table(args, architecture: Architecture) -> str:
         )
     trained = sum(totals[part] for part in rates)
     return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {trained:,} are trained"])
+
+
+def explain_warmup(args) -> list[str]:
+    """Return a line on what a log would have look like a fault: with a warm-up from 0 the first iteration has rate 0."""
+    length, warmup = (
+        (args.lr_decay_iters or args.train_iters, args.lr_warmup_iters)
+        if args.train_iters
+        else (args.lr_decay_samples or args.train_samples, args.lr_warmup_samples)
+    )
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * (length or 0)
+    if args.skip_train or not warmup or args.lr_warmup_init:
+        return []
+    count, unit = math.ceil(warmup), "iteration" if args.train_iters else "sample"
+    return [f"warm-up of {count} {unit}{'s' * (count > 1)}: the rates begin at 0, and iteration 1 changes no weight"]
 
 
 class LearningRates:

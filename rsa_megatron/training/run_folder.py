@@ -8,10 +8,10 @@ without weights; and, while a run writes there, run.lock; and logs/, what each r
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.training import get_args, training
 from transformers import AutoTokenizer
 
 from rsa_megatron import atomic
@@ -22,6 +22,9 @@ from rsa_megatron.models.hf_config import is_model_folder, read_architecture
 from rsa_megatron.models.hf_files import copy_model_files, write_chat_template, write_model_files
 from rsa_megatron.ranks import end_process, exit_with_error, get_rank, print_once, run_on_first_rank
 from rsa_megatron.training.checkpoint_faults import TRACKER, list_checkpoints
+
+#: --save-interval of a run that writes its last checkpoint alone. (Megatron saves at the end what is not of an interval.)
+AT_THE_END = sys.maxsize
 
 
 def take_weights_of_another_stage(args) -> str | None:
@@ -220,26 +223,6 @@ def explain_nothing_left(args) -> str | None:
         f"--load {args.load}: its run has come to its end at iteration {start}, and this one has {count}: nothing is left to "
         "train, and nothing is written; to go on, raise --train-iters; to evaluate, add --skip-train"
     )
-
-
-def keep_loaded_checkpoint() -> None:
-    """Before pretrain(): a run that has not got beyond the checkpoint that it resumes does not write it again.
-
-    While it is written it would be no whole checkpoint, and it may be the only one.
-    """
-    save = training.save_checkpoint_and_time
-
-    @functools.wraps(save)
-    def save_what_is_new(iteration, *more, **options):
-        args = get_args()
-        if iteration == args.iteration == find_start(args):
-            print_once(
-                f"{args.save}: the checkpoint of iteration {iteration} is there already, and is not written again"
-            )
-        else:
-            save(iteration, *more, **options)
-
-    training.save_checkpoint_and_time = save_what_is_new
 
 
 def read_tracker(folder: str | None) -> str | None:

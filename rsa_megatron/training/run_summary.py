@@ -3,6 +3,7 @@
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.training import learning_rates
+from rsa_megatron.training.run_folder import AT_THE_END
 
 
 def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
@@ -15,8 +16,10 @@ def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
             f"batch: micro-batch {args.micro_batch_size} x {_count_micro_batches(args)} x DP {args.data_parallel_size} = "
             f"{args.global_batch_size} samples; {_format_length(args)}",
             *([f"data: {args.data_path[0]}"] if args.data_path else []),
+            *([f"checkpoints: {_format_saving(args)}"] if args.save and not args.skip_train else []),
             f"RSA: {_format_rsa(args, rsa)}",
             learning_rates.format_table(args, architecture),
+            *learning_rates.explain_warmup(args),
             f"word embeddings: {architecture.vocab_size:,} rows, and {args.padded_vocab_size - architecture.vocab_size:,} of "
             "padding, not counted",
         ]
@@ -52,7 +55,15 @@ def _count_micro_batches(args) -> int:
 def _format_length(args) -> str:
     if args.skip_train:
         return "validation only"
-    return f"{args.train_iters} iterations" if args.train_iters else f"{args.train_samples} samples"
+    if args.train_samples:
+        return f"{args.train_samples} samples"
+    return f"{args.train_iters} iteration{'s' * (args.train_iters > 1)}"
+
+
+def _format_saving(args) -> str:
+    if args.save_interval == AT_THE_END:
+        return f"{args.save}, at the end alone (--save-interval N: every N iterations too)"
+    return f"{args.save}, every {args.save_interval} iterations and at the end"
 
 
 def _format_rsa(args, rsa: RSAConfig) -> str:

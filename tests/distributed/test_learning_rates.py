@@ -120,7 +120,10 @@ def test_rates_stand_in_the_table_and_in_the_log_as_they_decay(demo):
     (table,) = [output for output in outputs if "peak learning rate" in output]  # once, not on each rank
     rows = dict(re.findall(r"^(vision|projector|embeddings|language) +[\d,]+  (\S+) ", table, re.M))
     assert rows == {"vision": "0.004", "projector": "0.001", "embeddings": "frozen", "language": "0.001"}
+    warmup = "warm-up of 2 iterations: the rates begin at 0, and iteration 1 changes no weight"
+    assert sum(warmup in output for output in outputs) == 1
     figures = script.iterations(outputs)
+    assert float(figures[1]["vision lr"]) == 0
     # Megatron prints the rate of the step to come, ours is that of the step taken; its second line is the mean of two.
     for iteration in range(3, 9):
         previous = float(figures[iteration - 1]["learning rate"])

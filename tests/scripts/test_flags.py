@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import pytest
 
@@ -18,7 +19,7 @@ def refuse_each() -> dict:
     from megatron.training.arguments import add_megatron_arguments
 
     from rsa_megatron.plugin import RSAPlugin
-    from rsa_megatron.training import arguments, flag_checks
+    from rsa_megatron.training import arguments, flag_checks, unknown_flags
     from tests.support import tiny
 
     tiny.register()
@@ -44,6 +45,13 @@ def refuse_each() -> dict:
         "refused": [name for family in families for name in family.split()],
         "choices": list(flag_checks.CHOICES),
         "said": {name: refuse(name) for name in flags},
+        "not there": [
+            word
+            for name in unknown_flags.ELSEWHERE.values()
+            for word in re.findall(r"--[a-z-]+", name)
+            if word not in parser._option_string_actions and word != "--images"  # of rsa-megatron data pack
+        ],
+        "there": [name for name in unknown_flags.ELSEWHERE if name in parser._option_string_actions],
         "of one value": flag_checks.is_changed(parser, argparse.Namespace(cp_comm_type=["p2p"]), "cp_comm_type"),
     }
 
@@ -86,6 +94,10 @@ def test_what_is_refused_is_refused_in_one_line_and_nothing_else_is(found):
     assert not found["of one value"]
 
 
+def test_what_other_trainers_call_it_is_a_flag_here(found):
+    assert found["not there"] == [] and found["there"] == []
+
+
 GIVEN = [
     ("--num-experts 4", "--num-experts: the decoder has no experts; leave it out"),
     ("--mtp-num-layers 1", "--mtp-num-layers: the decoder predicts the next token alone; leave it out"),
@@ -110,13 +122,83 @@ GIVEN = [
     ("--num-layer 2", "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),
     ("--rsa-wieght 2", "unrecognized arguments: --rsa-wieght 2; did you mean --rsa-weight?"),
     ("--quite-another-thing", "unrecognized arguments: --quite-another-thing"),
+    # What other trainers call it.
+    ("--learning_rate 1e-4", "unrecognized arguments: --learning_rate 1e-4; did you mean --lr?"),
+    ("--learning-rate=1e-4", "unrecognized arguments: --learning-rate=1e-4; did you mean --lr?"),
+    ("--micro_batch_size 2", "unrecognized arguments: --micro_batch_size 2; did you mean --micro-batch-size?"),
+    (
+        "--gradient_accumulation_steps 2",
+        "unrecognized arguments: --gradient_accumulation_steps 2: here it is --global-batch-size (",
+    ),
+    (
+        "--output_dir out --no-such-thing --per_device_train_batch_size 2",
+        "unrecognized arguments: --output_dir out --no-such-thing --per_device_train_batch_size 2; --output_dir is --save here; "
+        "--per_device_train_batch_size is --micro-batch-size here",
+    ),
+    ("--bf16 True", "--bf16 takes no value, and True is one: it stands alone, or is left out to turn it off"),
+    ("out", "unrecognized arguments: out"),
+    # What Megatron's checks would say in names that nobody has typed, or not at all.
+    ("--log-interval 0", "--log-interval 0: it is 1 or more"),
+    ("--eval-interval 0", "--eval-interval 0: it is 1 or more; --eval-iters 0 turns evaluation off"),
+    ("--num-workers -1", "--num-workers -1: it is 0 or more"),
+    ("--hidden-dropout 2", "--hidden-dropout 2.0: it is from 0 to below 1"),
+    (
+        "--seq-length 161",
+        "--seq-length 161 is above the 160 positions of --model tiny (--max-position-embeddings): lower",
+    ),
+    ("--seq-length 160", ""),
+    ("--fp16 --bf16", "--fp16 and --bf16 exclude each other: leave one out"),
+    ("--min-lr 1", "--min-lr 1 is above --lr 0.001, from which the rate decays to it: lower it"),
+    (
+        "--lr-warmup-iters 6",
+        "--lr-warmup-iters 6 is not below the 6 iterations after which the learning rate has decayed",
+    ),
+    ("--lr-warmup-iters 5 --lr-decay-iters 5", "--lr-warmup-iters 5 is not below the 5 iterations "),
+    ("--lr-warmup-iters 5", ""),
+    ("--lr-warmup-iters 2 --lr-warmup-fraction 0.1", "--lr-warmup-fraction and --lr-warmup-iters exclude each other"),
+    (
+        "--lr-warmup-samples 3",
+        "--lr-warmup-samples does not go with a run that is counted in iterations: name --lr-warmup-iters",
+    ),
+    ("--train-samples 8", "--train-iters and --train-samples both say how long the run is: leave one out"),
+    ("--start-weight-decay 0.1", "--start-weight-decay needs --weight-decay-incr-style linear or cosine"),
+    (
+        "--weight-decay-incr-style linear",
+        "--weight-decay-incr-style linear needs --start-weight-decay and --end-weight",
+    ),
+    (
+        "--eval-global-batch-size 3",
+        "--eval-global-batch-size 3 is not a multiple of --eval-micro-batch-size 4 x DP 2: change",
+    ),
+    (
+        "--recompute-method uniform",
+        "--recompute-method uniform goes with --recompute-granularity full: add it, or leave",
+    ),
+    (
+        "--num-virtual-stages-per-pipeline-rank 2",
+        "--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel",
+    ),
+    (
+        "--pipeline-model-parallel-size 2 --num-layers 3",
+        "--pipeline-model-parallel-size 2 does not divide the decoder's 3",
+    ),
+    ("--tokenizer-model /nowhere", "--tokenizer-model /nowhere: there is no such folder; name one with a tokenizer in"),
+    ("--save /nowhere --save-interval -1", "--save-interval -1: it is 0 or more"),
+    (
+        "--save /nowhere --save-retain-interval 3",
+        "--save-retain-interval 3 is not a multiple of --save-interval (which is",
+    ),
+    ("--save /nowhere", ""),
     # What Megatron's own checks do not survive, and those of its configs.
     (
         "--bf16 --ddp-param-name-patterns-for-fp32-local-accumulation x",
         "Only need to explicitly specify param_name patterns",
     ),
-    ("--recompute-granularity full", "Using recompute_granularity: full so recompute_method must be"),
-    ("--tensor-model-parallel-size 0", "Megatron cannot use these flags: ZeroDivisionError: "),
+    (
+        "--recompute-granularity full",
+        "--recompute-granularity full needs --recompute-method and --recompute-num-layers",
+    ),
+    ("--num-attention-heads 0", "Megatron cannot use these flags: ZeroDivisionError: "),
     # The defaults, and what is so anyway.
     ("--normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear --moe-router-topk 2", ""),
     ("--use-mcore-models --no-create-attention-mask-in-dataloader --tokenizer-type HuggingFaceTokenizer", ""),

@@ -131,7 +131,7 @@ BAD_FLAGS = [
     (["--rsa-weight", "-1"], "error: --rsa-weight must be 0 or more, not -1.0"),
     (["--mutual-knn-layers=-1:-1,2"], "error: argument --mutual-knn-layers: -1:-1,2 is no list of VISION:TEXT layers"),
     (["--mutual-knn-layers=-1:9"], "error: --mutual-knn-layers 9: it has 4 layers; 0 is what goes into the first"),
-    (["--micro-batch-size", 0], "error: .*micro_batch_size"),
+    (["--micro-batch-size", 0], "error: --micro-batch-size 0: it is 1 or more"),
     (["--data-path", "one", "two"], "error: --data-path takes one data set, not 2: name a mixture"),
     (["--full-validation"], "error: --full-validation: it does not go with this script's data"),
     (["--context-parallel-size", 2], "error: --context-parallel-size above 1 needs Transformer Engine"),

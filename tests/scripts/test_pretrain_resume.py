@@ -47,7 +47,7 @@ def test_a_killed_run_resumes_to_the_last_digit(demo, tmp_path):
         {line for line in validation_lines(outputs) if int(re.search(r"iteration (\d+)", line)[1]) >= first}
         for outputs in (uninterrupted, resumed)
     )
-    assert len(actual) > 3 * len({i for i in range(first, 25) if i % 4 == 0}) and actual == expected
+    assert len(actual) == 3 * len({i for i in range(first, 25) if i % 4 == 0}) and actual == expected
     said = "an evaluation reads 48 of the 64 samples of the split val, each time the same; never read: 16 beyond --eval-iters"
     assert [output.count(said) for output in resumed] == [1, 0]
     expected, actual = (scalars(tmp_path / name, first) for name in "ab")
@@ -104,12 +104,14 @@ def scalars(folder, first):
 
 def test_a_finished_run_says_so_leaves_every_byte_and_evaluates_as_what_it_is(demo, tmp_path):
     """Its last checkpoint is not of an interval: Megatron would write it again, in its place."""
-    evaluation = ("--eval-iters", 1, "--mutual-knn-samples", 32)
+    evaluation = ("--eval-iters", 1, "--eval-interval", 3, "--mutual-knn-samples", 32)
     flags = ("--train-iters", 3, "--save-interval", 2, "--load", tmp_path / "run", *evaluation)
     saved = (*flags, "--save", tmp_path / "run")
     (first,) = script.run(1, demo, *saved)
     assert script.iterations([first]) and (tmp_path / "run" / "iter_0000003").is_dir()
     found = bytes_of(tmp_path / "run")
+    # Its last iteration is of an interval of evaluations: Megatron would evaluate twice.
+    assert found["metrics.jsonl"].count(b"lm loss validation") == first.count("validation loss at iteration 3") == 1
     for fewer in ((), ("--train-iters", 2)):
         again = script.run(2, demo, *saved, *fewer)
         assert re.search(
@@ -249,7 +251,7 @@ def test_another_schedule_is_taken_where_it_is_plain_and_asked_about_where_not(d
             OVERRIDE,
         ),
         "--trainable was vision projector embeddings language there and is vision here": ("--trainable", "vision"),
-        "lr_warmup_steps < self.lr_decay_steps": (
+        "--lr-warmup-fraction 1.0: it is from 0 to below 1": (
             "--train-iters",
             6,
             "--lr-warmup-fraction",

@@ -1,15 +1,18 @@
 """What a person sees of a training run under torchrun: few lines before the first iteration, one line at the end of a run that failed."""
 
+import contextlib
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from tests.support import script
+from tests.support import processes, script
 from tests.support.environment import ROOT
 
 FLAGS = (
@@ -40,9 +43,8 @@ def start(demo):
     return start
 
 
-def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_checkpoint(
-    start, tmp_path, preloaded_commands
-):
+def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_checkpoint(start, tmp_path):
+    """Under torchrun itself: what it sends to a rank's group reaches the processes that write the checkpoint."""
     save = tmp_path / "run"
     run = start(2, f"--train-iters 500 --save {save} --load {save}")
     shown = []
@@ -51,6 +53,14 @@ def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_chec
         if re.search(r"iteration +2/", line):
             os.killpg(run.pid, signal.SIGINT)
             break
+    reached = set()  # by a second one, while the checkpoint is written
+    while ranks := children_of(run.pid):
+        for helper in (child for rank in ranks for child in children_of(rank)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(helper, signal.SIGINT)
+                reached.add(helper)
+        time.sleep(0.1)
+    assert reached
     shown += list(run.stdout)
     assert run.wait(60) != 0
     first = next(index for index, line in enumerate(shown) if re.search(r"iteration +1/", line))
@@ -65,6 +75,54 @@ def test_a_run_shows_what_runs_and_each_iteration_and_ctrl_c_ends_it_with_a_chec
     # What is not shown is in the log.
     log = (save / "logs" / "rank-0.log").read_text()
     assert "tensor_model_parallel_size ...." in log and "tensor_model_parallel_size ...." not in said
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_waits_for_its_end():
+    """After the last iteration no handler takes note; another thread than the one that saves may get the signal."""
+    assert processes.run(interrupt_what_is_held, 1) == [["written", "ended"]]
+
+
+def interrupt_what_is_held() -> list[str]:
+    import threading
+
+    from rsa_megatron.training.checkpoint_saving import hold_signals
+
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = []
+    try:
+        with hold_signals(signal.SIGTERM):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            found.append("written")
+    except KeyboardInterrupt:
+        found.append("ended")
+    return found
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "of a script's background job"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(before):
+    """In the midst of torch's, which takes seconds; where SIGINT was ignored, it was not heeded."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "rsa_megatron.training", "--help"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, before),
+    )
+    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[0] == "stopped by SIGINT\n"
+    assert run.returncode == -signal.SIGINT  # a shell's 130
 
 
 def test_an_error_is_the_last_line_once_and_no_log_is_left(start, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def test_an_epoch_of_a_blend_ends_cleanly_with_its_last_partial_batch(demo, tmp_
         "qwen_1_5",
     )
     outputs = script.run(2, demo, *command, data=mixture, sabotage=print_keys)
-    assert "one pass over the data: 10 iterations of 32 samples" in outputs[0]
+    assert "one pass over the data: 312 samples in 10 iterations of up to 32" in outputs[0]
     assert list(script.iterations(outputs)) == list(range(1, 11))
     seen = [re.findall(r"^read (.*)$", output, re.M) for output in outputs]
     assert seen[0] == seen[1] and len(set(seen[0])) == len(seen[0]) == 144 + 60 + 60 + 48 == 312
@@ -197,7 +197,7 @@ def test_an_epoch_of_a_blend_ends_cleanly_with_its_last_partial_batch(demo, tmp_
     expected, actual = script.losses(outputs), script.losses(resumed)
     assert list(actual) == [6, 7, 8, 9, 10] and all(actual[i] == expected[i] for i in (6, 8, 9, 10))
     outputs = script.run(2, demo, *command[:-10], "--drop-last", data=mixture)
-    assert "one pass over the data: 9 iterations of 32 samples" in outputs[0]
+    assert "one pass over the data: 288 of 312 samples (--drop-last) in 9 iterations of 32" in outputs[0]
 
 
 def print_keys():

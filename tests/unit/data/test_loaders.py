@@ -46,7 +46,10 @@ def test_data_parallel_ranks_read_different_samples(demo, encoder):
         (dict(num_workers=2), "--num-workers = 0, this run has 2"),
         (dict(micro_batch_size=2), "--micro-batch-size = 4, this run has 2"),
         (dict(shuffle_buffer_size=3), "--shuffle-buffer-size = 20, this run has 3"),
-        (dict(kind="questions"), "the shards behind --data-path, with the fingerprint = "),
+        (
+            dict(kind="questions"),
+            r"^--data-path .*/questions: the run that is resumed has read .*/captions; set it back to .*/captions, or pass --restart-data",
+        ),
     ],
 )
 def test_another_layout_is_refused_with_the_remedy(demo, encoder, tmp_path, change, message):
@@ -55,6 +58,27 @@ def test_another_layout_is_refused_with_the_remedy(demo, encoder, tmp_path, chan
     save(loader, tmp_path / "state.pt")
     with pytest.raises(ValueError, match=message):
         train_loader(demo, encoder, **change).restore_state(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        (True, "^--data-path .*/captions: its shards are others than when the run read them; restore them, or pass "),
+        (False, r"has read other shards \(fingerprint of-before\); set it back, or pass --restart-data"),
+    ],
+    ids=["in the same folder", "of a version that kept no folder"],
+)
+def test_other_shards_are_refused_with_the_remedy(demo, encoder, tmp_path, known, message):
+    loader = train_loader(demo, encoder)
+    next(loader)
+    save(loader, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    state["dataloader_state_dict"]["layout"]["data_fingerprint"] = "of-before"
+    if not known:
+        del state["dataloader_state_dict"]["data"]
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=message):
+        train_loader(demo, encoder).restore_state(tmp_path / "state.pt")
 
 
 def test_a_state_file_cannot_run_code(demo, encoder, tmp_path):
