@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import re
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from rsa_megatron import atomic
 from rsa_megatron.cli.data_first_run import format_first_run
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, say_left_out, show
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.data.field_values import escape_surrogates, is_absent
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
@@ -43,18 +43,15 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what matters ends in skipped.jsonl
     warnings.filterwarnings("ignore", message="'pin_memory'")  # Energon asks for it on any machine
     warnings.filterwarnings("ignore", message="(?s).*is deprecated, use the default instead and set the sample_type")
-    try:
-        show(args) if args.command == "show" else make(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes from here")
+    if args.command == "show":
+        with report_errors(interrupted="interrupted"):
+            return show(args)
+    with report_errors(interrupted="interrupted; the same command resumes from here"):
+        make(args)
 
 
 def parse(arguments: list[str] | None):
-    parser = argparse.ArgumentParser(
-        prog="rsa-megatron data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="rsa-megatron data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("pack", "write Energon shards"),

@@ -14,9 +14,9 @@ the line and the key (exit status 2), and nothing is written.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.plots import style
 from rsa_megatron.plots.alignment import draw_bars, draw_heatmaps
 from rsa_megatron.plots.alignment_records import STAGES, Run, read_alignments, read_runs
@@ -29,19 +29,13 @@ MAIN_ARMS = ("with RSA", "without")
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    try:
-        with style.styled():
-            paths = style.save(args.draw(args), args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with report_errors(), style.styled():
+        paths = style.save(args.draw(args), args.out)
     print(f"figure: {', '.join(map(str, paths))}")
 
 
 def parse(arguments: list[str] | None):
-    parser = argparse.ArgumentParser(
-        prog="rsa-megatron plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="rsa-megatron plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     commands = {name: verbs.add_parser(name, help=function.__doc__) for name, function in VERBS.items()}
     for name, command in commands.items():
