@@ -72,6 +72,17 @@ def report_errors(
         sys.exit(INTERRUPTED)
 
 
+class ErrorExit(SystemExit):
+    """Ends the process with status ERROR; its text is the line that has been printed."""
+
+    def __init__(self, line: str):
+        super().__init__(ERROR)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
+
+
 def exit_with_error(message: str) -> NoReturn:
     """End the process with one line `error: ...`; of a rank as rsa_megatron/ranks.py does."""
     message = " ".join(message.split())
@@ -80,7 +91,7 @@ def exit_with_error(message: str) -> NoReturn:
 
         ranks.exit_with_error(message)
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(ERROR)
+    raise ErrorExit(f"error: {message}")
 
 
 def format_error(error: Exception) -> str:
