@@ -41,6 +41,7 @@ from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, 
 from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
 from rsa_megatron.evaluation.layer_scores import compute_cone_figures, find_common_samples, score_layers
 from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_store
+from rsa_megatron.models.folder_kinds import explain_checkpoint, explain_hf_folder
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -295,6 +296,8 @@ def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Back
     """Open the backbones of rows and columns."""
     if not args.checkpoint:
         return nullcontext(make_hugging_face_backbones(args))
+    if fault := explain_hf_folder("--checkpoint ", args.checkpoint, f"--model {args.checkpoint} measures it"):
+        raise ValueError(fault)
     from rsa_megatron.training.checkpoint_backbone import (
         checkpoint_backbones,  # loads Megatron, which nothing else here needs
     )
@@ -307,6 +310,8 @@ def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
     """Make the backbones; weights are read only if their features are not on disk."""
 
     def model(name: str) -> HFModel:
+        if fault := explain_checkpoint("", Path(name), measures=True):
+            raise ValueError(fault)
         return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])
 
     if args.model:
