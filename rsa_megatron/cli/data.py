@@ -133,6 +133,18 @@ def make(args) -> None:
         print(f"{args.out}: already complete")
         return
     unfinished = args.out.with_name(args.out.name + ".unfinished")
+    with atomic.explain_full_disk(unfinished, "make room, and the same command resumes from here"):
+        figures, num_shards = write_folder(args, source, held_out, unfinished, settings)
+    print(f"{args.out}: {format_summary(figures, num_shards)}")
+    print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
+    print(f"    RSA: {describe_rsa(args, figures)}")
+    path = args.out if args.command == "pack" else args.out / "mixture.yaml"
+    print(f"    train with --data-path {path}; a first run, to see that all fits together:")
+    print(format_first_run(path, figures.splits, takes_part=args.rsa))
+
+
+def write_folder(args, source: Source, held_out: set[int], unfinished: Path, settings: dict) -> tuple[Figures, int]:
+    """Write the folder, or what a killed run has left to write, and give it its name; return its figures and number of shards."""
     unfinished.mkdir(parents=True, exist_ok=True)
     atomic.remove_unfinished_files(unfinished)  # those of a killed run
     state = read_state(unfinished, settings)
@@ -150,17 +162,12 @@ def make(args) -> None:
     if args.command == "pack":
         index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)
     else:
-        index_lines(unfinished, image_root, rsa=args.rsa)
+        index_lines(unfinished, Path(settings["images"]), rsa=args.rsa)
     num_shards = len(list(unfinished.glob("*.tar")))
     write_summary(unfinished, settings, figures, num_shards)
     (unfinished / "state.json").unlink()
     unfinished.rename(args.out)
-    print(f"{args.out}: {format_summary(figures, num_shards)}")
-    print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
-    print(f"    RSA: {describe_rsa(args, figures)}")
-    path = args.out if args.command == "pack" else args.out / "mixture.yaml"
-    print(f"    train with --data-path {path}; a first run, to see that all fits together:")
-    print(format_first_run(path, figures.splits, takes_part=args.rsa))
+    return figures, num_shards
 
 
 def describe_rsa(args, figures: Figures) -> str:

@@ -1,6 +1,7 @@
 """`rsa-megatron realign transform`: rows to rows, or data to Energon shards whose images are embeddings."""
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -162,7 +163,9 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
     temporary = args.out.with_name(args.out.name + ".rows.unfinished")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        table = EmbeddingTable(rows.keys, _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype]))
+        with atomic.explain_full_disk(args.out):
+            moved_ND = _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype])
+        table = EmbeddingTable(rows.keys, moved_ND)
         not_embedded = {key for store in stores for key in store.left_out}
         described = {
             part: _describe_pairs(pairs, not_embedded, bool(args.keys), left_out)
@@ -259,12 +262,20 @@ def _write_npy(path: Path, sources: list[Embeddings], operator: EmbeddingOperato
     """Write the unit rows of all sources, moved if there is an operator, to one memory-mapped file."""
     shape = sum(source.num_rows for source in sources), sources[0].width
     rows_ND, row = numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape), 0
+    _reserve_room(path)
     for source in sources:
         for moved_ND in _iterate_unit_pieces(source, operator):
             rows_ND[row : row + len(moved_ND)] = moved_ND.numpy()
             row += len(moved_ND)
     rows_ND.flush()
     return rows_ND
+
+
+def _reserve_room(path: Path) -> None:
+    """Raise OSError where the disk has no room for a file: writing to its mapped pages would end the process by SIGBUS."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _iterate_unit_pieces(source: Embeddings, operator: EmbeddingOperator | None) -> Iterator[Tensor]:

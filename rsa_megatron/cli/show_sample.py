@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from rsa_megatron import atomic
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data import conversation
 from rsa_megatron.data.dataset_checks import check_data
@@ -60,6 +61,9 @@ def add_show_arguments(parser) -> None:
 
 
 def show(args) -> None:
+    picture_format = Image.registered_extensions().get(args.out.suffix.lower())
+    if picture_format is None:
+        raise ValueError(f"--out {args.out} is not the name of a picture, such as sample.png")
     tokenizer, settings, model = load_tokenizer(args.tokenizer), STAGES[args.stage](), find_architecture(args.model)
     args.image_size = args.image_size or model.vision.image_size
     for name in ("template", "label_style", "image_aspect_ratio"):
@@ -102,7 +106,8 @@ def show(args) -> None:
     if images and isinstance(reader, ImageTiler):
         patch = model.vision.patch_size
         print(f"tiles of {args.image_size} pixels, patches of {patch}: of {args.model}; --model names another")
-        draw_tiles(reader.tiles(images), layouts).save(args.out)
+        with atomic.new_file(args.out) as unfinished:
+            draw_tiles(reader.tiles(images), layouts).save(unfinished, format=picture_format)
         print(f"tiles: {args.out}")
 
 
