@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rsa_megatron.atomic import find_full_disk
+from rsa_megatron.atomic import find_full_disk, make_folder
 
 _OTHER_FILES = 64 * 2**20  # bytes, ample for tokenizer, configs and a checkpoint's metadata
 
@@ -27,7 +27,8 @@ def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterab
     """
     _check(out, num_bytes, overwrite, sources)
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)  # nobody else's: a folder of that name would be an error
+    make_folder(unfinished.parent)
+    unfinished.mkdir()  # nobody else's: a folder of that name would be an error
     try:
         yield unfinished
         _put_in_place(unfinished, out)

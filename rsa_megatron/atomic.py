@@ -17,7 +17,7 @@ from pathlib import Path
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which then replaces `path`, even if the machine loses power."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
         with explain_full_disk(path):
@@ -52,7 +52,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with explain_full_disk(path):
-            unfinished.mkdir(parents=True)
+            make_folder(unfinished)
             yield unfinished
             for file in unfinished.rglob("*"):
                 if file.is_file():
@@ -61,6 +61,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where they are not there. Raises OSError that names a file in their place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+        if file is None:
+            raise
+        raise OSError(f"the folder {path} cannot be made: {file} is a file; name another") from error
 
 
 @contextmanager

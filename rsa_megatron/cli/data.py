@@ -145,10 +145,10 @@ def make(args) -> None:
 
 def write_folder(args, source: Source, held_out: set[int], unfinished: Path, settings: dict) -> tuple[Figures, int]:
     """Write the folder, or what a killed run has left to write, and give it its name; return its figures and number of shards."""
-    unfinished.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    atomic.make_folder(unfinished)
     atomic.remove_unfinished_files(unfinished)  # those of a killed run
     state = read_state(unfinished, settings)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.splits["train"]:

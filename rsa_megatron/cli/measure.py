@@ -296,6 +296,8 @@ def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Back
     """Open the backbones of rows and columns."""
     if not args.checkpoint:
         return nullcontext(make_hugging_face_backbones(args))
+    if not args.checkpoint.is_dir():
+        raise ValueError(f"--checkpoint {args.checkpoint} is not a folder")
     if fault := explain_hf_folder("--checkpoint ", args.checkpoint, f"--model {args.checkpoint} measures it"):
         raise ValueError(fault)
     from rsa_megatron.training.checkpoint_backbone import (

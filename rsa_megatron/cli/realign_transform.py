@@ -161,7 +161,7 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
         for texts in rows.sources:
             check_encoder(operator, texts)
     temporary = args.out.with_name(args.out.name + ".rows.unfinished")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(args.out.parent)
     try:
         with atomic.explain_full_disk(args.out):
             moved_ND = _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype])
@@ -222,12 +222,19 @@ def open_given_rows(args: argparse.Namespace) -> KeyedRows:
     """Open existing embeddings, by their own keys or those of --keys."""
     source = open_embeddings(args.texts or args.images)
     if args.keys:
-        keys = args.keys.read_text(encoding="utf-8").splitlines()
+        keys = read_keys(args.keys)
     elif source.keys is None:
         raise ValueError(f"{source.description} does not map its rows to samples: pass --keys FILE, one id per line")
     else:
         keys = source.keys
     return KeyedRows(keys, [source])
+
+
+def read_keys(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--keys {path} is not a text file: {error}") from error
 
 
 def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:

@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         fault = explain_checkpoint("", path.parent) or f"{path} is missing: name a folder in Hugging Face format"
         raise ValueError(fault) from error
     except ValueError as error:

@@ -50,6 +50,8 @@ def open_source(path: str | Path, *, seed: int = 0, split: str = "train") -> Sou
         ValueError: it is none of the formats, or cannot be read at all.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name {FORMATS}")
     try:
         file, left_out = find_metadata(path, split)
         source = _open(file, seed, split)
@@ -126,6 +128,8 @@ def _open(path: Path, seed: int, split: str) -> Source:
         return json_files.JsonValues(path)
     if form == "table":
         return TableRecords(path, split)
+    if form == "text" and not path.stat().st_size:
+        raise ValueError(f"{path} is empty (0 bytes)")
     if form == "text":
         raise ValueError(f"{path} is not {FORMATS}; it is a text that begins with {_read_start(path)!r}")
     content = json_files.read_json(path)
