@@ -311,9 +311,11 @@ def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Back
 def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
     """Make the backbones; weights are read only if their features are not on disk."""
 
-    def model(name: str) -> HFModel:
+    for name in filter(None, [args.model, *args.vision, *args.language]):
         if fault := explain_checkpoint("", Path(name), measures=True):
             raise ValueError(fault)
+
+    def model(name: str) -> HFModel:
         return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])
 
     if args.model:
