@@ -198,6 +198,14 @@ def check(args: argparse.Namespace) -> None:
         exit_with_error(
             f"--k {args.k} needs more than {args.k} samples, for {', '.join(with_neighbours)}; --num-samples is {args.num_samples}"
         )
+    for name in filter(None, [args.model, *args.vision, *args.language]):
+        if fault := explain_checkpoint("", Path(name), measures=True):
+            exit_with_error(fault)
+    if args.checkpoint and not args.checkpoint.is_dir():
+        exit_with_error(f"--checkpoint {args.checkpoint} is not a folder")
+    remedy = f"--model {args.checkpoint} measures it"
+    if args.checkpoint and (fault := explain_hf_folder("--checkpoint ", args.checkpoint, remedy)):
+        exit_with_error(fault)
     if args.out.is_dir():
         exit_with_error(f"--out {args.out} is a folder; name a file")
     if get_rank():
@@ -296,10 +304,6 @@ def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Back
     """Open the backbones of rows and columns."""
     if not args.checkpoint:
         return nullcontext(make_hugging_face_backbones(args))
-    if not args.checkpoint.is_dir():
-        raise ValueError(f"--checkpoint {args.checkpoint} is not a folder")
-    if fault := explain_hf_folder("--checkpoint ", args.checkpoint, f"--model {args.checkpoint} measures it"):
-        raise ValueError(fault)
     from rsa_megatron.training.checkpoint_backbone import (
         checkpoint_backbones,  # loads Megatron, which nothing else here needs
     )
@@ -310,10 +314,6 @@ def open_backbones(args: argparse.Namespace) -> AbstractContextManager[list[Back
 
 def make_hugging_face_backbones(args: argparse.Namespace) -> list[Backbone]:
     """Make the backbones; weights are read only if their features are not on disk."""
-
-    for name in filter(None, [args.model, *args.vision, *args.language]):
-        if fault := explain_checkpoint("", Path(name), measures=True):
-            raise ValueError(fault)
 
     def model(name: str) -> HFModel:
         return HFModel(name, device=torch.device(args.device), dtype=DTYPES[args.dtype])
