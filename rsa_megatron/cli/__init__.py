@@ -8,7 +8,8 @@
     rsa-megatron convert                        checkpoints from and to Hugging Face (python -m checkpoint_conversion)
     rsa-megatron examples                       copies the training script, mixtures and Slurm scripts into a folder
 
-See --help of each. Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
+See --help of each. An error is one line `error: ...`, with exit status 2; Ctrl-C is 130.
+Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
 """
 
 import contextlib

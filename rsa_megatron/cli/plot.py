@@ -10,7 +10,7 @@
 In the paper: figures 3 and C.1; figure 1(b); figure E.1; figure 4, with alignment or a loss; tables F.1 and G.1 as dots. The
 last is the page of `rsa-megatron realign report`, for one pair of encoders.
 Each writes OUT.png and OUT.svg, the same bytes each time. A bad file is reported in one line `error: ...` with its name,
-the line and the key (exit status 2), and nothing is written.
+the line and the key, and nothing is written.
 """
 
 import argparse

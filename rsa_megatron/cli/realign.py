@@ -35,7 +35,7 @@ __all__ = ["add_source_arguments", "main", "open_sources"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; bad input is reported in one line, with exit code 2."""
+    """Run a command; bad input is reported in one line (rsa_megatron/command_line.py)."""
     tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
     join_ranks()
     command = parse(arguments)
