@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from checkpoint_conversion import hf_to_megatron, megatron_to_hf, verify
+from rsa_megatron.command_line import Parser, report_errors
 
 # rsa-megatron's command imports this file.
 PROGRAM = "python -m checkpoint_conversion" if __name__ == "__main__" else "rsa-megatron convert"
@@ -22,11 +23,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
+    with report_errors():
         status = COMMANDS[args.command].run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if status:
         sys.exit(status)
 
@@ -34,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     description = __doc__.replace("python -m checkpoint_conversion", PROGRAM)
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=description, formatter_class=style)
+    parser = Parser(prog=PROGRAM, description=description, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         summary = module.__doc__.partition("\n")[0]

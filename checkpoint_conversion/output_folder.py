@@ -1,11 +1,12 @@
 """--out of a conversion: checked for room before anything is written, and there only when it is whole."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from rsa_megatron.atomic import find_full_disk, make_folder
 
 _OTHER_FILES = 64 * 2**20  # bytes, ample for tokenizer, configs and a checkpoint's metadata
 
@@ -26,15 +27,15 @@ def output_folder(out: Path, *, num_bytes: int, overwrite: bool, sources: Iterab
     """
     _check(out, num_bytes, overwrite, sources)
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)  # nobody else's: a folder of that name would be an error
+    make_folder(unfinished.parent)
+    unfinished.mkdir()  # nobody else's: a folder of that name would be an error
     try:
         yield unfinished
         _put_in_place(unfinished, out)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        full = _find_full_disk(error)
-        if full is not None:
-            what = full.strerror.lower()
+        what = find_full_disk(error)
+        if what is not None:
             raise ValueError(f"--out {out}: {what}; nothing is left there, make room or name another disk") from error
         raise
 
@@ -72,12 +73,3 @@ def _rename(unfinished: Path, out: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _find_full_disk(error: BaseException | None) -> OSError | None:
-    """Find the full disk behind an error: torch's writer puts errors of its own in front of it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

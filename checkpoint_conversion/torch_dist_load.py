@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from checkpoint_conversion.hf_weights import DTYPES
 from checkpoint_conversion.weight_map import Row, walk
+from rsa_megatron.models.folder_kinds import explain_hf_folder
 
 _MODEL = ("language_model.", "vision_model.", "vision_projection.")
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -54,7 +55,10 @@ def find_checkpoint(folder: Path, iteration: int | None) -> Path:
             raise ValueError(f"{tracker} holds {latest!r}, which is not an iteration")
         found = folder / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     else:
-        raise ValueError(f"{folder}: not a Megatron checkpoint: neither .metadata nor {tracker.name} found")
+        raise ValueError(
+            explain_hf_folder("--checkpoint ", folder, "rsa-megatron convert hf-to-megatron makes one of it")
+            or f"{folder}: not a Megatron checkpoint: neither .metadata nor {tracker.name} found"
+        )
     if not found.is_dir():
         raise ValueError(
             f"{found} is missing; found: {', '.join(sorted(path.name for path in folder.glob('iter_*'))) or 'none'}"

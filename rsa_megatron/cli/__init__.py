@@ -8,12 +8,16 @@
     rsa-megatron convert                        checkpoints from and to Hugging Face (python -m checkpoint_conversion)
     rsa-megatron examples                       copies the training script, mixtures and Slurm scripts into a folder
 
-See --help of each. Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
+See --help of each. An error is one line `error: ...`, with exit status 2; Ctrl-C is 130.
+Training: torchrun -m rsa_megatron.training (the same as examples/pretrain_llava_rsa.py).
 """
 
+import contextlib
+import difflib
 import importlib
-import os
 import sys
+
+from rsa_megatron.command_line import NO_READER, end_output, report_errors
 
 COMMANDS = {
     "data": "rsa_megatron.cli.data",
@@ -27,8 +31,20 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit status."""
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    """Run a command; return its exit status, or end the process with it (rsa_megatron/command_line.py)."""
+    try:
+        with report_errors():
+            try:
+                return _run(*((sys.argv[1:] if arguments is None else arguments) or ["--help"]))
+            finally:
+                end_output()  # also that of --help, which ends the process
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        with contextlib.suppress(OSError):
+            end_output()
+        return NO_READER
+
+
+def _run(name: str, *arguments: str) -> int:
     if name in ("-h", "--help"):
         print(__doc__.strip())
         return 0
@@ -38,22 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rsa-megatron {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"error: {name} is not a command of rsa-megatron: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        likely = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name} is not a command of rsa-megatron: {', '.join(COMMANDS)}{likely}")
     try:
         command = importlib.import_module(COMMANDS[name])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("rsa_megatron", "checkpoint_conversion"):
             raise
-        print(
-            f"error: rsa-megatron {name} needs the package {error.name}: pip install 'rsa-megatron[train,plots]'",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        status = command.main(rest) or 0
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        return 1
-    return status
+        raise ValueError(
+            f"rsa-megatron {name} needs the package {error.name}: pip install 'rsa-megatron[train,plots]'"
+        ) from error
+    return command.main(list(arguments)) or 0

@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import re
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from rsa_megatron import atomic
 from rsa_megatron.cli.data_first_run import format_first_run
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
 from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, say_left_out, show
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.data.field_values import escape_surrogates, is_absent
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.prepare.sample_checks import ImportedSample
@@ -43,18 +43,15 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what matters ends in skipped.jsonl
     warnings.filterwarnings("ignore", message="'pin_memory'")  # Energon asks for it on any machine
     warnings.filterwarnings("ignore", message="(?s).*is deprecated, use the default instead and set the sample_type")
-    try:
-        show(args) if args.command == "show" else make(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes from here")
+    if args.command == "show":
+        with report_errors(interrupted="interrupted"):
+            return show(args)
+    with report_errors(interrupted="interrupted; the same command resumes from here"):
+        make(args)
 
 
 def parse(arguments: list[str] | None):
-    parser = argparse.ArgumentParser(
-        prog="rsa-megatron data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="rsa-megatron data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("pack", "write Energon shards"),
@@ -136,10 +133,22 @@ def make(args) -> None:
         print(f"{args.out}: already complete")
         return
     unfinished = args.out.with_name(args.out.name + ".unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
+    with atomic.explain_full_disk(unfinished, "make room, and the same command resumes from here"):
+        figures, num_shards = write_folder(args, source, held_out, unfinished, settings)
+    print(f"{args.out}: {format_summary(figures, num_shards)}")
+    print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
+    print(f"    RSA: {describe_rsa(args, figures)}")
+    path = args.out if args.command == "pack" else args.out / "mixture.yaml"
+    print(f"    train with --data-path {path}; a first run, to see that all fits together:")
+    print(format_first_run(path, figures.splits, takes_part=args.rsa))
+
+
+def write_folder(args, source: Source, held_out: set[int], unfinished: Path, settings: dict) -> tuple[Figures, int]:
+    """Write the folder, or what a killed run has left to write, and give it its name; return its figures and number of shards."""
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    atomic.make_folder(unfinished)
     atomic.remove_unfinished_files(unfinished)  # those of a killed run
     state = read_state(unfinished, settings)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.splits["train"]:
@@ -153,17 +162,12 @@ def make(args) -> None:
     if args.command == "pack":
         index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)
     else:
-        index_lines(unfinished, image_root, rsa=args.rsa)
+        index_lines(unfinished, Path(settings["images"]), rsa=args.rsa)
     num_shards = len(list(unfinished.glob("*.tar")))
     write_summary(unfinished, settings, figures, num_shards)
     (unfinished / "state.json").unlink()
     unfinished.rename(args.out)
-    print(f"{args.out}: {format_summary(figures, num_shards)}")
-    print(f"    skipped samples: {args.out / 'skipped.jsonl'}")
-    print(f"    RSA: {describe_rsa(args, figures)}")
-    path = args.out if args.command == "pack" else args.out / "mixture.yaml"
-    print(f"    train with --data-path {path}; a first run, to see that all fits together:")
-    print(format_first_run(path, figures.splits, takes_part=args.rsa))
+    return figures, num_shards
 
 
 def describe_rsa(args, figures: Figures) -> str:

@@ -5,25 +5,22 @@ rsa-megatron examples --out DIR
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from rsa_megatron import atomic
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.example_files import EXAMPLES
 
 
 def main(arguments: list[str] | None = None) -> int:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="rsa-megatron examples", description=__doc__, formatter_class=style)
+    parser = Parser(prog="rsa-megatron examples", description=__doc__, formatter_class=style)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")
     args = parser.parse_args(arguments)
-    try:
+    with report_errors():
         if args.out.exists():
             raise FileExistsError(f"--out {args.out} exists: name another folder")
         with atomic.new_folder(args.out) as folder:
             shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print("\n".join(str(path) for path in sorted(args.out.rglob("*")) if path.is_file()))
     return 0

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN, NEIGHBOUR_METRICS, describe_too_few
 from rsa_megatron.cli.measure_results import format_table, make_line, read_lines, write_lines
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.data.sources.open_pairs import open_pairs
 from rsa_megatron.evaluation.extraction import Backbone
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
@@ -40,6 +41,7 @@ from rsa_megatron.evaluation.hf_backbones import TEXT_READINGS, VisionBackbone, 
 from rsa_megatron.evaluation.hf_models import VISION_LANGUAGE, HFModel
 from rsa_megatron.evaluation.layer_scores import compute_cone_figures, find_common_samples, score_layers
 from rsa_megatron.evaluation.stored_features import draw_samples, extract_to_store
+from rsa_megatron.models.folder_kinds import explain_checkpoint, explain_hf_folder
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,24 +57,20 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    try:
-        measure(args)
-    except (ValueError, OSError) as error:
-        exit_with_own_error(str(error))
-    except torch.OutOfMemoryError as error:
-        exit_with_own_error(f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        exit_with_own_error("interrupted; the same command resumes from here")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        exit_with_error(message)
+    with report_errors(end=exit_with_own_error, interrupted="interrupted; the same command resumes from here"):
+        try:
+            measure(args)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--batch-size {args.batch_size} is too large for the device: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="rsa-megatron measure", description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = Parser(prog="rsa-megatron measure", description=__doc__, formatter_class=style)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser.passes_unknown_flags = any(word.partition("=")[0] == "--checkpoint" for word in words)  # to Megatron
     what = parser.add_argument_group("models")
     what.add_argument("--model", metavar="HF", help="a vision-language model: its tower against its language model")
     what.add_argument(
@@ -167,7 +165,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Check what argparse cannot; fail with one line."""
     sides = len(args.vision) + len(args.language)
-    if args.megatron_flags and not args.checkpoint:
+    if args.megatron_flags and not args.checkpoint:  # words that are no flags
         exit_with_error(f"unrecognized arguments: {' '.join(args.megatron_flags)}")
     given = [name for name in ("model", "checkpoint", "features", "random") if getattr(args, name)] + [
         "vision and --language"
@@ -200,6 +198,14 @@ def check(args: argparse.Namespace) -> None:
         exit_with_error(
             f"--k {args.k} needs more than {args.k} samples, for {', '.join(with_neighbours)}; --num-samples is {args.num_samples}"
         )
+    for name in filter(None, [args.model, *args.vision, *args.language]):
+        if fault := explain_checkpoint("", Path(name), measures=True):
+            exit_with_error(fault)
+    if args.checkpoint and not args.checkpoint.is_dir():
+        exit_with_error(f"--checkpoint {args.checkpoint} is not a folder")
+    remedy = f"--model {args.checkpoint} measures it"
+    if args.checkpoint and (fault := explain_hf_folder("--checkpoint ", args.checkpoint, remedy)):
+        exit_with_error(fault)
     if args.out.is_dir():
         exit_with_error(f"--out {args.out} is a folder; name a file")
     if get_rank():

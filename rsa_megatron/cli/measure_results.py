@@ -91,7 +91,10 @@ def read_lines(path: Path) -> list[dict]:
     Raises:
         ValueError: a line is not a JSON object.
     """
-    texts = path.read_text().split("\n") if path.exists() else []
+    try:
+        texts = path.read_text().split("\n") if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}; name another --out") from error
     return [json_object(text, f"{path}, line {number}") for number, text in enumerate(texts, 1) if text.strip()]
 
 

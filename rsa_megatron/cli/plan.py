@@ -11,10 +11,10 @@ caption: it makes sequences longer, and the decoder's local layers store scores 
 import argparse
 import collections
 import importlib.util
-import sys
 from dataclasses import fields
 from pathlib import Path
 
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.models.architectures import Architecture, get_architecture
 from rsa_megatron.planning.parallel_layout import Layout, Run
 from rsa_megatron.planning.search import DOES_NOT_FIT, Cluster, Plan, find_nearest_num_gpus, find_plans
@@ -29,14 +29,11 @@ AVERAGES = {"revision": (750, 0), "1": (900, 1), "1.5": (3200, 4), "2": (5000, 6
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+    with report_errors(interrupted="interrupted"):
         run, cluster, assumed = read_run(args)
         fitting, too_large, rejected = find_plans(run, cluster, assumed)
         if not fitting:
             raise ValueError(explain_no_fit(run, cluster, too_large, args))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     rejected += [(plan.layout, f"{DOES_NOT_FIT}: needs {plan.total / GIB:.0f} GiB") for plan in too_large]
     print_assumptions(run, assumed, args)
     print_layouts(fitting, rejected, run, args)
@@ -45,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="rsa-megatron plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rsa-megatron plan", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="architecture, or a Hugging Face folder")
     parser.add_argument("--stage", required=True, help=f"training stage: {', '.join(STAGES)}")
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs in total")

@@ -10,13 +10,13 @@
 In the paper: figures 3 and C.1; figure 1(b); figure E.1; figure 4, with alignment or a loss; tables F.1 and G.1 as dots. The
 last is the page of `rsa-megatron realign report`, for one pair of encoders.
 Each writes OUT.png and OUT.svg, the same bytes each time. A bad file is reported in one line `error: ...` with its name,
-the line and the key (exit status 2), and nothing is written.
+the line and the key, and nothing is written.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.plots import style
 from rsa_megatron.plots.alignment import draw_bars, draw_heatmaps
 from rsa_megatron.plots.alignment_records import STAGES, Run, read_alignments, read_runs
@@ -29,19 +29,13 @@ MAIN_ARMS = ("with RSA", "without")
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    try:
-        with style.styled():
-            paths = style.save(args.draw(args), args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with report_errors(), style.styled():
+        paths = style.save(args.draw(args), args.out)
     print(f"figure: {', '.join(map(str, paths))}")
 
 
 def parse(arguments: list[str] | None):
-    parser = argparse.ArgumentParser(
-        prog="rsa-megatron plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="rsa-megatron plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     commands = {name: verbs.add_parser(name, help=function.__doc__) for name, function in VERBS.items()}
     for name, command in commands.items():

@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from rsa_megatron.cli import realign_fit, realign_transform
 from rsa_megatron.cli.realign_sources import add_source_arguments, open_sources
+from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.ranks import exit_with_error
 
 __all__ = ["add_source_arguments", "main", "open_sources"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; bad input is reported in one line, with exit code 2."""
+    """Run a command; bad input is reported in one line (rsa_megatron/command_line.py)."""
     tqdm.monitor_interval = 0  # its thread would live on while Energon's indexing forks
     join_ranks()
     command = parse(arguments)
@@ -43,14 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    try:
-        command.run(command)
-    except (ValueError, OSError) as error:
-        exit_with_error(str(error))
-    except torch.OutOfMemoryError as error:
-        exit_with_error(f"--batch-size {command.batch_size} is too large for the device: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        exit_with_error("interrupted; the same command resumes from here")
+    with report_errors(end=exit_with_error, interrupted="interrupted; the same command resumes from here"):
+        try:
+            command.run(command)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--batch-size {command.batch_size} is too large for the device: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def join_ranks() -> None:
@@ -60,15 +60,10 @@ def join_ranks() -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        exit_with_error(message)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="rsa-megatron realign", description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = Parser(prog="rsa-megatron realign", description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {"fit": realign_fit, "transform": realign_transform}
     if arguments[:1] == ["report"]:
@@ -80,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         ("transform", "move texts, or write shards"),
         ("report", "draw a page of figures"),
     ):
-        command = commands.add_parser(name, help=help, allow_abbrev=False)
+        command = commands.add_parser(name, help=help)
         if name in modules:
             modules[name].add_arguments(command)
             command.set_defaults(run=modules[name].run)

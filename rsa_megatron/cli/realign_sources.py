@@ -22,6 +22,7 @@ from rsa_megatron.evaluation.embedding_files import Embeddings, open_embeddings,
 from rsa_megatron.evaluation.feature_store import STORE_DTYPES, FeatureStore
 from rsa_megatron.evaluation.hf_models import HFModel
 from rsa_megatron.evaluation.stored_features import SampleSet, draw_samples, extract_to_store
+from rsa_megatron.models.folder_kinds import find_run
 from rsa_megatron.ranks import get_rank, run_on_all_ranks, run_on_first_rank
 
 EMBEDDERS = {"image": ImageEmbedder, "text": TextEmbedder}
@@ -174,6 +175,11 @@ def draw_split(args: argparse.Namespace, data: Path, pairs: Pairs, split: str, i
 
 def embed_samples(side: str, chosen: SampleSet, args: argparse.Namespace) -> FeatureStore:
     """Return the embeddings of some samples, computed where they are not on disk."""
+    if find_run(Path(args.encoder)):
+        raise ValueError(
+            f"--encoder {args.encoder} is a Megatron checkpoint, whose images and captions have no embeddings in one space; "
+            "name a CLIP, SigLIP or SigLIP2"
+        )
     model = HFModel(args.encoder, device=torch.device(args.device), dtype=DTYPES[args.dtype])
     options = {"store_dtype": args.store_dtype, "batch_size": args.batch_size, "num_workers": args.num_workers}
     embedder = EMBEDDERS[side](model)

@@ -1,6 +1,7 @@
 """`rsa-megatron realign transform`: rows to rows, or data to Energon shards whose images are embeddings."""
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,9 +161,11 @@ def write_shards(args: argparse.Namespace, operator: EmbeddingOperator | None) -
         for texts in rows.sources:
             check_encoder(operator, texts)
     temporary = args.out.with_name(args.out.name + ".rows.unfinished")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(args.out.parent)
     try:
-        table = EmbeddingTable(rows.keys, _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype]))
+        with atomic.explain_full_disk(args.out):
+            moved_ND = _write_npy(temporary, rows.sources, operator, _DTYPES[args.out_dtype])
+        table = EmbeddingTable(rows.keys, moved_ND)
         not_embedded = {key for store in stores for key in store.left_out}
         described = {
             part: _describe_pairs(pairs, not_embedded, bool(args.keys), left_out)
@@ -219,12 +222,19 @@ def open_given_rows(args: argparse.Namespace) -> KeyedRows:
     """Open existing embeddings, by their own keys or those of --keys."""
     source = open_embeddings(args.texts or args.images)
     if args.keys:
-        keys = args.keys.read_text(encoding="utf-8").splitlines()
+        keys = read_keys(args.keys)
     elif source.keys is None:
         raise ValueError(f"{source.description} does not map its rows to samples: pass --keys FILE, one id per line")
     else:
         keys = source.keys
     return KeyedRows(keys, [source])
+
+
+def read_keys(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--keys {path} is not a text file: {error}") from error
 
 
 def check_encoder(operator: EmbeddingOperator, texts: Embeddings) -> None:
@@ -259,12 +269,20 @@ def _write_npy(path: Path, sources: list[Embeddings], operator: EmbeddingOperato
     """Write the unit rows of all sources, moved if there is an operator, to one memory-mapped file."""
     shape = sum(source.num_rows for source in sources), sources[0].width
     rows_ND, row = numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape), 0
+    _reserve_room(path)
     for source in sources:
         for moved_ND in _iterate_unit_pieces(source, operator):
             rows_ND[row : row + len(moved_ND)] = moved_ND.numpy()
             row += len(moved_ND)
     rows_ND.flush()
     return rows_ND
+
+
+def _reserve_room(path: Path) -> None:
+    """Raise OSError where the disk has no room for a file: writing to its mapped pages would end the process by SIGBUS."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _iterate_unit_pieces(source: Embeddings, operator: EmbeddingOperator | None) -> Iterator[Tensor]:

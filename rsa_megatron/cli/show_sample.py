@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from rsa_megatron import atomic
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data import conversation
 from rsa_megatron.data.dataset_checks import check_data
@@ -22,13 +23,15 @@ from rsa_megatron.data.sources.pairs import format_counts
 from rsa_megatron.data.sources.record import Source, Unusable
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, read_stored_record
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
-from rsa_megatron.models.architectures import get_architecture, square_grids
+from rsa_megatron.models.architectures import Architecture, square_grids
+from rsa_megatron.models.folder_kinds import find_run
+from rsa_megatron.models.hf_config import find_architecture
 from rsa_megatron.recipes import STAGES
 
 if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
-_MODEL = get_architecture("llava-ov-7b")  # all of LLaVA-OneVision's cut images alike
+_MODEL = "llava-ov-7b"  # all of LLaVA-OneVision's cut images alike
 _GAP = 6  # pixels between tiles
 _GREEN, _UNDERLINE, _PLAIN = "\033[32m", "\033[4m", "\033[0m"
 
@@ -48,12 +51,21 @@ def add_show_arguments(parser) -> None:
     parser.add_argument("--template", choices=conversation.TEMPLATES, help="instead of the stage's")
     parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="instead of the stage's")
     parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="instead of the stage's")
-    parser.add_argument("--image-size", type=int, default=_MODEL.vision.image_size, help="side of a tile, pixels")
+    parser.add_argument(
+        "--model",
+        default=_MODEL,
+        help="architecture or Hugging Face folder, whose tiles and image tokens are shown; default: %(default)s",
+    )
+    parser.add_argument("--image-size", type=int, help="side of a tile, pixels; default: the model's")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
 
 
 def show(args) -> None:
-    tokenizer, settings = load_tokenizer(args.tokenizer), STAGES[args.stage]()
+    picture_format = Image.registered_extensions().get(args.out.suffix.lower())
+    if picture_format is None:
+        raise ValueError(f"--out {args.out} is not the name of a picture, such as sample.png")
+    tokenizer, settings, model = load_tokenizer(args.tokenizer), STAGES[args.stage](), find_architecture(args.model)
+    args.image_size = args.image_size or model.vision.image_size
     for name in ("template", "label_style", "image_aspect_ratio"):
         setattr(args, name, getattr(args, name) or settings[name])
     conversation.check_tokenizer(tokenizer, args.template)
@@ -61,20 +73,20 @@ def show(args) -> None:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
     sample = read_stored_sample(args) if prepared else read_source_sample(args)
-    reader = make_image_reader(args, settings, any(map(IMAGE_PART.fullmatch, sample.images)))
+    reader = make_image_reader(args, settings, model, any(map(IMAGE_PART.fullmatch, sample.images)))
     parts = {name: part for name, part in sample.images.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
             f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform"
         )
-    if fault := make_encoder(args, settings, tokenizer, reader).explain_unusable(sample):
+    if fault := make_encoder(args, settings, model, tokenizer, reader).explain_unusable(sample):
         raise ValueError(fault)
     record = read_stored_record(sample.record, len(parts))
     text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
     images = reader.decode(parts)
     layouts = reader.layouts(images)
     num_image_tokens = sum(
-        layout.num_tokens(args.image_size // _MODEL.vision.patch_size, _MODEL.max_tiles) for layout in layouts
+        layout.num_tokens(args.image_size // model.vision.patch_size, model.max_tiles) for layout in layouts
     )
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
     print(mark_text(tokenizer, text, colour=sys.stdout.isatty()))
@@ -92,11 +104,14 @@ def show(args) -> None:
     for image, layout in zip(images, layouts):
         print(describe_image(image, layout))
     if images and isinstance(reader, ImageTiler):
-        draw_tiles(reader.tiles(images), layouts).save(args.out)
+        patch = model.vision.patch_size
+        print(f"tiles of {args.image_size} pixels, patches of {patch}: of {args.model}; --model names another")
+        with atomic.new_file(args.out) as unfinished:
+            draw_tiles(reader.tiles(images), layouts).save(unfinished, format=picture_format)
         print(f"tiles: {args.out}")
 
 
-def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
+def make_image_reader(args, settings: dict, model: Architecture, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
     """Make the stage's image reader; samples with only embeddings can be shown in any stage."""
     positions = settings.get("image_positions", 0)
     if positions or not has_pixels:
@@ -106,25 +121,29 @@ def make_image_reader(args, settings: dict, has_pixels: bool) -> ImageTiler | Im
     return ImageTiler(
         image_size=size,
         image_aspect_ratio=args.image_aspect_ratio,
-        grid_pinpoints=grids or square_grids(size, 6, 6),
+        grid_pinpoints=grids or (model.grid_pinpoints if size == model.vision.image_size else square_grids(size, 6, 6)),
     )
 
 
 def make_encoder(
-    args, settings: dict, tokenizer: "PreTrainedTokenizerBase", reader: ImageTiler | ImageEmbeddings
+    args,
+    settings: dict,
+    model: Architecture,
+    tokenizer: "PreTrainedTokenizerBase",
+    reader: ImageTiler | ImageEmbeddings,
 ) -> LlavaTaskEncoder:
     """Make the task encoder that would train on the sample."""
     is_pixels = isinstance(reader, ImageTiler)
     return LlavaTaskEncoder(
         tokenizer,
         image_size=args.image_size,
-        patch_size=_MODEL.vision.patch_size,
+        patch_size=model.vision.patch_size,
         max_sequence_length=settings["seq_length"],
         template=args.template,
         label_style=args.label_style,
         image_aspect_ratio=args.image_aspect_ratio,
         grid_pinpoints=reader.grid_pinpoints if is_pixels else [],
-        max_tiles=_MODEL.max_tiles,
+        max_tiles=model.max_tiles,
         embeddings=None if is_pixels else reader,
     )
 
@@ -137,6 +156,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        run = find_run(folder)
+        if run and (run / "hf").is_dir():
+            raise ValueError(f"--tokenizer {folder} is a Megatron checkpoint: name {run / 'hf'}") from error
         raise ValueError(f"--tokenizer {folder} has no tokenizer that can be loaded: {error}") from error
 
 

@@ -63,7 +63,7 @@ class FeatureStore:
             _check_same(folder, store.manifest, manifest)
             return store
         unfinished = _get_unfinished_path(folder)
-        unfinished.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(unfinished)
         lock = _lock(unfinished)
         try:
             if (unfinished / _MANIFEST).exists():

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from rsa_megatron.models.folder_kinds import find_run, is_hf_folder
 
 
 @dataclass(frozen=True)
@@ -236,5 +239,8 @@ def get_architecture(name: str) -> Architecture:
     """Return the architecture of that name; ValueError names the known ones."""
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
+        run = find_run(Path(name))
+        if run and is_hf_folder(run / "hf"):
+            raise ValueError(f"--model {name} is a Megatron checkpoint; its model is described by --model {run / 'hf'}")
         raise ValueError(f"--model {name}: neither a folder with a config.json nor one of {known}")
     return ARCHITECTURES[name]

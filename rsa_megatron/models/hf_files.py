@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rsa_megatron.data.conversation import IMAGE_TOKEN, SYSTEM_PROMPT
 from rsa_megatron.models.architectures import Architecture
+from rsa_megatron.models.folder_kinds import explain_checkpoint
 
 if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
@@ -52,8 +53,9 @@ CHAT_TEMPLATE = (
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: name a folder in Hugging Face format") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        fault = explain_checkpoint("", path.parent) or f"{path} is missing: name a folder in Hugging Face format"
+        raise ValueError(fault) from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

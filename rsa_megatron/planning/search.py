@@ -70,18 +70,20 @@ def list_layouts(run: Run, cluster: Cluster) -> list[Layout]:
     for tensor in range(1, cluster.gpus_per_node + 1):
         for pipeline in range(1, run.architecture.decoder.num_layers + 1):
             data = cluster.num_gpus // (tensor * pipeline)
-            for size in MICRO_BATCH_SIZES if data else ():
-                layouts.append(
-                    Layout(
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        data=data,
-                        micro_batch_size=size,
-                        num_micro_batches=cluster.global_batch_size // (size * data),
-                        sequence_parallel=tensor > 1 and run.transformer_engine,
-                    )
-                )
+            sizes = MICRO_BATCH_SIZES if data else ()
+            layouts += [_make_layout(run, cluster, tensor, pipeline, data, size) for size in sizes]
     return layouts
+
+
+def _make_layout(run: Run, cluster: Cluster, tensor: int, pipeline: int, data: int, micro_batch_size: int) -> Layout:
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        micro_batch_size=micro_batch_size,
+        num_micro_batches=cluster.global_batch_size // (micro_batch_size * data),
+        sequence_parallel=tensor > 1 and run.transformer_engine,
+    )
 
 
 def find_rejection(run: Run, layout: Layout, cluster: Cluster) -> str | None:
@@ -105,13 +107,22 @@ def find_rejection(run: Run, layout: Layout, cluster: Cluster) -> str | None:
 def find_nearest_num_gpus(run: Run, cluster: Cluster) -> int:
     """Find the nearest number of GPUs over which a layout can be split; one always can."""
 
-    def possible(num_gpus: int) -> bool:
-        other = replace(cluster, num_gpus=num_gpus)
-        return any(not find_rejection(run, layout, other) for layout in list_layouts(run, other))
+    def accepts(tensor: int, pipeline: int, data: int) -> bool:
+        layout = _make_layout(
+            run, cluster, tensor, pipeline, data, 1
+        )  # if any micro-batch divides the batch, one of 1 does
+        return not find_rejection(run, layout, replace(cluster, num_gpus=tensor * pipeline * data))
 
-    wanted = cluster.num_gpus
-    outwards = (num_gpus for distance in range(wanted) for num_gpus in (wanted - distance, wanted + distance))
-    return next(filter(possible, outwards))
+    # Only what divides the batch can be DP: few numbers, where those around a large --gpus are thousands.
+    divisors = [data for data in range(1, cluster.global_batch_size + 1) if cluster.global_batch_size % data == 0]
+    found = {
+        tensor * pipeline * data
+        for tensor in range(1, cluster.gpus_per_node + 1)
+        for pipeline in range(1, run.architecture.decoder.num_layers + 1)
+        for data in divisors
+        if accepts(tensor, pipeline, data)
+    }
+    return min(found, key=lambda num_gpus: (abs(num_gpus - cluster.num_gpus), num_gpus))
 
 
 def _make_plans(run: Run, layout: Layout, assumed: Assumptions) -> list[Plan]:

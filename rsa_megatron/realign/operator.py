@@ -196,6 +196,7 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads(path.read_text())
         manifest["method"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "not found" if isinstance(error, FileNotFoundError) else repr(error)
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        reason = "not found" if is_missing else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be read ({reason}): name a folder of a saved operator") from error
     return manifest

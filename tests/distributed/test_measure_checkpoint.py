@@ -80,7 +80,7 @@ def test_images_after_the_projector_lie_in_the_decoders_space(models, demo, of_e
 @pytest.mark.parametrize(
     "world_size, more, message",
     [
-        (1, ("--checkpoint", "/nowhere"), "error: --checkpoint /nowhere: hf/config.json is missing; name a folder"),
+        (1, ("--checkpoint", "/nowhere"), "error: --checkpoint /nowhere is not a folder"),
         (2, (), "error: 2 processes and 1 of TP x PP: start torchrun with as many processes as the layout has"),
         (1, ("--no-such-flag",), "error: unrecognized arguments: --no-such-flag"),
     ],

@@ -405,7 +405,13 @@ def test_show_says_what_an_embedding_is(demo, tmp_path, capsys):
     )
     assert not (tmp_path / "sample.png").exists()
     data_command.main([*map(str, ["show", shards, *show, "--stage", "1"])])  # of the same sample the pixels
-    assert "image of 112 x 112 pixels: a base tile only" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "image of 112 x 112 pixels: a base tile only" in printed
+    assert "tiles of 28 pixels, patches of 14: of llava-ov-7b; --model names another" in printed
+    data_command.main([*map(str, ["show", shards, *show[:2], *show[4:], "--stage", "2", "--model", "demo"])])
+    printed = capsys.readouterr().out
+    assert "a base tile and a grid of 2 x 2 (rows x columns)" in printed  # as its own grids say
+    assert "of demo; --model names another" in printed
     with pytest.raises(SystemExit, match=r"sample 0 has no embedding \(.npy\), which stage revision reads"):
         data_command.main([*map(str, ["show", demo / "data" / "captions", *show, "--stage", "revision"])])
 

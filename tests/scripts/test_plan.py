@@ -121,11 +121,14 @@ def test_rejected_layouts_are_counted_and_printed(capsys):
         ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
         ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
         ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or pass another --global-batch-size"),
+        ("--model llava-ov-7b --stage 1.5 --gpus 16383", "--gpus 14336 does, or pass another --global-batch-size"),
         ("--model llava-ov-7b --stage 2 --gpus 1", "the smallest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, flags, message):
-    assert plan_command.main(flags.split()) == 2
+    with pytest.raises(SystemExit) as end:
+        plan_command.main(flags.split())
+    assert end.value.code == 2
     printed, error = capsys.readouterr()
     assert not printed and error.startswith("error: ") and error.count("\n") == 1 and message in error
 

@@ -23,6 +23,7 @@ ARROWS = {
     "example_files": [],
     "screen": [],
     "ranks": ["screen"],
+    "command_line": ["ranks"],
     "alignment": [],
     "realign": ["alignment"],
     "hooks": ["alignment", "batch", "config"],
@@ -52,6 +53,7 @@ ARROWS = {
     "cli": [
         "alignment",
         "anyres",
+        "command_line",
         "data",
         "evaluation",
         "example_files",
@@ -64,7 +66,7 @@ ARROWS = {
         "recipes",
         "training",
     ],
-    "checkpoint_conversion": ["anyres", "batch", "data", "megatron_on_cpu", "models"],
+    "checkpoint_conversion": ["anyres", "batch", "command_line", "data", "megatron_on_cpu", "models"],
 }
 
 # Of other packages, what each may not import. Only training/ imports megatron.training.
@@ -80,6 +82,7 @@ FORBIDDEN = {
             "job_commands",
             "example_files",
             "screen",
+            "command_line",
         ],
         ["torch", "numpy", "megatron", "transformers", "PIL"],
     ),

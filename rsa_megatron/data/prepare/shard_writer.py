@@ -9,7 +9,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -126,12 +129,33 @@ def index_shards(folder: Path, *, subflavors: dict, num_workers: int) -> None:
     tars = sorted(path.name for path in folder.glob("*.tar"))
     parts = [part for part in ("train", "val", "test") if any(tar.startswith(part) for tar in tars)]
     patterns = [(part, f"{part}-.*") for part in parts]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _quiet_workers():
         BaseWebdatasetFactory.prepare_dataset(
             EPath(folder), tars, split_parts_patterns=patterns, shuffle_seed=None, workers=num_workers
         )
     settings = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "subflavors": subflavors}
     (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+@contextlib.contextmanager
+def _quiet_workers() -> Iterator[None]:
+    """Let worker processes end silently at Ctrl-C, which reaches them too: each would print a traceback. This process raises."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    parent = os.getpid()
+
+    def end(number, frame) -> None:
+        if os.getpid() != parent:
+            os._exit(1)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def index_lines(folder: Path, image_root: Path, *, rsa: bool) -> None:

@@ -10,7 +10,7 @@ Where the names say one split or none, all files are read. Files whose name begi
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,10 +121,32 @@ def _get_split(word: str) -> str:
     return next((split for split, words in _KEYWORDS.items() if word.lower() in words), word)
 
 
+def walk_folders(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder of folders as os.walk does, each folder once, also through links; folders before links to them."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found = os.stat(place)
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        yield place, folders, names
+
+
+def list_named(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
+    """List the files in a folder of folders whose own name is wanted, sorted."""
+    return sorted(Path(place, name) for place, _, names in walk_folders(folder) for name in names if is_wanted(name))
+
+
+def has_parquet(folder: Path) -> bool:
+    return any(name.endswith(".parquet") for _, _, names in walk_folders(folder) for name in names)
+
+
 def _list_files(folder: Path) -> list[str]:
     """List the files of records and tables in a folder of folders, by their paths below it."""
     found = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in walk_folders(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         for name in names:
             is_data = name.lower().endswith(_RECORD_SUFFIXES) and name not in _NO_DATA

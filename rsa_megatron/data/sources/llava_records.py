@@ -22,7 +22,15 @@ from rsa_megatron.data.media_names import IMAGE_SUFFIXES
 from rsa_megatron.data.records import CAPTION_PROMPT
 from rsa_megatron.data.sources import json_files
 from rsa_megatron.data.sources.file_forms import FORMATS, tell_form
-from rsa_megatron.data.sources.folder_files import choose_split, choose_tables, leave_out_formats, list_records
+from rsa_megatron.data.sources.folder_files import (
+    choose_split,
+    choose_tables,
+    has_parquet,
+    leave_out_formats,
+    list_named,
+    list_records,
+    walk_folders,
+)
 from rsa_megatron.data.sources.onevision_yaml import Mixture
 from rsa_megatron.data.sources.pairs import format_counts
 from rsa_megatron.data.sources.record import Record, Source, Unusable, resolve_inside
@@ -42,6 +50,8 @@ def open_source(path: str | Path, *, seed: int = 0, split: str = "train") -> Sou
         ValueError: it is none of the formats, or cannot be read at all.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name {FORMATS}")
     try:
         file, left_out = find_metadata(path, split)
         source = _open(file, seed, split)
@@ -77,8 +87,8 @@ def find_metadata(path: Path, split: str) -> tuple[Path, Counter[str]]:
         raise ValueError(
             f"{path} is a prepared data set: --data-path {path} trains on it, `rsa-megatron data show` shows it"
         )
-    found = sorted(file for file in path.rglob("metadata.*") if file.name in _METADATA and _names_files(file))
-    if not found or any(path.rglob("*.parquet")):
+    found = list(filter(_names_files, list_named(path, _METADATA.__contains__)))
+    if not found or has_parquet(path):
         return path, left_out
     if len(found) > 1:
         names, left_out = choose_split(path, [file.relative_to(path).as_posix() for file in found], split)
@@ -118,6 +128,8 @@ def _open(path: Path, seed: int, split: str) -> Source:
         return json_files.JsonValues(path)
     if form == "table":
         return TableRecords(path, split)
+    if form == "text" and not path.stat().st_size:
+        raise ValueError(f"{path} is empty (0 bytes)")
     if form == "text":
         raise ValueError(f"{path} is not {FORMATS}; it is a text that begins with {_read_start(path)!r}")
     content = json_files.read_json(path)
@@ -147,7 +159,7 @@ class CaptionFolder:
         self.image_root = root
         images: dict[str, list[str]] = {}
         self._texts = set()
-        for folder, _, names in os.walk(root):
+        for folder, _, names in walk_folders(root):
             for name in names:
                 stem, suffix = os.path.splitext(os.path.relpath(os.path.join(folder, name), root))
                 if suffix.lower() in IMAGE_SUFFIXES:

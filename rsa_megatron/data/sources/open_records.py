@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rsa_megatron.data.records import CAPTION_PROMPT, CONVERSATION_FIELDS
 from rsa_megatron.data.sources.file_forms import tell_form
-from rsa_megatron.data.sources.folder_files import choose_tables
+from rsa_megatron.data.sources.folder_files import choose_tables, has_parquet
 from rsa_megatron.data.sources.llava_records import count_left_out, find_metadata, open_source
 from rsa_megatron.data.sources.open_pairs import read_captions
 from rsa_megatron.data.sources.pairs import ImageFile, Pairs, describe_nothing
@@ -37,7 +37,7 @@ def open_records(
 
 
 def _open(file: Path, path: str | Path, images: Path | None, seed: int, split: str, language: str) -> Source:
-    is_parquet = any(file.rglob("*.parquet")) if file.is_dir() else file.is_file() and tell_form(file) == "parquet"
+    is_parquet = has_parquet(file) if file.is_dir() else file.is_file() and tell_form(file) == "parquet"
     if not file.exists() or (is_parquet and _has_conversations(file, split)):
         return open_source(file, seed=seed, split=split)
     root = Path(images or (file if file.is_dir() else file.parent)).resolve()

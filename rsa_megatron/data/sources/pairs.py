@@ -166,7 +166,7 @@ def _raise_no_image(key: str) -> Image.Image:
 
 
 def find_image(root: Path, name: str) -> Path:
-    """Find the path of an image below `root`, a resolved folder; not opened yet.
+    """Find the path of an image below `root`, a resolved folder; not opened yet (links in it are followed).
 
     Raises:
         Unusable: it is missing, or leads out of the folder. Its kind says so for all such images of the folder.

@@ -43,7 +43,10 @@ class Source(Protocol):
 
 
 def resolve_inside(root: Path, reference: str) -> Path:
-    """Resolve the path of a file below `root`, a resolved folder; links that lead out of it count as outside.
+    """Find the path of a file below `root`, a resolved folder.
+
+    A record may not lead out of the folder, by ../ or an absolute path. A link that lies in the folder may, such as images ->
+    /data/coco, or those of the hub's cache: whoever has put it there wants it followed.
 
     Args:
         reference: a path relative to the folder, or an absolute one below it (file:// too), or an address, of whose last
@@ -61,12 +64,13 @@ def resolve_inside(root: Path, reference: str) -> Path:
                     "missing image",
                     f"{reference} is an address, nothing is downloaded, and {root} has no file {name}; --images names the folder",
                 )
-        resolved = (root / name).resolve()
+        given, resolved = Path(os.path.normpath(root / name)), (root / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a zero in the name, a loop of links, half an address
         raise Unusable("missing image", f"{reference!r} is not a path or address: {error}") from error
-    if not resolved.is_relative_to(root):
-        raise Unusable("outside of the image folder", f"{reference} leads out of {root}; --images names the folder")
-    return resolved
+    for path in (given, resolved):  # the second: an absolute path to the folder by a link
+        if path.is_relative_to(root):
+            return path
+    raise Unusable("outside of the image folder", f"{reference} leads out of {root}; --images names the folder")
 
 
 def relate(root: Path, reference: str, resolved: Path) -> str:

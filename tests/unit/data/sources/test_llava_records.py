@@ -192,7 +192,7 @@ def bad_records(folder):
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:45])
     (folder / "folder.png").mkdir()
     (folder.parent / "outside.png").write_bytes(picture())
-    (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "linked").symlink_to(folder.parent / "elsewhere")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     turns = record(0)["conversations"]
     return {
@@ -208,7 +208,7 @@ def bad_records(folder):
         ),
         "address": (record(0, image="https://a.org/b/z.png?x=1"), "missing image", "nothing is downloaded, and"),
         "up and out": (record(0, image="sub/../../outside.png"), "outside of the image folder", "leads out of"),
-        "link": (record(0, image="link.png"), "outside of the image folder", "link.png leads out of"),
+        "out of a link": (record(0, image="linked/../../outside.png"), "outside of the image folder", "leads out of"),
         "empty file": (record(0, image="zero.png"), "unreadable image", "zero.png is empty (0 bytes)"),
         "no image": (
             record(0, image="text.png"),
@@ -291,6 +291,35 @@ def test_a_list_with_bytes_that_are_no_text_loses_that_sample_alone(tmp_path):
     check(first, tmp_path), check(third, tmp_path)
     with pytest.raises(Unusable, match="not UTF-8"):
         check(second, tmp_path)
+
+
+def test_links_are_followed_wherever_they_lead(tmp_path):
+    """images -> another disk, the hub's cache (each file a link), a folder of folders; one that leads to itself ends."""
+    disk, here = tmp_path / "disk", tmp_path / "here"
+    for folder in (disk / "deep", here):
+        folder.mkdir(parents=True)
+    (disk / "deep" / "a.png").write_bytes(picture())
+    (disk / "deep" / "a.txt").write_text("Number 0.")
+    (here / "images").symlink_to(disk)
+    (here / "a.png").symlink_to(disk / "deep" / "a.png")
+    names = ["a.png", "images/deep/a.png", "images/../a.png", str(here / "images" / "deep" / "a.png")]
+    for name in names:
+        sample = check(next(list_source(tmp_path, record(0, image=name)).records()), here)
+        assert [image.data for image in sample.images] == [picture()], name
+    # By a link as --images: its own folder counts.
+    sample = check(next(list_source(tmp_path, record(0, image="deep/a.png")).records()), (here / "images").resolve())
+    assert sample.images[0].path == "deep/a.png"
+    # What a link leads to is no way out of both folders.
+    with pytest.raises(Unusable, match="leads out of"):
+        check(next(list_source(tmp_path, record(0, image="images/../../outside.png")).records()), here)
+    (disk / "deep" / "round").symlink_to(here)
+    assert len(open_source(here)) == 2  # a.png without a text, and the one of the linked folder
+    assert [r.place for r in open_source(here).records()] == ["a", "images/deep/a"]
+
+
+def list_source(folder, content):
+    (folder / "d.json").write_text(json.dumps([content]))
+    return open_source(folder / "d.json")
 
 
 def test_faults_of_a_folder_are_named(tmp_path):
