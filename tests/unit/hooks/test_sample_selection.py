@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from rsa_megatron.hooks import caption_mask as caption_marks
 from rsa_megatron.hooks import sample_selection, token_positions
-from rsa_megatron.hooks.host import LLaVAHost
+from rsa_megatron.hooks.hosts.llava import LLaVAHost
 from rsa_megatron.hooks.sample_selection import Selection, samples_of
 
 IMAGE = -200
