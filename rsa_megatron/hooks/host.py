@@ -50,6 +50,9 @@ class Host(Protocol):
     def check_arguments(self, arguments: dict, *, needs_captions: bool) -> None:
         """Raise ValueError for what a script passes to forward and RSA cannot read."""
 
+    def knows_bounds(self, arguments: dict) -> bool:
+        """Whether this stage's attention is told where the sequences of a packed row begin."""
+
     def images_in(self, arguments: dict) -> Tensor:
         """Where an image stands in the text, [B, S] bool."""
 

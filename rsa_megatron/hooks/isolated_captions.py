@@ -13,10 +13,14 @@ causal keeps it out. start_b = 0 is a row without a copy: one causal segment.
 The layers learn of it as they understand it: local attention takes a mask, Transformer Engine's takes each row as two
 packed sequences. Every stage of a pipeline needs start_b: the payload brings it (pipeline_payload.py).
 
+That is for rows of one sample. In a row of packed samples each copy is a sequence of its own from the start, which the row's bounds
+keep apart like any other (RSASamples.captions_are_copies): nothing here has to be done.
+
 Shapes: B samples, S text positions, C of the longest caption, L positions of the spliced row, H width.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -77,7 +81,7 @@ def append(arguments: dict, samples: RSASamples) -> tuple[RSASamples, int]:
         if whole_BS is not None:
             arguments[name] = torch.cat([whole_BS, addition_BC.to(whole_BS.dtype)], dim=1)
     caption_mask = torch.cat([torch.zeros_like(mask_BS), copied_BC], dim=1)
-    return RSASamples(samples.eligible, caption_mask, samples.num_tiles, samples.sample_id), num_copied
+    return replace(samples, caption_mask=caption_mask), num_copied
 
 
 def segment_mask(start_B: Tensor, length: int) -> Tensor:

@@ -15,6 +15,21 @@ from torch import Tensor
 from rsa_megatron.hooks.host import Host
 
 
+def is_packed(arguments: dict) -> bool:
+    """Whether several samples, or one, share a row as packed sequences.
+
+    Args:
+        arguments: of the model's forward, by name.
+    """
+    packed = arguments.get("packed_seq_params")
+    return packed is not None and packed.qkv_format == "thd"
+
+
+def sequence_bounds(packed: PackedSeqParams) -> Tensor:
+    """0 and where each sequence of the row ends, its padding included, [number of sequences + 1]."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+
+
 class PackedRow(NamedTuple):
     """The bounds are as they were given; `check_bounds` says whether they can be right."""
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.hooks.broadcast import broadcast_tensors
 from rsa_megatron.hooks.host import Host
-from rsa_megatron.hooks.packed_row import check_bounds, packed_row
+from rsa_megatron.hooks.packed_row import check_bounds, is_packed, packed_row
 
-_FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
+_FIELDS, _COPIES = ("eligible", "caption_mask", "num_tiles", "sample_id"), "captions_are_copies"
 
 # An odd constant near 2^64 / golden ratio: its multiples modulo 2^64 lie far apart, so that sums of them differ.
 _SPREAD = -7046029254386353131
@@ -38,22 +38,29 @@ def select_samples(
 ) -> RSASamples:
     """The micro-batch's RSASamples on every tensor-parallel rank, their captions without positions that the decoder does not get.
 
+    A packed row without a sample, as an epoch may end with, has one that does not take part.
+
     Args:
         arguments: of the model's forward, by name.
         read_selection: gives the batch's selection on the ranks that have read it, else None.
-        at_end: captions are copied to the end of their rows, where no image follows them.
+        at_end: captions are to be copied to the end of their rows, where no image follows them, unless they are copies already.
     """
     selection = read_selection() or Selection()
-    missing = torch.zeros(0, dtype=torch.int64)
+    missing, present = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    if isinstance(selection, RSASamples) and not len(selection.sample_id):
+        selection = replace(selection, **dict.fromkeys(("eligible", "num_tiles", "sample_id"), present))
     data = {name: getattr(selection, name, None) for name in _FIELDS}
     data = {name: missing if tensor is None else tensor for name, tensor in data.items()}
-    data = broadcast_tensors(_FIELDS, data, torch.int64, host.pg_collection.tp)
+    # By its shape, which is known without waiting for the device.
+    data[_COPIES] = present if getattr(selection, _COPIES, False) else missing
+    data = broadcast_tensors((*_FIELDS, _COPIES), data, torch.int64, host.pg_collection.tp)
+    are_copies = data.pop(_COPIES).numel() > 0
     if data["sample_id"].numel():
-        samples = RSASamples(**data)
+        samples = RSASamples(**data, captions_are_copies=are_copies)
     else:
         eligible, caption_mask = (data[name] if data[name].numel() else None for name in ("eligible", "caption_mask"))
         samples = samples_of(arguments, host, Selection(eligible, caption_mask))
-    kept_BS = host.keeps_caption(samples.caption_mask, host.images_in(arguments), at_end=at_end)
+    kept_BS = host.keeps_caption(samples.caption_mask, host.images_in(arguments), at_end=at_end and not are_copies)
     return replace(samples, caption_mask=kept_BS)
 
 
@@ -98,12 +105,6 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
         check_bounds(row, arguments["packed_seq_params"], position_BS, is_read_BS, host)
         caption_BS = caption_BS * (sample_BS + 1)
     return RSASamples(eligible, caption_BS, _per_sample(tiles_BS, sample_BS, num_samples), _ids(input_ids, num_samples))
-
-
-def is_packed(arguments: dict) -> bool:
-    """Whether several samples, or one, share a row as packed sequences."""
-    packed = arguments.get("packed_seq_params")
-    return packed is not None and packed.qkv_format == "thd"
 
 
 def _trained_tokens(loss_mask_BS: Tensor | None, sample_BS: Tensor) -> Tensor:

@@ -111,6 +111,12 @@ class LLaVAHost:
                 "RSA takes a tower's output tile by tile: it does not go with dynamic resolution (imgs_sizes)"
             )
 
+    def knows_bounds(self, arguments: dict) -> bool:
+        # A model whose stages tell one another has this attribute.
+        return getattr(self.model, "packs_rows", False) or any(
+            arguments.get(name) is not None for name in ("packed_seq_params", "attention_mask")
+        )
+
     def images_in(self, arguments: dict) -> Tensor:
         image_token = arguments.get("image_token_index")
         return arguments["input_ids"] == (self.model.image_token_index if image_token is None else image_token)
@@ -129,7 +135,10 @@ class LLaVAHost:
         cut = min(num_positions, model._language_max_sequence_length)
         shards = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
         shards *= 2 * model.context_parallel_lm if model.context_parallel_lm > 1 else 1
-        return {num_positions, cut, -(-cut // shards) * shards}
+        lengths = {num_positions, cut, -(-cut // shards) * shards}
+        if model._language_is_pipeline_parallel:  # then LLaVAModel fills up every row
+            lengths.add(model._language_max_sequence_length)
+        return lengths
 
     def keeps_caption(self, caption_mask_BS: Tensor, is_image_BS: Tensor, *, at_end: bool) -> Tensor:
         if at_end:
