@@ -124,7 +124,9 @@ def joined(*parts: LlavaBatch) -> LlavaBatch:
 
 
 def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
-    """Part `index` of `count` equal parts: what one of several data-parallel ranks reads."""
+    """Part `index` of `count` equal parts: what one of several data-parallel ranks reads. Packed rows are given as a list, a row a rank."""
+    if isinstance(whole, list):
+        return whole[index]
     if count == 1:
         return whole
     size = len(whole.keys) // count

@@ -1,0 +1,105 @@
+"""Made-up samples, each in a row of its own and all in packed rows: what the packing task encoder makes of them, as batch.py states it."""
+
+from dataclasses import replace
+
+import torch
+
+from rsa_megatron.batch import LlavaBatch, RSASamples
+from tests.support import tiny
+
+PAD = 0
+
+
+def sample(seed: int, num_tokens: int, images=(), text_first: int = 0, eligible: bool = False) -> LlavaBatch:
+    """A row of one sample: text_first tokens, then images of so many tiles, then text; of num_tokens tokens the last is a label alone.
+
+    All tokens behind the images are learnt, but for the last two of them, and are the caption.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(10, tiny.VOCAB_SIZE, (num_tokens,), generator=generator)
+    text[text_first : text_first + len(images)] = tiny.IMAGE_TOKEN
+    position = torch.arange(num_tokens)
+    is_answer = (position >= text_first + len(images) + 1) & (position < num_tokens - 2)
+    layouts = [tiny.layout(num_tiles) for num_tiles in images]
+    return LlavaBatch(
+        tokens=text[None, :-1],
+        labels=text[None, 1:],
+        loss_mask=is_answer[None, 1:].float(),
+        images=torch.randn(sum(images), 3, 28, 28, generator=generator),
+        image_layouts=torch.tensor([layout.as_numbers() for layout in layouts], dtype=torch.int64).reshape(-1, 6),
+        row_lengths=torch.tensor([num_tokens - 1 + sum(layout.num_tokens(2, 9) - 1 for layout in layouts)]),
+        rsa=RSASamples(
+            eligible=torch.tensor([int(eligible)]),
+            caption_mask=is_answer[None, :-1].long(),
+            num_tiles=torch.tensor([sum(images)]),
+            sample_id=torch.randint(0, 2**62, (1,), generator=generator),
+        ),
+        keys=[f"sample-{seed}"],
+        records=[{}],
+    )
+
+
+def empty_sample() -> LlavaBatch:
+    """What fills up the last batches of an epoch: nothing of it is learnt, and it has no key."""
+    return replace(sample(0, num_tokens=2), keys=[""])
+
+
+def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
+    """A row a sample, filled up to the longest text."""
+    length = max(one.tokens.shape[1] for one in samples)
+
+    def padded(rows):
+        return torch.cat([torch.nn.functional.pad(row, (0, length - row.shape[1]), value=PAD) for row in rows])
+
+    rsa = RSASamples(
+        caption_mask=padded([one.rsa.caption_mask for one in samples]),
+        **{name: _all(name, [one.rsa for one in samples]) for name in ("eligible", "num_tiles", "sample_id")},
+    )
+    rows = {name: padded([getattr(one, name) for one in samples]) for name in ("tokens", "labels", "loss_mask")}
+    return LlavaBatch(**rows, **_parts(samples), row_lengths=_all("row_lengths", samples), rsa=rsa)
+
+
+def as_packed_row(samples: list[LlavaBatch]) -> LlavaBatch:
+    """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it."""
+    if not samples:
+        samples = [empty_sample()]
+
+    def joined(rows, last=0):
+        return torch.cat([torch.nn.functional.pad(row, (0, 1), value=last) for row in rows], dim=1)
+
+    captions = [number * one.rsa.caption_mask for number, one in enumerate(samples, start=1)]
+    rsa = RSASamples(
+        caption_mask=joined(captions),
+        **{name: _all(name, [one.rsa for one in samples]) for name in ("eligible", "num_tiles", "sample_id")},
+    )
+    lengths = _all("row_lengths", samples) + 1
+    return LlavaBatch(
+        tokens=torch.cat([torch.cat([one.tokens, one.labels[:, -1:]], dim=1) for one in samples], dim=1),
+        labels=joined([one.labels for one in samples], PAD),
+        loss_mask=joined([one.loss_mask for one in samples]),
+        **_parts(samples),
+        row_lengths=lengths.sum()[None],
+        rsa=rsa,
+        sequence_lengths=lengths,
+    )
+
+
+def _all(name: str, parts: list) -> torch.Tensor:
+    return torch.cat([getattr(part, name) for part in parts])
+
+
+def _parts(samples: list[LlavaBatch]) -> dict:
+    return dict(
+        images=_all("images", samples),
+        image_layouts=_all("image_layouts", samples),
+        keys=[key for one in samples for key in one.keys],
+        records=[record for one in samples for record in one.records],
+    )
+
+
+def use_packed_rows() -> None:
+    """In this process, the model is one whose rows may be packed."""
+    from rsa_megatron.training import providers
+
+    right = providers.LlavaOneVision
+    providers.LlavaOneVision = lambda *args, **options: right(*args, **options | {"packs_rows": True})
