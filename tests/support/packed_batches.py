@@ -59,28 +59,46 @@ def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
     return LlavaBatch(**rows, **_parts(samples), row_lengths=_all("row_lengths", samples), rsa=rsa)
 
 
-def as_packed_row(samples: list[LlavaBatch]) -> LlavaBatch:
-    """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it."""
-    if not samples:
-        samples = [empty_sample()]
+def as_packed_row(samples: list[LlavaBatch], *, with_copies: bool = False) -> LlavaBatch:
+    """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it.
 
-    def joined(rows, last=0):
-        return torch.cat([torch.nn.functional.pad(row, (0, 1), value=last) for row in rows], dim=1)
+    Args:
+        with_copies: behind each eligible sample its caption once more, and one token of padding (--rsa-text-source caption).
+    """
+    samples = samples or [empty_sample()]
+    rows, lengths = {name: [] for name in ("tokens", "labels", "loss_mask", "caption_mask")}, []
 
-    captions = [number * one.rsa.caption_mask for number, one in enumerate(samples, start=1)]
+    def append(length: int, **sequence):
+        for name, row in sequence.items():
+            rows[name].append(row)
+        lengths.append(length)
+
+    for number, one in enumerate(samples, start=1):
+        marks = torch.nn.functional.pad(number * one.rsa.caption_mask, (0, 1))
+        append(
+            int(one.row_lengths) + 1,
+            tokens=torch.cat([one.tokens, one.labels[:, -1:]], dim=1),
+            labels=torch.nn.functional.pad(one.labels, (0, 1), value=PAD),
+            loss_mask=torch.nn.functional.pad(one.loss_mask, (0, 1)),
+            caption_mask=torch.zeros_like(marks) if with_copies else marks,
+        )
+        if with_copies and one.rsa.eligible:
+            copied = torch.nn.functional.pad(one.tokens[one.rsa.caption_mask > 0][None], (0, 1), value=PAD)
+            marks = torch.nn.functional.pad(torch.full_like(copied[:, 1:], number), (0, 1))
+            nothing = torch.zeros_like(copied)
+            append(copied.shape[1], tokens=copied, labels=nothing, loss_mask=nothing.float(), caption_mask=marks)
+    joined = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
     rsa = RSASamples(
-        caption_mask=joined(captions),
+        caption_mask=joined.pop("caption_mask"),
+        captions_are_copies=with_copies,
         **{name: _all(name, [one.rsa for one in samples]) for name in ("eligible", "num_tiles", "sample_id")},
     )
-    lengths = _all("row_lengths", samples) + 1
     return LlavaBatch(
-        tokens=torch.cat([torch.cat([one.tokens, one.labels[:, -1:]], dim=1) for one in samples], dim=1),
-        labels=joined([one.labels for one in samples], PAD),
-        loss_mask=joined([one.loss_mask for one in samples]),
+        **joined,
         **_parts(samples),
-        row_lengths=lengths.sum()[None],
+        row_lengths=torch.tensor([sum(lengths)]),
         rsa=rsa,
-        sequence_lengths=lengths,
+        sequence_lengths=torch.tensor(lengths),
     )
 
 
