@@ -43,9 +43,10 @@ def check_settings(settings, *, packed: bool) -> None:
         "--context-parallel-size above 1": settings.context_parallel_size > 1,
         "--tp-comm-overlap": settings.tp_comm_overlap,
         "a window_size": getattr(settings, "window_size", None) is not None,  # no flag of Megatron's
-        "--sequence-parallel with Transformer Engine unless --micro-batch-size is 1": packed
+        "--sequence-parallel with Transformer Engine unless --micro-batch-size and --eval-micro-batch-size are 1": packed
         and settings.sequence_parallel
-        and getattr(settings, "micro_batch_size", 1) > 1,  # a config does not know it
+        # (A config does not know them. Packed rows need none of this, and the rows of evaluation are not packed.)
+        and max(getattr(settings, name, 1) for name in ("micro_batch_size", "eval_micro_batch_size")) > 1,
         "the fused softmax of local layers: pass --no-masked-softmax-fusion": not packed
         and settings.masked_softmax_fusion,
     }
@@ -129,7 +130,7 @@ class SegmentedAttention:
         if self._shards > 1 and batch_size > 1:
             raise ValueError(
                 "--rsa-text-source caption with Transformer Engine and --sequence-parallel: each rank has a part of "
-                "every row, which do not follow one another; set --micro-batch-size 1"
+                "every row, which do not follow one another; set --micro-batch-size 1 and --eval-micro-batch-size 1"
             )
         packed = _one_after_another(hidden_LBH)
         if decoder.pre_process:

@@ -38,8 +38,6 @@ def select_samples(
 ) -> RSASamples:
     """The micro-batch's RSASamples on every tensor-parallel rank, their captions without positions that the decoder does not get.
 
-    A packed row without a sample, as an epoch may end with, has one that does not take part.
-
     Args:
         arguments: of the model's forward, by name.
         read_selection: gives the batch's selection on the ranks that have read it, else None.
@@ -47,8 +45,6 @@ def select_samples(
     """
     selection = read_selection() or Selection()
     missing, present = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    if isinstance(selection, RSASamples) and not len(selection.sample_id):
-        selection = replace(selection, **dict.fromkeys(("eligible", "num_tiles", "sample_id"), present))
     data = {name: getattr(selection, name, None) for name in _FIELDS}
     data = {name: missing if tensor is None else tensor for name, tensor in data.items()}
     # By its shape, which is known without waiting for the device.
