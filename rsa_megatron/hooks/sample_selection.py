@@ -81,9 +81,12 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
         num_samples, sample_BS = row.num_samples, row.sample_BS
     num_images = _per_sample(is_image_BS.long(), sample_BS, num_samples)
     eligible = (num_images == 1).long()
-    if selection.eligible is not None:
-        _check("eligible", selection.eligible, eligible.shape)
-        eligible = eligible * (selection.eligible.to(eligible) > 0)
+    if (chosen := selection.eligible) is not None:
+        if row is not None and len(chosen) == num_samples - 1:
+            # A row's padding may be one more sequence, which is no sample to who has packed it.
+            chosen, row = torch.nn.functional.pad(chosen, (0, 1)), row._replace(last_is_padding=True)
+        _check("eligible", chosen, eligible.shape)
+        eligible = eligible * (chosen.to(eligible) > 0)
     caption_BS = selection.caption_mask
     if caption_BS is None:
         caption_BS = _trained_tokens(arguments.get("loss_mask"), sample_BS)

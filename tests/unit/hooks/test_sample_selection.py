@@ -22,6 +22,7 @@ MODEL = dict(
     tensor_model_parallel_size_lm=2,
 )
 HOST = LLaVAHost(SimpleNamespace(**MODEL))
+SHARED = LLaVAHost(SimpleNamespace(**MODEL | dict(sequence_parallel_lm=True, tensor_model_parallel_size_lm=4)))
 # One image of three tiles with a caption of two tokens; text; two images of one and two tiles.
 TOKENS = torch.tensor([[1, IMAGE, 11, 12, 0], [21, 22, 23, 24, 25], [IMAGE, IMAGE, 31, 32, 0]])
 LOSS_MASK = torch.tensor(
@@ -92,7 +93,7 @@ PACKED_LOSS_MASK = torch.tensor([[1, 1, 1, 1, 0, 1, 0, 0]])
 ENDS = [0, 6, 8, 18]
 
 
-def packed_samples(host=HOST, **bounds):
+def packed_samples(host=HOST, chosen: Selection = Selection(), **bounds):
     """samples_of of that row with bounds as a script gives them, lists or anything else."""
     given = {
         name: torch.tensor(ends, dtype=torch.int32) if isinstance(ends, list) else ends for name, ends in bounds.items()
@@ -106,6 +107,7 @@ def packed_samples(host=HOST, **bounds):
             packed_seq_params=packed,
         ),
         host,
+        chosen,
     )
 
 
@@ -200,8 +202,7 @@ def test_without_the_refusal_captions_would_go_to_other_samples(monkeypatch):
 def test_a_row_may_be_cut_or_filled_up_for_the_ranks_that_share_it():
     cut = LLaVAHost(SimpleNamespace(**MODEL | dict(_language_max_sequence_length=15)))
     assert packed_samples(cut, cu_seqlens_q=[0, 6, 8, 15]).eligible.tolist() == [1, 0, 1]
-    shared = LLaVAHost(SimpleNamespace(**MODEL | dict(sequence_parallel_lm=True, tensor_model_parallel_size_lm=4)))
-    assert packed_samples(shared, cu_seqlens_q=[0, 6, 8, 20]).eligible.tolist() == [1, 0, 1]
+    assert packed_samples(SHARED, cu_seqlens_q=[0, 6, 8, 20]).eligible.tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="ends at 15, and the packed row has 18"):
         packed_samples(cu_seqlens_q=[0, 6, 8, 15])
 
@@ -214,6 +215,18 @@ def test_under_pipeline_parallelism_every_row_is_filled_up():
         packed_samples(LLaVAHost(model), cu_seqlens_q=[0, 6, 8, 63])
     with pytest.raises(ValueError, match="ends at 64, and the packed row has 18"):
         packed_samples(cu_seqlens_q=[0, 6, 8, 64])
+
+
+def test_the_row_s_padding_may_be_a_sequence_more_than_a_script_has_samples():
+    chosen = Selection(eligible=torch.tensor([1, 1, 0]))
+    samples = packed_samples(chosen=chosen, cu_seqlens_q=[0, 6, 8, 18, 20], host=SHARED)
+    assert samples.eligible.tolist() == [1, 0, 0, 0]
+    with pytest.raises(
+        ValueError, match="eligible of 2 samples, and the packed row has 3 sequences, of which the last is not"
+    ):
+        packed_samples(chosen=Selection(eligible=torch.tensor([1, 1])), cu_seqlens_q=ENDS)
+    with pytest.raises(ValueError, match=r"eligible of shape \(1,\), the model's batch has \(3,\)"):
+        packed_samples(chosen=Selection(eligible=torch.tensor([1])), cu_seqlens_q=ENDS)
 
 
 def test_stages_that_read_no_data_must_be_told_the_bounds():
