@@ -13,13 +13,13 @@ PAD = 0
 def sample(seed: int, num_tokens: int, images=(), text_first: int = 0, eligible: bool = False) -> LlavaBatch:
     """A row of one sample: text_first tokens, then images of so many tiles, then text; of num_tokens tokens the last is a label alone.
 
-    All tokens behind the images are learnt, but for the last two of them, and are the caption.
+    The tokens behind the images but for the first, to the last, are learnt and are the caption.
     """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(10, tiny.VOCAB_SIZE, (num_tokens,), generator=generator)
     text[text_first : text_first + len(images)] = tiny.IMAGE_TOKEN
     position = torch.arange(num_tokens)
-    is_answer = (position >= text_first + len(images) + 1) & (position < num_tokens - 2)
+    is_answer = position > text_first + len(images)
     layouts = [tiny.layout(num_tiles) for num_tiles in images]
     return LlavaBatch(
         tokens=text[None, :-1],
@@ -41,7 +41,9 @@ def sample(seed: int, num_tokens: int, images=(), text_first: int = 0, eligible:
 
 def empty_sample() -> LlavaBatch:
     """What fills up the last batches of an epoch: nothing of it is learnt, and it has no key."""
-    return replace(sample(0, num_tokens=2), keys=[""])
+    one = sample(0, num_tokens=2)
+    one.rsa.caption_mask.zero_()
+    return replace(one, loss_mask=torch.zeros_like(one.loss_mask), keys=[""])
 
 
 def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
@@ -59,22 +61,28 @@ def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
     return LlavaBatch(**rows, **_parts(samples), row_lengths=_all("row_lengths", samples), rsa=rsa)
 
 
-def as_packed_row(samples: list[LlavaBatch]) -> LlavaBatch:
-    """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it."""
+def as_packed_row(samples: list[LlavaBatch], *, last_tokens: int = 1) -> LlavaBatch:
+    """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it.
+
+    Args:
+        last_tokens: 0 leaves them out, a mistake to be seen: LLaVAModel drops the label of a token before an image.
+    """
     if not samples:
         samples = [empty_sample()]
 
     def joined(rows, last=0):
-        return torch.cat([torch.nn.functional.pad(row, (0, 1), value=last) for row in rows], dim=1)
+        return torch.cat([torch.nn.functional.pad(row, (0, last_tokens), value=last) for row in rows], dim=1)
 
     captions = [number * one.rsa.caption_mask for number, one in enumerate(samples, start=1)]
     rsa = RSASamples(
         caption_mask=joined(captions),
         **{name: _all(name, [one.rsa for one in samples]) for name in ("eligible", "num_tiles", "sample_id")},
     )
-    lengths = _all("row_lengths", samples) + 1
+    lengths = _all("row_lengths", samples) + last_tokens
     return LlavaBatch(
-        tokens=torch.cat([torch.cat([one.tokens, one.labels[:, -1:]], dim=1) for one in samples], dim=1),
+        tokens=torch.cat(
+            [part for one in samples for part in (one.tokens, one.labels[:, -last_tokens:])[: 1 + last_tokens]], dim=1
+        ),
         labels=joined([one.labels for one in samples], PAD),
         loss_mask=joined([one.loss_mask for one in samples]),
         **_parts(samples),
