@@ -13,13 +13,13 @@ PAD = 0
 def sample(seed: int, num_tokens: int, images=(), text_first: int = 0, eligible: bool = False) -> LlavaBatch:
     """A row of one sample: text_first tokens, then images of so many tiles, then text; of num_tokens tokens the last is a label alone.
 
-    All tokens behind the images are learnt, but for the last two of them, and are the caption.
+    The tokens behind the images but for the first, to the last, are learnt and are the caption.
     """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(10, tiny.VOCAB_SIZE, (num_tokens,), generator=generator)
     text[text_first : text_first + len(images)] = tiny.IMAGE_TOKEN
     position = torch.arange(num_tokens)
-    is_answer = (position >= text_first + len(images) + 1) & (position < num_tokens - 2)
+    is_answer = position > text_first + len(images)
     layouts = [tiny.layout(num_tiles) for num_tiles in images]
     return LlavaBatch(
         tokens=text[None, :-1],
@@ -41,7 +41,9 @@ def sample(seed: int, num_tokens: int, images=(), text_first: int = 0, eligible:
 
 def empty_sample() -> LlavaBatch:
     """What fills up the last batches of an epoch: nothing of it is learnt, and it has no key."""
-    return replace(sample(0, num_tokens=2), keys=[""])
+    one = sample(0, num_tokens=2)
+    one.rsa.caption_mask.zero_()
+    return replace(one, loss_mask=torch.zeros_like(one.loss_mask), keys=[""])
 
 
 def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
@@ -59,11 +61,12 @@ def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
     return LlavaBatch(**rows, **_parts(samples), row_lengths=_all("row_lengths", samples), rsa=rsa)
 
 
-def as_packed_row(samples: list[LlavaBatch], *, with_copies: bool = False) -> LlavaBatch:
+def as_packed_row(samples: list[LlavaBatch], *, with_copies: bool = False, last_tokens: int = 1) -> LlavaBatch:
     """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it.
 
     Args:
         with_copies: behind each eligible sample its caption once more, and one token of padding (--rsa-text-source caption).
+        last_tokens: 0 leaves them out, a mistake to be seen: LLaVAModel drops the label of a token before an image.
     """
     samples = samples or [empty_sample()]
     rows, lengths = {name: [] for name in ("tokens", "labels", "loss_mask", "caption_mask")}, []
@@ -73,18 +76,20 @@ def as_packed_row(samples: list[LlavaBatch], *, with_copies: bool = False) -> Ll
             rows[name].append(row)
         lengths.append(length)
 
+    def longer(row, value=0, by=last_tokens):
+        return torch.nn.functional.pad(row, (0, by), value=value)
+
     for number, one in enumerate(samples, start=1):
-        marks = torch.nn.functional.pad(number * one.rsa.caption_mask, (0, 1))
         append(
-            int(one.row_lengths) + 1,
-            tokens=torch.cat([one.tokens, one.labels[:, -1:]], dim=1),
-            labels=torch.nn.functional.pad(one.labels, (0, 1), value=PAD),
-            loss_mask=torch.nn.functional.pad(one.loss_mask, (0, 1)),
-            caption_mask=torch.zeros_like(marks) if with_copies else marks,
+            int(one.row_lengths) + last_tokens,
+            tokens=torch.cat([one.tokens, one.labels[:, -1:]][: 1 + last_tokens], dim=1),
+            labels=longer(one.labels, PAD),
+            loss_mask=longer(one.loss_mask),
+            caption_mask=longer((0 if with_copies else number) * one.rsa.caption_mask),
         )
         if with_copies and one.rsa.eligible:
-            copied = torch.nn.functional.pad(one.tokens[one.rsa.caption_mask > 0][None], (0, 1), value=PAD)
-            marks = torch.nn.functional.pad(torch.full_like(copied[:, 1:], number), (0, 1))
+            copied = one.tokens[one.rsa.caption_mask > 0][None]
+            marks, copied = longer(torch.full_like(copied, number), by=1), longer(copied, PAD, by=1)
             nothing = torch.zeros_like(copied)
             append(copied.shape[1], tokens=copied, labels=nothing, loss_mask=nothing.float(), caption_mask=marks)
     joined = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
