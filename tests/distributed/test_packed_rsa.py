@@ -103,6 +103,25 @@ def test_copies_in_the_row_are_captions_read_alone(parity):
     assert actual.losses[0]["rsa extra positions"] == pytest.approx(copied / others, rel=1e-6)
 
 
+def test_a_row_with_a_copy_at_its_end_is_not_taken_for_a_packed_one(parity):
+    """Rows of one sample and packed rows of one, by turns: what stages on the way receive may be as long."""
+    options = (*CAPTION, *WHOLE)
+    ones = [[sample(10 * i + m, 11 + m, images=(1,), eligible=True)] for i in range(2) for m in range(4)]
+    rows = [[as_rows(one)] for one in ones]
+    by_turns = [
+        [as_packed_row(one, with_copies=True)] if number % 2 else rows[number] for number, one in enumerate(ones)
+    ]
+    argv = [*flags(parity.demo, 4, True, False, 1, None), *LENGTH, *options]
+    argv += ["--micro-batch-size", "1", "--global-batch-size", "4"]
+    expected, actual = (
+        layouts.run(layout, [made[:4], made[4:]], argv, load=parity.initial, sabotage=use_packed_rows)
+        for layout, made in ((SINGLE, rows), (PP2_VPP2, by_turns))
+    )
+    found = packed_parity.differences(actual, expected)
+    found.pop("rsa extra positions")
+    assert max(found.values()) < TOLERANCE, found
+
+
 def vectors_of_other_samples():
     from rsa_megatron.hooks import pipeline_payload
 
