@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.models import packed_rows
 from rsa_megatron.models.anyres_projector import AnyResProjector
 from rsa_megatron.models.architectures import Architecture, VisionTower
 from rsa_megatron.models.embedding_dropout import SharedDropout
@@ -34,6 +36,7 @@ class LlavaOneVision(LLaVAModel):
         image_token_index: the token id at which an image's tokens are put in.
         tie_word_embeddings: the output layer's weight is the word embeddings'.
         rotary_base: of the decoder's rotary position embedding.
+        packs_rows: a row may be a packed row (packed_rows.py): the stages of a pipeline tell one another where its sequences end.
         pre_process: this is the first pipeline stage: it holds the tower, the projector and the embeddings.
         post_process: this is the last one: it holds the output layer.
         vp_stage: which of this rank's chunks, under interleaved pipelines.
@@ -50,6 +53,7 @@ class LlavaOneVision(LLaVAModel):
         image_token_index: int,
         tie_word_embeddings: bool,
         rotary_base: int,
+        packs_rows: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -89,7 +93,23 @@ class LlavaOneVision(LLaVAModel):
             vision.tokens_per_side,
             architecture.max_tiles,
         )
+        #: asked by RSA: stages that read no data know where the sequences of a packed row begin
+        self.packs_rows = packs_rows
         self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
+        #: rows behind the hidden state between stages, which hold the bounds of a packed row
+        self.num_bounds_rows = 0
+        if packs_rows and decoder_config.context_parallel_size > 1:
+            raise ValueError(
+                "packed rows do not go with context parallelism: each sample would have to be a multiple of "
+                f"{2 * decoder_config.context_parallel_size} positions, and with padding behind the last sample Transformer Engine "
+                "may attend wrongly without a word (TransformerEngine #3331); set --context-parallel-size 1 or "
+                "--packing-buffer-size 0"
+            )
+        if packs_rows and decoder_config.pipeline_model_parallel_size > 1:
+            self.num_bounds_rows = packed_rows.count_bounds_rows(max_sequence_length, decoder_config.hidden_size)
+            # The hidden state with its bounds is longer than the sequence: let the stages tell each other. (Set here because
+            # TransformerConfig refuses it together with a default of its expert layers.)
+            self.config.variable_seq_lengths = True
         # Megatron has no pipeline stages of the tower's own: it goes whole with the first decoder layers.
         self.add_encoder = pre_process
         if pre_process and decoder_config.sequence_parallel:
@@ -136,6 +156,7 @@ class LlavaOneVision(LLaVAModel):
         loss_mask: Tensor | None = None,
         inference_context=None,
         image_layouts: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs,
     ):
         """Run LLaVAModel's forward pass, with image_layouts instead of num_image_tiles.
@@ -145,8 +166,16 @@ class LlavaOneVision(LLaVAModel):
                 bypass the tower.
             image_layouts: how each image lies in its tiles, [number of images, 6] (LlavaBatch). Without it each tile
                 is an image, without a newline.
+            packed_seq_params: of a packed row, on the first and the last stage (packed_rows.make_packed_seq_params).
             Others as LLaVAModel's.
         """
+        has_bounds = self.num_bounds_rows and inference_context is None
+        if packed_seq_params is not None and not has_bounds and self.config.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                "a packed row under pipeline parallelism: the stages on the way must know of it, build the model with packs_rows=True"
+            )
+        if has_bounds and not self.pre_process:
+            packed_seq_params = self._take_off_bounds(packed_seq_params)
         num_tokens = None
         if input_ids is not None:
             layouts = self._get_layouts(images, image_layouts)
@@ -156,7 +185,7 @@ class LlavaOneVision(LLaVAModel):
                 self.vision_projection.layouts = layouts
                 if images is not None and not len(images) and torch.is_grad_enabled():
                     images = self._make_black_tile(images)
-        return super().forward(
+        output, loss_mask = super().forward(
             images,
             input_ids,
             position_ids,
@@ -165,8 +194,31 @@ class LlavaOneVision(LLaVAModel):
             loss_mask=loss_mask,
             inference_context=inference_context,
             num_image_tiles=num_tokens,
+            packed_seq_params=packed_seq_params,
             **kwargs,
         )
+        if has_bounds and not self.post_process:
+            output = packed_rows.put_on_bounds(output, packed_seq_params, self.num_bounds_rows)
+        return output, loss_mask
+
+    def decoder_row_length(self, num_positions: int) -> int:
+        """Return how long the decoder's row of so many positions is: LLaVAModel fills it up for a pipeline, or for the ranks that share it."""
+        if self.config.pipeline_model_parallel_size > 1:
+            return self._language_max_sequence_length
+        return -(-min(num_positions, self._language_max_sequence_length) // self._num_shards) * self._num_shards
+
+    @property
+    def _num_shards(self) -> int:
+        return self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+
+    def _take_off_bounds(self, own: PackedSeqParams | None) -> PackedSeqParams | None:
+        """Take the bounds off what the stage before has sent; on the last stage, which has read the row, check that they are its own."""
+        received = self.language_model.decoder.input_tensor
+        hidden, packed = packed_rows.take_off_bounds(received, self.num_bounds_rows, self._num_shards)
+        self.set_input_tensor([hidden])
+        if self.post_process:
+            packed_rows.check_same_bounds(packed, own)
+        return packed
 
     def _preprocess_data(
         self,

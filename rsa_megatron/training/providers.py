@@ -32,6 +32,7 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
         image_token_index=load_tokenizer(args).convert_tokens_to_ids(IMAGE_TOKEN),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         rotary_base=args.rotary_base,
+        packs_rows=bool(getattr(args, "packing_buffer_size", 0)),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

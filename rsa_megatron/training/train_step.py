@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.hooks.broadcast import broadcast_tensors
+from rsa_megatron.models.llava_onevision import LlavaOneVision
+from rsa_megatron.models.packed_rows import make_packed_seq_params
 
 
 @dataclass
@@ -105,6 +108,7 @@ def forward_step(
         loss_mask=batch.loss_mask,
         image_layouts=batch.image_layouts,
         sound_clips=_no_sound(batch),
+        packed_seq_params=_describe_packed_row(batch, llava),
     )
     return output, partial(loss_func, loss_mask, batch, training=llava.training)
 
@@ -131,6 +135,14 @@ def loss_func(
         num_positions = loss_sum.new_tensor(loss_mask_BL.numel(), dtype=torch.float32)
         report["padding"] = torch.stack([num_positions - batch.num_positions, num_positions])
     return loss_sum, num_tokens, report
+
+
+def _describe_packed_row(batch: StepBatch, llava: LlavaOneVision) -> PackedSeqParams | None:
+    """What the decoder's layers must know of a packed row; None where each row is one sample."""
+    if batch.sequence_lengths is None:
+        return None
+    lengths = batch.sequence_lengths.tolist()
+    return make_packed_seq_params(lengths, llava.decoder_row_length(sum(lengths)), batch.tokens.device)
 
 
 def _no_sound(batch: StepBatch) -> Tensor:
