@@ -22,6 +22,8 @@ class RSASamples:
     num_tiles: Tensor
     #: the same number for the same sample on every pipeline stage, [n]; non-negative
     sample_id: Tensor
+    #: whether the captions that caption_mask marks are copies, sequences of their own in a packed row
+    captions_are_copies: bool = False
 
 
 @dataclass

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.data.dataset_checks import fingerprint
 from rsa_megatron.data.loader_state import DataLayout, from_plain, to_plain
+from rsa_megatron.data.packed_task_encoder import PackingTaskEncoder
 from rsa_megatron.data.random_generators import keep_generators
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
@@ -35,6 +36,7 @@ class TrainLoader:
         one_epoch: iterations of a single pass over the data (`count_epoch_iterations`), after which there are empty batches: ranks
             end together, whatever each has read. 0: the data never ends.
         drop_last: with one_epoch, skip samples that do not fill a micro-batch.
+        packing_buffer_size: samples among which those of a row are chosen, by a PackingTaskEncoder; 0: a row is one sample.
 
     Raises:
         ValueError: one epoch of data that has none.
@@ -43,13 +45,14 @@ class TrainLoader:
     def __init__(
         self,
         path: str,
-        task_encoder: LlavaTaskEncoder,
+        task_encoder: LlavaTaskEncoder | PackingTaskEncoder,
         worker_config: WorkerConfig,
         micro_batch_size: int,
         shuffle_buffer_size: int,
         *,
         one_epoch: int = 0,
         drop_last: bool = False,
+        packing_buffer_size: int = 0,
     ):
         if one_epoch:
             task_encoder = task_encoder.of_one_epoch(micro_batch_size, shuffle_buffer_size)
@@ -60,6 +63,7 @@ class TrainLoader:
             shuffle_buffer_size=shuffle_buffer_size,
             one_epoch=one_epoch,
             data_fingerprint=fingerprint(path),
+            **_describe_packing(task_encoder, packing_buffer_size),
         )
         dataset = _train_dataset(
             path,
@@ -69,6 +73,7 @@ class TrainLoader:
             None if one_epoch else shuffle_buffer_size,
             one_epoch=one_epoch > 0,
             drop_last=drop_last,
+            packing_buffer_size=packing_buffer_size,
         )
         self._task_encoder = task_encoder
         self._loader: SavableDataLoader = _isolate_workers(get_savable_loader(dataset))
@@ -106,6 +111,17 @@ class TrainLoader:
             self._loader.restore_state_rank(from_plain(state["energon"]))
 
 
+def _describe_packing(task_encoder: LlavaTaskEncoder | PackingTaskEncoder, packing_buffer_size: int) -> dict:
+    if not packing_buffer_size:
+        return {}
+    return dict(
+        packing_buffer_size=packing_buffer_size,
+        row_length=task_encoder.row_length,
+        max_tiles_per_row=task_encoder.max_tiles_per_row,
+        copies_captions=task_encoder.copies_captions,
+    )
+
+
 def count_epoch_iterations(
     path: str,
     *,
@@ -139,7 +155,17 @@ class _Counter(DefaultTaskEncoder):
     cookers = LlavaTaskEncoder.cookers
 
 
-def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_buffer_size, *, one_epoch, drop_last):
+def _train_dataset(
+    path,
+    task_encoder,
+    worker_config,
+    micro_batch_size,
+    shuffle_buffer_size,
+    *,
+    one_epoch,
+    drop_last,
+    packing_buffer_size=0,
+):
     try:
         return get_train_dataset(
             path,
@@ -147,6 +173,7 @@ def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_
             batch_size=micro_batch_size,
             batch_drop_last=drop_last,
             shuffle_buffer_size=shuffle_buffer_size,
+            packing_buffer_size=packing_buffer_size or None,
             max_samples_per_sequence=None,
             task_encoder=task_encoder,
             repeat=not one_epoch,

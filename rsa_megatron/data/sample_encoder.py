@@ -182,7 +182,7 @@ def join_tiles(tiles: list[Tensor]) -> Tensor:
 
 def sample_id(key: str) -> int:
     """Hash a sample's key to a number, the same in every process: 63 bits."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def format_skipped(sample: Sample, error: Exception) -> str:
