@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 from megatron.energon import (
-    DefaultTaskEncoder,
     TaskEncoder,
     WorkerConfig,
     get_loader,
     get_savable_loader,
-    get_train_dataset,
     get_val_dataset,
 )
 from megatron.energon.savable_loader import SavableDataLoader
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.data.dataset_checks import fingerprint
+from rsa_megatron.data.epoch_length import CountingEncoder, build_train_dataset
 from rsa_megatron.data.loader_state import DataLayout, from_plain, to_plain
 from rsa_megatron.data.packed_task_encoder import PackingTaskEncoder
 from rsa_megatron.data.random_generators import keep_generators
@@ -65,7 +64,7 @@ class TrainLoader:
             data_fingerprint=fingerprint(path),
             **_describe_packing(task_encoder, packing_buffer_size),
         )
-        dataset = _train_dataset(
+        dataset = build_train_dataset(
             path,
             task_encoder,
             worker_config,
@@ -122,71 +121,6 @@ def _describe_packing(task_encoder: LlavaTaskEncoder | PackingTaskEncoder, packi
     )
 
 
-def count_epoch_iterations(
-    path: str,
-    *,
-    data_parallel_size: int,
-    num_workers: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    drop_last: bool,
-) -> int:
-    """Count the iterations of one pass over the training split behind `path`, as Energon divides it between workers.
-
-    Each worker of each rank has a share of each data set, and its last micro-batch may be a partial one. The rank with
-    the most micro-batches decides, or with drop_last (and without partial ones) the rank with the fewest.
-
-    Raises:
-        ValueError: the data is a blend by weight, which has no end.
-    """
-    num_readers = max(1, num_workers)  # without workers a rank reads for itself
-    # All workers as those of one rank: Energon gives worker w of rank r what it gives number r * num_readers + w here.
-    config = WorkerConfig(rank=0, world_size=1, num_workers=data_parallel_size * num_readers)
-    dataset = _train_dataset(path, _Counter(), config, micro_batch_size, None, one_epoch=True, drop_last=drop_last)
-    of_worker = [dataset.len_worker(worker) for worker in range(config.num_workers)]
-    of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]
-    num_micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
-    return min(of_rank) // num_micro_batches if drop_last else -(-max(of_rank) // num_micro_batches)
-
-
-class _Counter(DefaultTaskEncoder):
-    """A task encoder for a data set that is counted, not read."""
-
-    cookers = LlavaTaskEncoder.cookers
-
-
-def _train_dataset(
-    path,
-    task_encoder,
-    worker_config,
-    micro_batch_size,
-    shuffle_buffer_size,
-    *,
-    one_epoch,
-    drop_last,
-    packing_buffer_size=0,
-):
-    try:
-        return get_train_dataset(
-            path,
-            worker_config=worker_config,
-            batch_size=micro_batch_size,
-            batch_drop_last=drop_last,
-            shuffle_buffer_size=shuffle_buffer_size,
-            packing_buffer_size=packing_buffer_size or None,
-            max_samples_per_sequence=None,
-            task_encoder=task_encoder,
-            repeat=not one_epoch,
-        )
-    except AssertionError as error:
-        if not one_epoch or "repeat" not in str(error):
-            raise
-        raise ValueError(
-            f"--data-path {path}: a blend by weight has no end: set --train-iters, or write the mixture with "
-            "blend_epochized and repetitions, of which a run without --train-iters is one pass"
-        ) from error
-
-
 def explain_unread_validation(
     path: str,
     *,
@@ -207,7 +141,7 @@ def explain_unread_validation(
     num_readers = max(1, num_workers)
     config = WorkerConfig(rank=0, world_size=1, num_workers=data_parallel_size * num_readers)
     with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
-        dataset = get_val_dataset(path, worker_config=config, batch_size=1, task_encoder=_Counter())
+        dataset = get_val_dataset(path, worker_config=config, batch_size=1, task_encoder=CountingEncoder())
     shares = [dataset.len_worker(worker) for worker in range(config.num_workers)]
     num_samples, of_worker = sum(shares), [share // micro_batch_size for share in shares]
     of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]

@@ -5,7 +5,8 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from rsa_megatron.alignment.metrics import NEIGHBOUR_METRICS
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.data.dataset_checks import check_data, check_rsa_flags
-from rsa_megatron.data.loaders import count_epoch_iterations, explain_unread_validation
+from rsa_megatron.data.epoch_length import count_epoch_iterations
+from rsa_megatron.data.loaders import explain_unread_validation
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.ranks import get_rank, print_once
 from rsa_megatron.training.embedding_arguments import image_embeddings

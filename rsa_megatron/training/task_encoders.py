@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 
 from rsa_megatron.data.packed_task_encoder import PackingTaskEncoder
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
-from rsa_megatron.models.architectures import Architecture, find_architecture
+from rsa_megatron.models.architectures import Architecture
+from rsa_megatron.models.hf_config import find_architecture
 from rsa_megatron.training.embedding_arguments import image_embeddings
 
 
