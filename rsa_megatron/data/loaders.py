@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from rsa_megatron.data.packed_task_encoder import PackingTaskEncoder
 from rsa_megatron.data.random_generators import keep_generators
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 
+logger = logging.getLogger(__name__)
+
 
 class TrainLoader:
     """Batches of the training split, with a position that can be saved and resumed.
@@ -34,6 +37,7 @@ class TrainLoader:
     Args:
         one_epoch: iterations of a single pass over the data (`count_epoch_iterations`), after which there are empty batches: ranks
             end together, whatever each has read. 0: the data never ends.
+        last_batch: with one_epoch, the number of the batch after which the run ends, if data may be left then (packed_epoch.py).
         drop_last: with one_epoch, skip samples that do not fill a micro-batch.
         packing_buffer_size: samples among which those of a row are chosen, by a PackingTaskEncoder; 0: a row is one sample.
 
@@ -51,6 +55,7 @@ class TrainLoader:
         *,
         one_epoch: int = 0,
         drop_last: bool = False,
+        last_batch: int = 0,
         packing_buffer_size: int = 0,
     ):
         if one_epoch:
@@ -78,23 +83,33 @@ class TrainLoader:
         self._loader: SavableDataLoader = _isolate_workers(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
         self._ended = False
+        self._num_read, self._last_batch = 0, last_batch
 
     def __iter__(self):
         return self
 
     def __next__(self) -> LlavaBatch:
+        batch = self._read_next()
+        self._num_read += 1
+        is_last = self._num_read == self._last_batch
+        if is_last and self._read_next() is not None and self._task_encoder.say_skipped:
+            logger.warning(
+                "the pass over the data ends before this rank has read all of it: it has more rows than the bound at the start; "
+                "what is left is not trained on"
+            )
+        return self._task_encoder.batch([]) if batch is None else batch
+
+    def _read_next(self) -> LlavaBatch | None:
         if self._batches is None:
             self._batches = _read(self._loader)
         batch = None if self._ended else next(self._batches, None)
-        if batch is None:
-            self._ended = True
-            return self._task_encoder.batch([])
+        self._ended = batch is None
         return batch
 
     def save_state(self) -> dict:
         """Return the position; called by Megatron when it writes a checkpoint."""
         energon = None if self._ended else to_plain(self._loader.save_state_rank())
-        return {"layout": dataclasses.asdict(self.layout), "energon": energon}
+        return {"layout": dataclasses.asdict(self.layout), "energon": energon, "num_read": self._num_read}
 
     @keep_generators()
     def restore_state(self, state_file: Path) -> None:
@@ -106,6 +121,7 @@ class TrainLoader:
         state = torch.load(state_file, weights_only=True)["dataloader_state_dict"]
         self.layout.check_same(state["layout"], state_file)
         self._ended = state["energon"] is None
+        self._num_read = state.get("num_read", 0)  # without it: from before packed rows, where it does not count
         if not self._ended:
             self._loader.restore_state_rank(from_plain(state["energon"]))
 

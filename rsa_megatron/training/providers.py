@@ -60,6 +60,7 @@ def datasets_provider(num_samples, vp_stage=None):
             args.shuffle_buffer_size,
             one_epoch=args.train_iters if args.one_epoch else 0,
             drop_last=args.drop_last,
+            last_batch=args.last_row,
             packing_buffer_size=get_packing_buffer_size(args),
         )
         if args.iteration > 0 and not args.restart_data:
