@@ -13,6 +13,7 @@ from torch import Tensor
 from rsa_megatron import atomic
 from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.data import conversation
+from rsa_megatron.data.cookers import read_stored_record
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.prepare import sample_checks
@@ -21,7 +22,7 @@ from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.pairs import format_counts
 from rsa_megatron.data.sources.record import Source, Unusable
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, read_stored_record
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
 from rsa_megatron.models.architectures import Architecture, square_grids
 from rsa_megatron.models.folder_kinds import find_run

@@ -28,6 +28,7 @@ class ImageEmbeddings:
     """
 
     part = EMBEDDING_PART
+    most_tiles = 1
 
     def __init__(self, *, width: int | None, positions: int):
         self.width, self.positions = width, positions
@@ -39,6 +40,14 @@ class ImageEmbeddings:
             ValueError: the names are neither just "npy" nor "0.npy", "1.npy", ..., or one cannot be used; says which and why.
         """
         return [self._decode(name, parts[name]) for name in sort_by_number(parts, self.part, "0.npy, 1.npy, ...")]
+
+    def read_layouts(self, parts: dict[str, bytes]) -> list[ImageLayout]:
+        """Return the layouts of one sample's embeddings, which are decoded for it: they are as small as a header.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        return self.layouts(self.decode(parts))
 
     def layouts(self, embeddings: list[Tensor]) -> list[ImageLayout]:
         return [ImageLayout.of_embedding(self.positions)] * len(embeddings)

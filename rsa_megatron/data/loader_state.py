@@ -1,7 +1,7 @@
 """The position of the training data on disk.
 
 Megatron writes it beside each checkpoint, one file a data-parallel rank; it says exactly which sample comes next. It
-holds for the same data, number of data-parallel ranks and of data workers, micro-batch and shuffle buffer; anything else
+holds for the same data, number of data-parallel ranks and of data workers, micro-batch, shuffle buffer and packing; anything else
 raises an error with the remedy; the data never silently starts again.
 """
 
@@ -46,6 +46,11 @@ class DataLayout:
     one_epoch: int
     #: of the shards' names and sizes (`fingerprint`)
     data_fingerprint: str
+    #: of packed rows; 0 where a row is one sample
+    packing_buffer_size: int = 0
+    row_length: int = 0
+    max_tiles_per_row: int = 0
+    copies_captions: bool = False
 
     #: The Megatron flag behind each, for messages.
     FLAGS = {
@@ -54,6 +59,10 @@ class DataLayout:
         "micro_batch_size": "--micro-batch-size",
         "shuffle_buffer_size": "--shuffle-buffer-size",
         "one_epoch": "iterations of a single pass over the data (by --global-batch-size and --drop-last; 0: a run of --train-iters)",
+        "packing_buffer_size": "--packing-buffer-size",
+        "row_length": "--seq-length, a packed row's,",
+        "max_tiles_per_row": "--packing-max-tiles",
+        "copies_captions": "copies of captions in the row (--rsa-text-source caption)",
     }
 
     def check_same_data(self, then: dict, path_then: str | None, path: str) -> None:
@@ -75,7 +84,7 @@ class DataLayout:
     def check_same(self, then: dict, state_file: Path) -> None:
         """Raise ValueError unless a position saved with the layout `then` means the same samples here."""
         for name, what in self.FLAGS.items():
-            # Without the key: a run from before single passes, whose data never ended.
+            # Without the key: a run from before single passes, whose data never ended, or from before packed rows.
             saved, current = then.get(name, 0), getattr(self, name)
             if saved != current:
                 raise ValueError(

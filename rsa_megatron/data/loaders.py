@@ -3,18 +3,17 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from megatron.energon import (
-    DefaultTaskEncoder,
     TaskEncoder,
     WorkerConfig,
     get_loader,
     get_savable_loader,
-    get_train_dataset,
     get_val_dataset,
 )
 from megatron.energon.savable_loader import SavableDataLoader
@@ -23,9 +22,13 @@ from torch.utils.data import DataLoader
 
 from rsa_megatron.batch import LlavaBatch
 from rsa_megatron.data.dataset_checks import fingerprint
+from rsa_megatron.data.epoch_length import CountingEncoder, build_train_dataset
 from rsa_megatron.data.loader_state import DataLayout, from_plain, to_plain
+from rsa_megatron.data.packed_task_encoder import PackingTaskEncoder
 from rsa_megatron.data.random_generators import keep_generators
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
+
+logger = logging.getLogger(__name__)
 
 
 class TrainLoader:
@@ -34,7 +37,9 @@ class TrainLoader:
     Args:
         one_epoch: iterations of a single pass over the data (`count_epoch_iterations`), after which there are empty batches: ranks
             end together, whatever each has read. 0: the data never ends.
+        last_batch: with one_epoch, the number of the batch after which the run ends, if data may be left then (packed_epoch.py).
         drop_last: with one_epoch, skip samples that do not fill a micro-batch.
+        packing_buffer_size: samples among which those of a row are chosen, by a PackingTaskEncoder; 0: a row is one sample.
 
     Raises:
         ValueError: one epoch of data that has none.
@@ -43,13 +48,15 @@ class TrainLoader:
     def __init__(
         self,
         path: str,
-        task_encoder: LlavaTaskEncoder,
+        task_encoder: LlavaTaskEncoder | PackingTaskEncoder,
         worker_config: WorkerConfig,
         micro_batch_size: int,
         shuffle_buffer_size: int,
         *,
         one_epoch: int = 0,
         drop_last: bool = False,
+        last_batch: int = 0,
+        packing_buffer_size: int = 0,
     ):
         if one_epoch:
             task_encoder = task_encoder.of_one_epoch(micro_batch_size, shuffle_buffer_size)
@@ -60,8 +67,9 @@ class TrainLoader:
             shuffle_buffer_size=shuffle_buffer_size,
             one_epoch=one_epoch,
             data_fingerprint=fingerprint(path),
+            **_describe_packing(task_encoder, packing_buffer_size),
         )
-        dataset = _train_dataset(
+        dataset = build_train_dataset(
             path,
             task_encoder,
             worker_config,
@@ -69,29 +77,45 @@ class TrainLoader:
             None if one_epoch else shuffle_buffer_size,
             one_epoch=one_epoch > 0,
             drop_last=drop_last,
+            packing_buffer_size=packing_buffer_size,
         )
         self._path = str(Path(path).resolve())
         self._task_encoder = task_encoder
         self._loader: SavableDataLoader = _isolate_workers(get_savable_loader(dataset))
         self._batches: Iterator[LlavaBatch] | None = None
         self._ended = False
+        self._num_read, self._last_batch = 0, last_batch
 
     def __iter__(self):
         return self
 
     def __next__(self) -> LlavaBatch:
+        batch = self._read_next()
+        self._num_read += 1
+        is_last = self._num_read == self._last_batch
+        if is_last and self._read_next() is not None and self._task_encoder.say_skipped:
+            logger.warning(
+                "the pass over the data ends before this rank has read all of it: it has more rows than the bound at the start; "
+                "what is left is not trained on"
+            )
+        return self._task_encoder.batch([]) if batch is None else batch
+
+    def _read_next(self) -> LlavaBatch | None:
         if self._batches is None:
             self._batches = _read(self._loader)
         batch = None if self._ended else next(self._batches, None)
-        if batch is None:
-            self._ended = True
-            return self._task_encoder.batch([])
+        self._ended = batch is None
         return batch
 
     def save_state(self) -> dict:
         """Return the position; called by Megatron when it writes a checkpoint."""
         energon = None if self._ended else to_plain(self._loader.save_state_rank())
-        return {"layout": dataclasses.asdict(self.layout), "data": self._path, "energon": energon}
+        return {
+            "layout": dataclasses.asdict(self.layout),
+            "data": self._path,
+            "energon": energon,
+            "num_read": self._num_read,
+        }
 
     @keep_generators()
     def restore_state(self, state_file: Path) -> None:
@@ -104,68 +128,20 @@ class TrainLoader:
         self.layout.check_same_data(state["layout"], state.get("data"), self._path)
         self.layout.check_same(state["layout"], state_file)
         self._ended = state["energon"] is None
+        self._num_read = state.get("num_read", 0)  # without it: from before packed rows, where it does not count
         if not self._ended:
             self._loader.restore_state_rank(from_plain(state["energon"]))
 
 
-def count_epoch_iterations(
-    path: str,
-    *,
-    data_parallel_size: int,
-    num_workers: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    drop_last: bool,
-) -> int:
-    """Count the iterations of one pass over the training split behind `path`, as Energon divides it between workers.
-
-    Each worker of each rank has a share of each data set, and its last micro-batch may be a partial one. The rank with
-    the most micro-batches decides, or with drop_last (and without partial ones) the rank with the fewest.
-
-    Raises:
-        ValueError: the data is a blend by weight, which has no end.
-    """
-    num_readers = max(1, num_workers)  # without workers a rank reads for itself
-    # All workers as those of one rank: Energon gives worker w of rank r what it gives number r * num_readers + w here.
-    config = WorkerConfig(rank=0, world_size=1, num_workers=data_parallel_size * num_readers)
-    dataset = _train_dataset(path, _Counter(), config, micro_batch_size, None, one_epoch=True, drop_last=drop_last)
-    of_worker = [dataset.len_worker(worker) for worker in range(config.num_workers)]
-    of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]
-    num_micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
-    return min(of_rank) // num_micro_batches if drop_last else -(-max(of_rank) // num_micro_batches)
-
-
-def count_epoch_samples(path: str) -> int:
-    """Count the samples of one pass over the training split behind `path`, each as often as it is repeated."""
-    config = WorkerConfig(rank=0, world_size=1, num_workers=1)
-    return _train_dataset(path, _Counter(), config, 1, None, one_epoch=True, drop_last=False).len_worker(0)
-
-
-class _Counter(DefaultTaskEncoder):
-    """A task encoder for a data set that is counted, not read."""
-
-    cookers = LlavaTaskEncoder.cookers
-
-
-def _train_dataset(path, task_encoder, worker_config, micro_batch_size, shuffle_buffer_size, *, one_epoch, drop_last):
-    try:
-        return get_train_dataset(
-            path,
-            worker_config=worker_config,
-            batch_size=micro_batch_size,
-            batch_drop_last=drop_last,
-            shuffle_buffer_size=shuffle_buffer_size,
-            max_samples_per_sequence=None,
-            task_encoder=task_encoder,
-            repeat=not one_epoch,
-        )
-    except AssertionError as error:
-        if not one_epoch or "repeat" not in str(error):
-            raise
-        raise ValueError(
-            f"--data-path {path}: a blend by weight has no end: set --train-iters, or write the mixture with "
-            "blend_epochized and repetitions, of which a run without --train-iters is one pass"
-        ) from error
+def _describe_packing(task_encoder: LlavaTaskEncoder | PackingTaskEncoder, packing_buffer_size: int) -> dict:
+    if not packing_buffer_size:
+        return {}
+    return dict(
+        packing_buffer_size=packing_buffer_size,
+        row_length=task_encoder.row_length,
+        max_tiles_per_row=task_encoder.max_tiles_per_row,
+        copies_captions=task_encoder.copies_captions,
+    )
 
 
 def explain_unread_validation(
@@ -188,7 +164,7 @@ def explain_unread_validation(
     num_readers = max(1, num_workers)
     config = WorkerConfig(rank=0, world_size=1, num_workers=data_parallel_size * num_readers)
     with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
-        dataset = get_val_dataset(path, worker_config=config, batch_size=1, task_encoder=_Counter())
+        dataset = get_val_dataset(path, worker_config=config, batch_size=1, task_encoder=CountingEncoder())
     shares = [dataset.len_worker(worker) for worker in range(config.num_workers)]
     num_samples, of_worker = sum(shares), [share // micro_batch_size for share in shares]
     of_rank = [sum(of_worker[first : first + num_readers]) for first in range(0, len(of_worker), num_readers)]

@@ -12,10 +12,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rsa_megatron.anyres import ImageLayout, choose_grid
@@ -29,8 +30,19 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MOST_PIXELS = 89_478_485
 # Pixels. A square of it is 0.7 GB in Pillow; a strip of 1 x 60000 made square would be 14 GB.
 _LONGEST_SIDE_MADE_SQUARE = 13_000
+# EXIF's orientations that lay an image on its side.
+_ON_ITS_SIDE = (5, 6, 7, 8)
+# By which of a PNG's chunks Pillow finds an orientation; they may stand behind the pixels.
+_ORIENTING_CHUNKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # LLaVA-OneVision pads to squares with int(255 * mean of each colour), in each of its checkpoints 0.5.
 _GREY = (127, 127, 127)
+
+
+class ImageSize(NamedTuple):
+    """Of an image as it is seen, upright; pixels."""
+
+    width: int
+    height: int
 
 
 class ImageTiler:
@@ -51,10 +63,25 @@ class ImageTiler:
         self.image_aspect_ratio = image_aspect_ratio
         self.grid_pinpoints = grid_pinpoints
 
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the largest image."""
+        if self.image_aspect_ratio == "square":
+            return 1
+        return 1 + max((height * width // self.image_size**2 for height, width in self.grid_pinpoints), default=0)
+
     def decode(self, parts: dict[str, bytes]) -> list[Image.Image]:
         return decode_images(parts)
 
-    def layouts(self, images: list[Image.Image]) -> list[ImageLayout]:
+    def read_layouts(self, parts: dict[str, bytes]) -> list[ImageLayout]:
+        """Return the layouts of one sample's images from their files' headers: those of `layouts`, unless pixels are damaged.
+
+        Raises:
+            ValueError: as `decode` and `layouts`.
+        """
+        return self.layouts([_read_size(name, parts[name]) for name in _sort_images(parts)])
+
+    def layouts(self, images: Sequence[Image.Image | ImageSize]) -> list[ImageLayout]:
         """Return how the images of one sample lie in the tiles of `tiles`.
 
         Raises:
@@ -66,7 +93,7 @@ class ImageTiler:
             height, width = images[0].height, images[0].width
             return [ImageLayout(height, width, *choose_grid(height, width, self.grid_pinpoints, self.image_size))]
         for image in images:
-            if max(image.size) > _LONGEST_SIDE_MADE_SQUARE:
+            if max(image.width, image.height) > _LONGEST_SIDE_MADE_SQUARE:
                 raise ValueError(
                     f"an image of {image.width} x {image.height} pixels is too long to be padded to a square"
                 )
@@ -105,7 +132,11 @@ def decode_images(parts: dict[str, bytes]) -> list[Image.Image]:
     Raises:
         ValueError: the names are neither, or an image cannot be read; it says which and why.
     """
-    return [_decode(name, parts[name]) for name in sort_by_number(parts, IMAGE_PART, "0.png, 1.jpg, ...")]
+    return [_decode(name, parts[name]) for name in _sort_images(parts)]
+
+
+def _sort_images(parts: Iterable[str]) -> list[str]:
+    return sort_by_number(parts, IMAGE_PART, "0.png, 1.jpg, ...")
 
 
 def sort_by_number(parts: Iterable[str], pattern: re.Pattern, example: str) -> list[str]:
@@ -123,16 +154,39 @@ def sort_by_number(parts: Iterable[str], pattern: re.Pattern, example: str) -> l
 
 def _decode(name: str, part: bytes) -> Image.Image:
     """Decode the image, or the first of several in the file (of an animation, of pages)."""
+    with _open(name, part) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def _read_size(name: str, part: bytes) -> ImageSize:
+    """Return the size of the image that `_decode` gives, from its header where that has it."""
+    with _open(name, part) as image:
+        in_header = image.format != "TIFF"  # of which Pillow turns the size before the pixels
+        if image.format == "PNG":
+            pixels = part.find(b"IDAT")
+            in_header = all(part.find(chunk, pixels) < 0 for chunk in _ORIENTING_CHUNKS)
+        orientation, (width, height) = None, image.size
+        with contextlib.suppress(Exception):
+            # Not the method of a PNG's own, which decodes it to look behind the pixels.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    if not in_header:
+        return ImageSize(*_decode(name, part).size)
+    return ImageSize(height, width) if orientation in _ON_ITS_SIDE else ImageSize(width, height)
+
+
+@contextlib.contextmanager
+def _open(name: str, part: bytes) -> Iterator[Image.Image]:
+    """Open an image; what goes wrong with it is a ValueError that names it."""
     try:
         with Image.open(io.BytesIO(part), formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise ValueError(
                     f"an image of {image.width} x {image.height} pixels is larger than {_MOST_PIXELS} pixels"
                 )
-            image.load()
-            with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            yield image
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{name}: cannot identify image file, {len(part)} bytes that begin with {part[:12]!r}"

@@ -22,7 +22,6 @@ from rsa_megatron import megatron_on_cpu, screen
 from rsa_megatron.data.conversation import check_tokenizer
 from rsa_megatron.hooks.isolated_captions import check_settings
 from rsa_megatron.hooks.layer_hooks import layer_number
-from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.plugin import RSAPlugin
@@ -42,6 +41,7 @@ from rsa_megatron.training.run_folder import (
     take_weights_of_another_stage,
 )
 from rsa_megatron.training.schedule import settle_schedule
+from rsa_megatron.training.task_encoders import architecture_of, load_tokenizer
 from rsa_megatron.training.unknown_flags import explain_unknown
 from rsa_megatron.training.value_checks import check_length, check_values
 
@@ -62,6 +62,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         projector = set_image_embeddings(args, rsa.config, architecture_of(args).vision.hidden_size)
         if rsa.config.text_source == "caption" and rsa.config.weight > 0:
             check_settings(args, packed=args.transformer_impl == "transformer_engine")
+        args.copies_captions = rsa.config.text_source == "caption" and rsa.config.weight > 0
         if reads_data:
             check_data_path(args, rsa.config.weight)
         set_one_epoch(args)
@@ -251,19 +252,5 @@ def check_model(args) -> None:
         )
 
 
-def architecture_of(args) -> Architecture:
-    return find_architecture(args.model).with_arguments(vars(args))
-
-
 def dataloader_folder(checkpoint_folder: str) -> str:
     return str(Path(checkpoint_folder) / "dataloader")
-
-
-@functools.cache
-def _tokenizer(path: str):
-    return AutoTokenizer.from_pretrained(path)
-
-
-def load_tokenizer(args):
-    """The Hugging Face tokenizer; Megatron's own wrapper of it hides the special tokens."""
-    return _tokenizer(args.tokenizer_model)

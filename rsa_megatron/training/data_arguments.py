@@ -5,10 +5,13 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from rsa_megatron.alignment.metrics import NEIGHBOUR_METRICS
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.data.dataset_checks import check_data, check_rsa_flags
-from rsa_megatron.data.loaders import count_epoch_iterations, count_epoch_samples, explain_unread_validation
+from rsa_megatron.data.epoch_length import count_epoch_iterations, count_epoch_samples
+from rsa_megatron.data.loaders import explain_unread_validation
+from rsa_megatron.data.packed_epoch import count_epoch_rows
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.ranks import get_rank, print_once
 from rsa_megatron.training.embedding_arguments import image_embeddings
+from rsa_megatron.training.task_encoders import get_packing_buffer_size, training_task_encoder
 
 
 def check_data_path(args, rsa_weight: float) -> None:
@@ -70,8 +73,11 @@ def set_one_epoch(args) -> None:
         raise ValueError(
             "--drop-last is about a single pass over the data; leave it out, or leave out the number of iterations"
         )
+    args.last_row = 0  # of a rank in a pass over packed rows, of which there may be more
     if not args.one_epoch:
         return
+    if get_packing_buffer_size(args):
+        return _set_packed_epoch(args)
     args.train_iters = count_epoch_iterations(
         args.data_path[0],
         data_parallel_size=args.data_parallel_size,
@@ -95,3 +101,29 @@ def _format_pass(args, num_samples: int) -> str:
         num_read = args.train_iters * args.global_batch_size
         return f"{num_read} of {num_samples} samples (--drop-last) in {iterations} of {args.global_batch_size}"
     return f"{num_samples} samples in {iterations} of up to {args.global_batch_size}"
+
+
+def _set_packed_epoch(args) -> None:
+    if args.drop_last:
+        raise ValueError(
+            "--drop-last leaves out samples that do not fill a micro-batch, and a packed row is one: leave it out"
+        )
+    rows = count_epoch_rows(
+        args.data_path[0],
+        training_task_encoder(args, say_skipped=False),
+        data_parallel_size=args.data_parallel_size,
+        num_workers=args.num_workers,
+        packing_buffer_size=get_packing_buffer_size(args),
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        seed=args.seed,
+    )
+    batch_size = get_current_running_global_batch_size()
+    rows_per_iteration = batch_size // args.data_parallel_size
+    args.train_iters = -(-rows.of_rank // rows_per_iteration)
+    args.last_row = args.train_iters * rows_per_iteration
+    how = "as the lengths of its samples say"
+    if not rows.is_exact:
+        how = f"at most, by the lengths of {rows.num_read} of its {rows.num_samples} samples; once the data has ended, rows are empty"
+    print_once(
+        f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} rows of {rows.samples_per_row:.1f} samples, {how}"
+    )

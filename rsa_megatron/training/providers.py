@@ -8,17 +8,17 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from rsa_megatron.data.conversation import IMAGE_TOKEN
 from rsa_megatron.data.loader_state import find_train_state
 from rsa_megatron.data.loaders import TrainLoader, ValidationLoader
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from rsa_megatron.models.llava_onevision import LlavaOneVision, set_trainable
 from rsa_megatron.models.partial_load import leave_out_projector_once
-from rsa_megatron.training.arguments import (
-    architecture_of,
-    dataloader_folder,
-    end_with,
-    load_tokenizer,
-)
+from rsa_megatron.training.arguments import dataloader_folder, end_with
 from rsa_megatron.training.data_arguments import count_eval_micro_batches
-from rsa_megatron.training.embedding_arguments import image_embeddings
+from rsa_megatron.training.task_encoders import (
+    architecture_of,
+    get_packing_buffer_size,
+    load_tokenizer,
+    task_encoder,
+    training_task_encoder,
+)
 
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -55,12 +55,14 @@ def datasets_provider(num_samples, vp_stage=None):
     if not args.skip_train:
         train = TrainLoader(
             args.data_path[0],
-            task_encoder(args, say_skipped=is_last),
+            training_task_encoder(args, say_skipped=is_last),
             worker_config(args),
             args.micro_batch_size,
             args.shuffle_buffer_size,
             one_epoch=args.train_iters if args.one_epoch else 0,
             drop_last=args.drop_last,
+            last_batch=args.last_row,
+            packing_buffer_size=get_packing_buffer_size(args),
         )
         if args.iteration > 0 and not args.restart_data:
             rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -87,25 +89,6 @@ def validation_loader(
         worker_config(args),
         args.eval_micro_batch_size,
         batches_per_evaluation=batches_per_evaluation,
-    )
-
-
-def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = None) -> LlavaTaskEncoder:
-    architecture = architecture_of(args)
-    size = architecture.vision.image_size
-    grids = [(rows * size, columns * size) for rows, columns in args.image_grids or []]
-    return LlavaTaskEncoder(
-        load_tokenizer(args),
-        image_size=size,
-        patch_size=architecture.vision.patch_size,
-        image_aspect_ratio=image_aspect_ratio or args.image_aspect_ratio,
-        grid_pinpoints=grids or architecture.grid_pinpoints,
-        max_tiles=architecture.max_tiles,
-        max_sequence_length=args.seq_length,
-        template=args.template,
-        label_style=args.label_style,
-        embeddings=image_embeddings(args),
-        say_skipped=say_skipped,
     )
 
 

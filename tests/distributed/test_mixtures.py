@@ -17,8 +17,9 @@ from PIL import Image
 
 from rsa_megatron.cli import data
 from rsa_megatron.data.dataset_checks import check_data, fingerprint
+from rsa_megatron.data.epoch_length import count_epoch_iterations
 from rsa_megatron.data.leaves import PreparedLeaves
-from rsa_megatron.data.loaders import TrainLoader, count_epoch_iterations
+from rsa_megatron.data.loaders import TrainLoader
 from rsa_megatron.data.task_encoder import LlavaTaskEncoder
 from tests.support import broken_data, processes, tars
 from tests.support.environment import ROOT

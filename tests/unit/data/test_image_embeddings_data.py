@@ -8,8 +8,9 @@ import torch
 from megatron.energon import SkipSample
 
 from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.data.cookers import cook
 from rsa_megatron.data.image_embeddings import ImageEmbeddings
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample, cook
+from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
 from tests.support import broken_data
 from tests.support.embedding_data import as_npy, embedding
 

@@ -9,10 +9,10 @@ from megatron.energon.flavors.jsonl.jsonl_prepare import JsonlPreparator
 from PIL import Image
 
 from rsa_megatron.cli.data import main
+from rsa_megatron.data.cookers import read_stored_record
 from rsa_megatron.data.dataset_checks import check_data
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.sources.open_pairs import open_pairs
-from rsa_megatron.data.task_encoder import read_stored_record
 from tests.support import broken_data, tars
 from tests.support.train_loaders import make_encoder
 

@@ -8,7 +8,7 @@ import zlib
 import numpy
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from transformers import LlavaOnevisionImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
@@ -57,12 +57,12 @@ def decoded(part):
     return image
 
 
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def png(width, height, bits, colour_type, rows):
     """A PNG as it is written, of kinds that Pillow reads and does not write."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -192,8 +192,43 @@ def test_a_turned_picture_is_put_upright_as_transformers_loads_it(kind, orientat
     assert not torch.equal(ours([image])[:1], transformers([opened(file(noise(), kind))])[:1])  # as it lies in the file
 
 
+def of_header(*parts):
+    tiler = ImageTiler(image_size=TILE, image_aspect_ratio="anyres", grid_pinpoints=PINPOINTS)
+    named = {f"{number}.png": part for number, part in enumerate(parts)}
+    return tiler.read_layouts(named), tiler.layouts(tiler.decode(named))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_in_the_header_is_that_of_the_upright_picture(kind, monkeypatch):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        read, decoded = of_header(file(noise(), kind, exif=exif))
+        assert read == decoded and (read[0].width == HEIGHT) == (orientation > 4)
+    for part in (*(part for part, _ in OPAQUE.values()), *TRANSPARENT.values(), file(noise(), "BMP")):
+        read, decoded = of_header(part, part)
+        assert read == decoded
+    if kind != "TIFF":
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels are read"))
+        tiler = ImageTiler(image_size=TILE, image_aspect_ratio="square", grid_pinpoints=[])
+        (layout,) = tiler.read_layouts({"png": file(noise(), kind, exif=exif)})
+        assert (layout.width, layout.height) == (HEIGHT, WIDTH)
+
+
+def test_a_png_may_say_behind_its_pixels_which_side_is_up():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    whole = file(noise())
+    for name, content in ((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")), (b"iTXt", xmp)):
+        for place in (whole.index(b"IDAT") - 4, whole.index(b"IEND") - 4):
+            read, decoded = of_header(whole[:place] + chunk(name, content) + whole[place:])
+            assert read == decoded and read[0].width == HEIGHT
+
+
 def test_unreadable_exif_turns_nothing():
     part = file(noise(), exif=b"Exif\0\0nonsense")
+    assert of_header(part)[0] == of_header(file(noise()))[0]
     with pytest.raises(SyntaxError):
         load_image(opened(part))
     assert torch.equal(ours([decoded(part)]), ours([noise()]))
