@@ -33,6 +33,7 @@ def stage_1() -> dict:
         image_aspect_ratio="square",  # 384 px, 729 tokens
         seq_length=2048,  # an image and its caption
         micro_batch_size=4,  # of the 7B on 80 GB; 8 would need 85 GiB
+        packing_buffer_size=0,  # two samples of 900 positions would fill a packed row to 0.88; here micro-batches are as full
         global_batch_size=256,
         # Adam's state over the data-parallel ranks: of the 7B trained whole it is 91 GB, and a GPU has 80.
         use_distributed_optimizer=True,
@@ -83,16 +84,22 @@ def stage_1_5() -> dict:
     4M samples. 256 A100 of 80 GB: about 5 hours for the 7B (rows of 3200 positions); 46 GiB each. On 8 of them the same flags
     need 57 GiB.
     """
-    return stage_1() | dict(
-        trainable=["vision", "projector", "embeddings", "language"],
-        template="qwen_1_5",
-        image_aspect_ratio="anyres",
-        # LLaVA-OneVision's list (its pairs are width, height) in its order: of grids that keep as much of an image, the first is taken.
-        image_grids=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
-        seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768; under PP every row is padded to this
-        micro_batch_size=1,
-        lr=1e-5,
-        vision_lr=2e-6,
+    return (
+        stage_1()
+        | dict(
+            trainable=["vision", "projector", "embeddings", "language"],
+            template="qwen_1_5",
+            image_aspect_ratio="anyres",
+            # LLaVA-OneVision's list (its pairs are width, height) in its order: of grids that keep as much of an image, the first is taken.
+            image_grids=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
+            seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768
+            packing_buffer_size=1000,
+            micro_batch_size=1,
+            global_batch_size=96,  # packed rows: 96 hold about 274 samples; 96 = 2^5 * 3 divides over 1, 2, 4, ... 32, 48 and 96 ranks
+            eval_iters=25,  # of 96 samples each: evaluation's rows are not packed
+            lr=1e-5,
+            vision_lr=2e-6,
+        )
     )
 
 
@@ -109,7 +116,16 @@ def stage_2() -> dict:
         rsa_weight=0.0,
         image_grids=None,  # all of the model's, 1 x 1 to 6 x 6
         seq_length=16384,  # the largest image is 8765 positions
+        global_batch_size=48,  # packed rows: 48 hold about 228 samples
+        eval_iters=50,
     )
+
+
+def unpack(settings: dict) -> dict:
+    """A stage with a sample a row, where it packs: the paper's 256 samples a step, and as many in an evaluation as with packing."""
+    if not settings.get("packing_buffer_size"):
+        return settings
+    return settings | dict(packing_buffer_size=0, global_batch_size=256, eval_iters=stage_1()["eval_iters"])
 
 
 def demo_stage_1() -> dict:
@@ -179,6 +195,7 @@ def _demo(stage: dict) -> dict:
         | dict(
             image_grids=None,
             seq_length=448,  # 180 + 12 positions of an image, and a text
+            packing_buffer_size=0,  # a packed row of 448 would hold 1.5 samples; --seq-length 1792 --packing-buffer-size 64 is worth a try
             micro_batch_size=8,
             lr=5e-4,
             vision_lr=1e-4,
