@@ -117,9 +117,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def read_run(args) -> tuple[Run, Cluster, Assumptions]:
     """Read run, cluster and assumptions from the flags; fill in the recipe's defaults."""
     settings, architecture = recipe(args.model, args.stage), read_architecture(args.model)
-    args.recipe_packs = settings["packing_buffer_size"] > 0
+    args.recipe_packs = settings.get("packing_buffer_size", 0) > 0
     if args.packing_buffer_size is None:
-        args.packing_buffer_size = settings["packing_buffer_size"]
+        args.packing_buffer_size = settings.get("packing_buffer_size", 0)
     elif args.packing_buffer_size == 0:
         settings = unpack(settings)
     length, tiles = AVERAGES[args.stage]
