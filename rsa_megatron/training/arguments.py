@@ -219,6 +219,10 @@ def check_batch(args) -> None:
             f"{args.world_size} process(es) cannot be divided by {product}: start a multiple of {num_divided}"
         )
     data_parallel_size = args.world_size // num_divided
+    size = (args.eval_micro_batch_size or args.micro_batch_size or 0) * data_parallel_size
+    if args.packing_buffer_size and size and not args.eval_global_batch_size:
+        # As many samples as a step has rows, in whole micro-batches.
+        args.eval_global_batch_size = -(-(args.global_batch_size or size) // size) * size
     if not args.global_batch_size or not args.micro_batch_size or args.decrease_batch_size_if_needed:
         return
     if args.global_batch_size % (args.micro_batch_size * data_parallel_size):
@@ -226,13 +230,11 @@ def check_batch(args) -> None:
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x DP "
             f"{data_parallel_size}: change one of the three"
         )
-    # Megatron would name two flags that nobody has set.
     whole = args.eval_global_batch_size or args.global_batch_size
-    size = args.eval_micro_batch_size or args.micro_batch_size
-    if whole % (size * data_parallel_size):
+    if whole % size:  # Megatron would name two flags that nobody has set
         raise ValueError(
             f"an evaluation's batch of {whole} samples (--eval-global-batch-size, else --global-batch-size) is not a multiple of "
-            f"--eval-micro-batch-size {size} x DP {data_parallel_size}: change one of the three"
+            f"--eval-micro-batch-size {size // data_parallel_size} x DP {data_parallel_size}: change one of the three"
         )
 
 

@@ -152,11 +152,12 @@ GIVEN = [
         "--packing-max-tiles 4: the largest image alone has 5; name that or more, or smaller --image-grids",
     ),
     (
-        "--packing-buffer-size 8 --eval-micro-batch-size 3",
+        "--eval-micro-batch-size 3",
         "an evaluation's batch of 8 samples (--eval-global-batch-size, else --global-batch-size) is not a multiple of "
         "--eval-micro-batch-size 3 x DP 2: change one of the three",
     ),
     ("--packing-buffer-size 8 --packing-max-tiles 5 --image-aspect-ratio anyres --micro-batch-size 1", ""),
+    ("--packing-buffer-size 8 --eval-micro-batch-size 3", ""),  # evaluations of 12 samples
     ("--packing-buffer-size 8 --calculate-per-token-loss --decrease-batch-size-if-needed", ""),
     ("--num-layer 2", "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),
     ("--rsa-wieght 2", "unrecognized arguments: --rsa-wieght 2; did you mean --rsa-weight?"),

@@ -12,7 +12,12 @@ CASES = [(model, stage, None) for model in ("demo", "llava-ov-7b") for stage in 
 PACKED = ("--packing-buffer-size", "8")
 UNPACKED = ("--packing-buffer-size", "0")
 #: Command lines of their own, by the place of their arguments behind those of CASES.
-PACKING = [("demo", "1", PACKED), ("llava-ov-7b", "1.5", UNPACKED), ("llava-ov-7b", "2", UNPACKED)]
+PACKING = [
+    ("demo", "1", PACKED),
+    ("demo", "1", (*PACKED, "--step-batch-size-schedule", "0:2 1K:4", "--train-samples", "64")),
+    ("llava-ov-7b", "1.5", UNPACKED),
+    ("llava-ov-7b", "2", UNPACKED),
+]
 FLAGS = ("--lr", "0.25", "--rsa-weight", "7", "--trainable", "language")
 
 
@@ -59,11 +64,13 @@ def test_a_recipe_arrives_in_megatrons_arguments_and_flags_override_it(parsed, n
 
 def test_packing_sets_what_follows_from_it_and_0_turns_a_recipes_off(parsed):
     behind = parsed[2 * len(CASES) :]
-    (demo_1, _), *unpacked = behind[1::2]
+    (demo_1, _), (schedule, _), *unpacked = behind[1::2]
     names = ("micro_batch_size", "eval_micro_batch_size", "calculate_per_token_loss", "packing_max_tiles")
     # 1.5 x 160 positions of 36 a tile, rounded up; evaluations keep the recipe's 16.
-    assert [demo_1[name] for name in names] == [1, 16, True, 7]
-    for stage, (args, _), max_tiles in zip(("1.5", "2"), behind[2::2], (17, 37)):
+    assert [demo_1[name] for name in names] == [schedule[name] for name in names] == [1, 16, True, 7]
+    # As many samples as a step has rows, in whole micro-batches.
+    assert (demo_1["eval_global_batch_size"], schedule["eval_global_batch_size"]) == (32, 16)
+    for (args, _), max_tiles in zip(behind[4::2], (17, 37)):
         assert [args[name] for name in names] == [1, 1, True, max_tiles]
         assert args["packing_buffer_size"] == 1000 and args["eval_iters"] * args["eval_global_batch_size"] == 2400
     for args, _ in unpacked:
