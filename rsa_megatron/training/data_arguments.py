@@ -9,7 +9,6 @@ from rsa_megatron.data.loaders import count_epoch_iterations, explain_unread_val
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.ranks import get_rank, print_once
 from rsa_megatron.training.embedding_arguments import image_embeddings
-from rsa_megatron.training.run_summary import count_rows_as
 
 
 def check_data_path(args, rsa_weight: float) -> None:
@@ -33,11 +32,12 @@ def check_data_path(args, rsa_weight: float) -> None:
 
 
 def explain_lone_pairs(args, rsa: RSAConfig) -> str | None:
-    """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0."""
+    """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0.
+
+    (A packed row has pairs enough by itself.)
+    """
     most = args.micro_batch_size * args.data_parallel_size if rsa.scope == "micro-batch" else args.global_batch_size
-    if (
-        args.skip_train or not rsa.weight or most > 1 or args.packing_buffer_size
-    ):  # a packed row has pairs enough by itself
+    if args.skip_train or not rsa.weight or most > 1 or args.packing_buffer_size:
         return None
     return (
         f"WARNING: RSA is on (--rsa-weight {rsa.weight:g}), but compares the pairs of a micro-batch on all data-parallel ranks, and "
@@ -88,6 +88,4 @@ def set_one_epoch(args) -> None:
             f"--data-path {args.data_path[0]}: one pass over it does not fill a batch of {args.global_batch_size}; lower "
             "--global-batch-size or leave out --drop-last"
         )
-    print_once(
-        f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} {count_rows_as(args)}"
-    )
+    print_once(f"one pass over the data: {args.train_iters} iterations of {args.global_batch_size} samples")

@@ -13,7 +13,7 @@ def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
             f"{args.seq_length} positions",
             f"layout: {_format_layout(args)}",
             f"batch: micro-batch {args.micro_batch_size} x {_count_micro_batches(args)} x DP {args.data_parallel_size} = "
-            f"{args.global_batch_size} {count_rows_as(args)}; {_format_length(args)}",
+            f"{args.global_batch_size} {_name_rows(args)}; {_format_length(args)}",
             *([packing_arguments.format_packing(args)] if args.packing_buffer_size else []),
             *([f"data: {args.data_path[0]}"] if args.data_path else []),
             f"RSA: {_format_rsa(args, rsa)}",
@@ -31,11 +31,6 @@ def get_parallel_sizes(args) -> dict[str, int]:
         "PP": args.pipeline_model_parallel_size,
         "CP": args.context_parallel_size,
     }
-
-
-def count_rows_as(args) -> str:
-    """Return what Megatron's batch sizes and --train-samples count."""
-    return "packed rows" if args.packing_buffer_size else "samples"
 
 
 def _format_precision(args) -> str:
@@ -58,7 +53,7 @@ def _count_micro_batches(args) -> int:
 def _format_length(args) -> str:
     if args.skip_train:
         return "validation only"
-    return f"{args.train_iters} iterations" if args.train_iters else f"{args.train_samples} {count_rows_as(args)}"
+    return f"{args.train_iters} iterations" if args.train_iters else f"{args.train_samples} {_name_rows(args)}"
 
 
 def _format_rsa(args, rsa: RSAConfig) -> str:
@@ -68,3 +63,8 @@ def _format_rsa(args, rsa: RSAConfig) -> str:
         return f"the pairs of {args.data_parallel_size} packed row(s) (DP) a kernel; {rsa}"
     num_pairs = args.micro_batch_size * args.data_parallel_size
     return f"up to {num_pairs} pairs a kernel (micro-batch x DP); {rsa}"
+
+
+def _name_rows(args) -> str:
+    """Name what Megatron's batch sizes and --train-samples count."""
+    return "packed rows" if args.packing_buffer_size else "samples"
