@@ -195,6 +195,6 @@ def test_a_schedule_of_batch_sizes_is_followed_and_each_sample_read_once(demo, t
     outputs = script.run(1, demo, *flags, "--lr-decay-style", "linear", "--min-lr", 0, without=without)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "lm loss" in line]
-    assert [line["batch-size"] for line in lines] == [4] * 8 + [8] * 4
+    assert [line["batch-size"] for line in lines] == [line["samples"] for line in lines] == [4] * 8 + [8] * 4
     assert lines[-1]["learning-rate"] == 0 < lines[-2]["learning-rate"]
     assert [float(line["skipped samples"]) for line in script.iterations(outputs).values()] == [0] * 12
