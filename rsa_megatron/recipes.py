@@ -26,7 +26,7 @@ def stage_1() -> dict:
             --data-path data/stage1.yaml --tokenizer-model CONVERTED/hf --pretrained-checkpoint CONVERTED --save runs/stage1
 
     558K captions. 8 A100 of 80 GB: about 5 hours for the 7B (rows of 900 positions); 51 GiB each. Not packed: a row of 2048 would hold
-    two captions, 0.88 of it, and a step take as long as with micro-batches of captions about as long as one another.
+    two captions, 0.88 of it, and a step would take as long: captions are about as long as one another.
     """
     return dict(
         trainable=["vision", "projector"],
@@ -86,22 +86,19 @@ def stage_1_5() -> dict:
     4M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 2750 positions, 2.9 of them a packed row, one row a rank and
     step); 51 GiB each. On 8 of them the same flags need 62 GiB.
     """
-    return (
-        stage_1()
-        | dict(
-            trainable=["vision", "projector", "embeddings", "language"],
-            template="qwen_1_5",
-            image_aspect_ratio="anyres",
-            # LLaVA-OneVision's list (its pairs are width, height) in its order: of grids that keep as much of an image, the first is taken.
-            image_grids=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
-            seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768
-            packing_buffer_size=1000,
-            micro_batch_size=1,
-            global_batch_size=96,  # packed rows: 96 hold about 275 samples; 96 = 2^5 * 3 divides over 1, 2, 4, ... 32, 48 and 96 ranks
-            eval_iters=25,  # of 96 samples each: evaluation's rows are not packed
-            lr=1e-5,
-            vision_lr=2e-6,
-        )
+    return stage_1() | dict(
+        trainable=["vision", "projector", "embeddings", "language"],
+        template="qwen_1_5",
+        image_aspect_ratio="anyres",
+        # LLaVA-OneVision's list (its pairs are width, height) in its order: of grids that keep as much of an image, the first is taken.
+        image_grids=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
+        seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768
+        packing_buffer_size=1000,
+        micro_batch_size=1,
+        global_batch_size=96,  # rows, of about 275 samples; divides over 2, 4, 8, 16, 32, 48 and 96 ranks
+        eval_iters=25,  # of 96 samples each: evaluation's rows are not packed
+        lr=1e-5,
+        vision_lr=2e-6,
     )
 
 
@@ -118,13 +115,13 @@ def stage_2() -> dict:
         rsa_weight=0.0,
         image_grids=None,  # all of the model's, 1 x 1 to 6 x 6
         seq_length=16384,  # the largest image is 8765 positions
-        global_batch_size=48,  # packed rows: 48 hold about 220 samples
+        global_batch_size=48,  # rows, of about 220 samples; divides over 2, 4, 8, 16 and 48 ranks
         eval_iters=50,
     )
 
 
 def unpack(settings: dict) -> dict:
-    """A stage with a sample a row, where it packs: the paper's 256 samples a step, and as many in an evaluation as with packing."""
+    """Return a stage that packs with a sample a row: the paper's 256 samples a step, and about as many in an evaluation."""
     if not settings.get("packing_buffer_size"):
         return settings
     return settings | dict(packing_buffer_size=0, global_batch_size=256, eval_iters=stage_1()["eval_iters"])
@@ -197,7 +194,7 @@ def _demo(stage: dict) -> dict:
         | dict(
             image_grids=None,
             seq_length=448,  # 180 + 12 positions of an image, and a text
-            packing_buffer_size=0,  # a packed row of 448 would hold 1.5 samples; --seq-length 1792 --packing-buffer-size 64 is worth a try
+            packing_buffer_size=0,  # a packed row of 448 would hold 1.5 samples; of 1792, five to seven (docs/training.md)
             micro_batch_size=8,
             lr=5e-4,
             vision_lr=1e-4,

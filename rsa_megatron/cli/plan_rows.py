@@ -22,6 +22,10 @@ def check_row_flags(args, packs: bool) -> None:
             )
     if args.fill is not None and args.fill > 1:
         raise ValueError(f"--fill {args.fill:g} is a share of a row: name at most 1")
+    if packs and args.mean_length is not None and args.mean_length > args.seq_length:
+        raise ValueError(
+            f"--mean-length {args.mean_length:g}: a packed row has --seq-length {args.seq_length}; name less, or a longer row"
+        )
     if packs and args.packing_max_tiles < args.most_tiles:
         raise ValueError(
             f"--packing-max-tiles {args.packing_max_tiles}: one sample may have {args.most_tiles} (--most-tiles)"

@@ -121,6 +121,10 @@ def test_rejected_layouts_are_counted_and_printed(capsys):
         ("--model demo --stage 3 --gpus 8", "--stage 3"),
         ("--model demo --stage 1 --gpus 8 --fill 0.9", "--fill is of packed rows: name --packing-buffer-size (1000)"),
         ("--model demo --stage 1 --gpus 8 --packing-buffer-size 9 --fill 1.5", "--fill 1.5 is a share of a row"),
+        (
+            "--model demo --stage 1 --gpus 8 --packing-buffer-size 9 --mean-length 500",
+            "a packed row has --seq-length 160",
+        ),
         ("--model demo --stage 1 --gpus 8 --packing-buffer-size -1", "--packing-buffer-size -1 must be above 0"),
         (
             "--model llava-ov-7b --stage 2 --gpus 8 --packing-max-tiles 9",
