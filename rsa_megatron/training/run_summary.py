@@ -2,7 +2,7 @@
 
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.models.architectures import Architecture
-from rsa_megatron.training import learning_rates
+from rsa_megatron.training import learning_rates, packing_arguments
 from rsa_megatron.training.run_folder import AT_THE_END
 
 
@@ -14,7 +14,8 @@ def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
             f"{args.seq_length} positions",
             f"layout: {_format_layout(args)}",
             f"batch: micro-batch {args.micro_batch_size} x {_count_micro_batches(args)} x DP {args.data_parallel_size} = "
-            f"{args.global_batch_size} samples; {_format_length(args)}",
+            f"{args.global_batch_size} {_name_rows(args)}; {_format_length(args)}",
+            *([packing_arguments.format_packing(args)] if args.packing_buffer_size else []),
             *([f"data: {args.data_path[0]}"] if args.data_path else []),
             *([f"checkpoints: {_format_saving(args)}"] if args.save and not args.skip_train else []),
             f"RSA: {_format_rsa(args, rsa)}",
@@ -56,7 +57,7 @@ def _format_length(args) -> str:
     if args.skip_train:
         return "validation only"
     if args.train_samples:
-        return f"{args.train_samples} samples"
+        return f"{args.train_samples} {_name_rows(args)}"
     return f"{args.train_iters} iteration{'s' * (args.train_iters > 1)}"
 
 
@@ -69,5 +70,12 @@ def _format_saving(args) -> str:
 def _format_rsa(args, rsa: RSAConfig) -> str:
     if not rsa.weight:
         return "off (weight 0)"
+    if args.packing_buffer_size:
+        return f"the pairs of {args.data_parallel_size} packed row(s) (DP) a kernel; {rsa}"
     num_pairs = args.micro_batch_size * args.data_parallel_size
     return f"up to {num_pairs} pairs a kernel (micro-batch x DP); {rsa}"
+
+
+def _name_rows(args) -> str:
+    """Name what Megatron's batch sizes and --train-samples count."""
+    return "packed rows" if args.packing_buffer_size else "samples"

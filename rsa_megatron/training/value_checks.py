@@ -26,7 +26,7 @@ _FRACTIONS = "hidden_dropout attention_dropout lr_warmup_fraction adam_beta1 ada
 def check_values(args, architecture: Architecture) -> None:
     """Check what has been parsed, before Megatron changes it.
 
-    Sets --save-interval where --save has none.
+    Sets --save-interval where --save has none, and with packing --eval-global-batch-size.
 
     Raises:
         ValueError: naming flag, value and remedy.
@@ -117,6 +117,10 @@ def _check_layout(args, architecture: Architecture) -> None:
 def _check_batch(args) -> None:
     data_parallel_size = args.world_size // math.prod(get_parallel_sizes(args).values())
     micro, whole = args.micro_batch_size, args.global_batch_size
+    if args.packing_buffer_size and not args.eval_global_batch_size and (args.eval_micro_batch_size or micro):
+        # As many samples as a step has rows, in whole micro-batches.
+        size = (args.eval_micro_batch_size or micro) * data_parallel_size
+        args.eval_global_batch_size = -(-(whole or size) // size) * size
     if not whole or not micro or args.decrease_batch_size_if_needed:
         return
     if whole % (micro * data_parallel_size):
