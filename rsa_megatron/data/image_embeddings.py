@@ -28,7 +28,6 @@ class ImageEmbeddings:
     """
 
     part = EMBEDDING_PART
-    most_tiles = 1
 
     def __init__(self, *, width: int | None, positions: int):
         self.width, self.positions = width, positions

@@ -24,7 +24,7 @@ from rsa_megatron.anyres import ImageLayout
 from rsa_megatron.batch import LlavaBatch, RSASamples
 from rsa_megatron.data.conversation import EncodedText
 from rsa_megatron.data.cookers import check_readable
-from rsa_megatron.data.packing import choose_max_tiles, pack_rows
+from rsa_megatron.data.packing import pack_rows
 from rsa_megatron.data.sample_encoder import SampleEncoder, format_skipped, is_pair, join_tiles, sample_id
 from rsa_megatron.data.stored_parts import StoredSample
 
@@ -58,26 +58,21 @@ class PackingTaskEncoder(SampleEncoder):
     """Encodes samples of images with conversations, several to a row.
 
     Args:
-        row_length: positions of a row (--seq-length); the text of a sample that is longer alone is truncated.
-        max_tiles_per_row: most image tiles of a row (packing.py); None: as choose_max_tiles.
+        max_tiles_per_row: most image tiles of a row (--packing-max-tiles, packing.py).
         copies_captions: whether behind each sample that takes part in RSA its caption stands once more, as a sequence of its own
             (--rsa-text-source caption).
-        Others: SampleEncoder's.
+        Others: SampleEncoder's; a row has up to max_sequence_length positions.
     """
 
     def __init__(
         self,
         *args,
-        row_length: int,
-        max_tiles_per_row: int | None = None,
+        max_tiles_per_row: int,
         copies_captions: bool = False,
         **settings,
     ):
         super().__init__(*args, **settings)
-        self.row_length = row_length
-        self.max_tiles_per_row = max_tiles_per_row or choose_max_tiles(
-            row_length, self.tokens_per_side**2, self._images.most_tiles
-        )
+        self.max_tiles_per_row = max_tiles_per_row
         self.copies_captions = copies_captions
 
     # Energon finds out by the functions that a task encoder has in which order to call them.
@@ -96,7 +91,7 @@ class PackingTaskEncoder(SampleEncoder):
             [sample.length + sample.copy_length for sample in samples],
             [sample.num_tiles for sample in samples],
             [sample.__key__ for sample in samples],
-            self.row_length,
+            self.max_sequence_length,
             self.max_tiles_per_row,
         )
         rows = [[samples[number] for number in row] for row in rows] or [[]]
@@ -125,9 +120,9 @@ class PackingTaskEncoder(SampleEncoder):
             sequence for number, sample in enumerate(samples, 1) for sequence in self._sequences(sample, number)
         ]
         lengths = [length for sample in samples for length in (sample.length, sample.copy_length) if length]
-        if sum(lengths) > self.row_length:
+        if sum(lengths) > self.max_sequence_length:
             raise FatalSampleError(
-                f"a row of the saved data position has {sum(lengths)} positions, more than --seq-length {self.row_length}: the tokenizer, "
+                f"a row of the saved data position has {sum(lengths)} positions, more than --seq-length {self.max_sequence_length}: the tokenizer, "
                 "--template or the grids of images are others than before; set them back, or pass --restart-data"
             )
         tokens, labels, loss_mask, caption_mask = (
@@ -200,7 +195,7 @@ class PackingTaskEncoder(SampleEncoder):
         record, text, parts = self._read(sample)
         layouts = self._images.read_layouts(check_readable(parts))
         pair = is_pair(sample, len(layouts))
-        whole, text = text, self._truncate(text, layouts, pair, min(self.row_length, self.max_sequence_length + 1))
+        whole, text = text, self._truncate(text, layouts, pair, self.max_sequence_length)
         copy_length = self._count_copy(text, pair)
         return BufferedSample.derive_from(
             sample,

@@ -1,8 +1,8 @@
 """Which samples of a buffer share a row: arithmetic alone.
 
 Best-fit decreasing: from the longest to the shortest, each sample goes to the row that it fills up most, or begins another. Rows
-have two limits, positions and image tiles; the second bounds the memory of the vision tower, and costs no fill as long as it is the
-tiles of the largest image (docs/training.md).
+have two limits, positions and image tiles; the second bounds the memory of the vision tower, and costs little fill where it is a few
+tiles more than fill a row (planning/most_tiles.py).
 
 The rows come out long samples first. They are put in an order by hash of their keys, so that what a step holds does not
 depend on length, and no random number generator is drawn from.
@@ -51,11 +51,6 @@ def pack_rows(
         bisect.insort(by_room, (room - lengths[sample], row))
     rows = [sorted(row) for row in rows]
     return sorted(rows, key=lambda row: _hash([keys[sample] for sample in row]))
-
-
-def choose_max_tiles(row_length: int, tokens_per_tile: int, tiles_of_largest_image: int) -> int:
-    """Choose how many tiles a row may have: those of the largest image, or as many as fill a row where none is shrunk."""
-    return max(tiles_of_largest_image, row_length // tokens_per_tile)
 
 
 def _hash(keys: list[str]) -> bytes:

@@ -63,13 +63,6 @@ class ImageTiler:
         self.image_aspect_ratio = image_aspect_ratio
         self.grid_pinpoints = grid_pinpoints
 
-    @property
-    def most_tiles(self) -> int:
-        """Tiles of the largest image."""
-        if self.image_aspect_ratio == "square":
-            return 1
-        return 1 + max((height * width // self.image_size**2 for height, width in self.grid_pinpoints), default=0)
-
     def decode(self, parts: dict[str, bytes]) -> list[Image.Image]:
         return decode_images(parts)
 

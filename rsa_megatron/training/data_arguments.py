@@ -11,7 +11,7 @@ from rsa_megatron.data.packed_epoch import count_epoch_rows
 from rsa_megatron.data.raw_samples import check_embeddings
 from rsa_megatron.ranks import get_rank, print_once
 from rsa_megatron.training.embedding_arguments import image_embeddings
-from rsa_megatron.training.task_encoders import get_packing_buffer_size, training_task_encoder
+from rsa_megatron.training.task_encoders import training_task_encoder
 
 
 def check_data_path(args, rsa_weight: float) -> None:
@@ -79,7 +79,7 @@ def set_one_epoch(args) -> None:
     args.last_row = 0  # of a rank in a pass over packed rows, of which there may be more
     if not args.one_epoch:
         return
-    if get_packing_buffer_size(args):
+    if args.packing_buffer_size:
         return _set_packed_epoch(args)
     args.train_iters = count_epoch_iterations(
         args.data_path[0],
@@ -116,7 +116,7 @@ def _set_packed_epoch(args) -> None:
         training_task_encoder(args, say_skipped=False),
         data_parallel_size=args.data_parallel_size,
         num_workers=args.num_workers,
-        packing_buffer_size=get_packing_buffer_size(args),
+        packing_buffer_size=args.packing_buffer_size,
         shuffle_buffer_size=args.shuffle_buffer_size,
         seed=args.seed,
     )

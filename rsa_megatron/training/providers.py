@@ -14,7 +14,6 @@ from rsa_megatron.training.arguments import dataloader_folder, end_with
 from rsa_megatron.training.data_arguments import count_eval_micro_batches
 from rsa_megatron.training.task_encoders import (
     architecture_of,
-    get_packing_buffer_size,
     load_tokenizer,
     task_encoder,
     training_task_encoder,
@@ -32,7 +31,7 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
         image_token_index=load_tokenizer(args).convert_tokens_to_ids(IMAGE_TOKEN),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         rotary_base=args.rotary_base,
-        packs_rows=bool(getattr(args, "packing_buffer_size", 0)),
+        packs_rows=args.packing_buffer_size > 0,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
@@ -62,7 +61,7 @@ def datasets_provider(num_samples, vp_stage=None):
             one_epoch=args.train_iters if args.one_epoch else 0,
             drop_last=args.drop_last,
             last_batch=args.last_row,
-            packing_buffer_size=get_packing_buffer_size(args),
+            packing_buffer_size=args.packing_buffer_size,
         )
         if args.iteration > 0 and not args.restart_data:
             rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()

@@ -18,18 +18,13 @@ def task_encoder(args, *, say_skipped: bool, image_aspect_ratio: str | None = No
 
 def training_task_encoder(args, *, say_skipped: bool) -> LlavaTaskEncoder | PackingTaskEncoder:
     """Return training's encoder, which packs rows where the run has a packing buffer."""
-    if not get_packing_buffer_size(args):
+    if not args.packing_buffer_size:
         return task_encoder(args, say_skipped=say_skipped)
     return PackingTaskEncoder(
         **_settings(args, say_skipped),
-        row_length=args.seq_length,
-        max_tiles_per_row=getattr(args, "packing_max_tiles", None),
+        max_tiles_per_row=args.packing_max_tiles,
         copies_captions=args.copies_captions,
     )
-
-
-def get_packing_buffer_size(args) -> int:
-    return getattr(args, "packing_buffer_size", None) or 0
 
 
 def _settings(args, say_skipped: bool, image_aspect_ratio: str | None = None) -> dict:

@@ -28,10 +28,16 @@ ROW, BUFFER, SHUFFLED = 300, 40, 20
 
 def make_encoder(demo, row_length=ROW, **more):
     settings = dict(
-        image_size=28, patch_size=14, template="plain", image_aspect_ratio="square", grid_pinpoints=[], max_tiles=1
+        max_tiles_per_row=75,
+        image_size=28,
+        patch_size=14,
+        template="plain",
+        image_aspect_ratio="square",
+        grid_pinpoints=[],
+        max_tiles=1,
     )
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
-    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, row_length=row_length, **settings | more)
+    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, **settings | more)
 
 
 def make_loader(demo, path, *, num_workers=0, rank=0, world_size=1, buffer=BUFFER, encoder=None, **more):

@@ -32,7 +32,7 @@ picture = functools.cache(broken_data.picture)
 
 
 def make_encoder(tokenizer, row_length=ROW, **more):
-    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, row_length=row_length, **SETTINGS | more)
+    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, **SETTINGS | dict(max_tiles_per_row=75) | more)
 
 
 def stored(key="a", answer="A red boat.", images=1, rsa=True, **more):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rsa_megatron.data.packing import choose_max_tiles, pack_rows
+from rsa_megatron.data.packing import pack_rows
 
 
 def draw(seed, count=1000, row_length=8192):
@@ -79,8 +79,3 @@ def _time(function):
     began = time.process_time()
     function()
     return time.process_time() - began
-
-
-def test_the_most_tiles_of_a_row():
-    assert choose_max_tiles(8192, 27**2, 37) == 37  # the largest image of the published models
-    assert choose_max_tiles(8192, 27**2, 1) == 11  # an image a tile: as many as there is room for
