@@ -100,10 +100,9 @@ class LlavaOneVision(LLaVAModel):
         self.num_bounds_rows = 0
         if packs_rows and decoder_config.context_parallel_size > 1:
             raise ValueError(
-                "packed rows do not go with context parallelism: each sample would have to be a multiple of "
-                f"{2 * decoder_config.context_parallel_size} positions, and with padding behind the last sample Transformer Engine "
-                "may attend wrongly without a word (TransformerEngine #3331); set --context-parallel-size 1 or "
-                "--packing-buffer-size 0"
+                "packed rows do not go with context parallelism: Transformer Engine takes each sequence for a multiple of "
+                f"{2 * decoder_config.context_parallel_size} positions, and attends wrongly without a word where one is not "
+                "(TransformerEngine #3331); set --context-parallel-size 1 or --packing-buffer-size 0"
             )
         if packs_rows and decoder_config.pipeline_model_parallel_size > 1:
             self.num_bounds_rows = packed_rows.count_bounds_rows(max_sequence_length, decoder_config.hidden_size)

@@ -13,6 +13,7 @@ from tests.support.hf_parity import (
     parts_one_after_the_other,
     token_after_an_image_not_learnt,
 )
+from tests.support.packed_parity import no_bounds
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -23,6 +24,17 @@ def test_logits_and_losses_are_hugging_faces(models, layout):
 
 # Nothing of these mistakes lies in the embeddings, which is all that tying is about.
 UNTIED = pytest.mark.parametrize("models", ["untied"], indirect=True)
+
+
+@UNTIED
+@pytest.mark.parametrize("layout", ["one process", "TP=2 PP=2"])
+def test_logits_of_a_packed_row_are_hugging_faces_of_each_sample(models, layout):
+    assert models.packed_difference(*flat(layout)) < TOLERANCE
+
+
+@UNTIED
+def test_a_packed_row_read_as_one_sequence_would_be_seen(models):
+    assert models.packed_difference(setup=no_bounds) > 1000 * TOLERANCE
 
 
 @UNTIED

@@ -8,7 +8,7 @@ import pytest
 from tests.support import packed_parity, processes
 from tests.support.layouts import SINGLE, layout_of
 from tests.support.packed_batches import as_packed_row
-from tests.support.packed_parity import CASES, PP4, PackedParity
+from tests.support.packed_parity import CASES, CP, PP4, PackedParity
 from tests.support.parity import TOLERANCE
 
 
@@ -60,3 +60,17 @@ def test_a_mistake_would_be_seen(packed, layout, mistake, last_tokens):
 def test_stages_that_read_other_rows_stop_the_run(packed):
     with pytest.raises(processes.Failed, match="first and the last pipeline stage read different rows: sequences of "):
         packed.differences(layout_of("PP=2"), 1, sabotage=packed_parity.first_stage_reads_other_rows)
+
+
+@pytest.mark.parametrize(
+    "layout, flags, setup, said",
+    [
+        (SINGLE, ("--seq-length", "48"), None, "sequences have 86 positions, and the row only 48"),
+        (layout_of("PP=2"), (), packed_parity.packs_no_rows, "the stages on the way must know of it"),
+        (CP, (), packed_parity.use_context_parallelism, "takes each sequence for a multiple of 4 positions"),
+    ],
+    ids=["a row that is too long", "a pipeline that knows of no packed rows", "context parallelism"],
+)
+def test_what_cannot_be_packed_is_refused(packed, layout, flags, setup, said):
+    with pytest.raises(processes.Failed, match=said):
+        packed.differences(layout, 1, *flags, sabotage=setup)

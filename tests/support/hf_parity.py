@@ -11,6 +11,7 @@ import torch
 from checkpoint_conversion import __main__ as conversion
 from checkpoint_conversion import forward_comparison
 from tests.support import layouts, processes, tiny_hf
+from tests.support.packed_batches import as_packed_row, use_packed_rows
 
 MEGATRON_FLAGS = [
     "--train-iters",
@@ -45,7 +46,9 @@ class Models:
             forward_comparison.make_sample(name, pictures, encoder, self.hf, caption)
             for (name, pictures), caption in zip(images.items(), captions)
         ]
-        self.batch = encoder.batch([encoder.encode_sample(sample.stored) for sample in self.samples])
+        encoded = [encoder.encode_sample(sample.stored) for sample in self.samples]
+        self.batch = encoder.batch(encoded)
+        self.alone = [encoder.batch([one]) for one in encoded]
         self.expected = forward_comparison.run_hugging_face(self.hf, self.samples, torch.float32)
 
     def flags(self, *flags: str) -> list[str]:
@@ -71,6 +74,21 @@ class Models:
         """Another Megatron checkpoint of the same model."""
         conversion.main(["hf-to-megatron", "--hf", str(self.hf), "--out", str(out)])
         return out
+
+    def packed_difference(self, world_size: int = 1, *flags: str, setup=use_packed_rows) -> float:
+        """The largest difference of logits over all samples, in packed rows and, in the same model, in rows of their own."""
+        rows = [as_packed_row(self.alone[first : first + 3]) for first in range(0, len(self.alone), 3)]
+        argv = self.flags("--load", str(self.megatron), *flags, "--seq-length", "512")
+        ranks = processes.run(_packed_logits, world_size, argv, rows, self.batch, setup)
+        packed, alone = next(result for result in ranks if result is not None)
+        found = 0.0
+        for expected, of_packed, of_own_row in zip(self.expected, packed, alone, strict=True):
+            wanted = expected["logits"]  # of the last token too, which is an input in a packed row alone
+            length, width = wanted.shape
+            assert len(of_packed) == length
+            pairs = (of_packed[:, :width] - wanted, of_own_row[: length - 1, :width] - wanted[:-1])
+            found = max(found, *(difference.abs().max().item() for difference in pairs))
+        return found
 
     def differences(
         self, world_size: int = 1, *flags: str, sabotage=None, checkpoint: Path | None = None
@@ -101,12 +119,25 @@ def _logits_and_losses(argv, batch, sabotage):
     return logits, ((token_loss * mask).sum(1) / mask.sum(1)).tolist()
 
 
+def _packed_logits(argv, rows, batch, setup):
+    """On the last stage's first rank: logits of each sample in packed rows, and in rows of their own."""
+    setup()
+    trainer = layouts.Trainer(argv)
+    *logits, alone = (forward(trainer, one)[0] for one in (*rows, batch))
+    if alone is None:
+        return None
+    lengths = [row.sequence_lengths.tolist() for row in rows]
+    return [one for of_row, n in zip(logits, lengths) for one in of_row[0, : sum(n)].split(n)], alone
+
+
 @torch.no_grad()
 def forward(trainer: layouts.Trainer, batch, **labels):
     """The model's output and loss mask for a batch through Megatron's schedule, whole; (None, None) but on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
     from megatron.core.utils import get_attr_wrapped_model
+
+    from rsa_megatron.training import train_step
 
     masks = []
 
@@ -119,6 +150,7 @@ def forward(trainer: layouts.Trainer, batch, **labels):
             None,
             image_layouts=batch.image_layouts,
             sound_clips=torch.zeros(0),
+            packed_seq_params=train_step._describe_packed_row(batch, llava),
             **labels,
         )
         masks.append(mask)

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from tests.support import layouts
+from tests.support import context_parallel_attention, layouts
 from tests.support.layouts import PP, SINGLE, TP, Layout, largest_difference
 from tests.support.packed_batches import as_packed_row, as_rows, sample, use_packed_rows
 from tests.support.parity import RECOMPUTE, Parity
 
 SP = (*TP, "--sequence-parallel")
+CP = Layout("CP=2", 2, 1, ("--context-parallel-size", "2"))
 PP4 = Layout("PP=4", 4, 1, ("--pipeline-model-parallel-size", "4"))
 
 # Each layout once, with either number of micro-batches, and what else must not change anything.
@@ -77,7 +78,7 @@ class PackedParity:
         key = num_micro_batches, rsa_weight
         if key not in self._references:
             rows = [[as_rows(sum(one, [])) for one in step] for step in samples(num_micro_batches)]
-            self._references[key] = self.train(SINGLE, rows, "--rsa-weight", str(rsa_weight), sabotage=_nothing)
+            self._references[key] = self.train(SINGLE, rows, "--rsa-weight", str(rsa_weight), sabotage=packs_no_rows)
         return self._references[key]
 
     def differences(
@@ -110,8 +111,13 @@ def differences(actual: layouts.Run, expected: layouts.Run) -> dict[str, float]:
     return found
 
 
-def _nothing() -> None:
+def packs_no_rows() -> None:
     pass
+
+
+def use_context_parallelism() -> None:
+    context_parallel_attention.use()
+    use_packed_rows()
 
 
 # Mistakes.
