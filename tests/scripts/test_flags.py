@@ -165,8 +165,7 @@ GIVEN = [
     ),
     (
         "--eval-micro-batch-size 3",
-        "an evaluation's batch of 8 samples (--eval-global-batch-size, else --global-batch-size) is not a multiple of "
-        "--eval-micro-batch-size 3 x DP 2: change one of the three",
+        "--eval-global-batch-size 8 is not a multiple of --eval-micro-batch-size 3 x DP 2: change one of the three",
     ),
     ("--packing-buffer-size 8 --packing-max-tiles 5 --image-aspect-ratio anyres --micro-batch-size 1", ""),
     ("--packing-buffer-size 8 --eval-micro-batch-size 3", ""),  # evaluations of 12 samples
