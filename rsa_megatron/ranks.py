@@ -4,13 +4,16 @@ Until torch.distributed is initialised, a rank knows itself by torchrun's enviro
 """
 
 import contextlib
+import itertools
 import os
+import pickle
 import platform
 import select
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch.distributed
@@ -20,6 +23,11 @@ from rsa_megatron import screen
 Result = TypeVar("Result")
 
 SECONDS_FOR_THE_FIRST_RANK = 10.0
+TIME_FOR_A_RESULT = timedelta(hours=1)
+
+# The store of a job, which stays: the first rank may be the one that keeps it; and the results that have gone through it.
+_stores: list[torch.distributed.Store] = []
+_numbers = itertools.count()
 
 
 def get_rank() -> int:
@@ -119,9 +127,24 @@ def run_on_first_rank(function: Callable[[], Result]) -> Result:
             found = [None, str(error)]
     if get_group():
         torch.distributed.broadcast_object_list(found, src=0)
+    elif count_ranks() > 1:
+        found = _share_by_store(found)
     if found[1]:
         raise ValueError(found[1])
     return found[0]
+
+
+def _share_by_store(found: list) -> list:
+    """Return the first rank's `found` on all ranks, through the store by which they will find one another."""
+    if not _stores:
+        _stores.append(next(torch.distributed.rendezvous("env://"))[0])
+    # (A torchrun that starts its ranks again goes on with the same store.)
+    key = f"rsa_megatron/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_numbers)}"
+    if get_rank() == 0:
+        _stores[0].set(key, pickle.dumps(found))
+        return found
+    _stores[0].wait([key], TIME_FOR_A_RESULT)
+    return pickle.loads(_stores[0].get(key))
 
 
 def run_on_all_ranks(function: Callable[[], Result]) -> Result:

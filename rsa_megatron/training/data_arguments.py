@@ -9,7 +9,7 @@ from rsa_megatron.data.epoch_length import count_epoch_iterations, count_epoch_s
 from rsa_megatron.data.loaders import explain_unread_validation
 from rsa_megatron.data.packed_epoch import count_epoch_rows
 from rsa_megatron.data.raw_samples import check_embeddings
-from rsa_megatron.ranks import get_rank, print_once
+from rsa_megatron.ranks import get_rank, print_once, run_on_first_rank
 from rsa_megatron.training.embedding_arguments import image_embeddings
 from rsa_megatron.training.task_encoders import training_task_encoder
 
@@ -111,14 +111,17 @@ def _set_packed_epoch(args) -> None:
         raise ValueError(
             "--drop-last leaves out samples that do not fill a micro-batch, and a packed row is one: leave it out"
         )
-    rows = count_epoch_rows(
-        args.data_path[0],
-        training_task_encoder(args, say_skipped=False),
-        data_parallel_size=args.data_parallel_size,
-        num_workers=args.num_workers,
-        packing_buffer_size=args.packing_buffer_size,
-        shuffle_buffer_size=args.shuffle_buffer_size,
-        seed=args.seed,
+    # Thousands of samples are read for it: by one rank for all.
+    rows = run_on_first_rank(
+        lambda: count_epoch_rows(
+            args.data_path[0],
+            training_task_encoder(args, say_skipped=False),
+            data_parallel_size=args.data_parallel_size,
+            num_workers=args.num_workers,
+            packing_buffer_size=args.packing_buffer_size,
+            shuffle_buffer_size=args.shuffle_buffer_size,
+            seed=args.seed,
+        )
     )
     batch_size = get_current_running_global_batch_size()
     rows_per_iteration = batch_size // args.data_parallel_size
