@@ -22,6 +22,8 @@ class RSASamples:
     num_tiles: Tensor
     #: the same number for the same sample on every pipeline stage, [n]; non-negative
     sample_id: Tensor
+    #: in a packed row: caption_mask marks copies of the captions, which are sequences of their own (--rsa-text-source caption)
+    captions_are_copies: bool = False
 
 
 @dataclass

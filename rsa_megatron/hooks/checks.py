@@ -8,6 +8,11 @@ from torch import Tensor
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.hooks.host import Host
 
+_SAME_DATA = (
+    "image and caption would be paired wrongly. Both stages must read the same data in the same order; a sample that only one of "
+    "them could load, or a data folder that differs between nodes, breaks it."
+)
+
 
 def check_model(host: Host, config: RSAConfig) -> None:
     """Raise ValueError, naming setting and remedy, for a model whose training RSA would not get right."""
@@ -55,15 +60,45 @@ def check_model(host: Host, config: RSAConfig) -> None:
             raise ValueError(f"RSA cannot train this model with these settings: {reason}")
 
 
-def check_packing(is_packed: bool, *, has_stages: bool, copies_captions: bool) -> None:
-    """Raise ValueError for packed rows where RSA cannot read them."""
-    if is_packed and has_stages:
+def check_packing(is_packed: bool, *, reads_captions_alone: bool, captions_are_copies: bool) -> None:
+    """Raise ValueError for packed rows where RSA cannot read them.
+
+    Args:
+        reads_captions_alone: --rsa-text-source caption.
+        captions_are_copies: as RSASamples has it.
+    """
+    if is_packed and reads_captions_alone and not captions_are_copies:
         raise ValueError(
-            "RSA with packed sequences needs both ends of the model on one rank: set "
-            "--pipeline-model-parallel-size 1, or leave packing out"
+            "--rsa-text-source caption with packed sequences: each caption is to stand once more in the row, as a sequence of its "
+            "own (RSASamples.captions_are_copies); leave one out"
         )
-    if is_packed and copies_captions:
-        raise ValueError("--rsa-text-source caption does not go with packed sequences; leave one out")
+    if captions_are_copies and not (is_packed and reads_captions_alone):
+        raise ValueError(
+            "RSASamples.captions_are_copies is for --rsa-text-source caption with packed sequences (packed_seq_params): "
+            + ("set it" if is_packed else "the copies would see their rows")
+        )
+
+
+def check_bounds_are_known(host: Host, arguments: dict, num_packed: int) -> None:
+    """Raise ValueError on a stage whose attention would run on from one packed sample to the next.
+
+    Args:
+        num_packed: samples that are packed into the row, as the stage before says.
+    """
+    if num_packed and not host.knows_bounds(arguments):
+        raise ValueError(
+            f"a pipeline stage is not told where the {num_packed} sequences of its packed row begin, and would attend from one to "
+            "another: pass packed_seq_params to the model's forward on every stage (docs/plugin.md)"
+        )
+
+
+def check_same_number(first_stage_packed: int, last_stage_packed: int) -> None:
+    """Raise RuntimeError where the two ends of a pipeline have read rows of other numbers of samples; 0: rows of one sample."""
+    if first_stage_packed != last_stage_packed:
+        found = [f"a packed row of {n}" if n else "rows of one" for n in (first_stage_packed, last_stage_packed)]
+        raise RuntimeError(
+            f"the first and the last pipeline stage read different samples ({' against '.join(found)}): {_SAME_DATA}"
+        )
 
 
 def check_tiles(count_n: Tensor, num_tiles: int) -> bool:
@@ -82,11 +117,7 @@ def check_same_samples(first_stage_ids: Tensor, last_stage_ids: Tensor) -> None:
     differ = (first_stage_ids != last_stage_ids).nonzero().flatten().tolist()
     if differ:
         pairs = ", ".join(f"{first_stage_ids[b]:#018x} against {last_stage_ids[b]:#018x}" for b in differ)
-        raise RuntimeError(
-            f"the first and the last pipeline stage read different samples (ids {pairs}): image and caption "
-            "would be paired wrongly. Both stages must read the same data in the same order; a sample that "
-            "only one of them could load, or a data folder that differs between nodes, breaks it."
-        )
+        raise RuntimeError(f"the first and the last pipeline stage read different samples (ids {pairs}): {_SAME_DATA}")
 
 
 def _of(settings, name: str):

@@ -13,10 +13,14 @@ causal keeps it out. start_b = 0 is a row without a copy: one causal segment.
 The layers learn of it as they understand it: local attention takes a mask, Transformer Engine's takes each row as two
 packed sequences. Every stage of a pipeline needs start_b: the payload brings it (pipeline_payload.py).
 
+That is for rows of one sample. In a row of packed samples each copy is a sequence of its own from the start, which the row's bounds
+keep apart like any other (RSASamples.captions_are_copies): nothing here has to be done.
+
 Shapes: B samples, S text positions, C of the longest caption, L positions of the spliced row, H width.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -39,9 +43,10 @@ def check_settings(settings, *, packed: bool) -> None:
         "--context-parallel-size above 1": settings.context_parallel_size > 1,
         "--tp-comm-overlap": settings.tp_comm_overlap,
         "a window_size": getattr(settings, "window_size", None) is not None,  # no flag of Megatron's
-        "--sequence-parallel with Transformer Engine unless --micro-batch-size is 1": packed
+        "--sequence-parallel with Transformer Engine unless --micro-batch-size and --eval-micro-batch-size are 1": packed
         and settings.sequence_parallel
-        and getattr(settings, "micro_batch_size", 1) > 1,  # a config does not know it
+        # (A config does not know them. Packed rows need none of this, and the rows of evaluation are not packed.)
+        and max(getattr(settings, name, 1) for name in ("micro_batch_size", "eval_micro_batch_size")) > 1,
         "the fused softmax of local layers: pass --no-masked-softmax-fusion": not packed
         and settings.masked_softmax_fusion,
     }
@@ -77,7 +82,7 @@ def append(arguments: dict, samples: RSASamples) -> tuple[RSASamples, int]:
         if whole_BS is not None:
             arguments[name] = torch.cat([whole_BS, addition_BC.to(whole_BS.dtype)], dim=1)
     caption_mask = torch.cat([torch.zeros_like(mask_BS), copied_BC], dim=1)
-    return RSASamples(samples.eligible, caption_mask, samples.num_tiles, samples.sample_id), num_copied
+    return replace(samples, caption_mask=caption_mask), num_copied
 
 
 def segment_mask(start_B: Tensor, length: int) -> Tensor:
@@ -125,7 +130,7 @@ class SegmentedAttention:
         if self._shards > 1 and batch_size > 1:
             raise ValueError(
                 "--rsa-text-source caption with Transformer Engine and --sequence-parallel: each rank has a part of "
-                "every row, which do not follow one another; set --micro-batch-size 1"
+                "every row, which do not follow one another; set --micro-batch-size 1 and --eval-micro-batch-size 1"
             )
         packed = _one_after_another(hidden_LBH)
         if decoder.pre_process:

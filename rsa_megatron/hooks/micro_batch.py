@@ -22,21 +22,28 @@ class MicroBatch:
     #: whether RSA follows this forward pass (it leaves text generation alone)
     is_followed: bool = False
 
+    # selection, on stages after the first the payload
+    #: how many samples are packed into the one row; 0 where each row is one sample
+    num_packed: int = 0
+
     # selection (on the first and the last stage)
     samples: RSASamples | None = None
-    is_packed: bool = False
+    #: where the sequences of a packed row begin and end, [number of sequences + 1]
+    bounds: Tensor | None = None
     #: positions that copies of captions have added to each row
     num_copied: int = 0
     #: what the caption mask rides in has this type
     loss_mask_dtype: torch.dtype | None = None
 
     # transport (on stages after the first)
-    #: rows that came behind the hidden state of the stage before, [K, B, H]
+    #: rows that came behind the hidden state of the stage before, [K, B, H] or, behind packed samples, [n * K, 1, H]
     payload_KBH: Tensor | None = None
 
     # the splice (on the first stage)
     #: where the text positions lie in the decoder's row, [B, S]
     positions_BS: Tensor | None = None
+    #: how long that row is on this context-parallel rank
+    own_length: int | None = None
     #: where in its row the copy of each caption begins, [B]
     start_B: Tensor | None = None
 

@@ -30,6 +30,11 @@ which would count dL/dv C times: it is scaled by 1/C. Tensor parallelism: with s
 t are added up by a collective whose backward is the identity, as every TP rank computes the same S_r; without it
 t is whole on each.
 
+Packed rows: a rank's micro-batch is one row of as many samples as fit. Nothing above counts samples: N of L is the number of pairs in
+all ranks' rows, (*) holds however many of them are rank r's, and for a rank without a pair S_r = 0. Ranks differ in their numbers
+of rows of v and t alone, which are filled up for the one collective. "with", which packing implies, weighs the micro-batch by the
+tokens of its D rows, as it weighs their LM loss: not by its samples, nor by its pairs.
+
 A loss function that has added up loss and tokens over the context-parallel ranks returns, on each of them, C times its part
 of the loss and the same n for all. Nothing changes: n is what Megatron divides by, whatever it counts; and per token both the
 sum of n and Megatron's own, by which it divides, count each token C times.
@@ -68,8 +73,8 @@ class RSATerm:
     #: the step so far, with --rsa-scope global-batch
     global_batch: GlobalBatch | None
     #: positions of a row that hold copies of captions, and the others
-    num_copied: int
-    num_others: int
+    num_copied: int | Tensor
+    num_others: int | Tensor
 
     @property
     def loss(self) -> Tensor:
@@ -115,6 +120,10 @@ def rsa_term(
     if global_batch:
         global_batch.add_rows(gathered_NW)
     length, num_copied = representations.caption_mask_BL.shape[1], representations.num_copied
+    if samples.captions_are_copies:
+        # Sequences of the row: each is the caption's tokens and one more (--context-parallel-size is 1 there).
+        has_copy_n = (samples.eligible > 0) & (count_n > 0)
+        num_copied = ((count_n + 1) * has_copy_n).sum()
     num_own = len(own[names[0]])
     return RSATerm(parts, len(gathered_NW), num_own, len(earlier_MW), global_batch, num_copied, length - num_copied)
 

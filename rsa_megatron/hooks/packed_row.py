@@ -3,6 +3,9 @@
 Bounds (cu_seqlens) count positions of the decoder's row. A script that counts them before LLaVAModel puts each image's tokens in
 the place of one has all sequences after the first image too early: captions would go to other samples' images without a word.
 
+Under pipeline parallelism LLaVAModel fills the row up to its longest length: the bounds end there, with the rest as the last sequence,
+which has no image and takes no part. Stages that read no text must be given the same bounds (checks.check_bounds_are_known).
+
 Shapes: S text positions of the one row, n samples.
 """
 
@@ -13,6 +16,21 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rsa_megatron.hooks.host import Host
+
+
+def is_packed(arguments: dict) -> bool:
+    """Whether several samples, or one, share a row as packed sequences.
+
+    Args:
+        arguments: of the model's forward, by name.
+    """
+    packed = arguments.get("packed_seq_params")
+    return packed is not None and packed.qkv_format == "thd"
+
+
+def sequence_bounds(packed: PackedSeqParams) -> Tensor:
+    """0 and where each sequence of the row ends, its padding included, [number of sequences + 1]."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
 
 
 class PackedRow(NamedTuple):
@@ -27,6 +45,8 @@ class PackedRow(NamedTuple):
     bounds: Tensor
     #: positions of each sequence without its padding, [n]
     lengths: Tensor
+    #: whether a script knows of no sample in the last one
+    last_is_padding: bool = False
 
 
 def packed_row(packed: PackedSeqParams, position_BS: Tensor) -> PackedRow:
@@ -74,10 +94,11 @@ def check_bounds(row: PackedRow, packed: PackedSeqParams, position_BS: Tensor, i
         (is_read_BS & row.in_padding_BS & ~is_behind_all_BS).sum(),
         (is_read_BS & is_behind_all_BS).sum(),
         (_sequence_of(first_BS, row.bounds) != row.sample_BS).sum(),
+        (is_read_BS & (row.sample_BS == row.num_samples - 1)).sum(),
     ]
     numbers = torch.cat([row.bounds, row.lengths, position_BS[0, -1:] + 1, torch.stack(counts)]).tolist()
-    bounds, lengths = numbers[: row.num_samples + 1], numbers[row.num_samples + 1 : -4]
-    row_length, num_misplaced, num_behind_all, num_divided = numbers[-4:]
+    bounds, lengths = numbers[: row.num_samples + 1], numbers[row.num_samples + 1 : -5]
+    row_length, num_misplaced, num_behind_all, num_divided, num_in_last = numbers[-5:]
     name = "packed_seq_params.cu_seqlens_q" + ("" if packed.cu_seqlens_q_padded is None else "_padded")
     if bounds[0] != 0:
         raise ValueError(f"{name} begins at {bounds[0]}: give 0 first, then where each sequence ends")
@@ -103,6 +124,11 @@ def check_bounds(row: PackedRow, packed: PackedSeqParams, position_BS: Tensor, i
         raise ValueError(
             f"{num_misplaced} image, trained or caption tokens of the packed row lie in what packed_seq_params.cu_seqlens_q leaves "
             "for padding: count each image as the tokens that it becomes, in cu_seqlens_q as in cu_seqlens_q_padded"
+        )
+    if row.last_is_padding and num_in_last:
+        raise ValueError(
+            f"RSAPlugin(select=...) gave eligible of {row.num_samples - 1} samples, and the packed row has {row.num_samples} sequences, "
+            f"of which the last is not its padding ({num_in_last} image, trained or caption tokens)"
         )
     if num_divided:
         raise ValueError(

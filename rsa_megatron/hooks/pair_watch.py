@@ -36,8 +36,8 @@ class PairWatch:
         start = f"WARNING: RSA is on (--rsa-weight {weight:g}), but in the last {self._interval} iterations"
         if had_pair:
             return (
-                f"{start} no pair had another to be compared with: raise --micro-batch-size, use more data-parallel ranks, or "
-                "--rsa-scope global-batch"
+                f"{start} no pair had another to be compared with: raise --micro-batch-size (of packed rows --seq-length), use more "
+                "data-parallel ranks, or --rsa-scope global-batch"
             )
         return (
             f"{start} there was no pair: look for samples with exactly one image, in data sets with `subflavors: {{rsa: true}}` "

@@ -10,7 +10,7 @@ model they know. They fire in this order, and each works on the one `MicroBatch`
     after it                   the caption mask is taken off and the payload unpacked (last stage), or the payload is put on (others)
 
 With --rsa-text-source caption the captions are copied to the end of their rows before it, and kept apart in the decoder
-(isolated_captions.py).
+(isolated_captions.py); in packed rows the data has them as sequences of their own.
 
 Shapes: B rows, n samples (B of them, or those packed into one row), L positions of the decoder's row, D and E widths of v and t.
 """
@@ -28,7 +28,8 @@ from rsa_megatron.hooks.capture import Capture
 from rsa_megatron.hooks.host import Host
 from rsa_megatron.hooks.layer_hooks import layer_number
 from rsa_megatron.hooks.micro_batch import MicroBatch
-from rsa_megatron.hooks.sample_selection import Selection, is_packed, select_samples
+from rsa_megatron.hooks.packed_row import is_packed, sequence_bounds
+from rsa_megatron.hooks.sample_selection import Selection, select_samples
 from rsa_megatron.hooks.transport import Transport
 
 
@@ -73,6 +74,8 @@ class RepresentationHooks:
             )
         if self._copies_captions or self._transport.carries_mask:
             host.on_splice(self._num_added, self._keep_positions)
+        if self._transport.carries_mask and host.is_first:
+            host.decoder.register_forward_pre_hook(self._keep_length, with_kwargs=True)
         if host.is_last:
             host.on_loss_mask(self._without_caption_mask)
         host.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -90,7 +93,7 @@ class RepresentationHooks:
             return None
         v = {layer: batch.v[layer] for layer in self._vision_layers}
         return Representations(
-            v, batch.hidden, batch.sums, batch.caption_mask_BL, batch.samples, batch.is_packed, batch.num_copied
+            v, batch.hidden, batch.sums, batch.caption_mask_BL, batch.samples, batch.num_packed > 0, batch.num_copied
         )
 
     def _before_forward(self, model, args, kwargs):
@@ -101,13 +104,15 @@ class RepresentationHooks:
             return None
         if not host.is_first:
             self._transport.take_off(batch)
+            checks.check_bounds_are_known(host, bound.arguments, batch.num_packed)
         if read_selection is None and model.training:
             raise RuntimeError(
                 "RSA's hooks are on the model, and its forward step is not wrapped: use RSAPlugin.wrap_forward_step"
             )
         if read_selection is None:
             return None
-        if self._copies_captions and not host.is_first:  # the first stage learns it from the splice
+        # (The first stage learns it from the splice; a packed row has its copies from the start.)
+        if self._copies_captions and not host.is_first and not batch.num_packed:
             batch.start_B = self._transport.start_of_copies(batch)
         if not (host.is_first or host.is_last):
             return None
@@ -117,24 +122,29 @@ class RepresentationHooks:
     def _select(self, batch: MicroBatch, arguments: dict) -> None:
         """Which samples take part, and where their captions are; on the last stage the caption mask is put on."""
         host = self._host
-        batch.is_packed = is_packed(arguments)
         needs_captions = host.is_last or self._transport.carries_mask or self._copies_captions
         batch.samples = select_samples(arguments, host, batch.read_selection, at_end=self._copies_captions)
         host.check_arguments(arguments, needs_captions=needs_captions)
-        has_stages = not (host.is_first and host.is_last)
-        checks.check_packing(batch.is_packed, has_stages=has_stages, copies_captions=self._copies_captions)
-        if self._copies_captions:
+        packed, are_copies = is_packed(arguments), batch.samples.captions_are_copies
+        checks.check_packing(packed, reads_captions_alone=self._copies_captions, captions_are_copies=are_copies)
+        num_packed = len(batch.samples.eligible) if packed else 0
+        if not host.is_first:
+            checks.check_same_number(batch.num_packed, num_packed)
+        batch.num_packed = num_packed
+        if packed:
+            batch.bounds = sequence_bounds(arguments["packed_seq_params"])
+        if self._copies_captions and not are_copies:
             batch.samples, batch.num_copied = isolated_captions.append(arguments, batch.samples)
         if host.is_last:
             mask_BS = batch.samples.caption_mask
-            batch.loss_mask_dtype = host.put_on_caption_mask(arguments, mask_BS, packed=batch.is_packed)
+            batch.loss_mask_dtype = host.put_on_caption_mask(arguments, mask_BS, packed=packed)
 
     def _without_caption_mask(self, loss_mask_BL: Tensor) -> Tensor:
         """The loss mask as the language model would get it without RSA."""
         batch = self._micro_batch
         if batch.loss_mask_dtype is None:  # no caption mask was put on
             return loss_mask_BL
-        return caption_mask.take_off(loss_mask_BL, batch.loss_mask_dtype, packed=batch.is_packed)[0]
+        return caption_mask.take_off(loss_mask_BL, batch.loss_mask_dtype, packed=batch.num_packed > 0)[0]
 
     def _num_added(self) -> int | None:
         """Positions that this forward pass adds to each row; None where it is not one that RSA reads."""
@@ -145,6 +155,9 @@ class RepresentationHooks:
         batch.positions_BS = positions_BS
         if batch.num_copied:
             batch.start_B = positions_BS[:, -batch.num_copied]
+
+    def _keep_length(self, decoder, args, kwargs):
+        self._transport.keep_length(self._micro_batch, kwargs["hidden_states"])
 
     def _after_forward(self, model, args, result):
         batch, host = self._micro_batch, self._host
@@ -158,7 +171,7 @@ class RepresentationHooks:
             batch.hidden.clear()
             return None
         result, batch.caption_mask_BL = host.take_off_caption_mask(
-            result, batch.loss_mask_dtype, packed=batch.is_packed
+            result, batch.loss_mask_dtype, packed=batch.num_packed > 0
         )
         if not host.is_first:
             self._transport.deliver(batch)

@@ -15,9 +15,9 @@ from torch import Tensor
 from rsa_megatron.batch import RSASamples
 from rsa_megatron.hooks.broadcast import broadcast_tensors
 from rsa_megatron.hooks.host import Host
-from rsa_megatron.hooks.packed_row import check_bounds, packed_row
+from rsa_megatron.hooks.packed_row import check_bounds, is_packed, packed_row
 
-_FIELDS = ("eligible", "caption_mask", "num_tiles", "sample_id")
+_FIELDS, _COPIES = ("eligible", "caption_mask", "num_tiles", "sample_id"), "captions_are_copies"
 
 # An odd constant near 2^64 / golden ratio: its multiples modulo 2^64 lie far apart, so that sums of them differ.
 _SPREAD = -7046029254386353131
@@ -41,19 +41,22 @@ def select_samples(
     Args:
         arguments: of the model's forward, by name.
         read_selection: gives the batch's selection on the ranks that have read it, else None.
-        at_end: captions are copied to the end of their rows, where no image follows them.
+        at_end: captions are to be copied to the end of their rows, where no image follows them, unless they are copies already.
     """
     selection = read_selection() or Selection()
-    missing = torch.zeros(0, dtype=torch.int64)
+    missing, present = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     data = {name: getattr(selection, name, None) for name in _FIELDS}
     data = {name: missing if tensor is None else tensor for name, tensor in data.items()}
-    data = broadcast_tensors(_FIELDS, data, torch.int64, host.pg_collection.tp)
+    # By its shape, which is known without waiting for the device.
+    data[_COPIES] = present if getattr(selection, _COPIES, False) else missing
+    data = broadcast_tensors((*_FIELDS, _COPIES), data, torch.int64, host.pg_collection.tp)
+    are_copies = data.pop(_COPIES).numel() > 0
     if data["sample_id"].numel():
-        samples = RSASamples(**data)
+        samples = RSASamples(**data, captions_are_copies=are_copies)
     else:
         eligible, caption_mask = (data[name] if data[name].numel() else None for name in ("eligible", "caption_mask"))
         samples = samples_of(arguments, host, Selection(eligible, caption_mask))
-    kept_BS = host.keeps_caption(samples.caption_mask, host.images_in(arguments), at_end=at_end)
+    kept_BS = host.keeps_caption(samples.caption_mask, host.images_in(arguments), at_end=at_end and not are_copies)
     return replace(samples, caption_mask=kept_BS)
 
 
@@ -78,9 +81,12 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
         num_samples, sample_BS = row.num_samples, row.sample_BS
     num_images = _per_sample(is_image_BS.long(), sample_BS, num_samples)
     eligible = (num_images == 1).long()
-    if selection.eligible is not None:
-        _check("eligible", selection.eligible, eligible.shape)
-        eligible = eligible * (selection.eligible.to(eligible) > 0)
+    if (chosen := selection.eligible) is not None:
+        if row is not None and len(chosen) == num_samples - 1:
+            # A row's padding may be one more sequence, which is no sample to who has packed it.
+            chosen, row = torch.nn.functional.pad(chosen, (0, 1)), row._replace(last_is_padding=True)
+        _check("eligible", chosen, eligible.shape)
+        eligible = eligible * (chosen.to(eligible) > 0)
     caption_BS = selection.caption_mask
     if caption_BS is None:
         caption_BS = _trained_tokens(arguments.get("loss_mask"), sample_BS)
@@ -98,12 +104,6 @@ def samples_of(arguments: dict, host: Host, selection: Selection = Selection()) 
         check_bounds(row, arguments["packed_seq_params"], position_BS, is_read_BS, host)
         caption_BS = caption_BS * (sample_BS + 1)
     return RSASamples(eligible, caption_BS, _per_sample(tiles_BS, sample_BS, num_samples), _ids(input_ids, num_samples))
-
-
-def is_packed(arguments: dict) -> bool:
-    """Whether several samples, or one, share a row as packed sequences."""
-    packed = arguments.get("packed_seq_params")
-    return packed is not None and packed.qkv_format == "thd"
 
 
 def _trained_tokens(loss_mask_BS: Tensor | None, sample_BS: Tensor) -> Tensor:

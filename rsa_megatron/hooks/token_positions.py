@@ -31,7 +31,18 @@ def spliced(mask_BS: Tensor, position_BS: Tensor, length: int) -> Tensor:
     return mask_BS.new_zeros(len(mask_BS), longest).scatter_(1, position_BS, mask_BS)[:, :length]
 
 
-def context_parallel_part(mask_BL: Tensor, size: int, rank: int) -> Tensor:
-    """A rank's part of each row under Megatron's zigzag order: of 2 C equal pieces the rank-th and the rank-th from the end."""
-    pieces = mask_BL.chunk(2 * size, dim=1)
-    return mask_BL if size == 1 else torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+def context_parallel_part(mask_BL: Tensor, size: int, rank: int, bounds: Tensor | None = None) -> Tensor:
+    """A rank's part of each row under Megatron's zigzag order: of 2 C equal pieces the rank-th and the rank-th from the end.
+
+    Args:
+        bounds: of a packed row, where its sequences begin and end: each is split by itself, as Transformer Engine does it.
+    """
+    if size == 1:
+        return mask_BL
+    lengths = [mask_BL.shape[1]] if bounds is None else bounds.diff().tolist()
+    parts = []
+    for sequence_BL in mask_BL.split(lengths, dim=1):
+        pieces = sequence_BL.chunk(2 * size, dim=1)
+        if sequence_BL.shape[1]:
+            parts += [pieces[rank], pieces[2 * size - 1 - rank]]
+    return torch.cat(parts, dim=1)

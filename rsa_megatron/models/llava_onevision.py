@@ -93,6 +93,8 @@ class LlavaOneVision(LLaVAModel):
             vision.tokens_per_side,
             architecture.max_tiles,
         )
+        #: asked by RSA: stages that read no data know where the sequences of a packed row begin
+        self.packs_rows = packs_rows
         self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
         #: rows behind the hidden state between stages, which hold the bounds of a packed row
         self.num_bounds_rows = 0

@@ -54,7 +54,11 @@ def payload_without_starts():
     from rsa_megatron.hooks import pipeline_payload
 
     right = pipeline_payload.pack
-    pipeline_payload.pack = lambda payload, *args: right(payload._replace(start_B=0 * payload.start_B), *args)
+
+    def pack(payload, *args, **options):
+        return right(payload._replace(start_B=0 * payload.start_B), *args, **options)
+
+    pipeline_payload.pack = pack
 
 
 @pytest.mark.parametrize("name", ["PP=2", "PP=2 VPP=2"])

@@ -230,7 +230,7 @@ def first_stage_in_order():
     from rsa_megatron.hooks import token_positions
 
     context_parallel_attention.use()
-    token_positions.context_parallel_part = lambda mask_BL, size, rank: mask_BL.chunk(size, dim=1)[rank]
+    token_positions.context_parallel_part = lambda mask_BL, size, rank, bounds=None: mask_BL.chunk(size, dim=1)[rank]
 
 
 @pytest.mark.parametrize(

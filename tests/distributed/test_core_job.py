@@ -50,10 +50,13 @@ CASES = {
     "DP=2, InternViT with class token, tile tags": Case(
         ["--tower", "internvit", "--keep-class-token", "--tile-tags", "--micro-batch-size", "1"], [], 2, 2
     ),
+    "PP=4, SigLIP, pixel shuffle, packed rows, per-token loss": Case(
+        ["--tower", "siglip", "--pixel-shuffle", "--packed", "--loss-form", "per-token"], [_PP[0], "4"], 4, 1
+    ),
     # Its tower ends without a norm: distances are large, and so is their rounding beside the LM loss's gradients.
     "DP=2, RADIO": Case(["--tower", "radio"], [], 2, 2, weight=0.01),
 }
-DP_CLIP, TP_SIGLIP, PP_CLIP, _, RADIO = CASES
+DP_CLIP, TP_SIGLIP, PP_CLIP, _, PACKED, RADIO = CASES
 CHECKED = [(version, case) for version in FULL for case in CASES] + [("0.17.1", TP_SIGLIP), ("0.18.2", PP_CLIP)]
 HAS_EINOPS = importlib.util.find_spec("einops") is not None
 MISTAKES = {"each rank alone": 1.0, "one row early": 1.0, "no RSA": 0.0}
@@ -83,6 +86,8 @@ def launches(version: str, folder: Path) -> dict[str, list]:
             off = [*argv, "--save", str(here / "weight 0"), "--rsa-weight", "0"]
             plan["weight 0"] = ["job", case.num_processes, [off, True]]
             plan["bf16"] = ["job", case.num_processes, [[*argv, "--bf16", "--rsa-weight", str(case.weight)], True]]
+        if name == PACKED and version == INSTALLED:
+            plan["bounds at the ends"] = ["job", case.num_processes, [[*argv, "--bounds-at-the-ends"], True]]
         if name == DP_CLIP and version == INSTALLED:
             for mistake, weight in MISTAKES.items():
                 flags = [*case.flags, "--train-iters", "1"]
@@ -159,6 +164,11 @@ def test_mistakes_would_be_seen(cores, mistake):
     here = written_by(DP_CLIP, folder)
     right, wrong = script.plain_tensors(here / "gradients"), script.plain_tensors(here / mistake / "gradients")
     assert layouts.largest_difference(wrong, right)[0] > 1000 * TOLERANCE
+
+
+def test_a_stage_that_is_not_told_where_packed_samples_begin_is_named(cores):
+    results, _ = cores(INSTALLED)
+    assert "a pipeline stage is not told where the 5 sequences of its packed row begin" in results["bounds at the ends"]
 
 
 def checkpoint(folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:

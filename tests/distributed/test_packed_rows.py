@@ -20,7 +20,7 @@ def packed(parity) -> PackedParity:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name}, M={case[1]}")
 def test_a_packed_row_equals_a_row_a_sample(packed, case):
     layout, num_micro_batches, flags = case
-    rsa_weight = 0.0 if "PP" in layout.name else 0.3
+    rsa_weight = 0.0 if layout.name in ("PP=4", "PP=2 VPP=2") else 0.3  # bounds with v behind them, and without
     differences = packed.differences(layout, num_micro_batches, *flags, rsa_weight=rsa_weight)
     assert max(differences.values()) < TOLERANCE, differences
 

@@ -159,7 +159,11 @@ def payload_without_gradient():
     from rsa_megatron.hooks import pipeline_payload
 
     right = pipeline_payload.pack
-    pipeline_payload.pack = lambda payload, *args: right(payload._replace(vector_BF=payload.vector_BF.detach()), *args)
+
+    def pack(payload, *args, **options):
+        return right(payload._replace(vector_BF=payload.vector_BF.detach()), *args, **options)
+
+    pipeline_payload.pack = pack
 
 
 def caption_mask_of_the_next_token():

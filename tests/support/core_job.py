@@ -20,13 +20,16 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-VOCAB_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, NUM_MICRO_BATCHES = 128, 3, 96, 2
+from tests.support.packed_attention import PackedAttention
+
+VOCAB_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, PACKED_LENGTH, NUM_MICRO_BATCHES = 128, 3, 96, 144, 2
 IMAGE_SIZE, PATCH_SIZE = 56, 14  # 16 patches, 4 after pixel shuffle
 TILE_TAGS = [[10 + tile] * 5 for tile in range(4)]  # five tokens before each tile, as NVLM has them
 
@@ -41,6 +44,8 @@ def add_job_arguments(parser):
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--packed", action="store_true", help="the samples of a micro-batch in one row")
+    parser.add_argument("--bounds-at-the-ends", action="store_true", help="stages that read no text get no bounds")
     parser.add_argument("--train-iters", type=int, default=2)
     parser.add_argument("--loss-form", default="three", choices=("three", "per-token", "two"))
     parser.add_argument("--bf16", action="store_true")
@@ -58,9 +63,9 @@ def model_provider(pre_process=True, post_process=True, add_encoder=True, add_de
     projection = transformer_config(hidden_size=32, num_layers=1, ffn_hidden_size=64)
     model = LLaVAModel(
         language_transformer_config=language,
-        language_transformer_layer_spec=get_gpt_layer_local_spec(),
+        language_transformer_layer_spec=decoder_layer_spec(),
         language_vocab_size=VOCAB_SIZE,
-        language_max_sequence_length=SEQUENCE_LENGTH,
+        language_max_sequence_length=PACKED_LENGTH if args.packed else SEQUENCE_LENGTH,
         language_position_embedding_type="rope",
         vision_transformer_config=vision,
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
@@ -86,6 +91,13 @@ def model_provider(pre_process=True, post_process=True, add_encoder=True, add_de
     return model
 
 
+def decoder_layer_spec():
+    spec = get_gpt_layer_local_spec()
+    if args.packed:
+        spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
 def transformer_config(**sizes) -> TransformerConfig:
     return TransformerConfig(
         num_attention_heads=4,
@@ -102,11 +114,22 @@ def transformer_config(**sizes) -> TransformerConfig:
 
 
 def get_batch(data_iterator):
-    """The batch on every rank that needs it: read on tensor-parallel rank 0 of the first and the last stage."""
-    if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
-        return [None] * 5
+    """The batch on every rank that needs it: read on tensor-parallel rank 0 of the first and the last stage.
+
+    Where samples are packed into one row every stage must know where each begins.
+    """
+    is_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    if not is_end and (not args.packed or args.bounds_at_the_ends):
+        return [None] * 6
     reads = parallel_state.get_tensor_model_parallel_rank() == 0
     data = next(data_iterator) if reads else None
+    packed = None
+    if args.packed:
+        bounds = tensor_parallel.broadcast_data(["bounds"], data, torch.int32)["bounds"]
+        longest = int(bounds.diff().max())
+        packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    if not is_end:
+        return [None] * 5 + [packed]
     tokens = tensor_parallel.broadcast_data(["tokens"], data, torch.int64)["tokens"]
     labels = tensor_parallel.broadcast_data(["labels"], data, torch.int64)["labels"]
     loss_mask = tensor_parallel.broadcast_data(["loss_mask"], data, torch.float32)["loss_mask"]
@@ -114,7 +137,7 @@ def get_batch(data_iterator):
     num_tiles = tensor_parallel.broadcast_data(["num_tiles"], data, torch.int32)["num_tiles"]
     if not parallel_state.is_pipeline_first_stage():
         images = None
-    return tokens, labels, loss_mask, images, num_tiles
+    return tokens, labels, loss_mask, images, num_tiles, packed
 
 
 def loss_func(loss_mask, output_tensor):
@@ -127,10 +150,12 @@ def loss_func(loss_mask, output_tensor):
 
 
 def forward_step(data_iterator, model):
-    tokens, labels, loss_mask, images, num_tiles = get_batch(data_iterator)
+    tokens, labels, loss_mask, images, num_tiles, packed = get_batch(data_iterator)
     assert unwrap(model).image_token_index == IMAGE_TOKEN
     position_ids = None if tokens is None else torch.arange(tokens.shape[1]).expand_as(tokens)
-    output, loss_mask = model(images, tokens, position_ids, None, labels, loss_mask, num_image_tiles=num_tiles)
+    output, loss_mask = model(
+        images, tokens, position_ids, None, labels, loss_mask, num_image_tiles=num_tiles, packed_seq_params=packed
+    )
     return output, partial(loss_func, loss_mask)
 
 
@@ -158,9 +183,27 @@ def micro_batch(iteration: int, index: int, rank: int) -> dict[str, torch.Tensor
     }
 
 
+def in_one_row(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The samples of a micro-batch one after another, and where each begins once its images are put in.
+
+    Under pipeline parallelism LLaVAModel fills the row up: what follows the samples is one more sequence.
+    """
+    tokens_per_tile = 4 if args.pixel_shuffle else 16
+    tiles, lengths = rows["num_tiles"].tolist(), []
+    for row in rows["tokens"].tolist():
+        lengths.append(sum(tokens_per_tile * tiles.pop(0) if token == IMAGE_TOKEN else 1 for token in row))
+    if args.pipeline_model_parallel_size > 1:
+        lengths.append(PACKED_LENGTH - sum(lengths))
+        assert lengths[-1] > 0
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return rows | {name: rows[name].reshape(1, -1) for name in ("tokens", "labels", "loss_mask")} | {"bounds": bounds}
+
+
 def train_step(forward_step, model, optimizer, iteration: int) -> dict[str, float]:
     data_rank = parallel_state.get_data_parallel_rank()
     batches = [micro_batch(iteration, index, data_rank) for index in range(NUM_MICRO_BATCHES)]
+    batches = list(map(in_one_row, batches)) if args.packed else batches
+    length = PACKED_LENGTH if args.packed else SEQUENCE_LENGTH
     model.zero_grad_buffer()
     optimizer.zero_grad()
     reports = get_forward_backward_func()(
@@ -168,9 +211,9 @@ def train_step(forward_step, model, optimizer, iteration: int) -> dict[str, floa
         data_iterator=iter(batches),
         model=[model],
         num_microbatches=NUM_MICRO_BATCHES,
-        seq_length=SEQUENCE_LENGTH,
-        micro_batch_size=args.micro_batch_size,
-        decoder_seq_length=SEQUENCE_LENGTH,
+        seq_length=length,
+        micro_batch_size=1 if args.packed else args.micro_batch_size,
+        decoder_seq_length=length,
         forward_only=False,
     )
     if iteration == 0 and args.save_gradients:

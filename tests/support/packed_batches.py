@@ -61,34 +61,49 @@ def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
     return LlavaBatch(**rows, **_parts(samples), row_lengths=_all("row_lengths", samples), rsa=rsa)
 
 
-def as_packed_row(samples: list[LlavaBatch], *, last_tokens: int = 1) -> LlavaBatch:
+def as_packed_row(samples: list[LlavaBatch], *, with_copies: bool = False, last_tokens: int = 1) -> LlavaBatch:
     """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it.
 
     Args:
+        with_copies: behind each eligible sample its caption once more, and one token of padding (--rsa-text-source caption).
         last_tokens: 0 leaves them out, a mistake to be seen: LLaVAModel drops the label of a token before an image.
     """
-    if not samples:
-        samples = [empty_sample()]
+    samples = samples or [empty_sample()]
+    rows, lengths = {name: [] for name in ("tokens", "labels", "loss_mask", "caption_mask")}, []
 
-    def joined(rows, last=0):
-        return torch.cat([torch.nn.functional.pad(row, (0, last_tokens), value=last) for row in rows], dim=1)
+    def append(length: int, **sequence):
+        for name, row in sequence.items():
+            rows[name].append(row)
+        lengths.append(length)
 
-    captions = [number * one.rsa.caption_mask for number, one in enumerate(samples, start=1)]
+    def longer(row, value=0, by=last_tokens):
+        return torch.nn.functional.pad(row, (0, by), value=value)
+
+    for number, one in enumerate(samples, start=1):
+        append(
+            int(one.row_lengths) + last_tokens,
+            tokens=torch.cat([one.tokens, one.labels[:, -1:]][: 1 + last_tokens], dim=1),
+            labels=longer(one.labels, PAD),
+            loss_mask=longer(one.loss_mask),
+            caption_mask=longer((0 if with_copies else number) * one.rsa.caption_mask),
+        )
+        if with_copies and one.rsa.eligible:
+            copied = one.tokens[one.rsa.caption_mask > 0][None]
+            marks, copied = longer(torch.full_like(copied, number), by=1), longer(copied, PAD, by=1)
+            nothing = torch.zeros_like(copied)
+            append(copied.shape[1], tokens=copied, labels=nothing, loss_mask=nothing.float(), caption_mask=marks)
+    joined = {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
     rsa = RSASamples(
-        caption_mask=joined(captions),
+        caption_mask=joined.pop("caption_mask"),
+        captions_are_copies=with_copies,
         **{name: _all(name, [one.rsa for one in samples]) for name in ("eligible", "num_tiles", "sample_id")},
     )
-    lengths = _all("row_lengths", samples) + last_tokens
     return LlavaBatch(
-        tokens=torch.cat(
-            [part for one in samples for part in (one.tokens, one.labels[:, -last_tokens:])[: 1 + last_tokens]], dim=1
-        ),
-        labels=joined([one.labels for one in samples], PAD),
-        loss_mask=joined([one.loss_mask for one in samples]),
+        **joined,
         **_parts(samples),
-        row_lengths=lengths.sum()[None],
+        row_lengths=torch.tensor([sum(lengths)]),
         rsa=rsa,
-        sequence_lengths=lengths,
+        sequence_lengths=torch.tensor(lengths),
     )
 
 

@@ -26,6 +26,7 @@ TINY = Architecture(
 )
 VOCAB_SIZE = TINY.vocab_size
 IMAGE_TOKEN = 3  # the demo tokenizer's
+RSA_TENSORS = ("eligible", "caption_mask", "num_tiles", "sample_id")  # of RSASamples
 
 
 def settings() -> dict:
@@ -111,9 +112,7 @@ def text_batch(seed: int) -> LlavaBatch:
 
 def joined(*parts: LlavaBatch) -> LlavaBatch:
     """The samples of several batches in one."""
-    rsa = RSASamples(
-        *(torch.cat([getattr(one.rsa, name) for one in parts]) for name in RSASamples.__dataclass_fields__)
-    )
+    rsa = RSASamples(**{name: torch.cat([getattr(one.rsa, name) for one in parts]) for name in RSA_TENSORS})
     tensors = ("tokens", "labels", "loss_mask", "images", "image_layouts", "row_lengths")
     return LlavaBatch(
         **{name: torch.cat([getattr(one, name) for one in parts]) for name in tensors},
@@ -142,7 +141,7 @@ def part(whole: LlavaBatch, index: int, count: int) -> LlavaBatch:
         images=whole.images[first_tile : first_tile + num_tiles],
         image_layouts=whole.image_layouts[first_image : first_image + num_images],
         row_lengths=whole.row_lengths[rows],
-        rsa=RSASamples(*(getattr(whole.rsa, name)[rows] for name in RSASamples.__dataclass_fields__)),
+        rsa=RSASamples(**{name: getattr(whole.rsa, name)[rows] for name in RSA_TENSORS}),
         keys=whole.keys[rows],
         records=whole.records[rows],
     )

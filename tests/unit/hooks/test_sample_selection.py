@@ -7,8 +7,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from rsa_megatron.hooks import caption_mask as caption_marks
-from rsa_megatron.hooks import sample_selection, token_positions
-from rsa_megatron.hooks.host import LLaVAHost
+from rsa_megatron.hooks import checks, sample_selection, token_positions
+from rsa_megatron.hooks.hosts.llava import LLaVAHost
 from rsa_megatron.hooks.sample_selection import Selection, samples_of
 
 IMAGE = -200
@@ -16,11 +16,13 @@ MODEL = dict(
     image_token_index=IMAGE,
     img_seq_len=4,
     _language_max_sequence_length=64,
+    _language_is_pipeline_parallel=False,
     sequence_parallel_lm=False,
     context_parallel_lm=1,
     tensor_model_parallel_size_lm=2,
 )
 HOST = LLaVAHost(SimpleNamespace(**MODEL))
+SHARED = LLaVAHost(SimpleNamespace(**MODEL | dict(sequence_parallel_lm=True, tensor_model_parallel_size_lm=4)))
 # One image of three tiles with a caption of two tokens; text; two images of one and two tiles.
 TOKENS = torch.tensor([[1, IMAGE, 11, 12, 0], [21, 22, 23, 24, 25], [IMAGE, IMAGE, 31, 32, 0]])
 LOSS_MASK = torch.tensor(
@@ -91,7 +93,7 @@ PACKED_LOSS_MASK = torch.tensor([[1, 1, 1, 1, 0, 1, 0, 0]])
 ENDS = [0, 6, 8, 18]
 
 
-def packed_samples(host=HOST, **bounds):
+def packed_samples(host=HOST, chosen: Selection = Selection(), **bounds):
     """samples_of of that row with bounds as a script gives them, lists or anything else."""
     given = {
         name: torch.tensor(ends, dtype=torch.int32) if isinstance(ends, list) else ends for name, ends in bounds.items()
@@ -105,6 +107,7 @@ def packed_samples(host=HOST, **bounds):
             packed_seq_params=packed,
         ),
         host,
+        chosen,
     )
 
 
@@ -199,10 +202,74 @@ def test_without_the_refusal_captions_would_go_to_other_samples(monkeypatch):
 def test_a_row_may_be_cut_or_filled_up_for_the_ranks_that_share_it():
     cut = LLaVAHost(SimpleNamespace(**MODEL | dict(_language_max_sequence_length=15)))
     assert packed_samples(cut, cu_seqlens_q=[0, 6, 8, 15]).eligible.tolist() == [1, 0, 1]
-    shared = LLaVAHost(SimpleNamespace(**MODEL | dict(sequence_parallel_lm=True, tensor_model_parallel_size_lm=4)))
-    assert packed_samples(shared, cu_seqlens_q=[0, 6, 8, 20]).eligible.tolist() == [1, 0, 1]
+    assert packed_samples(SHARED, cu_seqlens_q=[0, 6, 8, 20]).eligible.tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="ends at 15, and the packed row has 18"):
         packed_samples(cu_seqlens_q=[0, 6, 8, 15])
+
+
+def test_under_pipeline_parallelism_every_row_is_filled_up():
+    model = SimpleNamespace(**MODEL | dict(_language_is_pipeline_parallel=True))
+    samples = packed_samples(LLaVAHost(model), cu_seqlens_q=[0, 6, 8, 18, 64])  # the rest as one more sequence
+    assert samples.eligible.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="ends at 63, and the packed row has 18"):
+        packed_samples(LLaVAHost(model), cu_seqlens_q=[0, 6, 8, 63])
+    with pytest.raises(ValueError, match="ends at 64, and the packed row has 18"):
+        packed_samples(cu_seqlens_q=[0, 6, 8, 64])
+
+
+def test_the_row_s_padding_may_be_a_sequence_more_than_a_script_has_samples():
+    chosen = Selection(eligible=torch.tensor([1, 1, 0]))
+    samples = packed_samples(chosen=chosen, cu_seqlens_q=[0, 6, 8, 18, 20], host=SHARED)
+    assert samples.eligible.tolist() == [1, 0, 0, 0]
+    with pytest.raises(
+        ValueError, match="eligible of 2 samples, and the packed row has 3 sequences, of which the last is not"
+    ):
+        packed_samples(chosen=Selection(eligible=torch.tensor([1, 1])), cu_seqlens_q=ENDS)
+    with pytest.raises(ValueError, match=r"eligible of shape \(1,\), the model's batch has \(3,\)"):
+        packed_samples(chosen=Selection(eligible=torch.tensor([1])), cu_seqlens_q=ENDS)
+
+
+def test_stages_that_read_no_data_must_be_told_the_bounds():
+    with pytest.raises(
+        ValueError, match="where the 3 sequences of its packed row begin.* pass packed_seq_params"
+    ) as refused:
+        checks.check_bounds_are_known(HOST, {}, 3)
+    assert "\n" not in str(refused.value)
+    checks.check_bounds_are_known(HOST, dict(packed_seq_params=object()), 3)
+    checks.check_bounds_are_known(HOST, {}, 0)  # rows of one sample
+    checks.check_bounds_are_known(
+        LLaVAHost(SimpleNamespace(**MODEL, packs_rows=True)), {}, 3
+    )  # its stages tell one another
+
+
+def test_both_ends_must_have_packed_as_many_samples():
+    checks.check_same_number(3, 3)
+    with pytest.raises(
+        RuntimeError, match="different samples .a packed row of 3 against a packed row of 4.: image and"
+    ):
+        checks.check_same_number(3, 4)
+    with pytest.raises(RuntimeError, match="different samples .rows of one against a packed row of 1.: image and"):
+        checks.check_same_number(0, 1)
+
+
+@pytest.mark.parametrize(
+    "packed, alone, copies, message",
+    [
+        (True, True, False, "--rsa-text-source caption with packed sequences: each caption is to stand once more"),
+        (True, False, True, "captions_are_copies is for --rsa-text-source caption with packed sequences .*: set it"),
+        (False, True, True, "captions_are_copies is for --rsa-text-source caption .*: the copies would see their rows"),
+        (True, True, True, None),
+        (True, False, False, None),
+        (False, True, False, None),
+    ],
+)
+def test_copies_of_captions_in_packed_rows_are_the_data_s(packed, alone, copies, message):
+    given = dict(reads_captions_alone=alone, captions_are_copies=copies)
+    if message is None:
+        checks.check_packing(packed, **given)
+        return
+    with pytest.raises(ValueError, match=message):
+        checks.check_packing(packed, **given)
 
 
 def test_text_lies_after_the_tokens_of_the_images_before_it():
@@ -222,6 +289,10 @@ def test_a_context_parallel_rank_has_a_piece_and_its_mirror_image():
     assert token_positions.context_parallel_part(row_BL, 2, 0).tolist() == [[0, 1, 6, 7]]
     assert token_positions.context_parallel_part(row_BL, 2, 1).tolist() == [[2, 3, 4, 5]]
     assert token_positions.context_parallel_part(row_BL, 1, 0) is row_BL
+    # Of packed sequences, one of them empty, of each.
+    row_BL, bounds = torch.arange(12)[None], torch.tensor([0, 4, 4, 12])
+    assert token_positions.context_parallel_part(row_BL, 2, 0, bounds).tolist() == [[0, 3, 4, 5, 10, 11]]
+    assert token_positions.context_parallel_part(row_BL, 2, 1, bounds).tolist() == [[1, 2, 6, 7, 8, 9]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
