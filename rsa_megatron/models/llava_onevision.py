@@ -98,12 +98,6 @@ class LlavaOneVision(LLaVAModel):
         self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
         #: rows behind the hidden state between stages, which hold the bounds of a packed row
         self.num_bounds_rows = 0
-        if packs_rows and decoder_config.context_parallel_size > 1:
-            raise ValueError(
-                "packed rows do not go with context parallelism: Transformer Engine takes each sequence for a multiple of "
-                f"{2 * decoder_config.context_parallel_size} positions, and attends wrongly without a word where one is not "
-                "(TransformerEngine #3331); set --context-parallel-size 1 or --packing-buffer-size 0"
-            )
         if packs_rows and decoder_config.pipeline_model_parallel_size > 1:
             self.num_bounds_rows = packed_rows.count_bounds_rows(max_sequence_length, decoder_config.hidden_size)
             # The hidden state with its bounds is longer than the sequence: let the stages tell each other. (Set here because
@@ -204,7 +198,9 @@ class LlavaOneVision(LLaVAModel):
         """Return how long the decoder's row of so many positions is: LLaVAModel fills it up for a pipeline, or for the ranks that share it."""
         if self.config.pipeline_model_parallel_size > 1:
             return self._language_max_sequence_length
-        return -(-min(num_positions, self._language_max_sequence_length) // self._num_shards) * self._num_shards
+        cp = self.config.context_parallel_size
+        multiple = self._num_shards * (2 * cp if cp > 1 else 1)
+        return -(-min(num_positions, self._language_max_sequence_length) // multiple) * multiple
 
     @property
     def _num_shards(self) -> int:
@@ -213,7 +209,9 @@ class LlavaOneVision(LLaVAModel):
     def _take_off_bounds(self, own: PackedSeqParams | None) -> PackedSeqParams | None:
         """Take the bounds off what the stage before has sent; on the last stage, which has read the row, check that they are its own."""
         received = self.language_model.decoder.input_tensor
-        hidden, packed = packed_rows.take_off_bounds(received, self.num_bounds_rows, self._num_shards)
+        hidden, packed = packed_rows.take_off_bounds(
+            received, self.num_bounds_rows, self._num_shards, self.config.context_parallel_size
+        )
         self.set_input_tensor([hidden])
         if self.post_process:
             packed_rows.check_same_bounds(packed, own)
