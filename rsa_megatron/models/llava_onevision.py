@@ -163,9 +163,12 @@ class LlavaOneVision(LLaVAModel):
             Others as LLaVAModel's.
         """
         has_bounds = self.num_bounds_rows and inference_context is None
-        if packed_seq_params is not None and not has_bounds and self.config.pipeline_model_parallel_size > 1:
+        has_stages = self.config.pipeline_model_parallel_size > 1
+        is_told = has_bounds and isinstance(packed_seq_params, packed_rows.PackedRowParams)
+        if packed_seq_params is not None and has_stages and not is_told:
             raise ValueError(
-                "a packed row under pipeline parallelism: the stages on the way must know of it, build the model with packs_rows=True"
+                "a packed row under pipeline parallelism: the stages on the way must know of it, build the model with packs_rows=True "
+                "and packed_seq_params with packed_rows.make_packed_seq_params"
             )
         if has_bounds and not self.pre_process:
             packed_seq_params = self._take_off_bounds(packed_seq_params)
