@@ -98,12 +98,6 @@ class LlavaOneVision(LLaVAModel):
         self.img_seq_len = 1  # what LLaVAModel calls a tile is one token of AnyResProjector's
         #: rows behind the hidden state between stages, which hold the bounds of a packed row
         self.num_bounds_rows = 0
-        if packs_rows and decoder_config.context_parallel_size > 1:
-            raise ValueError(
-                "packed rows do not go with context parallelism: Transformer Engine takes each sequence for a multiple of "
-                f"{2 * decoder_config.context_parallel_size} positions, and attends wrongly without a word where one is not "
-                "(TransformerEngine #3331); set --context-parallel-size 1 or --packing-buffer-size 0"
-            )
         if packs_rows and decoder_config.pipeline_model_parallel_size > 1:
             self.num_bounds_rows = packed_rows.count_bounds_rows(max_sequence_length, decoder_config.hidden_size)
             # The hidden state with its bounds is longer than the sequence: let the stages tell each other. (Set here because
@@ -169,9 +163,12 @@ class LlavaOneVision(LLaVAModel):
             Others as LLaVAModel's.
         """
         has_bounds = self.num_bounds_rows and inference_context is None
-        if packed_seq_params is not None and not has_bounds and self.config.pipeline_model_parallel_size > 1:
+        has_stages = self.config.pipeline_model_parallel_size > 1
+        is_told = has_bounds and isinstance(packed_seq_params, packed_rows.PackedRowParams)
+        if packed_seq_params is not None and has_stages and not is_told:
             raise ValueError(
-                "a packed row under pipeline parallelism: the stages on the way must know of it, build the model with packs_rows=True"
+                "a packed row under pipeline parallelism: the stages on the way must know of it, build the model with packs_rows=True "
+                "and packed_seq_params with packed_rows.make_packed_seq_params"
             )
         if has_bounds and not self.pre_process:
             packed_seq_params = self._take_off_bounds(packed_seq_params)
@@ -204,7 +201,9 @@ class LlavaOneVision(LLaVAModel):
         """Return how long the decoder's row of so many positions is: LLaVAModel fills it up for a pipeline, or for the ranks that share it."""
         if self.config.pipeline_model_parallel_size > 1:
             return self._language_max_sequence_length
-        return -(-min(num_positions, self._language_max_sequence_length) // self._num_shards) * self._num_shards
+        cp = self.config.context_parallel_size
+        multiple = self._num_shards * (2 * cp if cp > 1 else 1)
+        return -(-min(num_positions, self._language_max_sequence_length) // multiple) * multiple
 
     @property
     def _num_shards(self) -> int:
@@ -213,7 +212,9 @@ class LlavaOneVision(LLaVAModel):
     def _take_off_bounds(self, own: PackedSeqParams | None) -> PackedSeqParams | None:
         """Take the bounds off what the stage before has sent; on the last stage, which has read the row, check that they are its own."""
         received = self.language_model.decoder.input_tensor
-        hidden, packed = packed_rows.take_off_bounds(received, self.num_bounds_rows, self._num_shards)
+        hidden, packed = packed_rows.take_off_bounds(
+            received, self.num_bounds_rows, self._num_shards, self.config.context_parallel_size
+        )
         self.set_input_tensor([hidden])
         if self.post_process:
             packed_rows.check_same_bounds(packed, own)

@@ -30,7 +30,11 @@ class PackedRowParams(PackedSeqParams):
 
 
 def make_packed_seq_params(
-    sequence_lengths: Sequence[int] | Tensor, row_length: int, device: torch.device | str | None = None
+    sequence_lengths: Sequence[int] | Tensor,
+    row_length: int,
+    device: torch.device | str | None = None,
+    *,
+    context_parallel_size: int = 1,
 ) -> PackedRowParams:
     """Make what the decoder's layers need to know of a row of m sequences.
 
@@ -41,9 +45,11 @@ def make_packed_seq_params(
     Args:
         sequence_lengths: positions of each sequence in order, images spliced in, [m].
         row_length: L, positions of the decoder's row.
+        context_parallel_size: ranks that share each sequence. Transformer Engine divides it into twice as many parts and rounds down: a
+            sequence that is no multiple would be attended to wrongly without a word (TransformerEngine #3331).
 
     Raises:
-        ValueError: a sequence has no positions, or they do not fit into the row.
+        ValueError: a sequence has no positions, or is no such multiple, or they do not fit into the row.
     """
     lengths = tuple(map(int, sequence_lengths))
     if not lengths or min(lengths) < 1:
@@ -52,6 +58,12 @@ def make_packed_seq_params(
     if num_padding < 0:
         raise ValueError(f"a packed row's sequences have {sum(lengths)} positions, and the row only {row_length}")
     parts = [*lengths, *[num_padding] * (num_padding > 0)]
+    num_parts = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    if any(part % num_parts for part in parts):
+        raise ValueError(
+            f"under --context-parallel-size {context_parallel_size} each sequence of a packed row, and its padding, is to be a multiple "
+            f"of {num_parts} positions, and they have {parts}"
+        )
     bounds = torch.tensor([0, *parts]).cumsum(0).to(torch.int32).to(device)
     return PackedRowParams(
         qkv_format="thd",
@@ -59,6 +71,9 @@ def make_packed_seq_params(
         cu_seqlens_kv=bounds,
         max_seqlen_q=max(parts),
         max_seqlen_kv=max(parts),
+        # LLaVAModel and Transformer Engine ask for them under context parallelism. Being the same, they say that there is no padding.
+        cu_seqlens_q_padded=bounds if num_parts > 1 else None,
+        cu_seqlens_kv_padded=bounds if num_parts > 1 else None,
         # Said, because Transformer Engine would compare bounds on the device in each layer to find it out.
         pad_between_seqs=False,
         sequence_lengths=lengths,
@@ -81,12 +96,14 @@ def put_on_bounds(hidden_PBH: Tensor, packed: PackedRowParams | None, num_rows: 
     return torch.cat([hidden_PBH, numbers.to(hidden_PBH).view(num_rows, 1, width)])
 
 
-def take_off_bounds(received_PBH: Tensor, num_rows: int, num_shards: int) -> tuple[Tensor, PackedRowParams | None]:
+def take_off_bounds(
+    received_PBH: Tensor, num_rows: int, num_shards: int, context_parallel_size: int = 1
+) -> tuple[Tensor, PackedRowParams | None]:
     """Return the hidden state without the K rows, and what they say: None where its rows are not packed.
 
     Args:
         received_PBH: as put_on_bounds made it, [P + K, B, H].
-        num_shards: ranks that share the row, L / P.
+        num_shards: tensor-parallel ranks that share the row of one context-parallel rank.
     """
     # A slice along dim 0 is no copy, and its gradient returns through it.
     hidden_PBH, rows_KBH = received_PBH[:-num_rows], received_PBH[-num_rows:]
@@ -98,7 +115,9 @@ def take_off_bounds(received_PBH: Tensor, num_rows: int, num_shards: int) -> tup
     if not ends:
         return hidden_PBH, None
     lengths = [end - begin for begin, end in zip([0, *ends], ends)]
-    return hidden_PBH, make_packed_seq_params(lengths, len(hidden_PBH) * num_shards, hidden_PBH.device)
+    length = len(hidden_PBH) * num_shards * context_parallel_size
+    packed = make_packed_seq_params(lengths, length, hidden_PBH.device, context_parallel_size=context_parallel_size)
+    return hidden_PBH, packed
 
 
 def check_same_bounds(received: PackedRowParams | None, own: PackedRowParams | None) -> None:

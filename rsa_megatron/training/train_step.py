@@ -143,7 +143,8 @@ def _describe_packed_row(batch: StepBatch, llava: LlavaOneVision) -> PackedSeqPa
     if batch.sequence_lengths is None:
         return None
     lengths = batch.sequence_lengths.tolist()
-    return make_packed_seq_params(lengths, llava.decoder_row_length(sum(lengths)), batch.tokens.device)
+    row_length, cp = llava.decoder_row_length(sum(lengths)), llava.config.context_parallel_size
+    return make_packed_seq_params(lengths, row_length, batch.tokens.device, context_parallel_size=cp)
 
 
 def _no_sound(batch: StepBatch) -> Tensor:

@@ -10,6 +10,8 @@ pairs of positions to look at. What a position may see is told by its true place
 Shapes: S positions of a row, P of them on this rank, B samples, N heads, G groups of keys, W width of a head.
 """
 
+import types
+
 import torch
 
 from tests.support.adjoint_gather import all_gather_with_adjoint
@@ -49,8 +51,24 @@ class ContextParallelAttention(torch.nn.Module):
         self.scale, self.group = softmax_scale, pg_collection.cp
 
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        assert attention_mask is None and packed_seq_params is None, "one sequence a row, from its first position on"
-        return attention(query, key, value, self.group, scale=self.scale).flatten(2)
+        assert attention_mask is None
+        if packed_seq_params is None:  # one sequence a row, from its first position on
+            return attention(query, key, value, self.group, scale=self.scale).flatten(2)
+        bounds = packed_seq_params.cu_seqlens_q
+        assert packed_seq_params.cu_seqlens_q_padded is bounds and not (bounds % (2 * self.group.size())).any()
+        lengths = (bounds.diff() // self.group.size()).tolist()
+        sequences = zip(*(x[:, None].split(lengths) for x in (query, key, value)))
+        seen = [attention(*sequence, self.group, scale=self.scale)[:, 0] for sequence in sequences]
+        return torch.cat(seen).flatten(1)
+
+
+def partitioned_indices(bounds, length: int, size: int, rank: int) -> torch.Tensor:
+    """Which positions of a packed row a rank has: of each sequence the two parts that it would have of it alone. (Transformer Engine's
+    thd_get_partitioned_indices.)"""
+    assert bounds[-1] == length
+    return torch.cat(
+        [start + positions(rank, size, end - start) for start, end in zip(bounds.tolist(), bounds[1:].tolist())]
+    )
 
 
 def use() -> None:
@@ -61,6 +79,8 @@ def use() -> None:
 
     llava_spec.DotProductAttention = llava_model.TEDotProductAttention = ContextParallelAttention
     llava_model.is_te_min_version = lambda version: True
+    llava_model.HAVE_TEX = True
+    llava_model.tex = types.SimpleNamespace(thd_get_partitioned_indices=partitioned_indices)
     arguments.check_parallelism = lambda args: None
 
 

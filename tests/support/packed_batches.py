@@ -61,20 +61,24 @@ def as_rows(samples: list[LlavaBatch]) -> LlavaBatch:
     return LlavaBatch(**rows, **_parts(samples), row_lengths=_all("row_lengths", samples), rsa=rsa)
 
 
-def as_packed_row(samples: list[LlavaBatch], *, with_copies: bool = False, last_tokens: int = 1) -> LlavaBatch:
+def as_packed_row(
+    samples: list[LlavaBatch], *, with_copies: bool = False, last_tokens: int = 1, multiple: int = 1
+) -> LlavaBatch:
     """One row: each sample with its last token, whose label is masked. Of no samples it is one empty sample, as the end of an epoch has it.
 
     Args:
         with_copies: behind each eligible sample its caption once more, and one token of padding (--rsa-text-source caption).
         last_tokens: 0 leaves them out, a mistake to be seen: LLaVAModel drops the label of a token before an image.
+        multiple: each sequence is filled up to such a multiple of positions, as context parallelism asks for.
     """
     samples = samples or [empty_sample()]
     rows, lengths = {name: [] for name in ("tokens", "labels", "loss_mask", "caption_mask")}, []
 
     def append(length: int, **sequence):
+        filler = -length % multiple
         for name, row in sequence.items():
-            rows[name].append(row)
-        lengths.append(length)
+            rows[name].append(torch.nn.functional.pad(row, (0, filler), value=0 if "mask" in name else PAD))
+        lengths.append(length + filler)
 
     def longer(row, value=0, by=last_tokens):
         return torch.nn.functional.pad(row, (0, by), value=value)

@@ -8,7 +8,8 @@ from tests.support.packed_batches import as_packed_row, as_rows, sample, use_pac
 from tests.support.parity import RECOMPUTE, Parity
 
 SP = (*TP, "--sequence-parallel")
-CP = Layout("CP=2", 2, 1, ("--context-parallel-size", "2"))
+_CP = ("--context-parallel-size", "2")
+CP = Layout("CP=2", 2, 1, _CP)
 PP4 = Layout("PP=4", 4, 1, ("--pipeline-model-parallel-size", "4"))
 
 # Each layout once, with either number of micro-batches, and what else must not change anything.
@@ -22,6 +23,14 @@ CASES = [
     (layouts.layout_of("TP=2 PP=2"), 1, ("--recompute-granularity", "selective")),
     (Layout("TP=2 SP PP=2", 4, 1, (*SP, *PP)), 4, ()),
     (layouts.layout_of("DP=2 PP=2"), 4, ("--use-distributed-optimizer", "--save-interval", "1000")),
+]
+
+# With a stand-in for Transformer Engine's attention (context_parallel_attention.py).
+CP_CASES = [
+    (Layout("CP=4", 4, 1, ("--context-parallel-size", "4")), 1),
+    (Layout("CP=2 DP=2", 4, 2, _CP), 4),
+    (Layout("CP=2 TP=2 SP", 4, 1, (*_CP, *SP)), 4),
+    (Layout("CP=2 PP=2", 4, 1, (*_CP, *PP)), 4),
 ]
 
 # Of each micro-batch the samples of two rows, or of one that has them all, as num_tokens, tiles of its images, tokens before these,
@@ -82,16 +91,26 @@ class PackedParity:
         return self._references[key]
 
     def differences(
-        self, layout: Layout, num_micro_batches: int, *flags: str, rsa_weight=0.0, last_tokens=1, sabotage=None
+        self,
+        layout: Layout,
+        num_micro_batches: int,
+        *flags: str,
+        rsa_weight=0.0,
+        last_tokens=1,
+        multiple=None,
+        sabotage=None,
     ) -> dict[str, float]:
         """Largest relative differences from a row a sample, of figures, gradients and parameters."""
         whole = layout.data_parallel_size == 1
+        if multiple is None:  # what context parallelism asks for
+            size = int(dict(zip(layout.flags, layout.flags[1:])).get("--context-parallel-size", 1))
+            multiple = 2 * size if size > 1 else 1
 
         def rows_of(m, one):
             groups = [sum(one, [])] if whole else one
             if m == _UNPACKED:
                 return [as_rows(group) for group in groups]
-            return [as_packed_row(group, last_tokens=last_tokens) for group in groups]
+            return [as_packed_row(group, last_tokens=last_tokens, multiple=multiple) for group in groups]
 
         batches = [[rows_of(m, one) for m, one in enumerate(step)] for step in samples(num_micro_batches)]
         if "--save-interval" in flags:
@@ -152,3 +171,11 @@ def first_stage_reads_other_rows():
     packed_rows.put_on_bounds = lambda hidden, packed, num_rows: right(
         hidden, packed_rows.make_packed_seq_params(packed.sequence_lengths[::-1], len(hidden)), num_rows
     )
+
+
+def row_divided_as_one_sequence():
+    """Each context-parallel rank gets two parts of the row, not of each of its sequences."""
+    use_context_parallelism()
+    right = context_parallel_attention.partitioned_indices
+    context_parallel_attention.partitioned_indices = lambda bounds, *args: right(bounds[[0, -1]], *args)
+    context_parallel_attention.use()
