@@ -138,7 +138,7 @@ def _describe_packing(task_encoder: LlavaTaskEncoder | PackingTaskEncoder, packi
         return {}
     return dict(
         packing_buffer_size=packing_buffer_size,
-        row_length=task_encoder.max_sequence_length,
+        row_length=task_encoder.row_length,
         max_tiles_per_row=task_encoder.max_tiles_per_row,
         copies_captions=task_encoder.copies_captions,
     )

@@ -58,22 +58,26 @@ class PackingTaskEncoder(SampleEncoder):
     """Encodes samples of images with conversations, several to a row.
 
     Args:
+        row_length: most positions of a row (--seq-length).
         max_tiles_per_row: most image tiles of a row (--packing-max-tiles, packing.py).
         copies_captions: whether behind each sample that takes part in RSA its caption stands once more, as a sequence of its own
             (--rsa-text-source caption).
-        Others: SampleEncoder's; a row has up to max_sequence_length positions.
+        multiple_of: each sequence is filled up to a multiple of so many positions: what context-parallel ranks divide it into.
+        Others: SampleEncoder's.
     """
 
     def __init__(
         self,
         *args,
+        row_length: int,
         max_tiles_per_row: int,
         copies_captions: bool = False,
+        multiple_of: int = 1,
         **settings,
     ):
         super().__init__(*args, **settings)
-        self.max_tiles_per_row = max_tiles_per_row
-        self.copies_captions = copies_captions
+        self.row_length, self.max_tiles_per_row = row_length, max_tiles_per_row
+        self.copies_captions, self.multiple_of = copies_captions, multiple_of
 
     # Energon finds out by the functions that a task encoder has in which order to call them.
 
@@ -91,7 +95,7 @@ class PackingTaskEncoder(SampleEncoder):
             [sample.length + sample.copy_length for sample in samples],
             [sample.num_tiles for sample in samples],
             [sample.__key__ for sample in samples],
-            self.max_sequence_length,
+            self.row_length,
             self.max_tiles_per_row,
         )
         rows = [[samples[number] for number in row] for row in rows] or [[]]
@@ -120,9 +124,9 @@ class PackingTaskEncoder(SampleEncoder):
             sequence for number, sample in enumerate(samples, 1) for sequence in self._sequences(sample, number)
         ]
         lengths = [length for sample in samples for length in (sample.length, sample.copy_length) if length]
-        if sum(lengths) > self.max_sequence_length:
+        if sum(lengths) > self.row_length:
             raise FatalSampleError(
-                f"a row of the saved data position has {sum(lengths)} positions, more than --seq-length {self.max_sequence_length}: the tokenizer, "
+                f"a row of the saved data position has {sum(lengths)} positions, more than --seq-length {self.row_length}: the tokenizer, "
                 "--template or the grids of images are others than before; set them back, or pass --restart-data"
             )
         tokens, labels, loss_mask, caption_mask = (
@@ -151,22 +155,24 @@ class PackingTaskEncoder(SampleEncoder):
         )
 
     def batch(self, rows: list[LlavaBatch]) -> LlavaBatch:
-        """Return the only row; without one, a row of padding, which is not a packed one."""
+        """Return the only row; without one, a row of one empty sample: packed too, as data-parallel ranks go through it together."""
         if rows:
             (row,) = rows
             return row
         zero = torch.zeros(1, dtype=torch.int64)
-        pad = torch.tensor([[self.tokenizer.pad_token_id]])
+        pad = torch.full((1, self.multiple_of), self.tokenizer.pad_token_id)
+        nothing = torch.zeros_like(pad)
         return LlavaBatch(
             tokens=pad,
             labels=pad,
-            loss_mask=zero[None].float(),
+            loss_mask=nothing.float(),
             images=self._images.tiles([]),
             image_layouts=torch.zeros(0, 6, dtype=torch.int64),
             row_lengths=zero,
+            sequence_lengths=torch.tensor([self.multiple_of]),
             rsa=RSASamples(
                 eligible=zero,
-                caption_mask=zero[None],
+                caption_mask=nothing,
                 num_tiles=zero,
                 sample_id=torch.tensor([sample_id("")]),
                 captions_are_copies=self.copies_captions,
@@ -195,7 +201,7 @@ class PackingTaskEncoder(SampleEncoder):
         record, text, parts = self._read(sample)
         layouts = self._images.read_layouts(check_readable(parts))
         pair = is_pair(sample, len(layouts))
-        whole, text = text, self._truncate(text, layouts, pair, self.max_sequence_length)
+        whole, text = text, self._truncate(text, layouts, pair, min(self.row_length, self.max_sequence_length + 1))
         copy_length = self._count_copy(text, pair)
         return BufferedSample.derive_from(
             sample,
@@ -210,13 +216,16 @@ class PackingTaskEncoder(SampleEncoder):
         )
 
     def _count_positions(self, text: EncodedText, layouts: list[ImageLayout], is_pair: bool) -> int:
-        copy_length = self._count_copy(text, is_pair)
-        return len(text.tokens) + self._count_image_tokens(layouts) - len(layouts) + copy_length
+        num_positions = len(text.tokens) + self._count_image_tokens(layouts) - len(layouts)
+        return self._fill(num_positions) + self._count_copy(text, is_pair)
 
     def _count_copy(self, text: EncodedText, is_pair: bool) -> int:
         """Count the caption's tokens that a row of the sample alone would have, and the padding behind their copy."""
         num_tokens = sum(text.is_caption[:-1]) if is_pair and self.copies_captions else 0
-        return num_tokens + (num_tokens > 0)
+        return self._fill(num_tokens + (num_tokens > 0))
+
+    def _fill(self, num_positions: int) -> int:
+        return -(-num_positions // self.multiple_of) * self.multiple_of
 
     def _decode_tiles(self, sample: BufferedSample) -> Tensor:
         images = self._images.decode(sample.parts)
@@ -230,11 +239,19 @@ class PackingTaskEncoder(SampleEncoder):
         # The last token stands in the row too, without a label: an image that the next sample begins with would take it away.
         is_caption = [*text.is_caption[:-1], False]
         marks = [0 if sample.copy_length else number * is_marked for is_marked in is_caption]
-        yield text.tokens, [*text.tokens[1:], pad], [*text.is_target[1:], False], marks
+        num_positions = len(text.tokens) + self._count_image_tokens(sample.layouts) - len(sample.layouts)
+        pads, zeros = ([filler] * (sample.length - num_positions) for filler in (pad, 0))
+        yield (
+            [*text.tokens, *pads],
+            [*text.tokens[1:], pad, *pads],
+            [*text.is_target[1:], False, *zeros],
+            [*marks, *zeros],
+        )
         if sample.copy_length:
             copy = [token for token, is_marked in zip(text.tokens, is_caption) if is_marked]
-            num_tokens = len(copy) + 1
-            yield [*copy, pad], [pad] * num_tokens, [False] * num_tokens, [*[number] * len(copy), 0]
+            pads, zeros = ([filler] * (sample.copy_length - len(copy)) for filler in (pad, 0))
+            nothing = [0] * sample.copy_length
+            yield [*copy, *pads], [pad] * sample.copy_length, nothing, [*[number] * len(copy), *zeros]
 
 
 class _QuietPackingDataset(PackingDataset):

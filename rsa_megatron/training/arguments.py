@@ -93,7 +93,11 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
         args = parse_args(extra_args_provider)
         packing_arguments.check_packing(args)
         check_values(args, architecture_of(args))
+        positions = args.max_position_embeddings  # of a sample, in a row that may be longer
+        if args.packing_buffer_size:
+            args.max_position_embeddings = max(positions, args.seq_length)
         validate_args(args)
+        args.max_position_embeddings = positions
         # Megatron's configs have checks of their own, which would end in a traceback on every rank.
         core_transformer_config_from_args(args)
         if not args.skip_train:

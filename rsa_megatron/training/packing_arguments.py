@@ -69,8 +69,6 @@ def check_packing(args) -> None:
     refused = {
         f"--micro-batch-size {args.micro_batch_size}, as a packed row is a micro-batch of its own: leave it out, and choose by "
         "--seq-length how many samples a row holds": args.micro_batch_size != 1,
-        "--context-parallel-size above 1: Transformer Engine's attention splits each sample over the ranks there, and takes no account "
-        "of the padding behind the last; leave it out, or add --packing-buffer-size 0": args.context_parallel_size > 1,
         "CUDA graphs (--cuda-graph-impl), which leave out where samples begin; leave them out": _has_cuda_graphs(args),
         "--tp-comm-overlap, whose buffers are for rows of exactly --seq-length positions; leave it out": args.tp_comm_overlap,
     }

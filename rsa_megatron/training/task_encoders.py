@@ -22,7 +22,9 @@ def training_task_encoder(args, *, say_skipped: bool) -> LlavaTaskEncoder | Pack
         return task_encoder(args, say_skipped=say_skipped)
     return PackingTaskEncoder(
         **_settings(args, say_skipped),
+        row_length=args.seq_length,
         max_tiles_per_row=args.packing_max_tiles,
+        multiple_of=2 * args.context_parallel_size if args.context_parallel_size > 1 else 1,
         copies_captions=args.copies_captions,
     )
 
@@ -38,7 +40,7 @@ def _settings(args, say_skipped: bool, image_aspect_ratio: str | None = None) ->
         image_aspect_ratio=image_aspect_ratio or args.image_aspect_ratio,
         grid_pinpoints=grids or architecture.grid_pinpoints,
         max_tiles=architecture.max_tiles,
-        max_sequence_length=args.seq_length,
+        max_sequence_length=min(args.seq_length, args.max_position_embeddings),  # a packed row may be longer
         template=args.template,
         label_style=args.label_style,
         embeddings=image_embeddings(args),

@@ -39,7 +39,7 @@ def check_values(args, architecture: Architecture) -> None:
         _check_recomputation(args)
     if args.fp16 and args.bf16:
         raise ValueError("--fp16 and --bf16 exclude each other: leave one out")
-    if args.seq_length > args.max_position_embeddings:
+    if args.seq_length > args.max_position_embeddings and not args.packing_buffer_size:
         raise ValueError(
             f"--seq-length {args.seq_length} is above the {args.max_position_embeddings} positions of --model {args.model} "
             f"(--max-position-embeddings): lower it to {args.max_position_embeddings} or less"

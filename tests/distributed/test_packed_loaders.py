@@ -37,7 +37,7 @@ def make_encoder(demo, row_length=ROW, **more):
         max_tiles=1,
     )
     tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
-    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, **settings | more)
+    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, row_length=row_length, **settings | more)
 
 
 def make_loader(demo, path, *, num_workers=0, rank=0, world_size=1, buffer=BUFFER, encoder=None, **more):

@@ -32,7 +32,9 @@ picture = functools.cache(broken_data.picture)
 
 
 def make_encoder(tokenizer, row_length=ROW, **more):
-    return PackingTaskEncoder(tokenizer, max_sequence_length=row_length, **SETTINGS | dict(max_tiles_per_row=75) | more)
+    return PackingTaskEncoder(
+        tokenizer, max_sequence_length=row_length, row_length=row_length, **SETTINGS | dict(max_tiles_per_row=75) | more
+    )
 
 
 def stored(key="a", answer="A red boat.", images=1, rsa=True, **more):
@@ -179,10 +181,33 @@ def test_what_cannot_be_used_leaves_a_hole_and_is_named_and_counted(tokenizer, c
 def test_a_row_and_a_buffer_of_nothing_are_padding(tokenizer, caplog):
     encoder = make_encoder(tokenizer)
     (row,) = rows_of(encoder, [stored("bad", answer="")])
-    assert row.keys == [""] and row.num_samples == 0 and row.num_skipped == 1 and row.sequence_lengths is None
+    assert row.keys == [""] and row.num_samples == 0 and row.num_skipped == 1
+    # Ranks go through packed rows by other collectives than through others.
+    assert row.sequence_lengths.tolist() == [1]
     assert not row.loss_mask.any() and row.row_lengths.tolist() == row.rsa.eligible.tolist() == [0]
     assert row.tokens.shape == (1, 1) and row.images.shape == (0, 3, TILE, TILE)
     assert encoder.batch([]).num_skipped == 0 and encoder.select_samples_to_pack([]) == [[]]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_sequences_are_filled_up_for_the_ranks_that_share_them(tokenizer, copies):
+    plain, filled = (make_encoder(tokenizer, copies_captions=copies, multiple_of=size) for size in (1, 8))
+    num_filled = 0
+    for sample in draw(7, 20):
+        (alone,), (row,) = rows_of(plain, [sample]), rows_of(filled, [sample])
+        num_sequences = len(row.sequence_lengths)
+        assert (row.sequence_lengths % 8 == 0).all() and num_sequences == len(alone.sequence_lengths)
+        assert (row.sequence_lengths - alone.sequence_lengths < 8).all()
+        num_filled += int((row.sequence_lengths > alone.sequence_lengths).sum())
+        assert row.row_lengths.tolist() == [row.sequence_lengths.sum()]
+        for name in ("loss_mask", "labels", "tokens"):
+            own, others = (getattr(of, name)[0].tolist() for of in (row, alone))
+            # All that is added is filler: the same is left where fillers are taken out.
+            filler = 0 if name == "loss_mask" else tokenizer.pad_token_id
+            assert [one for one in own if one != filler] == [one for one in others if one != filler]
+        marked = row.rsa.caption_mask[0] > 0
+        assert row.tokens[0][marked].tolist() == alone.tokens[0][alone.rsa.caption_mask[0] > 0].tolist()
+    assert num_filled > 10 and filled.batch([]).sequence_lengths.tolist() == [8]
 
 
 def test_many_faults_of_a_buffer_are_spread_over_its_rows(tokenizer, caplog):
