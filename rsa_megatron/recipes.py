@@ -9,10 +9,11 @@ scripts/train/*.sh and Hugging Face's Trainer: AdamW with betas 0.9 and 0.999, n
 cosine to 0, warm-up 0.03). As the table is extracted from a PDF, three of its rows have fewer entries than there are stages.
 They are read as: rate of the tower 2e-6 in all stages; rate of projector and language model 2e-6 in stage 1 (where
 LLaVA-OneVision has 1e-3, with a frozen tower) and 1e-5 in 1.5 and 2; batch 256 in all (LLaVA-OneVision: 512 in stage 1).
-The paper's 224 GPUs = 2^5 * 7 do not divide a batch of 256: use 32 * 7 (TP x PP = 7) or another batch or number of GPUs.
+The paper's 224 GPUs = 2^5 * 7 do not divide a batch of 256: use 32 * 7 (TP x PP = 7) or another batch or number of GPUs. Where rows
+are packed (1.5 and 2) the batch counts rows, and is chosen so that a step has about the 256 samples to which the rates belong.
 
 Each docstring's command fits the GPUs that it names by the planner's estimate (rsa-megatron plan; a test asks it), with
-Transformer Engine's layers and rows of --seq-length. It has not been run at that size. Expected times are arithmetic, not
+Transformer Engine's layers, rows of --seq-length and the most tiles. It has not been run at that size. Expected times are arithmetic, not
 measured: 6 operations a trained parameter and token, 4 where gradients only pass through, at 40 % of an A100's 312 TFLOPS, and
 an average row as it is named.
 """
@@ -24,7 +25,8 @@ def stage_1() -> dict:
         torchrun --nproc-per-node 8 examples/pretrain_llava_rsa.py --model llava-ov-7b --stage 1 --bf16 \\
             --data-path data/stage1.yaml --tokenizer-model CONVERTED/hf --pretrained-checkpoint CONVERTED --save runs/stage1
 
-    558K captions. 8 A100 of 80 GB: about 5 hours for the 7B (rows of 900 positions); 51 GiB each.
+    558K captions. 8 A100 of 80 GB: about 5 hours for the 7B (rows of 900 positions); 51 GiB each. Not packed: a row of 2048 would hold
+    two captions, 0.88 of it, and a step would take as long: captions are about as long as one another.
     """
     return dict(
         trainable=["vision", "projector"],
@@ -33,6 +35,7 @@ def stage_1() -> dict:
         image_aspect_ratio="square",  # 384 px, 729 tokens
         seq_length=2048,  # an image and its caption
         micro_batch_size=4,  # of the 7B on 80 GB; 8 would need 85 GiB
+        packing_buffer_size=0,  # two samples of 900 positions would fill a packed row to 0.88; here micro-batches are as full
         global_batch_size=256,
         # Adam's state over the data-parallel ranks: of the 7B trained whole it is 91 GB, and a GPU has 80.
         use_distributed_optimizer=True,
@@ -78,10 +81,10 @@ def stage_1_5() -> dict:
     """Stage 1.5, high-quality knowledge: all modules are trained, on captions (RSA), written words and text; AnyRes up to 5 x 729.
 
         STAGE=1.5 DATA=data/stage1_5.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1 OUT=runs/stage1_5 \\
-            sbatch --nodes 32 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 2 --sequence-parallel
+            sbatch --nodes 24 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 2 --sequence-parallel
 
-    4M samples. 256 A100 of 80 GB: about 5 hours for the 7B (rows of 3200 positions); 46 GiB each. On 8 of them the same flags
-    need 57 GiB.
+    4M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 2750 positions, 2.9 of them a packed row, one row a rank and
+    step); 51 GiB each. On 8 of them the same flags need 62 GiB.
     """
     return stage_1() | dict(
         trainable=["vision", "projector", "embeddings", "language"],
@@ -89,8 +92,11 @@ def stage_1_5() -> dict:
         image_aspect_ratio="anyres",
         # LLaVA-OneVision's list (its pairs are width, height) in its order: of grids that keep as much of an image, the first is taken.
         image_grids=[(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)],
-        seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768; under PP every row is padded to this
+        seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768
+        packing_buffer_size=1000,
         micro_batch_size=1,
+        global_batch_size=96,  # rows, of about 275 samples; divides over 2, 4, 8, 16, 32, 48 and 96 ranks
+        eval_iters=25,  # of 96 samples each: evaluation's rows are not packed
         lr=1e-5,
         vision_lr=2e-6,
     )
@@ -100,16 +106,25 @@ def stage_2() -> dict:
     """Stage 2, visual instruction tuning: stage 1.5 with finer grids, up to 10 x 729 tokens, and without RSA.
 
         STAGE=2 DATA=data/stage2.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1_5 OUT=runs/stage2 \\
-            sbatch --nodes 32 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 4 --sequence-parallel
+            sbatch --nodes 24 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 4 --sequence-parallel
 
-    3.2M samples. 256 A100 of 80 GB: about 7 hours for the 7B (rows of 5000 positions); 44 GiB each. On 8 of them the same flags
-    need 54 GiB.
+    3.2M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 3450 positions, 4.6 of them a packed row); 44 GiB each. On 8 of
+    them the same flags need 54 GiB.
     """
     return stage_1_5() | dict(
         rsa_weight=0.0,
         image_grids=None,  # all of the model's, 1 x 1 to 6 x 6
         seq_length=16384,  # the largest image is 8765 positions
+        global_batch_size=48,  # rows, of about 220 samples; divides over 2, 4, 8, 16 and 48 ranks
+        eval_iters=50,
     )
+
+
+def unpack(settings: dict) -> dict:
+    """Return a stage that packs with a sample a row: the paper's 256 samples a step, and about as many in an evaluation."""
+    if not settings.get("packing_buffer_size"):
+        return settings
+    return settings | dict(packing_buffer_size=0, global_batch_size=256, eval_iters=stage_1()["eval_iters"])
 
 
 def demo_stage_1() -> dict:
@@ -179,6 +194,7 @@ def _demo(stage: dict) -> dict:
         | dict(
             image_grids=None,
             seq_length=448,  # 180 + 12 positions of an image, and a text
+            packing_buffer_size=0,  # a packed row of 448 would hold 1.5 samples; of 1792, five to seven (docs/training.md)
             micro_batch_size=8,
             lr=5e-4,
             vision_lr=1e-4,

@@ -2,9 +2,10 @@
 
     rsa-megatron plan --model llava-ov-7b --stage 1.5 --gpus 224 --gpu-memory 80
 
-The stage's recipe specifies what is trained, the batch and --seq-length. Every layout that Megatron and the training script
-accept is tried (search.py). Memory (rsa_megatron/planning/memory.py) is for the worst case: every sequence as long as
---seq-length, every image cut into the most tiles. Time (step_time.py) is for an average sample. Neither has --rsa-text-source
+The stage's recipe specifies what is trained, the batch, --seq-length and whether rows are packed. Every layout that Megatron and the
+training script accept is tried (search.py). Memory (rsa_megatron/planning/memory.py) is for the worst case: every row as long as
+--seq-length, every image cut into the most tiles, a packed row of the most tiles. Time (step_time.py) is for an average sample, or
+for samples of the lengths that `rsa-megatron data fill --out` has measured. Neither has --rsa-text-source
 caption: it makes sequences longer, and the decoder's local layers store scores (Run.keeps_scores). Needs no GPU and no Megatron.
 """
 
@@ -15,16 +16,19 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from rsa_megatron.cli.plan_rows import FILL, check_row_flags, read_rows
 from rsa_megatron.models.architectures import Architecture, get_architecture
+from rsa_megatron.planning.most_tiles import count_most_tiles, count_row_tiles
 from rsa_megatron.planning.parallel_layout import Layout, Run
 from rsa_megatron.planning.search import DOES_NOT_FIT, Cluster, Plan, find_nearest_num_gpus, find_plans
 from rsa_megatron.planning.step_time import Assumptions
-from rsa_megatron.recipes import STAGES, recipe
+from rsa_megatron.recipes import STAGES, recipe, unpack
 
 GIB = 2**30
-# Positions and tiles of an average sample: what the recipes' hours are estimated with, a tile being 729 positions of it; of a
-# precomputed embedding 576, and no tile (the one token in the projector is not counted).
-AVERAGES = {"revision": (750, 0), "1": (900, 1), "1.5": (3200, 4), "2": (5000, 6)}
+# Positions and tiles of an average sample: what the recipes' hours are estimated with. Of AnyRes, by its arithmetic on pictures of usual
+# sizes and texts, with the mixtures' shares of text alone; of a precomputed embedding 576 positions and no tile (the one token in
+# the projector is not counted).
+AVERAGES = {"revision": (750, 0), "1": (900, 1), "1.5": (2750, 4), "2": (3450, 6)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         fitting, too_large, rejected = find_plans(run, cluster, assumed)
         if not fitting:
             raise ValueError(explain_no_fit(run, cluster, too_large, args))
+        unpacked = find_unpacked(args, run.samples_per_row) if run.packs else None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     print_assumptions(run, assumed, args)
     print_layouts(fitting, rejected, run, args)
     print_best(fitting[0], args)
+    if unpacked:
+        print(unpacked)
     return 0
 
 
@@ -79,6 +86,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--mean-length", type=float, help="positions of an average sample; default: the stage's")
     parser.add_argument("--mean-tiles", type=float, help="tiles of an average sample; default: the stage's")
+    parser.add_argument(
+        "--lengths",
+        type=Path,
+        metavar="FILE",
+        help="measured samples instead of an average one: `rsa-megatron data fill --out FILE`",
+    )
+    parser.add_argument(
+        "--packing-buffer-size",
+        type=int,
+        help="samples among which a packed row's are chosen; 0: a row a sample; default: the recipe's",
+    )
+    parser.add_argument(
+        "--packing-max-tiles", type=int, help="most tiles of a packed row; default: the training script's"
+    )
+    parser.add_argument(
+        "--fill",
+        type=float,
+        help=f"share of a packed row that is samples'; default: {FILL} of AnyRes, else whole samples; of --lengths it is counted",
+    )
     parser.add_argument("--show", type=int, default=10, help="number of layouts to print (default: 10)")
     parser.add_argument("--show-refused", action="store_true", help="print each rejected layout with the reason")
     args = parser.parse_args(argv)
@@ -91,6 +117,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def read_run(args) -> tuple[Run, Cluster, Assumptions]:
     """Read run, cluster and assumptions from the flags; fill in the recipe's defaults."""
     settings, architecture = recipe(args.model, args.stage), read_architecture(args.model)
+    args.recipe_packs = settings.get("packing_buffer_size", 0) > 0
+    if args.packing_buffer_size is None:
+        args.packing_buffer_size = settings.get("packing_buffer_size", 0)
+    elif args.packing_buffer_size == 0:
+        settings = unpack(settings)
     length, tiles = AVERAGES[args.stage]
     for name, value in {
         "global_batch_size": settings["global_batch_size"],
@@ -99,9 +130,14 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
     }.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    packs = args.packing_buffer_size > 0
+    if packs and args.packing_max_tiles is None:
+        default = count_row_tiles(settings | {"seq_length": args.seq_length}, architecture).default
+        args.packing_max_tiles = max(args.most_tiles, default)
+    check_row_flags(args, packs)
     args.mean_length = min(length, args.seq_length) if args.mean_length is None else args.mean_length
     args.mean_tiles = min(tiles, args.most_tiles) if args.mean_tiles is None else args.mean_tiles
-    may_be_0 = ["reserved"] + ["most_tiles", "mean_tiles"] * ("image_positions" in settings)
+    may_be_0 = ["reserved", "packing_buffer_size"] + ["most_tiles", "mean_tiles"] * ("image_positions" in settings)
     for name, value in vars(args).items():
         if (
             not isinstance(value, (int, float))
@@ -111,17 +147,42 @@ def read_run(args) -> tuple[Run, Cluster, Assumptions]:
         ):
             continue
         raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0")
+    rows = read_rows(
+        args, packs, varies="image_positions" not in settings and settings["image_aspect_ratio"] == "anyres"
+    )
     run = Run(
         architecture,
         tuple(settings["trainable"]),
         args.seq_length,
-        args.most_tiles,
+        args.packing_max_tiles * (args.most_tiles > 0) if packs else args.most_tiles,
+        packs=packs,
+        samples_per_row=rows.mean.num_samples,
         transformer_engine=args.transformer_impl == "transformer_engine",
         rsa=settings.get("rsa_weight", 1) > 0,
     )
     usable = (args.gpu_memory - args.reserved) * GIB
     cluster = Cluster(args.gpus, args.gpus_per_node, usable, args.global_batch_size)
-    return run, cluster, Assumptions(**{field.name: getattr(args, field.name) for field in fields(Assumptions)})
+    rates = {field.name: getattr(args, field.name) for field in fields(Assumptions) if field.name != "rows"}
+    return run, cluster, Assumptions(**rates, rows=rows)
+
+
+def find_unpacked(args, samples_per_row: float) -> str:
+    """Say how fast the fastest layout with a row a sample is, at about as many samples a step."""
+    flags = argparse.Namespace(**vars(args) | dict(packing_buffer_size=0, packing_max_tiles=None, fill=None))
+    if args.lengths:
+        flags.mean_length = flags.mean_tiles = None
+    # As many for each GPU, so that no layout is left out for it.
+    samples_per_gpu = args.global_batch_size * samples_per_row / args.gpus
+    flags.global_batch_size = max(1, round(samples_per_gpu)) * args.gpus
+    run, cluster, assumed = read_run(flags)
+    plans = find_plans(run, cluster, assumed)[0]
+    if not plans:
+        return "\nwith a row a sample (--packing-buffer-size 0) no layout fits"
+    speed = cluster.global_batch_size / plans[0].seconds
+    return (
+        f"\nthe fastest with a row a sample (--packing-buffer-size 0 --global-batch-size {cluster.global_batch_size}): "
+        f"{describe(plans[0].layout)}, {format_two_digits(speed)} samples/s"
+    )
 
 
 def read_architecture(model: str) -> Architecture:
@@ -130,19 +191,6 @@ def read_architecture(model: str) -> Architecture:
     from rsa_megatron.models.hf_config import find_architecture  # imports transformers: seconds
 
     return find_architecture(model)
-
-
-def count_most_tiles(settings: dict, architecture: Architecture) -> int:
-    """Count the tiles of the largest grid, with its base tile; 0 for precomputed embeddings."""
-    if "image_positions" in settings:
-        return 0
-    if settings["image_aspect_ratio"] == "square":
-        return 1
-    side = architecture.vision.image_size
-    grids = settings["image_grids"] or [
-        (height // side, width // side) for height, width in architecture.grid_pinpoints
-    ]
-    return 1 + max(rows * columns for rows, columns in grids)
 
 
 def explain_no_fit(run: Run, cluster: Cluster, too_large: list[Plan], args) -> str:
@@ -174,6 +222,9 @@ def format_flags(layout: Layout, args) -> str:
     flags += [f"--pipeline-model-parallel-size {layout.pipeline}"] * (layout.pipeline > 1)
     flags += [f"--micro-batch-size {layout.micro_batch_size} --global-batch-size {args.global_batch_size}"]
     flags += [f"--seq-length {args.seq_length}"]
+    if args.packing_buffer_size or args.recipe_packs:
+        flags += [f"--packing-buffer-size {args.packing_buffer_size}"]
+    flags += [f"--packing-max-tiles {args.packing_max_tiles}"] * bool(args.packing_buffer_size)
     flags += ["--use-distributed-optimizer"] * layout.distributed_optimizer
     if layout.recompute == "full":
         flags += ["--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"]
@@ -181,33 +232,45 @@ def format_flags(layout: Layout, args) -> str:
 
 
 def print_assumptions(run: Run, assumed: Assumptions, args) -> None:
-    assumptions = ", ".join(
-        f"{field.name.replace('_', ' ')} {getattr(assumed, field.name):g}" for field in fields(assumed)
-    )
+    names = [field.name for field in fields(assumed) if field.name != "rows"] + ["mean_length", "mean_tiles"]
+    assumptions = ", ".join(f"{name.replace('_', ' ')} {getattr(args, name):.5g}" for name in names)
+    row = assumed.rows.mean
     print(f"{args.model}, stage {args.stage}, bf16, {args.transformer_impl}; trained: {', '.join(run.trainable)}")
     print(f"{args.gpus} GPUs of {args.gpu_memory:g} GiB, {args.reserved:g} of them reserved")
-    print(f"memory: every sequence {run.row_length} positions, every sample {run.num_tiles} tile(s)")
-    print(f"time: {assumptions}; under PP every sequence is padded to {run.row_length}")
+    if run.packs:
+        print(
+            f"packed rows, from buffers of {args.packing_buffer_size} samples: {row.num_samples:.3g} samples a row, which fill it to "
+            f"{row.num_positions / run.row_length:.3g}; the global batch of {args.global_batch_size} rows is "
+            f"{args.global_batch_size * row.num_samples:.0f} samples"
+        )
+    print(f"memory: every row {run.row_length} positions and {run.num_tiles} tile(s)")
+    print(f"time: {assumptions}; under PP every row is padded to {run.row_length}")
+    if len(assumed.rows.rows) > 1:
+        print(f"samples of {args.lengths}; without PP a step waits for the rank that has most to do (simulated)")
     if args.impl_is_default and args.transformer_impl == "local":
         print("Transformer Engine is not installed here; for where it is: --transformer-impl transformer_engine")
     print(
         "None of this has been measured at this size: memory estimates were within 4 % of small runs on local layers,"
     )
-    print("times follow from the assumptions. N: pairs that one RSA kernel compares, micro-batch x DP; of layouts with")
+    print(
+        "times follow from the assumptions. N: pairs that one RSA kernel compares, of all DP ranks' micro-batches; of layouts with"
+    )
     print("the same seconds the one with more pairs comes first.\n")
 
 
 def print_layouts(fitting: list[Plan], rejected: list[tuple[Layout, str]], run: Run, args) -> None:
     print(
         f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s/step':>10}"
+        f"{'samples/s':>11}"
     )
     for plan in fitting[: args.show]:
         one = plan.layout
         optimizer = "distributed" if one.distributed_optimizer else "-"
-        num_pairs = one.num_pairs if run.rsa else "-"
+        num_pairs = round(one.num_rows * run.samples_per_row) if run.rsa else "-"
+        speed = args.global_batch_size * run.samples_per_row / plan.seconds
         print(
             f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
-            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{format_two_digits(plan.seconds):>10}"
+            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{format_two_digits(plan.seconds):>10}{format_two_digits(speed):>11}"
         )
     print(f"\n{len(fitting)} layouts fit, {len(rejected)} are rejected")
     for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in rejected).most_common():

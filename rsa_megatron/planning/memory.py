@@ -140,11 +140,12 @@ def _count_payload(run: Run, layout: Layout) -> float:
     """Count the positions that take v from stage to stage (pipeline_payload.py), of one micro-batch."""
     hidden = run.architecture.decoder.hidden_size
     rows = num_rows(run.architecture.vision.hidden_size, hidden, torch.bfloat16 if run.bf16 else torch.float32)
-    return rows * layout.micro_batch_size * hidden * run.number_size
+    return rows * layout.micro_batch_size * run.samples_per_row * hidden * run.number_size
 
 
 def _count_rsa(run: Run, layout: Layout) -> float:
     """Count all ranks' v and t, gathered and centred, this rank's own and their gradients, a dozen blocks of distances; fp32."""
-    num_pairs = layout.micro_batch_size * layout.data
+    num_own = layout.micro_batch_size * run.samples_per_row
+    num_pairs = num_own * layout.data
     width = run.architecture.vision.hidden_size + run.architecture.decoder.hidden_size
-    return 4 * (2 * (num_pairs + layout.micro_batch_size) * width + 12 * min(num_pairs, 1024) ** 2)
+    return 4 * (2 * (num_pairs + num_own) * width + 12 * min(num_pairs, 1024) ** 2)

@@ -22,8 +22,8 @@ class Layout:
     sequence_parallel: bool = False
 
     @property
-    def num_pairs(self) -> int:
-        """Count the pairs that one RSA kernel compares, if every sample is one."""
+    def num_rows(self) -> int:
+        """Count the rows that one RSA kernel compares: its pairs, if every row is one (Run.samples_per_row)."""
         return self.micro_batch_size * self.data
 
 
@@ -34,10 +34,13 @@ class Run:
     architecture: Architecture
     #: as --trainable names the modules
     trainable: Collection[str]
-    #: positions of the longest sequence; under pipeline parallelism --seq-length, to which every one is padded
+    #: positions of the longest row, --seq-length; under pipeline parallelism every one is padded to it
     row_length: int
-    #: tiles of the sequence with most
+    #: tiles of the row with most
     num_tiles: int = 1
+    #: whether rows are packed, with how many samples in the mean
+    packs: bool = False
+    samples_per_row: float = 1
     bf16: bool = True
     #: Transformer Engine's layers, with flash attention; else Megatron's local ones
     transformer_engine: bool = True

@@ -19,7 +19,7 @@ class Cluster:
     gpus_per_node: int
     #: of one GPU, what parameters and activations may take
     usable_bytes: float
-    #: samples of a step, on all GPUs
+    #: rows of a step, on all GPUs: samples, or packed ones
     global_batch_size: int
 
 
@@ -59,18 +59,19 @@ def find_plans(
                 fitting.append(min(fits, key=lambda plan: plan.seconds))
             else:
                 too_large.append(min(made, key=lambda plan: plan.total))
-    fitting.sort(key=lambda plan: (float(f"{plan.seconds:.2g}"), -plan.layout.num_pairs * run.rsa, plan.total))
+    fitting.sort(key=lambda plan: (float(f"{plan.seconds:.2g}"), -plan.layout.num_rows * run.rsa, plan.total))
     too_large.sort(key=lambda plan: plan.total)
     return fitting, too_large, rejected
 
 
 def list_layouts(run: Run, cluster: Cluster) -> list[Layout]:
     """List every split over the GPUs, unchecked; `data` is rounded down where they do not divide."""
+    sizes = (1,) if run.packs else MICRO_BATCH_SIZES
     layouts = []
     for tensor in range(1, cluster.gpus_per_node + 1):
         for pipeline in range(1, run.architecture.decoder.num_layers + 1):
             data = cluster.num_gpus // (tensor * pipeline)
-            for size in MICRO_BATCH_SIZES if data else ():
+            for size in sizes if data else ():
                 layouts.append(
                     Layout(
                         tensor=tensor,

@@ -5,15 +5,19 @@
 
 with t, p sizes of tensor and pipeline parallelism and m micro-batches a step: p - 1 of m + p - 1 turns are the pipeline's
 bubble (without interleaving). Operations are flops.py's, and with full recomputation the layers' forward pass once more.
-Nothing overlaps: neither the reduction of gradients nor tensor parallelism's with arithmetic. Not counted: what stages send
-each other, the optimizer's own step, the RSA loss, waiting for data, and the padding of a micro-batch's shorter sequences.
+Nothing overlaps: neither the reduction of gradients nor tensor parallelism's with arithmetic. Under pipeline parallelism rows are
+padded to --seq-length; without it a rank waits for the one that has most to do (rows.py; where lengths are measured). Not counted:
+what stages send each other, the optimizer's own step, the RSA loss, and waiting for data.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
+from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.planning.flops import training_flops
 from rsa_megatron.planning.memory import parameter_counts
 from rsa_megatron.planning.parallel_layout import Layout, Run
+from rsa_megatron.planning.rows import Row, Rows
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,8 @@ class Assumptions:
     #: that one GPU has to others of its node, and to other nodes, GB a second
     node_bandwidth: float
     network_bandwidth: float
-    #: of an average sample
-    mean_length: float
-    mean_tiles: float
+    #: what the run reads
+    rows: Rows
 
 
 def step_time(run: Run, layout: Layout, assumed: Assumptions) -> float:
@@ -41,19 +44,47 @@ def step_time(run: Run, layout: Layout, assumed: Assumptions) -> float:
 
 def _estimate_stage_time(run: Run, layout: Layout, assumed: Assumptions, stage: int) -> float:
     """Estimate the seconds that a stage needs for one micro-batch, forward and backward."""
-    # Under pipeline parallelism sequences are padded to --seq-length, and padding is computed.
-    length = run.row_length if layout.pipeline > 1 else assumed.mean_length
+    row, waiting = assumed.rows.mean, 1.0
+    if layout.pipeline > 1:
+        row = _pad(run, row)
+    else:
+        waiting = assumed.rows.estimate_waiting(
+            _get_costs(run.architecture, tuple(run.trainable)),
+            num_ranks=layout.data,
+            num_micro_batches=layout.num_micro_batches,
+            micro_batch_size=layout.micro_batch_size,
+        )
     rate = layout.tensor * assumed.gpu_tflops * 1e12 * assumed.utilisation
-    operations = layout.micro_batch_size * _count_operations(run, layout, length, assumed.mean_tiles, stage)
-    num_bytes = layout.micro_batch_size * _count_tensor_parallel_bytes(run, layout, length, assumed.mean_tiles, stage)
-    return operations / rate + num_bytes / (assumed.node_bandwidth * 1e9)
+    operations = layout.micro_batch_size * _count_operations(run, layout, row, stage)
+    num_bytes = layout.micro_batch_size * _count_tensor_parallel_bytes(run, layout, row, stage)
+    return waiting * (operations / rate + num_bytes / (assumed.node_bandwidth * 1e9))
 
 
-def _count_operations(run: Run, layout: Layout, length: float, num_tiles: float, stage: int) -> float:
-    """Count a stage's operations for one sample."""
+def _pad(run: Run, row: Row) -> Row:
+    """Pad a row to --seq-length: in a packed row the padding is one more sequence, else it is part of the only one."""
+    length = run.row_length
+    squares = row.squared_lengths + (length - row.num_positions) ** 2 if run.packs else length**2
+    return replace(row, num_positions=length, squared_lengths=squares)
+
+
+@functools.cache
+def _get_costs(architecture: Architecture, trainable: tuple[str, ...]) -> tuple[float, float, float]:
+    """Count operations of a tile, of a position, and of a unit of a sequence's length squared."""
+    none = dict(num_tiles=0, num_positions=0, squared_lengths=0, num_image_tokens=0)
+    tile = dict(num_tiles=1, num_image_tokens=architecture.vision.tokens_per_side**2)
+    units = (tile, dict(num_positions=1), dict(squared_lengths=1))
+    return tuple(sum(training_flops(architecture, trainable, **none | unit).values()) for unit in units)
+
+
+def _count_operations(run: Run, layout: Layout, row: Row, stage: int) -> float:
+    """Count a stage's operations for one row."""
     architecture, decoder = run.architecture, run.architecture.decoder
-    num_tokens = num_tiles * architecture.vision.tokens_per_side**2
-    sizes = dict(num_tiles=num_tiles, num_positions=length, squared_lengths=length**2, num_image_tokens=num_tokens)
+    sizes = dict(
+        num_tiles=row.num_tiles,
+        num_positions=row.num_positions,
+        squared_lengths=row.squared_lengths,
+        num_image_tokens=row.num_tiles * architecture.vision.tokens_per_side**2,
+    )
     without_layers = replace(architecture, decoder=replace(decoder, num_layers=0))
 
     def passes(trainable, *, output: bool, tower: bool = True) -> float:
@@ -68,17 +99,21 @@ def _count_operations(run: Run, layout: Layout, length: float, num_tiles: float,
     return passes(run.trainable, output=True) + again
 
 
-def _count_tensor_parallel_bytes(run: Run, layout: Layout, length: float, num_tiles: float, stage: int) -> float:
-    """Count what a rank sends and receives for one sample, in all-reduces of activations.
+def _count_tensor_parallel_bytes(run: Run, layout: Layout, row: Row, stage: int) -> float:
+    """Count what a rank sends and receives for one row, in all-reduces of activations.
 
     Two a layer forward, two backward, and two more where it is recomputed; each moves 2 (t - 1) / t of what is reduced, and
     with sequence parallelism as much, in two halves.
     """
     t, vision, decoder = layout.tensor, run.architecture.vision, run.architecture.decoder
     again = 2 * (layout.recompute == "full")
-    tokens = num_tiles * vision.tokens_per_side**2
+    tokens = row.num_tiles * vision.tokens_per_side**2
     reduced = (
-        decoder.num_layers / layout.pipeline * length * decoder.hidden_size * (2 + 2 * bool(run.trainable) + again)
+        decoder.num_layers
+        / layout.pipeline
+        * row.num_positions
+        * decoder.hidden_size
+        * (2 + 2 * bool(run.trainable) + again)
     )
     if stage == 0:
         reduced += vision.num_layers * tokens * vision.hidden_size * (2 + (2 + again) * run.trains("vision"))

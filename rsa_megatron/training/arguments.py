@@ -26,8 +26,8 @@ from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, print_once
-from rsa_megatron.recipes import recipe
-from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu
+from rsa_megatron.recipes import recipe, unpack
+from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu, packing_arguments
 from rsa_megatron.training.data_arguments import check_data_path, explain_lone_pairs, set_one_epoch
 from rsa_megatron.training.embedding_arguments import set_image_embeddings
 from rsa_megatron.training.flag_checks import check_flags, explain
@@ -89,6 +89,7 @@ def parse_megatron(extra_args_provider) -> argparse.Namespace:
     """Megatron's parse_and_validate_args; what it does not survive is a ValueError, and a dry run writes no file."""
     try:
         args = parse_args(extra_args_provider)
+        packing_arguments.check_packing(args)
         check_batch(args)
         validate_args(args)
         # Megatron's configs have checks of their own, which would end in a traceback on every rank.
@@ -133,12 +134,15 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
     add_flags(parser)
     rsa.add_arguments(parser)
     console.shorten_help(parser, ours={group.title for group in parser._action_groups} - of_megatron)
-    known, unknown = parser.parse_known_args()
+    # None where the command line has none: 0 turns off what the recipe says.
+    known, unknown = parser.parse_known_args(namespace=argparse.Namespace(packing_buffer_size=None))
     if unknown:  # before what may follow from it
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     architecture = find_architecture(known.model)
     set_default_tokenizer(parser, known)
     settings = settings or recipe(known.model, known.stage)
+    if known.packing_buffer_size == 0:
+        settings = unpack(settings)
     parser.set_defaults(
         **architecture.megatron_defaults(),
         **settings,
@@ -158,6 +162,7 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         parser.set_defaults(lr_warmup_fraction=None)
     known, _ = parser.parse_known_args()
     check_flags(parser, known)
+    parser.set_defaults(**packing_arguments.make_defaults(known))
     multiple = max(1, known.make_vocab_size_divisible_by * known.tensor_model_parallel_size)
     parser.set_defaults(padded_vocab_size=-(-architecture.vocab_size // multiple) * multiple)
     # The plugin's settings are its config; its flags, parsed after this, override what the recipe says.
@@ -185,6 +190,7 @@ def check_arguments(args) -> None:
     learning_rates.check_arguments(args)
     mfu.check_arguments(args)
     architecture = architecture_of(args)
+    packing_arguments.set_max_tiles(args, architecture)
     architecture.check_layout(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
@@ -214,12 +220,22 @@ def check_batch(args) -> None:
             f"{args.world_size} process(es) cannot be divided by {product}: start a multiple of {num_divided}"
         )
     data_parallel_size = args.world_size // num_divided
+    size = (args.eval_micro_batch_size or args.micro_batch_size or 0) * data_parallel_size
+    if args.packing_buffer_size and size and not args.eval_global_batch_size:
+        # As many samples as a step has rows, in whole micro-batches.
+        args.eval_global_batch_size = -(-(args.global_batch_size or size) // size) * size
     if not args.global_batch_size or not args.micro_batch_size or args.decrease_batch_size_if_needed:
         return
     if args.global_batch_size % (args.micro_batch_size * data_parallel_size):
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size} x DP "
             f"{data_parallel_size}: change one of the three"
+        )
+    whole = args.eval_global_batch_size or args.global_batch_size
+    if whole % size:  # Megatron would name two flags that nobody has set
+        raise ValueError(
+            f"an evaluation's batch of {whole} samples (--eval-global-batch-size, else --global-batch-size) is not a multiple of "
+            f"--eval-micro-batch-size {size // data_parallel_size} x DP {data_parallel_size}: change one of the three"
         )
 
 

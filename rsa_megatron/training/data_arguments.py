@@ -35,9 +35,12 @@ def check_data_path(args, rsa_weight: float) -> None:
 
 
 def explain_lone_pairs(args, rsa: RSAConfig) -> str | None:
-    """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0."""
+    """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0.
+
+    (A packed row has pairs enough by itself.)
+    """
     most = args.micro_batch_size * args.data_parallel_size if rsa.scope == "micro-batch" else args.global_batch_size
-    if args.skip_train or not rsa.weight or most > 1:
+    if args.skip_train or not rsa.weight or most > 1 or args.packing_buffer_size:
         return None
     return (
         f"WARNING: RSA is on (--rsa-weight {rsa.weight:g}), but compares the pairs of a micro-batch on all data-parallel ranks, and "

@@ -2,8 +2,8 @@
 
     mfu = model FLOPs of all ranks / (seconds * peak FLOP/s of all devices)
 
-Model FLOPs are planning/flops.py's, of what each micro-batch really held: its tiles, and its rows up to their own lengths. So
-padding, recomputation, the RSA loss, pipeline bubbles, waiting for data, for other ranks and for the optimizer all show
+Model FLOPs are planning/flops.py's, of what each micro-batch really held: its tiles, and its rows up to their own lengths (of a
+packed row, those of its sequences: attention takes the squares of these, not of the row's). So padding, recomputation, the RSA loss, pipeline bubbles, waiting for data, for other ranks and for the optimizer all show
 as utilisation that is missing; evaluations and the writing of checkpoints, which Megatron's own "elapsed time per
 iteration" leaves out, are left out. The peak is the device's rate of dense bf16 products without sparsity (with --fp8, too).
 A CPU's cores are shared by its ranks and with others: it has none but what --peak-tflops says, and without that no mfu.
@@ -128,7 +128,7 @@ class Utilisation:
         self._first_iteration: int | None = None
         self._has_said_impossible = False
         # Of the micro-batches since Megatron asked last, and its answer then.
-        self._flops, self._samples, self._last_answer = 0.0, 0, 0.0
+        self._flops, self._rows, self._last_answer = 0.0, 0, 0.0
 
     def apply(self) -> None:
         """Before pretrain(): --log-throughput and the progress log have this model's FLOPs.
@@ -161,8 +161,9 @@ class Utilisation:
         return with_report
 
     def _count(self, batch: StepBatch) -> torch.Tensor:
-        # On the device: reading the numbers would wait for it.
-        lengths = batch.row_lengths.double()
+        # On the device: reading the numbers would wait for it. Samples of a packed row attend to themselves alone.
+        packed = batch.sequence_lengths
+        lengths = (batch.row_lengths if packed is None else packed).double()
         is_embedding = batch.image_layouts[:, 5] > 0
         num_tiles = ((1 + batch.image_layouts[:, 2] * batch.image_layouts[:, 3]) * ~is_embedding).sum().double()
         flops = training_flops(
@@ -175,7 +176,7 @@ class Utilisation:
         )
         flops = sum(flops.values())
         self._flops += flops
-        self._samples += len(batch.tokens)
+        self._rows += len(batch.tokens)
         return flops
 
     def _with_mfu(self, outputs: tuple, flops: torch.Tensor) -> tuple:
@@ -208,21 +209,21 @@ class Utilisation:
         return log
 
     def _flops_of_batch(self, args, batch_size: int, **lengths) -> float:
-        """For Megatron's num_floating_point_operations: the mean of the samples of all ranks, times those of the batch.
+        """For Megatron's num_floating_point_operations: the mean of the rows of all ranks, times those of the batch.
 
         Megatron asks on every rank, each iteration and again as it logs, and saves the sum with the checkpoint as every
         rank's. Right after it asks it reads the loss scale from the device: this wait is that one. (Stages between the
-        first and the last have counted nothing; ranks that share a sample all count it, which leaves the mean as it is.)
+        first and the last have counted nothing; ranks that share a row all count it, which leaves the mean as it is.)
         """
         device = torch.cuda.current_device()
-        counted = [torch.as_tensor(count, dtype=torch.float64, device=device) for count in (self._flops, self._samples)]
+        counted = [torch.as_tensor(count, dtype=torch.float64, device=device) for count in (self._flops, self._rows)]
         counted = torch.stack(counted)
         if get_group():
             torch.distributed.all_reduce(counted)
-        flops, samples = counted.tolist()
-        self._flops, self._samples = 0.0, 0
-        if samples:
-            self._last_answer = flops / samples * batch_size
+        flops, rows = counted.tolist()
+        self._flops, self._rows = 0.0, 0
+        if rows:
+            self._last_answer = flops / rows * batch_size
         return self._last_answer
 
 

@@ -6,7 +6,7 @@ from rsa_megatron.alignment.metrics import METRICS
 from rsa_megatron.data.conversation import LABEL_STYLES, TEMPLATES
 from rsa_megatron.data.tiles import ASPECT_RATIOS
 from rsa_megatron.models.llava_onevision import PARTS
-from rsa_megatron.training import console, embedding_arguments, learning_rates, metrics_file, mfu
+from rsa_megatron.training import console, embedding_arguments, learning_rates, metrics_file, mfu, packing_arguments
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "and the last iterations for which not every rank has data",
     )
     group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
+    packing_arguments.add_arguments(group)
     group.add_argument(
         "--mutual-knn-samples",
         type=int,

@@ -2,7 +2,7 @@
 
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.models.architectures import Architecture
-from rsa_megatron.training import learning_rates
+from rsa_megatron.training import learning_rates, packing_arguments
 
 
 def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
@@ -13,7 +13,8 @@ def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
             f"{args.seq_length} positions",
             f"layout: {_format_layout(args)}",
             f"batch: micro-batch {args.micro_batch_size} x {_count_micro_batches(args)} x DP {args.data_parallel_size} = "
-            f"{args.global_batch_size} samples; {_format_length(args)}",
+            f"{args.global_batch_size} {_name_rows(args)}; {_format_length(args)}",
+            *([packing_arguments.format_packing(args)] if args.packing_buffer_size else []),
             *([f"data: {args.data_path[0]}"] if args.data_path else []),
             f"RSA: {_format_rsa(args, rsa)}",
             learning_rates.format_table(args, architecture),
@@ -52,11 +53,18 @@ def _count_micro_batches(args) -> int:
 def _format_length(args) -> str:
     if args.skip_train:
         return "validation only"
-    return f"{args.train_iters} iterations" if args.train_iters else f"{args.train_samples} samples"
+    return f"{args.train_iters} iterations" if args.train_iters else f"{args.train_samples} {_name_rows(args)}"
 
 
 def _format_rsa(args, rsa: RSAConfig) -> str:
     if not rsa.weight:
         return "off (weight 0)"
+    if args.packing_buffer_size:
+        return f"the pairs of {args.data_parallel_size} packed row(s) (DP) a kernel; {rsa}"
     num_pairs = args.micro_batch_size * args.data_parallel_size
     return f"up to {num_pairs} pairs a kernel (micro-batch x DP); {rsa}"
+
+
+def _name_rows(args) -> str:
+    """Name what Megatron's batch sizes and --train-samples count."""
+    return "packed rows" if args.packing_buffer_size else "samples"

@@ -73,6 +73,7 @@ def settle_schedule(args) -> str | None:
             f"--load {args.load}: --trainable was {' '.join(then_args.trainable)} there and is {' '.join(args.trainable)} here, and its "
             "optimizer cannot be loaded then; set it back, or add --no-load-optim (the weights go on; optimizer and schedule begin anew)"
         )
+    _check_units(args, then_args)
     then = state["opt_param_scheduler"]
     then, now = ({**values, **vars(of)} for values, of in ((then, then_args), (now, args)))
     differences = {name: (then[name], now[name]) for name in _FLAGS if name in then and then[name] != now[name]}
@@ -99,6 +100,21 @@ def settle_schedule(args) -> str | None:
         said = f"iterations: {then_args.train_iters} there, {args.train_iters} here"
     return (
         f"schedule: this run's, not the checkpoint's: {said} (that is kept with --use-checkpoint-opt_param-scheduler)"
+    )
+
+
+def _check_units(args, then) -> None:
+    """Raise ValueError where the schedule counted samples and is now to count packed rows, or the other way round."""
+    sizes = {"there": getattr(then, "packing_buffer_size", 0), "here": args.packing_buffer_size}
+    if len({size > 0 for size in sizes.values()}) == 1:
+        return
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    counts = ", ".join(f"{'packed rows' if size else 'samples'} {where}" for where, size in sizes.items())
+    raise ValueError(
+        f"--load {args.load}: its schedule counts {counts} (--packing-buffer-size {sizes['there']} there, {sizes['here']} here): go on "
+        f"with --packing-buffer-size {sizes['there']} --global-batch-size {then.global_batch_size}, or begin anew with --no-load-optim "
+        "--restart-data (the weights go on)"
     )
 
 

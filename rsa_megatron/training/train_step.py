@@ -126,7 +126,8 @@ def loss_func(
     if training:
         # A count for the step: the denominators of all its micro-batches on all ranks add up to 1.
         part = len(batch.tokens) / get_current_running_global_batch_size()
-        for name, count in (("skipped samples", batch.num_skipped), ("truncated samples", batch.num_truncated)):
+        counts = {"samples": batch.num_samples, "skipped samples": batch.num_skipped}
+        for name, count in (counts | {"truncated samples": batch.num_truncated}).items():
             report[name] = torch.stack([count.float(), loss_sum.new_tensor(part, dtype=torch.float32)])
         num_positions = loss_sum.new_tensor(loss_mask_BL.numel(), dtype=torch.float32)
         report["padding"] = torch.stack([num_positions - batch.num_positions, num_positions])

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rsa_megatron.planning.flops import training_flops
@@ -160,6 +161,37 @@ def test_an_embedding_passes_the_tower_by_and_is_projected_once(demo, tmp_path):
     assert sum(pair[0] for pair in rank["reports"]) == pytest.approx(sum(expected.values()), rel=1e-6)
     # 20 x 32 and 32 x 32: forward and the weights' gradient of both, and that of the second's input.
     assert expected["projector"] == 8 * 2 * (20 * 32 * 2 + 32 * 32 * 3) and expected["vision"] == 0
+
+
+def counted_of_rows() -> dict[str, float]:
+    """FLOPs of samples of 500, 300 and 7 positions with 2, 1 and 0 tiles: a row each, packed into one, and that as if it were one sample."""
+    import argparse
+
+    from rsa_megatron.training.mfu import Utilisation
+    from rsa_megatron.training.train_step import StepBatch
+
+    def count(row_lengths, sequence_lengths) -> float:
+        batch = StepBatch(**dict.fromkeys(StepBatch.__dataclass_fields__))
+        batch.tokens = torch.zeros(len(row_lengths), 9, dtype=torch.int64)
+        batch.image_layouts = torch.tensor([tiny.layout(2).as_numbers(), tiny.layout(1).as_numbers()])
+        batch.row_lengths = torch.tensor(row_lengths)
+        batch.sequence_lengths = sequence_lengths and torch.tensor(sequence_lengths)
+        args = argparse.Namespace(trainable=["vision", "projector", "language"], world_size=1, peak_tflops=None)
+        return float(Utilisation(args, tiny.TINY)._count(batch))
+
+    return {
+        "a row each": count([500, 300, 7], None),
+        "packed": count([807], [500, 300, 7]),
+        "as one sample": count([807], None),
+    }
+
+
+def test_a_packed_row_has_the_flops_of_its_samples():
+    (flops,) = processes.run(counted_of_rows, 1)
+    assert flops["packed"] == flops["a row each"]
+    # The attention of 4 layers of 32: forward and backward, half of q k^T and of its product with v.
+    more = 3 * 4 * 2 * 32 * (807**2 - 500**2 - 300**2 - 7**2)
+    assert flops["as one sample"] == pytest.approx(flops["packed"] + more, rel=1e-12) and more > 0.2 * flops["packed"]
 
 
 def with_evaluations_in_the_time():

@@ -18,7 +18,7 @@ def refuse_each() -> dict:
     from megatron.training.arguments import add_megatron_arguments
 
     from rsa_megatron.plugin import RSAPlugin
-    from rsa_megatron.training import arguments, flag_checks
+    from rsa_megatron.training import arguments, flag_checks, packing_arguments
     from tests.support import tiny
 
     tiny.register()
@@ -38,12 +38,28 @@ def refuse_each() -> dict:
             return str(error)
         return ""
 
+    def refuse_packed(name: str, value) -> str:
+        packed = copy.copy(args)
+        vars(packed).update({"packing_buffer_size": 8, "micro_batch_size": 1, name: value})
+        try:
+            packing_arguments.check_packing(packed)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     families = [*flag_checks.REFUSED.values(), flag_checks.NEEDS_TRANSFORMER_ENGINE, flag_checks.NEEDS_CUDA]
     return {
         "flags": flags,
         "refused": [name for family in families for name in family.split()],
         "choices": list(flag_checks.CHOICES),
         "said": {name: refuse(name) for name in flags},
+        # What needs a GPU or Transformer Engine is refused here for that.
+        "packed": {
+            name: refuse_packed(name, value)
+            for name, value in dict(
+                cuda_graph_impl="local", enable_cuda_graph=True, external_cuda_graph=True, tp_comm_overlap=True, seed=5
+            ).items()
+        },
         "of one value": flag_checks.is_changed(parser, argparse.Namespace(cp_comm_type=["p2p"]), "cp_comm_type"),
     }
 
@@ -86,6 +102,14 @@ def test_what_is_refused_is_refused_in_one_line_and_nothing_else_is(found):
     assert not found["of one value"]
 
 
+def test_what_packed_rows_do_not_go_with_is_refused(found):
+    said = found["packed"]
+    assert said.pop("seed") == "" and said.pop("tp_comm_overlap").startswith(
+        "--packing-buffer-size 8 does not go with --tp-comm-overlap, whose buffers are for rows of exactly --seq-length"
+    )
+    assert all(line.startswith("--packing-buffer-size 8 does not go with CUDA graphs") for line in said.values())
+
+
 GIVEN = [
     ("--num-experts 4", "--num-experts: the decoder has no experts; leave it out"),
     ("--mtp-num-layers 1", "--mtp-num-layers: the decoder predicts the next token alone; leave it out"),
@@ -107,6 +131,34 @@ GIVEN = [
     ),
     ("--attention-backend local", "--attention-backend: it needs Transformer Engine's layers"),
     ("--overlap-param-gather", "--overlap-param-gather only supported with distributed optimizer"),
+    (
+        "--packing-buffer-size -1",
+        "argument --packing-buffer-size: -1 is no number of samples: name 0 (a row a sample) or more",
+    ),
+    (
+        "--packing-buffer-size 8 --micro-batch-size 4",  # the recipe's, and named all the same
+        "--packing-buffer-size 8 does not go with --micro-batch-size 4, as a packed row is a micro-batch of its own: leave it out",
+    ),
+    (
+        "--packing-buffer-size 8 --context-parallel-size 2",
+        "--packing-buffer-size 8 does not go with --context-parallel-size above 1: Transformer Engine's attention splits",
+    ),
+    (
+        "--packing-max-tiles 4",
+        "--packing-max-tiles is of packed rows: name --packing-buffer-size (1000), or leave it out",
+    ),
+    (
+        "--packing-buffer-size 8 --packing-max-tiles 4 --image-aspect-ratio anyres",
+        "--packing-max-tiles 4: the largest image alone has 5; name that or more, or smaller --image-grids",
+    ),
+    (
+        "--eval-micro-batch-size 3",
+        "an evaluation's batch of 8 samples (--eval-global-batch-size, else --global-batch-size) is not a multiple of "
+        "--eval-micro-batch-size 3 x DP 2: change one of the three",
+    ),
+    ("--packing-buffer-size 8 --packing-max-tiles 5 --image-aspect-ratio anyres --micro-batch-size 1", ""),
+    ("--packing-buffer-size 8 --eval-micro-batch-size 3", ""),  # evaluations of 12 samples
+    ("--packing-buffer-size 8 --calculate-per-token-loss --decrease-batch-size-if-needed", ""),
     ("--num-layer 2", "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),
     ("--rsa-wieght 2", "unrecognized arguments: --rsa-wieght 2; did you mean --rsa-weight?"),
     ("--quite-another-thing", "unrecognized arguments: --quite-another-thing"),
@@ -143,6 +195,6 @@ def test_a_schedule_of_batch_sizes_is_followed_and_each_sample_read_once(demo, t
     outputs = script.run(1, demo, *flags, "--lr-decay-style", "linear", "--min-lr", 0, without=without)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "lm loss" in line]
-    assert [line["batch-size"] for line in lines] == [4] * 8 + [8] * 4
+    assert [line["batch-size"] for line in lines] == [line["samples"] for line in lines] == [4] * 8 + [8] * 4
     assert lines[-1]["learning-rate"] == 0 < lines[-2]["learning-rate"]
     assert [float(line["skipped samples"]) for line in script.iterations(outputs).values()] == [0] * 12

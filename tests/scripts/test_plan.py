@@ -1,5 +1,6 @@
 """The planner: what it calls possible the training script takes, what it refuses is refused; and what it prints."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,10 @@ import sys
 import pytest
 
 from rsa_megatron.cli import plan as plan_command
-from rsa_megatron.cli.plan import count_most_tiles, format_flags, parse, read_run
+from rsa_megatron.cli.plan import format_flags, parse, read_run
 from rsa_megatron.models.architectures import ARCHITECTURES
 from rsa_megatron.planning.memory import peak_memory
+from rsa_megatron.planning.most_tiles import count_most_tiles, count_row_tiles
 from rsa_megatron.planning.parallel_layout import Layout
 from rsa_megatron.planning.search import find_plans, find_rejection, list_layouts
 from rsa_megatron.recipes import STAGES, recipe
@@ -117,6 +119,23 @@ def test_rejected_layouts_are_counted_and_printed(capsys):
     [
         ("--model llava-ov-8b --stage 1 --gpus 8", "llava-ov-8b"),
         ("--model demo --stage 3 --gpus 8", "--stage 3"),
+        ("--model demo --stage 1 --gpus 8 --fill 0.9", "--fill is of packed rows: name --packing-buffer-size (1000)"),
+        ("--model demo --stage 1 --gpus 8 --packing-buffer-size 9 --fill 1.5", "--fill 1.5 is a share of a row"),
+        (
+            "--model demo --stage 1 --gpus 8 --packing-buffer-size 9 --mean-length 500",
+            "a packed row has --seq-length 160",
+        ),
+        ("--model demo --stage 1 --gpus 8 --packing-buffer-size -1", "--packing-buffer-size -1 must be above 0"),
+        (
+            "--model llava-ov-7b --stage 2 --gpus 8 --packing-max-tiles 9",
+            "--packing-max-tiles 9: one sample may have 37",
+        ),
+        (
+            "--model demo --stage 1 --gpus 8 --lengths x --mean-length 9",
+            "leave out --mean-length, --mean-tiles and --fill",
+        ),
+        ("--model demo --stage 1 --gpus 8 --lengths /none.json", "/none.json"),
+        (f"--model demo --stage 1 --gpus 8 --lengths {__file__}", "is not what `rsa-megatron data fill --out` writes"),
         ("--model demo --stage 1 --gpus 0", "--gpus 0"),
         ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
         ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
@@ -145,7 +164,7 @@ def test_more_memory_never_takes_a_layout_away_and_less_adds_recomputation():
     assert splits(small) < splits(large) and part_recomputed(small) > part_recomputed(large)
 
 
-@pytest.mark.parametrize("stage, on_8_gpus", [("revision", None), ("1", None), ("1.5", 57), ("2", 54)])
+@pytest.mark.parametrize("stage, on_8_gpus", [("revision", None), ("1", None), ("1.5", 62), ("2", 54)])
 def test_the_command_of_a_recipe_fits_the_gpus_that_it_names(stage, on_8_gpus):
     said = STAGES[stage].__doc__
     nodes = re.search(r"--nodes (\d+)", said)
@@ -178,8 +197,8 @@ def test_the_command_of_a_recipe_fits_the_gpus_that_it_names(stage, on_8_gpus):
 def test_among_equal_times_the_larger_kernel_is_first():
     _, run, cluster, assumed = arguments("llava-ov-7b", "1", 8)
     plans = find_plans(run, cluster, assumed)[0]
-    keys = [(float(f"{plan.seconds:.2g}"), -plan.layout.num_pairs) for plan in plans]
-    assert keys == sorted(keys) and plans[0].layout.num_pairs == 32 and len(set(keys)) > 5
+    keys = [(float(f"{plan.seconds:.2g}"), -plan.layout.num_rows) for plan in plans]
+    assert keys == sorted(keys) and plans[0].layout.num_rows == 32 and len(set(keys)) > 5
 
 
 def test_without_transformer_engine_its_layers_are_no_default(capsys):
@@ -187,6 +206,41 @@ def test_without_transformer_engine_its_layers_are_no_default(capsys):
     assert plan_command.main("--model llava-ov-7b --stage 1 --gpus 8".split()) == 0
     printed = capsys.readouterr().out
     assert "--transformer-impl local" in printed and "Transformer Engine is not installed here" in printed
+
+
+@pytest.fixture
+def lengths(tmp_path):
+    """Measured samples as `rsa-megatron data fill --out` writes them: short and long ones, one longer than a row."""
+    short, long = [1000] * 300, [6000] * 99
+    content = {"positions": [*short, *long, 9000], "tiles": [1] * 300 + [5] * 100}
+    (tmp_path / "lengths.json").write_text(json.dumps(content | {"data": "captions", "stage": "1.5"}))
+    return str(tmp_path / "lengths.json")
+
+
+def test_measured_lengths_are_packed_as_training_packs_them(capsys, lengths):
+    pytest.importorskip("rsa_megatron.data.packing")
+    command = f"--model llava-ov-7b --stage 1.5 --gpus 8 --transformer-impl transformer_engine --lengths {lengths}"
+    assert plan_command.main(command.split()) == 0
+    printed = capsys.readouterr().out
+    # 99 rows of a long sample and two short ones, one of the sample that is cut to 8192, and the other 102 short ones in 13 rows.
+    num_rows, positions = 99 + 1 + 13, 300 * 1000 + 99 * 6000 + 8192
+    samples, fill = 400 / num_rows, positions / num_rows / 8192
+    assert f"{samples:.3g} samples a row, which fill it to {fill:.3g}" in printed
+    assert f"{96 * samples:.0f} samples" in printed and f"samples of {lengths}" in printed
+    assert f"mean length {positions / 400:.5g}, mean tiles 2;" in printed
+    assert "--packing-buffer-size 1000 --packing-max-tiles 17" in printed
+    assert "the fastest with a row a sample (--packing-buffer-size 0 --global-batch-size" in printed
+    # 7 tiles a row: of a long sample two short ones beside it, of short ones alone seven.
+    assert plan_command.main([*command.split(), "--packing-max-tiles", "7"]) == 0
+    assert f"{400 / (99 + 1 + 15):.3g} samples a row" in capsys.readouterr().out
+    assert plan_command.main([*command.split(), "--packing-buffer-size", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "packed" not in printed and "--global-batch-size 256 --seq-length 8192 --packing-buffer-size 0" in printed
+
+
+def test_a_row_a_sample_is_as_ever_where_the_recipe_does_not_pack(capsys):
+    assert plan_command.main("--model llava-ov-7b --stage 1 --gpus 8".split()) == 0
+    assert "pack" not in capsys.readouterr().out
 
 
 def test_a_reader_that_ends_early_gets_no_traceback():
@@ -197,5 +251,8 @@ def test_a_reader_that_ends_early_gets_no_traceback():
 
 def test_the_largest_image_is_that_of_the_recipe():
     architecture = ARCHITECTURES["llava-ov-7b"]
-    # One tile; a base tile and 2 x 2; a base tile and 6 x 6.
-    assert [count_most_tiles(recipe("llava-ov-7b", stage), architecture) for stage in ("1", "1.5", "2")] == [1, 5, 37]
+    settings = [recipe("llava-ov-7b", stage) for stage in ("1", "1.5", "2")]
+    # One tile; a base tile and 2 x 2; a base tile and 6 x 6. A packed row may have half as many again as fill it.
+    assert [count_most_tiles(one, architecture) for one in settings] == [1, 5, 37]
+    assert [count_row_tiles(one, architecture).default for one in settings] == [5, 17, 37]
+    assert count_row_tiles(recipe("llava-ov-7b", "revision"), architecture).default == 6  # 576 positions each

@@ -46,7 +46,7 @@ def test_the_log_shows_the_figures_and_tensorboard_has_them(demo, tmp_path):
     assert list(figures) == [1, 2, 3, 4, 5, 6]
     for line in figures.values():
         assert float(line["rsa pairs"]) == 8  # micro-batch 4 on 2 ranks
-        assert float(line["skipped samples"]) == 0
+        assert float(line["skipped samples"]) == 0 and float(line["samples"]) == 16
         for name in ("lm loss", "rsa loss", "rsa dist vision", "rsa dist text"):
             assert float(line[name]) > 0
     found = re.findall(

@@ -241,6 +241,14 @@ def test_another_schedule_is_taken_where_it_is_plain_and_asked_about_where_not(d
     lengths = [("--train-iters", count) for count in (0, 4, 8)] + [("--lr-decay-iters", 12)]
     again = [(), ("--lr", "2e-3", "--no-load-optim"), ("--lr", "2e-3", "--finetune")]
     assert set(script.parse_errors(demo, [(*load, *change) for change in taken + lengths + again])) == {""}
+    packed = (*load, "--packing-buffer-size", 8)
+    unit, *others = script.parse_errors(demo, [packed, (*packed, OVERRIDE), (*packed, "--no-load-optim")])
+    assert re.match(
+        r"error: --load .*: its schedule counts samples there, packed rows here \(.* 0 there, 8 here\): go on with",
+        unit,
+    )
+    assert "--packing-buffer-size 0 --global-batch-size 8, or begin anew with --no-load-optim --restart-data" in unit
+    assert others == ["", ""]
     refused = {
         "leave one out": (OVERRIDE, USE_CHECKPOINT),
         "--vision-lr: 0.0005 there, 0.001 here: the parts that learn at the same rate are others": (

@@ -63,7 +63,7 @@ def register() -> None:
     sizes = {name: settings()[name] for name in ("micro_batch_size", "num_workers", "eval_iters", "mutual_knn_samples")}
     for stage in ("1.5", "2"):
         recipes.RECIPES["tiny", stage] = lambda stage=stage: (
-            recipes.STAGES[stage]() | sizes | dict(image_grids=None, lr=1e-3)
+            recipes.unpack(recipes.STAGES[stage]()) | sizes | dict(image_grids=None, lr=1e-3)
         )
 
 

@@ -8,12 +8,13 @@ import pytest
 from rsa_megatron.models.architectures import ARCHITECTURES
 from rsa_megatron.planning.flops import training_flops
 from rsa_megatron.planning.parallel_layout import Layout, Run
+from rsa_megatron.planning.rows import Row, Rows
 from rsa_megatron.planning.step_time import Assumptions, step_time
 
 ALL = ("vision", "projector", "embeddings", "language")
 RUN = Run(ARCHITECTURES["llava-ov-7b"], ALL, row_length=8192, num_tiles=5)
 # Bandwidths without end leave arithmetic alone.
-ASSUMED = Assumptions(1000, 0.5, math.inf, math.inf, mean_length=8192, mean_tiles=4)
+ASSUMED = Assumptions(1000, 0.5, math.inf, math.inf, Rows([Row.of_mean_samples(1, 8192, 4)]))
 SECONDS_OF_A_SAMPLE = sum(
     training_flops(
         RUN.architecture, ALL, num_tiles=4, num_positions=8192, squared_lengths=8192**2, num_image_tokens=4 * 729
@@ -40,7 +41,7 @@ def test_a_pipeline_has_a_bubble_and_waits_for_its_slowest_stage():
 
 
 def test_rows_are_filled_up_under_pipeline_parallelism_alone():
-    short = replace(ASSUMED, mean_length=1000)
+    short = replace(ASSUMED, rows=Rows([Row.of_mean_samples(1, 1000, 4)]))
     assert step_time(RUN, Layout(), short) < 0.3 * step_time(RUN, Layout(), ASSUMED)
     assert step_time(RUN, Layout(pipeline=4), short) == step_time(RUN, Layout(pipeline=4), ASSUMED)
 
