@@ -52,6 +52,7 @@ ARROWS = {
     "cli": [
         "alignment",
         "anyres",
+        "batch",
         "data",
         "evaluation",
         "example_files",
