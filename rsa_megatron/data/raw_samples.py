@@ -74,7 +74,7 @@ def packed_rows(
     arguments = (str(path), encoder, config, 1, shuffle_buffer_size)
     try:
         loader = TrainLoader(*arguments, packing_buffer_size=packing_buffer_size, one_epoch=1)
-    except ValueError:
+    except ValueError:  # a blend by weight has no pass
         loader = TrainLoader(*arguments, packing_buffer_size=packing_buffer_size)
     while (row := next(loader)).num_samples:
         yield row
