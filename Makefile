@@ -36,7 +36,7 @@ check: $(INSTALLED)
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
 	@$(PY) -m pytest $(PARALLEL) -m check $(ARGS)
 
-BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface loader waiting_for_data start_up mutual_knn conversion task_encoder realign
+BENCHMARKS := rsa_loss rsa_ranks rsa_on_paper whole_step against_huggingface packing loader waiting_for_data start_up mutual_knn conversion task_encoder realign
 bench: $(INSTALLED)
 	@for name in $(BENCHMARKS); do \
 	  echo "[$$name]"; $(PY) benchmarks/$$name.py --append results/benchmarks.jsonl || exit 1; \

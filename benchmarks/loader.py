@@ -3,9 +3,10 @@
     python benchmarks/loader.py [--workers 0 1 2] [--runs 5] [--append results/benchmarks.jsonl]
 
 Two data sets in Energon shards, read by TrainLoader as in training: the demo's captions, PNGs of 112 pixels that become a
-tile of 84, in micro-batches of 16; and JPEGs of usual sizes that AnyRes cuts into tiles of 384 pixels, in micro-batches of 1,
-as the recipes of the later stages have it. A process that does nothing else takes the batches. Settings go round in turns,
-each in a process of its own; figures are medians. "First batch" starts the workers and fills the shuffle buffer.
+tile of 84, in micro-batches of 16; and JPEGs of usual sizes that AnyRes cuts into tiles of 384 pixels, in micro-batches of 1, and
+in packed rows of 16384 positions. A process that does nothing else takes the batches. Settings go round in turns,
+each in a process of its own; figures are medians. "First batch" starts the workers and fills the shuffle buffer and
+the packing buffer.
 
 The second table is CPU time of the thread that encodes, without workers: reading is Energon's (tar, index, shuffle buffer),
 the others are the real functions with a stopwatch around each, which stops while another runs. Handing over is what a worker
@@ -15,6 +16,7 @@ of the others.
 
 import argparse
 import collections
+import dataclasses
 import functools
 import multiprocessing
 import statistics
@@ -37,6 +39,7 @@ from transformers import AutoTokenizer
 
 from rsa_megatron.data import conversation, tiles
 from rsa_megatron.data.loaders import TrainLoader
+from rsa_megatron.data.packed_task_encoder import PackingTaskEncoder
 from rsa_megatron.data.prepare.sample_checks import ImportedImage, ImportedSample
 from rsa_megatron.data.prepare.shard_writer import TarShards, index_shards
 from rsa_megatron.data.synthetic import scenes
@@ -54,6 +57,8 @@ TIMED = {
     "batching": (LlavaTaskEncoder, "batch"),
 }
 SHARES = ("reading", *TIMED, "handing over")
+#: Positions of a packed row, and image tiles: those of stage 2's recipe.
+_ROW, _ROW_TILES = 16384, 37
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -63,10 +68,12 @@ class Data:
 
     name: str
     path: Path
-    encoder: LlavaTaskEncoder
+    encoder: LlavaTaskEncoder | PackingTaskEncoder
     micro_batch_size: int
     #: that are timed
     num_samples: int
+    #: of packed rows, 0 for a row a sample
+    packing_buffer_size: int = 0
 
 
 def main():
@@ -80,11 +87,14 @@ def main():
             demo_captions(folder / "demo", args.captions),
             anyres_images(folder / "anyres", args.images, args.sizes),
         ]
-        figures = {data.name: {"workers": {}} for data in sets}
+        # Where the time goes is measured of rows of one sample alone: packing calls other functions in the same places.
+        packed = pack(sets[1])
+        figures = {data.name: {"workers": {}} for data in (*sets, packed)}
         taken, shares = collections.defaultdict(list), collections.defaultdict(list)
         for _ in range(args.runs):
-            for data in sets:
-                shares[data.name].append(in_own_process(measure_shares, data))
+            for data in (*sets, packed):
+                if data is not packed:
+                    shares[data.name].append(in_own_process(measure_shares, data))
                 for workers in args.workers:
                     taken[data.name, workers].append(in_own_process(measure_rate, data, workers))
     for (name, workers), runs in taken.items():
@@ -138,6 +148,24 @@ def anyres_images(folder: Path, num_samples: int, sizes: list[str]) -> Data:
     return Data("AnyRes JPEGs", folder, encoder, 1, num_samples)
 
 
+def pack(data: Data) -> Data:
+    """Return the AnyRes images in packed rows, as stage 2's recipe has them."""
+    encoder = PackingTaskEncoder(
+        data.encoder.tokenizer,
+        image_size=anyres.TILE,
+        patch_size=anyres.ARCHITECTURE.vision.patch_size,
+        max_sequence_length=_ROW,
+        row_length=_ROW,
+        template="qwen_1_5",
+        image_aspect_ratio="anyres",
+        grid_pinpoints=anyres.PINPOINTS,
+        max_tiles=anyres.ARCHITECTURE.max_tiles,
+        max_tiles_per_row=_ROW_TILES,
+    )
+    buffer_size = min(1000, data.num_samples // 4)
+    return dataclasses.replace(data, name=f"{data.name}, packed", encoder=encoder, packing_buffer_size=buffer_size)
+
+
 def in_own_process(function, *args) -> dict:
     """What function(*args) returns in a fork of this process, of which nothing is left."""
     receiver, sender = _FORK.Pipe(duplex=False)
@@ -153,7 +181,14 @@ def in_own_process(function, *args) -> dict:
 def new_loader(data: Data, workers: int) -> TrainLoader:
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers, seed_offset=1)
     shuffle_buffer_size = min(1000, data.num_samples // 4)
-    return TrainLoader(str(data.path), data.encoder, config, data.micro_batch_size, shuffle_buffer_size)
+    return TrainLoader(
+        str(data.path),
+        data.encoder,
+        config,
+        data.micro_batch_size,
+        shuffle_buffer_size,
+        packing_buffer_size=data.packing_buffer_size,
+    )
 
 
 def measure_rate(data: Data, workers: int) -> dict[str, float]:
@@ -163,11 +198,10 @@ def measure_rate(data: Data, workers: int) -> dict[str, float]:
     # What the workers have ready was made before: after two batches of each they work as fast as batches are taken.
     for _ in range(2 * workers):
         next(loader)
-    start = time.perf_counter()
-    for _ in range(data.num_samples // data.micro_batch_size):
-        batch = next(loader)
+    start, num_samples = time.perf_counter(), 0
+    while num_samples < data.num_samples:
+        num_samples += next(loader).num_samples
     seconds = time.perf_counter() - start
-    num_samples = len(batch.keys) * (data.num_samples // data.micro_batch_size)
     return {"samples_per_s": num_samples / seconds, "first_batch_s": first_s}
 
 
@@ -239,6 +273,8 @@ def print_tables(figures: dict) -> None:
             print(f"| {name} | {workers} | {per_second:.1f} | {low:.1f} to {high:.1f} | {first_s:.2f} |")
     print(f"\n| data | CPU ms a sample | {' | '.join(SHARES)} |\n| --- | --- |{' --- |' * len(SHARES)}")
     for name, data in figures.items():
+        if "cpu_s" not in data:
+            continue
         whole = sum(seconds for share, seconds in data["cpu_s"].items() if share != "handing over")
         shares = " | ".join(f"{data['cpu_s'][share] / whole:.1%}" for share in SHARES)
         print(f"| {name} | {whole * 1e3:.2f} | {shares} |")

@@ -10,23 +10,23 @@ demo` leaves it, written where it is missing). Memory is the peak of a process's
 """
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import demo_run
 import machine
 import torch
+import turns
 from demo_run import ROOT
 
 SIDES = {"with": [], "without": ["--rsa-weight", "0"]}
 # Asked before Megatron is imported, which without a CUDA device is given a stand-in for one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_POLL_S = 0.0005
 
 
 def main():
@@ -68,20 +68,23 @@ def parse():
 
 
 def measure(args, folder: Path) -> dict:
-    runs = {side: start(side, args, folder) for side in SIDES}
+    num_iterations = (args.turns + 1) * args.iterations + 1  # the last ends the last turn
+    flags = demo_run.flags(args.demo, "--log-interval", "10", "--train-iters", str(num_iterations)) + args.flags
+    shared = dict(processes=args.processes, iterations=args.iterations, threads=threads_of(args))
+    runs = {side: turns.start(__file__, side, folder, flags=flags + more, **shared) for side, more in SIDES.items()}
     times = {side: [] for side in SIDES}
     try:
         for turn in range(args.turns + 1):
             for side in list(SIDES)[:: 1 if turn % 2 else -1]:
-                times[side].append(take_turn(side, turn, args, folder, runs))
+                name = f"{side} RSA"
+                taken = turns.take_turn(side, turn, folder, runs[side], ranks=args.processes, name=name)
+                times[side].append(max(rank["seconds"] for rank in taken))
         for side, run in runs.items():
-            (folder / f"{side}-go-{args.turns + 1}").touch()
-            if run.wait():
-                raise SystemExit(f"error: the run {side} RSA failed:\n{(folder / f'{side}.log').read_text()[-8000:]}")
+            turns.end(side, args.turns + 1, folder, run, name=f"{side} RSA")
     finally:
         for run in runs.values():
             run.kill()
-    counted = {side: [seconds / args.iterations for seconds in turns[1:]] for side, turns in times.items()}
+    counted = {side: [seconds / args.iterations for seconds in taken[1:]] for side, taken in times.items()}
     ratios = [a / b for a, b in zip(counted["with"], counted["without"])]
     memory = {side: max(int(file.read_text()) for file in folder.glob(f"{side}-peak-*")) for side in SIDES}
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -89,38 +92,11 @@ def measure(args, folder: Path) -> dict:
         processes=args.processes,
         turns=args.turns,
         flags=args.flags,
-        seconds={side: statistics.median(turns) for side, turns in counted.items()},
+        seconds={side: statistics.median(taken) for side, taken in counted.items()},
         ratio=statistics.median(ratios),
         quartiles=[quartiles[0], quartiles[2]],
         peak_bytes=memory,
         memory_ratio=memory["with"] / memory["without"],
-    )
-
-
-def start(side: str, args, folder: Path) -> subprocess.Popen:
-    iterations = (args.turns + 1) * args.iterations + 1  # the last ends the last turn
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(args.processes),
-        __file__,
-        "--side",
-        side,
-        "--folder",
-        folder,
-        "--iterations",
-        str(args.iterations),
-        "--",
-        *demo_run.flags(args.demo, "--log-interval", "10", "--train-iters", str(iterations)),
-        *args.flags,
-        *SIDES[side],
-    ]
-    log = open(folder / f"{side}.log", "w")
-    return subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads_of(args))}
     )
 
 
@@ -129,54 +105,11 @@ def threads_of(args) -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.processes))
 
 
-def take_turn(side: str, turn: int, args, folder: Path, runs: dict) -> float:
-    (folder / f"{side}-go-{turn}").touch()
-    done = [folder / f"{side}-done-{turn}-{rank}" for rank in range(args.processes)]
-    while not all(file.exists() for file in done):
-        if runs[side].poll() is not None:
-            raise SystemExit(f"error: the run {side} RSA ended early:\n{(folder / f'{side}.log').read_text()[-8000:]}")
-        time.sleep(_POLL_S)
-    return max(float(file.read_text()) for file in done)
-
-
 def train(args) -> None:
     """One rank of a run: the training script, whose forward step waits for its turns."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    sys.argv = ["pretrain_llava_rsa.py", *args.flags]
-    import pretrain_llava_rsa
-
-    pretrain_llava_rsa.forward_step = Turns(args, pretrain_llava_rsa.forward_step)
-    pretrain_llava_rsa.main()
+    turns.train(args.flags, functools.partial(turns.Turns, args, DEVICE))
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else machine.resident_bytes("VmHWM")
     (args.folder / f"{args.side}-peak-{os.environ['RANK']}").write_text(str(peak))
-
-
-class Turns:
-    """A forward step that stops before the first micro-batch of every turn until it may go on, and says how long the turn took."""
-
-    def __init__(self, args, forward_step):
-        self._args, self._forward_step = args, forward_step
-        self._calls, self._turn, self._begin = 0, -1, None
-
-    def __call__(self, *args, **kwargs):
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-        if self._calls % (self._args.iterations * get_num_microbatches()) == 0:
-            self._change()
-        self._calls += 1
-        return self._forward_step(*args, **kwargs)
-
-    def _change(self) -> None:
-        machine.synchronize(DEVICE)
-        name = self._args.folder / self._args.side
-        if self._begin is not None:
-            unfinished = Path(f"{name}-unfinished-{os.environ['RANK']}")
-            unfinished.write_text(str(time.perf_counter() - self._begin))
-            unfinished.rename(f"{name}-done-{self._turn}-{os.environ['RANK']}")
-        self._turn += 1
-        while not os.path.exists(f"{name}-go-{self._turn}"):
-            time.sleep(_POLL_S)
-        self._begin = time.perf_counter()
 
 
 def table_row(figures: dict) -> str:

@@ -4,6 +4,7 @@
     python examples/demo/demo.py --out other -- --rsa-weight 0.01 stage 1 with any flags of Megatron or of RSA
     python examples/demo/demo.py --compare                        four seeds, with RSA and without: `make demo-compare`
     python examples/demo/demo.py --stages                         three stages, with RSA and without: `make demo-stages`
+    python examples/demo/demo.py --packing                        stages 1.5 and 2 packed and unpacked, three seeds
     python examples/demo/demo.py --dry-run                        what would run
 
 What runs is in demo_plan.py. Finished steps are not repeated; a run that was killed resumes from its checkpoint. A step that
@@ -16,6 +17,7 @@ fails is named with its log, and the exit status is 1. A folder that holds a run
     OUT/curves.png              both
     OUT/seed-1/...              the same for each seed of --compare; the figure goes to RESULTS/demo.png
     OUT/stages/...              the stages of --stages, stages.png and stages.jsonl
+    OUT/packing/seed-1/...      those of --packing; the figure goes to RESULTS/demo-packing.png
 """
 
 import argparse
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         queue = Queue(jobs, args.out, args.jobs, environment(count_threads(args)))
     with lock:
         run(queue, args)
-        if not (args.compare or args.stages):
+        if not (args.compare or args.stages or args.packing):
             say(format_conclusion(args.out, args.data))
 
 
@@ -99,12 +101,15 @@ def parse(arguments: list[str] | None):
     )
     parser.add_argument("--out", type=Path, default=ROOT / "demo", help="folder for the runs; %(default)s")
     parser.add_argument("--data", type=Path, help="folder for data and tokenizer; that of --out")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="where --compare draws; %(default)s")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "results", help="where --compare and --packing draw; %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=1, help="%(default)s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 1234], help="of --compare; 1 2 3 1234")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of --compare, 1 2 3 1234, and of --packing, 1 2 3")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--compare", action="store_true", help="several seeds, with RSA and without")
     kind.add_argument("--stages", action="store_true", help="all three stages, with RSA and without")
+    kind.add_argument("--packing", action="store_true", help="stages 1.5 and 2, packed and unpacked")
     parser.add_argument("--processes", type=int, help="of a run; one a GPU and at most two, or two on the CPU")
     parser.add_argument(
         "--scenes", type=int, nargs=2, metavar=("TRAIN", "HELD_OUT"), help="of each data set; those of prepare_data.py"
@@ -116,6 +121,7 @@ def parse(arguments: list[str] | None):
     args.out, args.results = args.out.resolve(), args.results.resolve()
     args.data = args.data.resolve() if args.data else args.out
     args.processes = args.processes or count_processes()
+    args.seeds = args.seeds or ([1, 2, 3] if args.packing else [1, 2, 3, 1234])
     return args
 
 

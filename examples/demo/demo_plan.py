@@ -1,4 +1,4 @@
-"""What `make demo`, `make demo-compare` and `make demo-stages` run, as jobs (job_queue.py) with their flags.
+"""What `make demo`, `make demo-compare`, `make demo-stages` and `demo.py --packing` run, as jobs (job_queue.py) with their flags.
 
 `args` are those of examples/demo/demo.py: out, data, results, seed, seeds, processes, scenes, backbone_iterations, flags.
 """
@@ -18,6 +18,26 @@ STAGES = {
     "2": ("stage2", ("--train-iters", "40")),
 }
 ARMS = {"with RSA": (), "without": WITHOUT_RSA}
+#: Stage 1 of --packing, which both of its arms start from.
+PACKING_STAGE_1 = ("--train-iters", "80", "--eval-interval", "1000")
+#: Flags of its arms in stages 1.5 and 2, and their iterations, of as many samples in both: 32 samples a step, a row each; or 4 rows of 8, and
+#: 6 of 5. The tokens of a step weigh alike in both, and evaluations are the same.
+PACKING_ARMS = {
+    "unpacked": ("--packing-buffer-size", "0", "--seq-length", "448")
+    + ("--micro-batch-size", "8", "--global-batch-size", "32", "--calculate-per-token-loss"),
+    "packed": ("--packing-buffer-size", "250", "--micro-batch-size", "1")
+    + ("--eval-micro-batch-size", "8", "--eval-global-batch-size", "32"),
+}
+PACKING_STAGES = {
+    "1.5": {
+        "unpacked": ("--train-iters", "40"),
+        "packed": ("--train-iters", "39", "--seq-length", "2048", "--global-batch-size", "4"),
+    },
+    "2": {
+        "unpacked": ("--train-iters", "30"),
+        "packed": ("--train-iters", "32", "--seq-length", "1696", "--global-batch-size", "6"),
+    },
+}
 # Seconds on two cores.
 SECONDS = {"data": 25, "pretraining": 100, "before": 20, "1": 120, "1.5": 120, "2": 80, "figures": 6, "export": 12}
 
@@ -40,6 +60,8 @@ def plan(args) -> list[Step]:
         return plan_stages(args)
     if args.compare:
         return plan_comparison(args)
+    if args.packing:
+        return plan_packing(args)
     arms = {"with RSA": "stage1", "without": "without-rsa"}
     return [
         plan_captions(args),
@@ -73,19 +95,7 @@ def plan_comparison(args) -> list[Step]:
 
 def plan_stages(args) -> list[Step]:
     """Return the three stages with RSA and without, each from the weights of the one before."""
-    others = ("questions", "texts", "words")
-    jobs = [
-        plan_captions(args),
-        Step(
-            "prepare/others",
-            build_prepare_command(args, *others),
-            ("prepare/captions",),
-            75,
-            1,
-            f"data: {', '.join(others)}",
-        ),
-        *plan_backbones(args, "", args.seed),
-    ]
+    jobs = [*plan_all_data(args), *plan_backbones(args, "", args.seed)]
     folders = {arm: args.out / "stages" / folder_name(arm) for arm in ARMS}
     last = []
     for arm, arm_flags in ARMS.items():
@@ -113,6 +123,53 @@ def plan_stages(args) -> list[Step]:
         *("--out", args.out / "stages" / "stages.png", "--jsonl", args.out / "stages" / "stages.jsonl"),
     )
     return [*jobs, Step("stages/figures", compare, tuple(last), SECONDS["figures"], 5, "results", True)]
+
+
+def plan_packing(args) -> list[Step]:
+    """Return stages 1.5 and 2, packed and unpacked, of several seeds; both begin with the seed's stage 1."""
+    jobs = [*plan_all_data(args), *plan_backbones(args, "", args.seed)]
+    last = []
+    for seed in args.seeds:
+        folder = f"packing/seed-{seed}"
+        first = f"{folder}/stage1"
+        jobs.append(plan_packing_stage(args, "1", first, "parts", seed, PACKING_STAGE_1, "for both"))
+        for arm, flags in PACKING_ARMS.items():
+            begin = first
+            for stage, of_arms in PACKING_STAGES.items():
+                name = f"{folder}/{arm}/{STAGES[stage][0]}"
+                jobs.append(plan_packing_stage(args, stage, name, begin, seed, flags + of_arms[arm], arm))
+                begin = name
+            last.append(begin)
+    compare = python(
+        EXAMPLES / "demo" / "plot_packing.py",
+        *("--runs", *(args.out / "packing" / f"seed-{seed}" for seed in args.seeds)),
+        *("--before", args.out / "before" / "metrics.jsonl"),
+        *("--out", args.results / "demo-packing.png", "--jsonl", args.results / "demo-packing.jsonl"),
+    )
+    name = f"packing/figures-{'-'.join(map(str, args.seeds))}"
+    return [*jobs, Step(name, compare, tuple(last), SECONDS["figures"], 5, "packed and unpacked", True)]
+
+
+def plan_packing_stage(args, stage: str, name: str, begin: str, seed: int, flags: tuple, what: str) -> Step:
+    command = build_training_command(
+        args,
+        *("--model", "demo", "--stage", stage),
+        *get_common_flags(args, f"{STAGES[stage][0]}.yaml", seed),
+        *("--pretrained-checkpoint", args.out / begin),
+        *get_run_flags(args, name),
+        *("--log-interval", "1"),  # each step's number of samples is in the figure
+        *flags,
+        *args.flags,
+    )
+    needs = (begin, "before", "prepare/others")
+    return Step(name, command, needs, 0.6 * SECONDS[stage], 4, f"stage {stage}, seed {seed}, {what}")
+
+
+def plan_all_data(args) -> list[Step]:
+    """Return the jobs that write all data sets, the mixtures and the tokenizer."""
+    others = ("questions", "texts", "words")
+    command, sentence = build_prepare_command(args, *others), f"data: {', '.join(others)}"
+    return [plan_captions(args), Step("prepare/others", command, ("prepare/captions",), 75, 1, sentence)]
 
 
 def plan_captions(args) -> Step:

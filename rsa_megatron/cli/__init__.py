@@ -1,6 +1,6 @@
 """The command `rsa-megatron` (also `python -m rsa_megatron`; with several processes `torchrun ... -m rsa_megatron`).
 
-    rsa-megatron data pack|link|show            training data from data as people have it
+    rsa-megatron data pack|link|show|fill       training data from data as people have it
     rsa-megatron plan                           which parallel layouts fit N GPUs, and which is fastest
     rsa-megatron measure                        alignment of every layer with every layer
     rsa-megatron plot                           figures of what was measured

@@ -4,10 +4,13 @@
     rsa-megatron data link SOURCE --out DIR --images ROOT  images stay where they are;
                                                                            --data-path DIR/mixture.yaml
     rsa-megatron data show PATH --index 3 --tokenizer TOKENIZER --stage 1.5
+    rsa-megatron data show PATH --packed 0 --tokenizer TOKENIZER --stage 1.5     a packed row
+    rsa-megatron data fill PATH --tokenizer TOKENIZER --stage 1.5                how full packed rows would be
 
 SOURCE: records with conversations, messages or captions in JSON, JSONL or parquet (one file, or a folder of them), or in a
 .csv or .tsv; LLaVA-OneVision's YAML of such files; a folder of images with a text file beside each, or with a metadata.jsonl
-or .csv; COCO's captions .json, Karpathy's dataset_*.json. PATH is a SOURCE, a folder that pack has written, or a mixture.
+or .csv; COCO's captions .json, Karpathy's dataset_*.json. PATH is a folder that pack has written, or a mixture; for one sample
+also a SOURCE.
 
 A sample that cannot be used is skipped; DIR/skipped.jsonl lists each with the reason. A run that was killed resumes where
 it stopped; DIR appears under its name when it is complete. DIR/summary.json and summary.png show what is in it.
@@ -26,9 +29,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rsa_megatron import atomic
+from rsa_megatron.cli.data_fill import add_fill_arguments, fill
 from rsa_megatron.cli.data_first_run import format_first_run
 from rsa_megatron.cli.data_summary import Figures, format_summary, write_summary
-from rsa_megatron.cli.show_sample import add_show_arguments, load_tokenizer, say_left_out, show
+from rsa_megatron.cli.show_packed_row import show_packed
+from rsa_megatron.cli.show_sample import add_show_arguments, say_left_out, show
+from rsa_megatron.cli.training_encoder import load_tokenizer
 from rsa_megatron.command_line import Parser, report_errors
 from rsa_megatron.data.field_values import escape_surrogates, is_absent
 from rsa_megatron.data.prepare import sample_checks
@@ -43,10 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what matters ends in skipped.jsonl
     warnings.filterwarnings("ignore", message="'pin_memory'")  # Energon asks for it on any machine
     warnings.filterwarnings("ignore", message="(?s).*is deprecated, use the default instead and set the sample_type")
-    if args.command == "show":
-        with report_errors(interrupted="interrupted"):
-            return show(args)
-    with report_errors(interrupted="interrupted; the same command resumes from here"):
+    resumes = args.command not in ("show", "fill")
+    with report_errors(interrupted="interrupted" + "; the same command resumes from here" * resumes):
+        run(args)
+
+
+def run(args) -> None:
+    if args.command == "fill":
+        fill(args)
+    elif args.command == "show":
+        show(args) if args.packed is None else show_packed(args)
+    else:
         make(args)
 
 
@@ -97,9 +110,10 @@ def parse(arguments: list[str] | None):
         )
         if name == "pack":
             command.add_argument("--shard-size", type=int, default=1000, help="samples per tar; default: %(default)s")
-    add_show_arguments(commands.add_parser("show", help="show one sample as training sees it"))
+    add_show_arguments(commands.add_parser("show", help="show one sample, or one packed row, as training sees it"))
+    add_fill_arguments(commands.add_parser("fill", help="measure how full packed rows would be"))
     args = parser.parse_args(arguments)
-    if args.command != "show" and args.num_workers < 1:
+    if args.command in ("pack", "link") and args.num_workers < 1:
         parser.error("--num-workers must be at least 1")
     if args.command == "pack" and args.shard_size < 1:
         parser.error("--shard-size must be at least 1")

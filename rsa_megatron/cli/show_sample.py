@@ -12,83 +12,74 @@ from torch import Tensor
 
 from rsa_megatron import atomic
 from rsa_megatron.anyres import ImageLayout
+from rsa_megatron.cli.training_encoder import EncoderSettings, add_encoder_arguments, add_row_arguments
 from rsa_megatron.data import conversation
 from rsa_megatron.data.cookers import read_stored_record
 from rsa_megatron.data.dataset_checks import check_data
-from rsa_megatron.data.image_embeddings import ImageEmbeddings
 from rsa_megatron.data.prepare import sample_checks
 from rsa_megatron.data.raw_samples import stored_samples
 from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.sources.open_records import open_records
 from rsa_megatron.data.sources.pairs import format_counts
 from rsa_megatron.data.sources.record import Source, Unusable
-from rsa_megatron.data.task_encoder import LlavaTaskEncoder, StoredSample
-from rsa_megatron.data.tiles import ASPECT_RATIOS, IMAGE_PART, ImageTiler
-from rsa_megatron.models.architectures import Architecture, square_grids
-from rsa_megatron.models.folder_kinds import find_run
-from rsa_megatron.models.hf_config import find_architecture
-from rsa_megatron.recipes import STAGES
+from rsa_megatron.data.stored_parts import StoredSample
+from rsa_megatron.data.tiles import IMAGE_PART, ImageTiler
 
 if TYPE_CHECKING:  # only for annotations: importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
-_MODEL = "llava-ov-7b"  # all of LLaVA-OneVision's cut images alike
 _GAP = 6  # pixels between tiles
 _GREEN, _UNDERLINE, _PLAIN = "\033[32m", "\033[4m", "\033[0m"
 
 
 def add_show_arguments(parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a SOURCE, a folder of shards, or a mixture")
-    parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--index", type=int, default=0, help="which sample, from 0")
+    which.add_argument("--packed", type=int, metavar="N", help="show packed row N of training, from 0")
     parser.add_argument(
         "--part", choices=["train", "val"], default="train", help="split of shards, a mixture or a table"
     )
     parser.add_argument(
         "--images", type=Path, help="folder that a SOURCE's paths of images are relative to; default: its own"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling_strategy random, as for pack")
-    parser.add_argument("--stage", choices=list(STAGES), default="1", help="use the settings of this stage's recipe")
-    parser.add_argument("--template", choices=conversation.TEMPLATES, help="instead of the stage's")
-    parser.add_argument("--label-style", choices=conversation.LABEL_STYLES, help="instead of the stage's")
-    parser.add_argument("--image-aspect-ratio", choices=ASPECT_RATIOS, help="instead of the stage's")
     parser.add_argument(
-        "--model",
-        default=_MODEL,
-        help="architecture or Hugging Face folder, whose tiles and image tokens are shown; default: %(default)s",
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of sampling_strategy random, as for pack; of the order of a packed row's samples",
     )
-    parser.add_argument("--image-size", type=int, help="side of a tile, pixels; default: the model's")
+    add_encoder_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
+    row = parser.add_argument_group("a packed row")
+    row.add_argument("--seq-length", type=int, help="of the row; default: the stage's")
+    row.add_argument("--shuffle-buffer-size", type=int, default=1000, help="samples; default: %(default)s")
+    add_row_arguments(row)
 
 
 def show(args) -> None:
-    picture_format = Image.registered_extensions().get(args.out.suffix.lower())
-    if picture_format is None:
-        raise ValueError(f"--out {args.out} is not the name of a picture, such as sample.png")
-    tokenizer, settings, model = load_tokenizer(args.tokenizer), STAGES[args.stage](), find_architecture(args.model)
-    args.image_size = args.image_size or model.vision.image_size
-    for name in ("template", "label_style", "image_aspect_ratio"):
-        setattr(args, name, getattr(args, name) or settings[name])
-    conversation.check_tokenizer(tokenizer, args.template)
+    check_picture_name(args.out)
+    settings = EncoderSettings(args)
+    tokenizer, recipe = settings.tokenizer, settings.recipe
     if args.index < 0:
         raise ValueError(f"--index {args.index}: samples are counted from 0")
     prepared = is_prepared(args.path)
     sample = read_stored_sample(args) if prepared else read_source_sample(args)
-    reader = make_image_reader(args, settings, model, any(map(IMAGE_PART.fullmatch, sample.images)))
+    reader = settings.make_image_reader(has_pixels=any(map(IMAGE_PART.fullmatch, sample.images)))
     parts = {name: part for name, part in sample.images.items() if reader.part.fullmatch(name)}
     if sample.images and not parts:
         raise ValueError(
             f"sample {args.index} has no embedding (.npy), which stage {args.stage} reads: see rsa-megatron realign transform"
         )
-    if fault := make_encoder(args, settings, model, tokenizer, reader).explain_unusable(sample):
+    if fault := settings.make_encoder(reader).explain_unusable(sample):
         raise ValueError(fault)
     record = read_stored_record(sample.record, len(parts))
-    text = conversation.encode(tokenizer, record["conversations"], args.template, label_style=args.label_style)
+    text = conversation.encode(
+        tokenizer, record["conversations"], recipe["template"], label_style=recipe["label_style"]
+    )
     images = reader.decode(parts)
     layouts = reader.layouts(images)
-    num_image_tokens = sum(
-        layout.num_tokens(args.image_size // model.vision.patch_size, model.max_tiles) for layout in layouts
-    )
+    num_image_tokens = sum(settings.count_image_tokens(layout) for layout in layouts)
     print(f"sample {args.index} of {args.path}: {sample.__key__}, id {record.get('id')}\n")
     print(mark_text(tokenizer, text, colour=sys.stdout.isatty()))
     num_positions = len(text.tokens) - len(images) + num_image_tokens
@@ -96,71 +87,29 @@ def show(args) -> None:
         f"\n«target» ‹caption›: {len(text.tokens)} tokens, of which {sum(text.is_target)} are targets and "
         f"{sum(text.is_caption)} the caption's; {num_positions} with the image tokens"
     )
-    if num_positions > settings["seq_length"]:
-        print(f"longer than --seq-length {settings['seq_length']} of stage {args.stage}: the text is truncated")
+    if num_positions > recipe["seq_length"]:
+        print(f"longer than --seq-length {recipe['seq_length']} of stage {args.stage}: the text is truncated")
     takes_part = "yes" if prepared else "yes, if it is packed or linked with --rsa"
-    if settings.get("rsa_weight") == 0:
+    if recipe.get("rsa_weight") == 0:
         takes_part = f"no, stage {args.stage} trains without it"
     print(f"RSA: {explain_no_rsa(sample, len(images), text) or takes_part}")
     for image, layout in zip(images, layouts):
         print(describe_image(image, layout))
     if images and isinstance(reader, ImageTiler):
-        patch = model.vision.patch_size
-        print(f"tiles of {args.image_size} pixels, patches of {patch}: of {args.model}; --model names another")
-        with atomic.new_file(args.out) as unfinished:
-            draw_tiles(reader.tiles(images), layouts).save(unfinished, format=picture_format)
+        patch = settings.architecture.vision.patch_size
+        print(f"tiles of {settings.tile} pixels, patches of {patch}: of {args.model}; --model names another")
+        save_picture(draw_tiles(reader.tiles(images), layouts), args.out)
         print(f"tiles: {args.out}")
 
 
-def make_image_reader(args, settings: dict, model: Architecture, has_pixels: bool) -> ImageTiler | ImageEmbeddings:
-    """Make the stage's image reader; samples with only embeddings can be shown in any stage."""
-    positions = settings.get("image_positions", 0)
-    if positions or not has_pixels:
-        return ImageEmbeddings(width=None, positions=positions or 1)
-    size = args.image_size
-    grids = [(rows * size, columns * size) for rows, columns in settings.get("image_grids") or []]
-    return ImageTiler(
-        image_size=size,
-        image_aspect_ratio=args.image_aspect_ratio,
-        grid_pinpoints=grids or (model.grid_pinpoints if size == model.vision.image_size else square_grids(size, 6, 6)),
-    )
+def check_picture_name(out: Path) -> None:
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out} is not the name of a picture, such as sample.png")
 
 
-def make_encoder(
-    args,
-    settings: dict,
-    model: Architecture,
-    tokenizer: "PreTrainedTokenizerBase",
-    reader: ImageTiler | ImageEmbeddings,
-) -> LlavaTaskEncoder:
-    """Make the task encoder that would train on the sample."""
-    is_pixels = isinstance(reader, ImageTiler)
-    return LlavaTaskEncoder(
-        tokenizer,
-        image_size=args.image_size,
-        patch_size=model.vision.patch_size,
-        max_sequence_length=settings["seq_length"],
-        template=args.template,
-        label_style=args.label_style,
-        image_aspect_ratio=args.image_aspect_ratio,
-        grid_pinpoints=reader.grid_pinpoints if is_pixels else [],
-        max_tiles=model.max_tiles,
-        embeddings=None if is_pixels else reader,
-    )
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    if not folder.is_dir():
-        raise ValueError(f"--tokenizer {folder} is not a folder; name one with a Hugging Face tokenizer")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        run = find_run(folder)
-        if run and (run / "hf").is_dir():
-            raise ValueError(f"--tokenizer {folder} is a Megatron checkpoint: name {run / 'hf'}") from error
-        raise ValueError(f"--tokenizer {folder} has no tokenizer that can be loaded: {error}") from error
+def save_picture(picture: Image.Image, out: Path) -> None:
+    with atomic.new_file(out) as unfinished:
+        picture.save(unfinished, format=Image.registered_extensions()[out.suffix.lower()])
 
 
 def is_prepared(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 #: What each figure is called in the file.
@@ -16,21 +17,24 @@ FIGURES = {
 }
 
 
-def read_figures(file: Path) -> dict[str, dict[int, float]]:
+def read_figures(file: Path, figures: Mapping[str, str] = FIGURES) -> dict[str, dict[int, float]]:
     """Return {figure: {iteration: value}}; of a resumed run's repeated iterations the later count.
+
+    Args:
+        figures: what each is called in the file.
 
     Raises:
         ValueError: a line is not an object with an iteration.
         OSError: there is no such file.
     """
-    found: dict[str, dict[int, float]] = {name: {} for name in FIGURES}
+    found: dict[str, dict[int, float]] = {name: {} for name in figures}
     for number, text in enumerate(file.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
             iteration = line["iteration"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file}, line {number} is not a line of metrics.jsonl: remove it ({error})") from error
-        for name, written in FIGURES.items():
+        for name, written in figures.items():
             if written in line:
                 found[name][iteration] = math.nan if line[written] is None else line[written]
     return found

@@ -82,7 +82,7 @@ def test_a_command_of_the_docs_is_there_with_its_flags(page, line, help_of):
             + "--nodes --wait --dependency"
         )
     elif command := re.search(
-        r"(?:^rsa-megatron|-m rsa_megatron) (\w+)(?: (pack|link|show|fit|transform|report|\w+(?=\s+\S+\.jsonl)|[\w-]*megatron[\w-]*|verify))?",
+        r"(?:^rsa-megatron|-m rsa_megatron) (\w+)(?: (pack|link|show|fill|fit|transform|report|\w+(?=\s+\S+\.jsonl)|[\w-]*megatron[\w-]*|verify))?",
         line,
     ):
         words = [word for word in command.groups() if word]

@@ -151,7 +151,10 @@ GIVEN = [
         "--packing-buffer-size 8 --micro-batch-size 4",  # the recipe's, and named all the same
         "--packing-buffer-size 8 does not go with --micro-batch-size 4, as a packed row is a micro-batch of its own: leave it out",
     ),
-    ("--packing-buffer-size 8 --seq-length 1024", ""),  # a row, longer than the 512 positions of any sample of this model
+    (
+        "--packing-buffer-size 8 --seq-length 1024",
+        "",
+    ),  # a row, longer than the 512 positions of any sample of this model
     (
         "--packing-max-tiles 4",
         "--packing-max-tiles is of packed rows: name --packing-buffer-size (1000), or leave it out",

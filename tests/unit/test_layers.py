@@ -53,6 +53,7 @@ ARROWS = {
     "cli": [
         "alignment",
         "anyres",
+        "batch",
         "command_line",
         "data",
         "evaluation",

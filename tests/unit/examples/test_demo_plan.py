@@ -11,7 +11,7 @@ from follower import Follower
 from rsa_megatron.job_queue import Queue
 
 demo_script = importlib.import_module("demo")
-KINDS = ([], ["--compare", "--seeds", "1", "7"], ["--stages"])
+KINDS = ([], ["--compare", "--seeds", "1", "7"], ["--stages"], ["--packing"])
 
 
 def parse(*arguments):
@@ -22,7 +22,7 @@ def commands_of(*arguments) -> dict[str, str]:
     return {job.name: " ".join(job.command) for job in demo_plan.plan(parse(*arguments))}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["demo", "compare", "stages"])
+@pytest.mark.parametrize("kind", KINDS, ids=["demo", "compare", "stages", "packing"])
 def test_every_job_comes_once_and_after_what_it_needs(kind):
     jobs = demo_plan.plan(parse(*kind))
     names = [job.name for job in jobs]
@@ -76,6 +76,30 @@ def test_each_stage_starts_from_the_one_before_with_its_mixture():
                 f"--pretrained-checkpoint {begin} --load {own} --save {own} --tensorboard-dir {own}/tensorboard {flags} {end}"
             )
             begin = own
+
+
+def test_packed_and_unpacked_begin_with_the_same_weights_and_see_as_many_samples():
+    commands = commands_of("--packing", "--seeds", "1", "7", "--", "--lr", "1e-3")
+    common = "--data-path /out/data/{0}.yaml --tokenizer-model /out/tokenizer --seed {1} --pretrained-checkpoint {2} "
+    for seed in ("1", "7"):
+        folder = f"packing/seed-{seed}"
+        assert common.format("stage1", seed, "/out/parts") in commands[f"{folder}/stage1"]
+        for arm in ("packed", "unpacked"):
+            first, second = (commands[f"{folder}/{arm}/{stage}"] for stage in ("stage1_5", "stage2"))
+            assert common.format("stage1_5", seed, f"/out/{folder}/stage1") in first
+            assert common.format("stage2", seed, f"/out/{folder}/{arm}/stage1_5") in second
+            assert first.endswith(" --lr 1e-3") and "--log-interval 1 " in first
+            assert (" --calculate-per-token-loss " in first) == (arm == "unpacked")
+    # Samples of a row as `rsa-megatron data fill` finds them, 8.2 of 2048 positions and 5 of 1696.
+    for stage, per_row in (("1.5", 8.2), ("2", 5)):
+        unpacked, packed = (demo_plan.PACKING_STAGES[stage][arm] for arm in ("unpacked", "packed"))
+        packed = dict(zip(packed[::2], map(int, packed[1::2])))
+        seen = packed["--train-iters"] * packed["--global-batch-size"] * per_row
+        assert seen == pytest.approx(32 * int(unpacked[1]), rel=0.01)
+    assert commands["packing/figures-1-7"].endswith(
+        "--runs /out/packing/seed-1 /out/packing/seed-7 --before /out/before/metrics.jsonl "
+        "--out /results/demo-packing.png --jsonl /results/demo-packing.jsonl"
+    )
 
 
 def test_a_follower_prints_each_whole_line_once(tmp_path):
