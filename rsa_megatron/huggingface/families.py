@@ -44,6 +44,7 @@ class Family(NamedTuple):
 
 def mean_of_grid(states: Tensor, model: nn.Module, batch: dict, images: Images, pooling: str) -> Tensor:
     """Of [sum of t h w, D], images one after another. Qwen2.5-VL orders the tokens by windows, within each image: means are the same."""
+    states = states.reshape(-1, states.shape[-1])
     length_n = batch["image_grid_thw"].to(states.device).prod(dim=-1)
     _check_sum("image_grid_thw has patches", length_n, states)
     image_T = torch.repeat_interleave(torch.arange(1, len(length_n) + 1, device=states.device), length_n)
@@ -118,7 +119,7 @@ def find_model(model: nn.Module, family: Family | None = None) -> tuple[nn.Modul
 
 def find_images(batch: dict, config) -> Images:
     """Return the images of a batch: each run of image tokens is one."""
-    is_image_BS = batch["input_ids"] == _token(config, "image")
+    is_image_BS = (batch["input_ids"] == _token(config, "image")) & ~_in_video(batch)
     starts_BS = is_image_BS.clone()
     starts_BS[:, 1:] &= ~is_image_BS[:, :-1]
     image_BS = starts_BS.flatten().cumsum(0).view_as(is_image_BS) - 1
@@ -132,9 +133,14 @@ def find_images(batch: dict, config) -> Images:
 
 def find_videos(batch: dict, config) -> Tensor:
     """Whether a sample has a video, [B]."""
-    token = _token(config, "video")
-    input_ids = batch["input_ids"]
-    return (input_ids == token).any(dim=1) if token is not None else input_ids.new_zeros(len(input_ids)).bool()
+    token, input_ids = _token(config, "video"), batch["input_ids"]
+    return (_in_video(batch) | (input_ids == (-1 if token is None else token))).any(dim=1)
+
+
+def _in_video(batch: dict) -> Tensor:
+    """Where a batch says so, [B, S]: GLM's videos have image tokens."""
+    kinds_BS = batch.get("mm_token_type_ids")
+    return torch.zeros_like(batch["input_ids"], dtype=torch.bool) if kinds_BS is None else kinds_BS == 2
 
 
 def count_images(images: Images, num_images: int, batch: dict) -> Tensor:
