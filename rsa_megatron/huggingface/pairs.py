@@ -74,6 +74,8 @@ def read_pairs(model: nn.Module, family: Family, states: dict, batch: dict, conf
         count_B = count_images(images, len(v_ID), batch)
     valid_B, left_out = torch.ones_like(count_B, dtype=torch.bool), []
     eligible_B = torch.as_tensor(batch.get("rsa_eligible", torch.ones_like(count_B)), device=count_B.device)
+    if eligible_B.numel() != len(count_B):
+        raise ValueError(f"RSA: rsa_eligible of shape {tuple(eligible_B.shape)} for {len(count_B)} samples")
     for holds_B in (  # in the order of CAUSES
         eligible_B.view(-1) <= 0,
         find_videos(batch, model.config),

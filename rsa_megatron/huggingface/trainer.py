@@ -64,7 +64,7 @@ class RSATrainerMixin:
         super().__init__(*args, **kwargs)
         if self.rsa.weight:
             _check_settings(self.rsa)
-            _check_ranks(self.args, self.accelerator)
+            _check_ranks(self)
             find_model(self.model, rsa_family)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
@@ -169,13 +169,14 @@ def _check_settings(config: RSAConfig) -> None:
             raise ValueError(f"RSAConfig({name}={getattr(config, name)!r}) in a Trainer: {reason}")
 
 
-def _check_ranks(args, accelerator) -> None:
+def _check_ranks(trainer: RSATrainerMixin) -> None:
     """Each rank must have samples of its own."""
-    if args.n_gpu > 1:
+    if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"RSA in a Trainer does not follow torch.nn.DataParallel ({args.n_gpu} GPUs in one process): start with torchrun"
+            f"RSA in a Trainer does not follow torch.nn.DataParallel ({trainer.args.n_gpu} GPUs in one process): start with torchrun"
         )
-    layout = getattr(accelerator, "parallelism_config", None)
-    for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence"), ("pp", "pipeline")):
-        if (getattr(layout, f"{kind}_size", None) or 1) > 1:
-            raise ValueError(f"RSA in a Trainer is for data-parallel ranks: {name} parallelism ({kind}_size) must be 1")
+    for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if (size := getattr(trainer, f"get_{kind}_size", lambda: 1)()) > 1:
+            raise ValueError(
+                f"RSA in a Trainer is for data-parallel ranks: {name} parallelism ({kind}_size={size}) must be 1"
+            )

@@ -1,4 +1,4 @@
-"""transformers' Trainer over DDP: two ranks and several micro-batches give the loss and the gradients of one process, written out."""
+"""transformers' Trainer over DDP and FSDP2: two ranks and several micro-batches give the loss and the gradients of one process, written out."""
 
 import pytest
 
@@ -10,11 +10,12 @@ from tests.support.trainer_models import Sample
 # Of float32 sums in another order: 2e-7 to 4e-7 are seen.
 CLOSE = 3e-6
 WEIGHT = 2e-3  # at these models' first weights RSA's gradient is then about as large as the LM loss's
+ON = RSAConfig(weight=WEIGHT)
 TEXT_ONLY = Sample((), (31, 32, 33, 34, 35))
 
 
 def steps_of_rank(cases: list) -> list[trainer_runs.Step]:
-    return [_step_of_rank(*case) for case in cases]
+    return [*(_step_of_rank(*case) for case in cases), trainer_runs.take_sharded_step("qwen2_5_vl", 2, ON)]
 
 
 def _step_of_rank(name, chosen, config, options, sabotage):
@@ -31,7 +32,7 @@ _SABOTAGE = {
 }
 
 
-def case(name, num_micro_batches, config=RSAConfig(weight=WEIGHT), chosen=None, sabotage=None):
+def case(name, num_micro_batches, config=ON, chosen=None, sabotage=None):
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=num_micro_batches)
     return name, chosen or trainer_models.samples(4 * num_micro_batches), config, options, sabotage
 
@@ -42,7 +43,6 @@ def ragged() -> list[Sample]:
     return [one[0], one[1], TEXT_ONLY, TEXT_ONLY, one[2], one[3], Sample((1, 2), (41, 42)), one[4]]
 
 
-@pytest.mark.check
 def test_two_ranks_are_one_process_with_both_ranks_samples():
     normalized = RSAConfig(weight=1.0, normalize="mean-distance", distance="cosine")
     whole_step = RSAConfig(weight=WEIGHT, scope="global-batch")
@@ -74,5 +74,7 @@ def test_two_ranks_are_one_process_with_both_ranks_samples():
                 assert steps[i].log[figure] == pytest.approx(expected[i].log[figure], rel=1e-5), (name, figure)
     left_out = {figure: n for figure, n in ranks[0][7].log.items() if "left_out" in figure}
     assert left_out == {"rsa_left_out_no_image": 2, "rsa_left_out_several_images": 1}
-    for step, i in zip(ranks[0][len(cases) :], (0, 0, 3, 0)):
+    for sharded in (steps[-1] for steps in ranks):  # FSDP2: the same samples as the first case's
+        assert trainer_runs.differ_by(sharded.gradients, expected[0].gradients) < CLOSE
+    for step, i in zip(ranks[0][len(cases) : -1], (0, 0, 3, 0), strict=True):
         assert trainer_runs.differ_by(step.gradients, expected[i].gradients) > 0.1

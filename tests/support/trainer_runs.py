@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from rsa_megatron import RSAConfig
 from rsa_megatron.alignment.distances import pairwise_distance
@@ -75,6 +76,21 @@ def take_step(name: str, chosen: list[Sample], config: RSAConfig, **options) -> 
     trainer.train()
     count = trainer.args.gradient_accumulation_steps
     return Step(recorder.gradients, micro_batches[:count], trainer.state.log_history[0])
+
+
+def take_sharded_step(name: str, batch_size: int, config: RSAConfig) -> Step:
+    """The same of one micro-batch, with FSDP2's shards in the place of DDP's copies. (accelerate prepares FSDP on GPUs only.)"""
+    kind, rank = trainer_models.tiny(name), torch.distributed.get_rank()
+    model, chosen = kind.build().train(), trainer_models.samples(batch_size, first=batch_size * rank)
+    trainer, batch = make_trainer(RSATrainer, kind, model, chosen, rsa=config), kind.batch(model, chosen)
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in (*model.model.language_model.layers, *model.model.visual.blocks, model.model.visual.merger, model):
+        fully_shard(module, mesh=mesh)
+    trainer.compute_loss(model, batch).backward()
+    gradients = {
+        n: torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()
+    }
+    return Step(gradients, [chosen], {})
 
 
 def write_out_step(name: str, ranks: list[list[list[Sample]]], config: RSAConfig) -> Step:

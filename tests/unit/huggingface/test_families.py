@@ -27,7 +27,6 @@ def left_out(pairs) -> dict[str, int]:
     return {cause: int(n) for cause, n in zip(CAUSES, pairs.left_out) if n}
 
 
-@pytest.mark.check
 @pytest.mark.parametrize("name, pooling", CASES)
 def test_v_and_t_are_those_of_one_sample_at_a_time(name, pooling):
     kind = trainer_models.tiny(name)

@@ -6,6 +6,7 @@ import transformers
 
 from rsa_megatron import RSAConfig
 from rsa_megatron.huggingface import Family, RSATrainerMixin
+from rsa_megatron.huggingface import trainer as mixin
 from rsa_megatron.huggingface.families import mean_of_grid
 from tests.support import trainer_models, trainer_runs
 from tests.support.trainer_models import Sample
@@ -31,20 +32,24 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
 
-@pytest.mark.check
+def figures(trainer) -> list[dict]:
+    """What does not depend on the clock."""
+    return [
+        {k: x for k, x in line.items() if "run" not in k and "second" not in k} for line in trainer.state.log_history
+    ]
+
+
 def test_weight_0_is_the_trainer_without_rsa_bit_for_bit():
-    plain = train(transformers.Trainer, max_steps=2)
-    off = train(max_steps=2, rsa=RSAConfig(weight=0))
-    assert same(plain, off)
-    figures = [[{k: x for k, x in line.items() if "runtime" not in k and "second" not in k} for line in of.state.log_history] for of in (plain, off)]  # fmt: skip
-    assert figures[0] == figures[1]
-    assert not same(plain, train(max_steps=2, rsa=ON))  # the comparison can fail
-    # and the model's names are the same, RSA on or off
+    plain, off = train(transformers.Trainer, max_steps=2), train(max_steps=2, rsa=RSAConfig(weight=0))
+    assert same(plain, off) and figures(plain) == figures(off)
     assert list(plain.model.state_dict()) == list(off.model.state_dict())
+    on = train(max_steps=2, rsa=ON)
+    assert list(plain.model.state_dict()) == list(on.model.state_dict())
+    assert not same(plain, on)  # the comparison can fail
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
-def test_gradient_checkpointing_changes_nothing(name):
+@pytest.mark.parametrize("name, is_reentrant", [("qwen2_5_vl", False), ("llava_onevision", True)])
+def test_gradient_checkpointing_changes_nothing(name, is_reentrant):
     chosen = trainer_models.samples(6)
     options = dict(per_device_train_batch_size=3, gradient_accumulation_steps=2)
     expected = trainer_runs.take_step(name, chosen, ON, **options)
@@ -53,7 +58,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         chosen,
         ON,
         gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"use_reentrant": is_reentrant},
         **options,
     )
     # The same operations on the same numbers; sums of gradients may come in another order.
@@ -161,6 +166,11 @@ def test_what_would_not_be_right_is_refused_in_a_line():
     trainer.model.train()
     with pytest.raises(ValueError, match="rsa_caption_mask of shape"):
         trainer.compute_loss(trainer.model, batch | {"rsa_caption_mask": batch["labels"][:, 1:]})
+    with pytest.raises(ValueError, match="rsa_eligible of shape"):
+        trainer.compute_loss(trainer.model, batch | {"rsa_eligible": torch.ones(2)})
+    trainer.get_tp_size = lambda: 2  # as of a model that transformers has split over ranks
+    with pytest.raises(ValueError, match=r"tensor parallelism \(tp_size=2\) must be 1"):
+        mixin._check_ranks(trainer)
     mine = make(rsa=ON, rsa_family=Family("visual.patch_embed.proj", mean_of_grid))
     with pytest.raises(ValueError, match="image_grid_thw"):
         mine.compute_loss(mine.model.train(), batch | {"image_grid_thw": batch["image_grid_thw"]})
