@@ -50,9 +50,8 @@ def test_two_ranks_are_one_process_with_both_ranks_samples():
         case("qwen2_5_vl", 1),
         case("qwen2_5_vl", 4),
         case(
-            "llava_onevision", 1
+            "llava_onevision", 4
         ),  # whose loss is one of the whole step's tokens, and not divided by the micro-batches
-        case("llava_onevision", 4),
         case("qwen2_5_vl", 2, normalized),
         case("llava_onevision", 2, whole_step),
         case("qwen2_5_vl", 2, whole_step),
@@ -72,9 +71,9 @@ def test_two_ranks_are_one_process_with_both_ranks_samples():
             assert trainer_runs.differ_by(steps[i].gradients, expected[i].gradients) < CLOSE, (name, config)
             for figure in ("loss", "lm_loss", "rsa_loss", "rsa_pairs"):
                 assert steps[i].log[figure] == pytest.approx(expected[i].log[figure], rel=1e-5), (name, figure)
-    left_out = {figure: n for figure, n in ranks[0][7].log.items() if "left_out" in figure}
+    left_out = {figure: n for figure, n in ranks[0][6].log.items() if "left_out" in figure}
     assert left_out == {"rsa_left_out_no_image": 2, "rsa_left_out_several_images": 1}
     for sharded in (steps[-1] for steps in ranks):  # FSDP2: the same samples as the first case's
         assert trainer_runs.differ_by(sharded.gradients, expected[0].gradients) < CLOSE
-    for step, i in zip(ranks[0][len(cases) : -1], (0, 0, 3, 0), strict=True):
+    for step, i in zip(ranks[0][len(cases) : -1], (0, 0, 2, 0), strict=True):
         assert trainer_runs.differ_by(step.gradients, expected[i].gradients) > 0.1
