@@ -1,5 +1,6 @@
 """The jobs of examples/existing_jobs: what the marked lines add, and that without them nothing of RSA is left."""
 
+import ast
 import importlib.util
 import re
 import sys
@@ -89,13 +90,15 @@ def test_the_figures_are_the_same_in_every_layout(tmp_path):
     assert float(weight_0["grad norm"]) != pytest.approx(float(expected["grad norm"]), rel=1e-2)
 
 
-@pytest.mark.parametrize("name, marked", [("megatron_lm.py", 5), ("megatron_bridge.py", 4)])
+@pytest.mark.parametrize(
+    "name, marked", [("megatron_lm.py", 5), ("megatron_bridge.py", 4), ("huggingface_trainer.py", 5)]
+)
 def test_all_of_rsa_is_in_the_marked_lines(tmp_path, name, marked):
     before = without_rsa(JOBS / name, tmp_path).read_text()
     assert len((JOBS / name).read_text().splitlines()) - len(before.splitlines()) == marked
     code = before.split('"""', 2)[2]  # the docstring speaks of it
     # What is left is where the plain layers' settings and the CPU come from.
-    assert not re.search(r"\brsa\.|RSA", code) and "rsa_megatron.plugin" not in code
+    assert not re.search(r"\brsa\.|RSA", code) and not re.search(r"rsa_megatron.(plugin|huggingface)", code)
 
 
 def bridge_job_without_bridge() -> str:
@@ -127,3 +130,32 @@ def test_a_step_and_a_wrapped_model_of_bridges_forms_train_as_megatron_lms(form,
     expected = figures(run(JOBS / "megatron_lm.py", *flags))
     actual = figures(processes.run(bridge_stand_in.train, 2, JOBS / "megatron_lm.py", form, flags))
     assert actual == expected and float(actual[3]["rsa loss"]) > 0
+
+
+def train_on_trainer(runs: list[tuple[Path, list[str]]]) -> list[list[dict[str, str]]]:
+    """What each run's Trainer has logged, but for times."""
+    logs = []
+    torch.cuda.is_available = lambda: False  # as it is without megatron_on_cpu, which these processes are forked with
+    for job, flags in runs:
+        before = len(processes.output())
+        sys.argv = [str(job), *flags]
+        bridge_stand_in.load_job(job).main()
+        lines = processes.output()[before:].splitlines()
+        logs.append([ast.literal_eval(line) for line in lines if line.startswith("{'loss'")])
+    return logs
+
+
+def test_transformers_trainer_gives_the_same_figures_on_one_process_and_on_two(tmp_path):
+    job, out = JOBS / "huggingface_trainer.py", ["--steps", "3", "--out", str(tmp_path / "run")]
+    plain = without_rsa(job, tmp_path)
+    one = [*out, "--batch", "8"]
+    runs = [(job, one), (job, [*one, "--rsa-weight", "0"]), (plain, one)]
+    ((on, off, without),) = processes.run(train_on_trainer, 1, runs)
+    (two, _) = processes.run(train_on_trainer, 2, [(job, [*out, "--batch", "4"])])
+    # As printed, four digits: float32 sums in another order may differ in the last.
+    assert len(on) == 3 and all(float(line["rsa_pairs"]) == 8 and float(line["rsa_loss"]) > 0 for line in on)
+    for actual, expected in zip(two[0], on, strict=True):
+        for figure in ("loss", "lm_loss", "rsa_loss", "grad_norm", "rsa_pairs"):
+            assert float(actual[figure]) == pytest.approx(float(expected[figure]), rel=2e-3), figure
+    assert off == without and off != on  # weight 0 is the job without the marked lines
+    assert float(off[2]["loss"]) != pytest.approx(float(on[2]["lm_loss"]), rel=1e-4)

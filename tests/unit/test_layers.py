@@ -28,6 +28,7 @@ ARROWS = {
     "realign": ["alignment"],
     "hooks": ["alignment", "batch", "config"],
     "plugin": ["batch", "config", "hooks"],
+    "huggingface": ["alignment", "config"],
     "data": ["anyres", "batch"],
     "models": ["anyres", "data"],
     "planning": ["hooks", "models"],
@@ -91,6 +92,7 @@ FORBIDDEN = {
         ["batch", "alignment", "realign", "planning", "atomic", "ranks"], ["megatron", "transformers", "PIL"]
     ),
     **dict.fromkeys(["hooks", "plugin"], ["megatron.training", "megatron.energon", "transformers", "PIL"]),
+    "huggingface": ["megatron", "numpy", "PIL"],
     "models": ["megatron.training", "megatron.energon", "PIL"],
     "data": ["megatron.core", "megatron.training"],
     "evaluation": ["megatron.training", "megatron.energon"],
