@@ -187,7 +187,8 @@ def load_model(hf: Path, checkpoint: Path, dtype: torch.dtype):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    from rsa_megatron.models.llava_onevision import LlavaOneVision, make_local_decoder_config
+    from rsa_megatron.models.llava_onevision import LlavaOneVision
+    from rsa_megatron.models.transformer_configs import make_local_decoder_config
 
     architecture = read_architecture(hf)
     folder = find_checkpoint(checkpoint, None)

@@ -283,7 +283,7 @@ def padding_in_the_softmax():
 def _change_vision_config(**changes):
     from rsa_megatron.models import llava_onevision
 
-    right = llava_onevision._vision_config
+    right = llava_onevision.make_vision_config
 
     def wrong(*args):
         config = right(*args)
@@ -291,7 +291,7 @@ def _change_vision_config(**changes):
             setattr(config, name, value)
         return config
 
-    llava_onevision._vision_config = wrong
+    llava_onevision.make_vision_config = wrong
 
 
 def _change_layer_specs(change):
