@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from rsa_megatron import screen
+
 ERROR, INTERRUPTED, NO_READER = 2, 130, 141
 # A flag, not a negative number. What follows a flag as its value never begins like this: argparse takes it for a flag.
 _FLAG = re.compile(r"--?[A-Za-z]")
@@ -68,7 +70,7 @@ def report_errors(
         (end or exit_with_error)(format_error(error))
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\n{interrupted}" if sys.stderr.isatty() else interrupted, file=sys.stderr)
+            screen.show_last(f"\n{interrupted}" if sys.stderr.isatty() else interrupted)
         sys.exit(INTERRUPTED)
 
 

@@ -1,4 +1,4 @@
-"""The screen of a training run: what a person reads there. All else that a rank prints goes to a log file.
+"""The screen of a run on Megatron: what a person reads there. All else that a rank prints goes to a log file.
 
 `begin()` sends the standard output and error of this process into a log: Megatron's list of arguments, warnings of libraries,
 what data workers print. `show()` writes on the screen, and into the log. Without `begin()`, and with --verbose, nothing is
@@ -104,6 +104,13 @@ def show(line: str) -> None:
     if _screen:
         _write(_screen[0], line)
     _log_line(line, sys.stdout)
+
+
+def show_aside(line: str) -> None:
+    """Write a line beside the results, on the standard error, and into the log."""
+    if _screen:
+        _write(_screen[1], line)
+    _log_line(line, sys.stderr)
 
 
 def show_from_handler(line: str) -> None:

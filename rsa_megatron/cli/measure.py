@@ -11,17 +11,20 @@
 
 HF is a folder or a name on the hub: LLaVA-OneVision, InternVL3 and Qwen2.5-VL, for --vision also a separate tower
 (SigLIP, CLIP, ViT, DINOv2), for --language any causal language model, or an encoder such as BERT. DATA: Energon shards
-or a mixture of them, COCO's captions .json, a .csv, .tsv or .parquet with captions, a folder of images with a .txt each.
+or a mixture of them, LLaVA's .json or .jsonl, COCO's captions .json, a .csv, .tsv or .parquet with captions, a folder of images
+with a .txt each.
 
 Image and caption go separately through tower and language model; the mean of the image's or caption's tokens is taken after
 every layer. mutual-kNN is averaged over seeds, each with its own sample of --num-samples pairs. Beside each score stands that
 of shuffled pairs, its chance; of the best pair of layers, the best of the same pairs.
 
 Features are stored below --store and reused by any run on the same samples; a run that was killed resumes where it
-stopped. --out gets one line per metric, which replaces an earlier one of the same label, data and settings.
+stopped. --out gets one line per metric, which replaces an earlier one of the same label, data and settings. Of --checkpoint,
+--verbose shows what Megatron prints.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rsa_megatron import screen
 from rsa_megatron.alignment.metrics import METRICS, MUTUAL_KNN, NEIGHBOUR_METRICS, describe_too_few
 from rsa_megatron.cli.measure_results import format_table, make_line, read_lines, write_lines
 from rsa_megatron.command_line import Parser, report_errors
@@ -52,6 +56,9 @@ _NAMED = 5
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.checkpoint:  # Megatron prints its arguments, and much else, on every rank
+        screen.begin()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import transformers  # takes a second, which --help is spared
 
     transformers.utils.logging.set_verbosity_error()
@@ -95,12 +102,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--features", metavar="FOLDER", type=Path, nargs=2, help="two folders below --store: rows and columns"
     )
     what.add_argument("--random", action="store_true", help="two sets of standard normal vectors")
-    what.add_argument("--random-dims", type=int, nargs=2, metavar=("D", "E"), default=[1152, 3584], help="their widths")
+    what.add_argument(
+        "--random-dims",
+        type=int,
+        nargs=2,
+        metavar=("D", "E"),
+        default=[1152, 3584],
+        help="their widths; default: 1152 3584",
+    )
     what.add_argument(
         "--text-reading",
         choices=TEXT_READINGS,
         default=TEXT_READINGS[0],
-        help="multimodal: the caption after its image in one pass. It attends to the image and so "
+        help="default: %(default)s; multimodal: the caption after its image in one pass. It attends to the image and so "
         "shares its neighbours: 0.7 was measured where caption-alone gives 0.05",
     )
     data = parser.add_argument_group("data")
@@ -114,7 +128,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     data.add_argument(
         "--split", default="val", help="split of shards, and of tables with a column `split`; default: %(default)s"
     )
-    data.add_argument("--language-code", default="en", help="language to select in tables with a column `language`")
+    data.add_argument(
+        "--language-code",
+        default="en",
+        help="language to select in tables with a column `language`; default: %(default)s",
+    )
     data.add_argument("--num-samples", type=int, default=1000, help="pairs per seed; default: %(default)s")
     data.add_argument(
         "--seeds",
@@ -136,10 +154,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available"
     )
     how.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and arithmetic; means are float32"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="dtype of weights and arithmetic; means are float32; default: %(default)s",
     )
-    how.add_argument("--batch-size", type=int, default=32, help="images or captions per forward pass")
-    how.add_argument("--num-workers", type=int, default=2, help="threads that open images")
+    how.add_argument(
+        "--batch-size", type=int, default=32, help="images or captions per forward pass; default: %(default)s"
+    )
+    how.add_argument("--num-workers", type=int, default=2, help="threads that open images; default: %(default)s")
     how.add_argument(
         "--store",
         type=Path,
@@ -151,7 +174,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--store-dtype",
         choices=STORE_DTYPES,
         default="float32",
-        help="dtype of stored features; float16 takes half the space",
+        help="dtype of stored features; float16 takes half the space; default: %(default)s",
     )
     names = parser.add_argument_group("output")
     names.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="one line per metric")
@@ -239,7 +262,7 @@ def measure(args: argparse.Namespace) -> None:
         write_lines(
             args.out, lines[-1:]
         )  # a metric that has no value for a layer ends the run, and takes no other with it
-    print(format_table(lines))
+    screen.show(format_table(lines))
 
 
 def choose_metrics(args: argparse.Namespace, num_samples: int) -> list[str]:
@@ -250,7 +273,7 @@ def choose_metrics(args: argparse.Namespace, num_samples: int) -> list[str]:
         has_neighbours = any(metric in NEIGHBOUR_METRICS for metric in reasons)
         raise ValueError(f"{'; '.join(left_out)}; take more pairs" + " or a smaller --k" * has_neighbours)
     for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        screen.show_aside(f"left out: {line}")
     return [metric for metric, reason in reasons.items() if not reason]
 
 
@@ -263,15 +286,15 @@ def report_skipped(rows: FeatureStore, columns: FeatureStore) -> None:
     reasons = {key: reason for store in (rows, columns) for key, reason in store.left_out.items()}
     print_skipped(reasons)
     if reasons:
-        print(f"skipped: to retry these, remove {rows.folder} and {columns.folder}", file=sys.stderr)
+        screen.show_aside(f"skipped: to retry these, remove {rows.folder} and {columns.folder}")
 
 
 def print_skipped(reasons: dict[str, str]) -> None:
     """Print skipped samples with the reason; of many the first and how many more."""
     for key, reason in [*reasons.items()][:_NAMED]:
-        print(f"skipped: {key}: {reason}", file=sys.stderr)
+        screen.show_aside(f"skipped: {key}: {reason}")
     if len(reasons) > _NAMED:
-        print(f"skipped: {len(reasons) - _NAMED} more", file=sys.stderr)
+        screen.show_aside(f"skipped: {len(reasons) - _NAMED} more")
 
 
 def open_stores(args: argparse.Namespace) -> tuple["FeatureStore | StandardNormal", ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rsa_megatron import screen
 from rsa_megatron.data.sources.pairs import CaptionedImage
 from rsa_megatron.evaluation.feature_store import FeatureStore
 
@@ -86,10 +87,9 @@ def extract(
             store.append(keys, features, left_out)
     store.finish()
     if backbone.num_truncated:
-        print(
+        screen.show_aside(
             f"{backbone.num_truncated} of {len(pairs)} texts are longer than {backbone.identity['model']} reads and were truncated; "
-            "texts with the same beginning may have equal features",
-            file=sys.stderr,
+            "texts with the same beginning may have equal features"
         )
 
 
@@ -147,4 +147,4 @@ class _Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         rate = (self._done - self._before) / max(self._last_line - self._start, 1e-9)
-        print(f"{self._name}: {self._done} of {self._total} samples, {rate:.1f} a second", file=sys.stderr)
+        screen.show_aside(f"{self._name}: {self._done} of {self._total} samples, {rate:.1f} a second")

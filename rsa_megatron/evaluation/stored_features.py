@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsa_megatron import screen
 from rsa_megatron.data.sources.pairs import CaptionedImage, Pairs, load_all, sample
 from rsa_megatron.evaluation.extraction import Backbone, extract
 from rsa_megatron.evaluation.feature_store import FeatureStore
@@ -66,7 +66,7 @@ def extract_to_store(
     manifest = backbone.identity | {"side": backbone.side, "layers": backbone.layers, "store_dtype": store_dtype}
     store = FeatureStore.create(folder / _format_store_name(backbone, chosen), manifest | chosen.manifest)
     if store.finished:
-        print(f"{store.folder}: already complete", file=sys.stderr)
+        screen.show_aside(f"{store.folder}: already complete")
     extract(backbone, chosen.pairs, store, batch_size=batch_size, num_workers=num_workers)
     return store
 

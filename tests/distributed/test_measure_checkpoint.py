@@ -1,5 +1,6 @@
 """rsa-megatron measure --checkpoint: a Megatron checkpoint gives what its Hugging Face export gives, in every layout."""
 
+import re
 import shutil
 
 import pytest
@@ -39,7 +40,10 @@ def of_export(models, demo, tmp_path_factory):
 def test_a_checkpoint_gives_what_its_export_gives(models, demo, of_export, tmp_path, name):
     world_size, layout = LAYOUTS[name]
     argv = flags(demo, tmp_path, "--checkpoint", models.megatron, *layout)
-    processes.run(measure, world_size, argv)
+    shown, *of_others = processes.run(measure, world_size, argv)
+    # Nothing of Megatron's: a line for each side, and the table.
+    assert [re.split("[: ]", line)[0] for line in shown.splitlines()[3:]] == ["metric", "mutual-knn", "shuffled"]
+    assert len(shown.splitlines()) == 6 and "24 of 24 samples" in shown and not any(of_others)
     of_checkpoint = stored(tmp_path)
     assert of_checkpoint.keys() == of_export.keys() == {"vision", "text"}
     for side, layers in of_export.items():

@@ -1,10 +1,13 @@
-"""rsa-megatron measure on a checkpoint, and the features that it stored."""
+"""rsa-megatron measure on a checkpoint: what it shows, and the features that it stored."""
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from rsa_megatron import screen
 from rsa_megatron.cli import measure as measure_command
 from tests.support import processes
 
@@ -26,13 +29,16 @@ def flags(demo, store, *more) -> list[str]:
 
 
 def measure(argv) -> str:
+    """Measure; return what this rank has shown."""
+    begins = os.lseek(1, 0, os.SEEK_CUR)
     sys.argv = ["rsa-megatron measure"]
     try:
         measure_command.main(argv)
     except SystemExit as end:
         if end.code:
             raise RuntimeError(processes.output()) from end
-    return processes.output()
+    shown = screen._screen[0] if screen.is_redirected() else 1
+    return Path(f"/proc/self/fd/{shown}").read_bytes()[begins:].decode()
 
 
 def stored(folder) -> dict[str, dict[str, torch.Tensor]]:
