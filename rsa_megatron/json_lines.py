@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +25,6 @@ class Line:
 
     def fault(self, key: str, what: str) -> ValueError:
         return ValueError(f"{self.where}: {key!r} {what}")
-
-
-def read_lines(paths: list[Path], kind: str) -> list[Line]:
-    lines, others = [], Counter()
-    for path in paths:
-        for line in json_lines(path):
-            if line.values.get("kind") == kind:
-                lines.append(line)
-            else:
-                others[str(path)] += 1
-    if not lines:
-        raise ValueError(f'{", ".join(map(str, paths))}: no line has "kind": "{kind}"')
-    for path, count in others.items():
-        print(f'skipped: {count} lines of {path} without "kind": "{kind}"')
-    return lines
 
 
 def json_lines(path: Path) -> list[Line]:

@@ -25,8 +25,8 @@ from rsa_megatron.json_lines import (
     is_number_or_null,
     is_object,
     is_whole,
-    read_lines,
 )
+from rsa_megatron.plots.line_kinds import read_kind
 
 STAGES = ("1", "1.5", "2")
 SIDES = ("vision", "text")
@@ -97,7 +97,7 @@ def read_alignments(paths: list[Path], metric: str | None = None) -> list[Alignm
     Raises:
         ValueError: a line is broken or lacks a key, or what is left does not go together.
     """
-    records = [parse_alignment(line) for line in read_lines(paths, "alignment")]
+    records = [parse_alignment(line) for line in read_kind(paths, "alignment")]
     if metric is not None:
         metrics = sorted({record.metric for record in records})
         records = [record for record in records if record.metric == metric]
@@ -112,7 +112,7 @@ def read_alignments(paths: list[Path], metric: str | None = None) -> list[Alignm
 
 def read_runs(paths: list[Path]) -> list[Run]:
     """Read training runs, each stage, arm and seed of a data set once; ValueError as in `read_alignments`."""
-    runs = [parse_run(line) for line in read_lines(paths, "run")]
+    runs = [parse_run(line) for line in read_kind(paths, "run")]
     first = {}
     for record in sorted(runs, key=lambda run: STAGES.index(run.stage)):
         first.setdefault((record.data, record.arm, record.seed), record.stage)

@@ -19,8 +19,8 @@ from rsa_megatron.json_lines import (
     is_number_or_null,
     is_object,
     is_whole,
-    read_lines,
 )
+from rsa_megatron.plots.line_kinds import read_kind
 
 STEPS = ("none", "anchor", "trace", "centroid")
 METHODS = ("none", "mean-shift", "c3", "blockwise", "realign")
@@ -123,7 +123,7 @@ def read_gap(paths: list[Path]) -> Gap:
     Raises:
         ValueError: it is broken or lacks a key, or there are none or several.
     """
-    lines = read_lines(paths, "gap")
+    lines = read_kind(paths, "gap")
     if len(lines) > 1:
         raise ValueError(f"{lines[0].where} and {lines[1].where}: a page shows one pair of encoders; draw them apart")
     return parse_gap(lines[0])

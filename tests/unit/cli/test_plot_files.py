@@ -47,7 +47,7 @@ def test_an_older_figure_is_replaced_as_a_whole(write_lines, tmp_path):
 def test_lines_of_other_kinds_are_left_out_and_told(write_lines, capsys, tmp_path):
     old = write_lines([{"group": "with RSA"}, "", trained()], "old.jsonl")
     plot.main(["bars", str(old), str(write_lines([measured()])), "--out", str(tmp_path / "bars")])
-    assert f'skipped: 2 lines of {old} without "kind": "alignment"' in capsys.readouterr().out
+    assert f"skipped: 2 lines of {old} that are not of `rsa-megatron measure`" in capsys.readouterr().out
 
 
 def without(key: str) -> dict:
@@ -63,7 +63,19 @@ FAULTS = {
     "empty": ("heatmap", [], "{path} is empty"),
     "broken JSON": ("bars", [GOOD, "{"], "{path}, line 2: broken JSON: "),
     "no object": ("bars", ["[1]"], "{path}, line 1: not a JSON object"),
-    "other kind": ("stages", [GOOD], '{path}: no line has "kind": "run"'),
+    "other kind": (
+        "stages",
+        [GOOD],
+        "{path} holds lines of `rsa-megatron measure`, which `rsa-megatron plot heatmap` and `bars` draw; "
+        "this figure is of lines of `make reproduce`",
+    ),
+    "metrics.jsonl": (
+        "steps",
+        [{"iteration": 1, "lm loss": 3.0}],
+        "{path} holds the figures of a training run by iteration, which `python examples/demo/plot_runs.py --group NAME "
+        "{path} --out curves.png` draws; this figure is of lines of `make reproduce`",
+    ),
+    "lines of nothing": ("heatmap", [{"a": 1}], "{path} holds lines that no figure is of; this figure is of lines of"),
     "missing key": (
         "heatmap",
         [GOOD, without("mean")],
