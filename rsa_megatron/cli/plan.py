@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         if not fitting:
             raise ValueError(explain_no_fit(run, cluster, too_large, args))
         unpacked = find_unpacked(args, run.samples_per_row) if run.packs else None
-    rejected += [(plan.layout, f"{DOES_NOT_FIT}: needs {plan.total / GIB:.0f} GiB") for plan in too_large]
+    rejected += [(plan.layout, f"{DOES_NOT_FIT}: needs {format_memory(plan.total)}") for plan in too_large]
     print_assumptions(run, assumed, args)
     print_layouts(fitting, rejected, run, args)
-    print_best(fitting[0], args)
+    print_best(fitting[0], run, args)
     if unpacked:
         print(unpacked)
     return 0
@@ -196,7 +196,7 @@ def explain_no_fit(run: Run, cluster: Cluster, too_large: list[Plan], args) -> s
         nearest = too_large[0]
         return (
             f"no layout fits into {args.gpu_memory:g} GiB less {args.reserved:g} reserved; the smallest is "
-            f"{describe(nearest.layout)}, which needs {nearest.total / GIB:.1f}: use larger GPUs or a smaller --seq-length"
+            f"{describe(nearest.layout)}, which needs {format_memory(nearest.total)}: use larger GPUs or a smaller --seq-length"
         )
     return (
         f"--gpus {args.gpus} matches no layout of {args.model} with a global batch of {args.global_batch_size}; "
@@ -252,12 +252,17 @@ def print_assumptions(run: Run, assumed: Assumptions, args) -> None:
     print(
         "times follow from the assumptions. N: pairs that one RSA kernel compares, of all DP ranks' micro-batches; of layouts with"
     )
-    print("the same seconds the one with more pairs comes first.\n")
+    print(
+        "the same seconds the one with more pairs comes first, and those with N = 1, nothing to compare, come last.\n"
+    )
 
 
 def print_layouts(fitting: list[Plan], rejected: list[tuple[Layout, str]], run: Run, args) -> None:
+    memory_unit, bytes_of_unit = choose_memory_unit(min(plan.total for plan in fitting[: args.show]))
+    is_fast = min(plan.seconds for plan in fitting[: args.show]) < 0.1
+    time_unit, seconds_of_unit = ("ms/step", 1e-3) if is_fast else ("s/step", 1)
     print(
-        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{'GiB':>5}{'N':>7}{'s/step':>10}"
+        f"{'TP':>3}{'PP':>4}{'DP':>5}{'micro':>7}  {'recompute':<11}{'optimizer':<13}{memory_unit:>5}{'N':>7}{time_unit:>10}"
         f"{'samples/s':>11}"
     )
     for plan in fitting[: args.show]:
@@ -267,7 +272,8 @@ def print_layouts(fitting: list[Plan], rejected: list[tuple[Layout, str]], run: 
         speed = args.global_batch_size * run.samples_per_row / plan.seconds
         print(
             f"{one.tensor:>3}{one.pipeline:>4}{one.data:>5}{one.micro_batch_size:>7}  {one.recompute:<11}{optimizer:<13}"
-            f"{plan.total / GIB:>5.0f}{num_pairs:>7}{format_two_digits(plan.seconds):>10}{format_two_digits(speed):>11}"
+            f"{plan.total / bytes_of_unit:>5.0f}{num_pairs:>7}{format_two_digits(plan.seconds / seconds_of_unit):>10}"
+            f"{format_two_digits(speed):>11}"
         )
     print(f"\n{len(fitting)} layouts fit, {len(rejected)} are rejected")
     for reason, count in collections.Counter(reason.partition(":")[0] for _, reason in rejected).most_common():
@@ -276,11 +282,26 @@ def print_layouts(fitting: list[Plan], rejected: list[tuple[Layout, str]], run: 
         print(f"        {describe(layout)}: {reason}")
 
 
-def print_best(best: Plan, args) -> None:
-    print(f"\nmemory of the fastest layout in GiB, on pipeline stage {best.stage}:")
+def print_best(best: Plan, run: Run, args) -> None:
+    unit, bytes_of_unit = choose_memory_unit(best.total)
+    print(f"\nmemory of the first layout in {unit}, on pipeline stage {best.stage}:")
     for part, num_bytes in best.memory.items():
-        print(f"    {part:<16}{num_bytes / GIB:>7.2f}")
-    print(f"    {'total':<16}{best.total / GIB:>7.2f}\n\n{format_flags(best.layout, args)}")
+        print(f"    {part:<16}{num_bytes / bytes_of_unit:>7.2f}")
+    print(f"    {'total':<16}{best.total / bytes_of_unit:>7.2f}\n\n{format_flags(best.layout, args)}")
+    if run.rsa and not run.compares_pairs(best.layout):
+        print(
+            "no layout that fits has pairs for RSA to compare: use more GPUs, a larger --global-batch-size, or --rsa-weight 0"
+        )
+
+
+def choose_memory_unit(num_bytes: float) -> tuple[str, int]:
+    """Choose a unit that shows so many bytes as a number above 1: its name, and how many bytes it has."""
+    return ("GiB", GIB) if num_bytes >= GIB else ("MiB", 2**20)
+
+
+def format_memory(num_bytes: float) -> str:
+    unit, bytes_of_unit = choose_memory_unit(num_bytes)
+    return f"{num_bytes / bytes_of_unit:.{1 if num_bytes < 100 * GIB else 0}f} {unit}"
 
 
 def format_two_digits(number: float) -> str:

@@ -50,6 +50,10 @@ class Run:
     #: whether the RSA loss is on
     rsa: bool = True
 
+    def compares_pairs(self, layout: Layout) -> bool:
+        """Return whether an RSA kernel of this layout has pairs to compare: two of its rows' samples at least."""
+        return layout.num_rows * self.samples_per_row >= 2
+
     @property
     def number_size(self) -> int:
         """Bytes of an activation or parameter."""

@@ -44,7 +44,8 @@ def find_plans(
 ) -> tuple[list[Plan], list[Plan], list[tuple[Layout, str]]]:
     """Find the layouts that fit, fastest first; those that do not, smallest first; and those rejected, with the reason.
 
-    Times that differ by less than two digits show are equal. Among equals the one whose RSA kernel compares more pairs is first.
+    Times that differ by less than two digits show are equal. Among equals the one whose RSA kernel compares more pairs is first;
+    those whose kernel has a single one, and so nothing to compare, come after all others that fit.
     """
     fitting, too_large, rejected = [], [], []
     for layout in list_layouts(run, cluster):
@@ -59,7 +60,14 @@ def find_plans(
                 fitting.append(min(fits, key=lambda plan: plan.seconds))
             else:
                 too_large.append(min(made, key=lambda plan: plan.total))
-    fitting.sort(key=lambda plan: (float(f"{plan.seconds:.2g}"), -plan.layout.num_rows * run.rsa, plan.total))
+    fitting.sort(
+        key=lambda plan: (
+            run.rsa and not run.compares_pairs(plan.layout),
+            float(f"{plan.seconds:.2g}"),
+            -plan.layout.num_rows * run.rsa,
+            plan.total,
+        )
+    )
     too_large.sort(key=lambda plan: plan.total)
     return fitting, too_large, rejected
 

@@ -200,8 +200,22 @@ def test_the_command_of_a_recipe_fits_the_gpus_that_it_names(stage, on_8_gpus):
 def test_among_equal_times_the_larger_kernel_is_first():
     _, run, cluster, assumed = arguments("llava-ov-7b", "1", 8)
     plans = find_plans(run, cluster, assumed)[0]
-    keys = [(float(f"{plan.seconds:.2g}"), -plan.layout.num_rows) for plan in plans]
+    keys = [(plan.layout.num_rows < 2, float(f"{plan.seconds:.2g}"), -plan.layout.num_rows) for plan in plans]
     assert keys == sorted(keys) and plans[0].layout.num_rows == 32 and len(set(keys)) > 5
+
+
+def test_a_small_model_has_readable_figures_and_first_a_layout_with_pairs(capsys):
+    """Of the demo on 8 GPUs the fastest has micro-batches of one sample on one data-parallel rank: N = 1."""
+    assert plan_command.main("--model demo --stage 1 --gpus 8 --show 54".split()) == 0
+    printed = capsys.readouterr().out
+    head, *rows = re.findall(r"^ +(?:TP|\d+) .*(?:samples/s|\d)$", printed, flags=re.MULTILINE)[:55]
+    assert "MiB" in head and "ms/step" in head
+    memory, pairs, milliseconds = ([float(row.split()[column]) for row in rows] for column in (-4, -3, -2))
+    assert min(memory) > 1 and 0.01 < min(milliseconds) and pairs[0] > 1
+    alone = [number == 1 for number in pairs]
+    assert alone == sorted(alone) and any(alone) and milliseconds[alone.index(True)] < milliseconds[0]
+    assert plan_command.main("--model demo --stage 1 --gpus 1 --global-batch-size 1".split()) == 0
+    assert "no layout that fits has pairs for RSA to compare" in capsys.readouterr().out
 
 
 def test_without_transformer_engine_its_layers_are_no_default(capsys):
