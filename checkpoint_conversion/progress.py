@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 @contextmanager
 def progress(num_tensors: int, num_bytes: int, out: Path) -> Iterator[tqdm]:
-    """Yield a bar to update with bytes; when all went well, the figures on standard output."""
+    """Yield a bar to update with bytes, shown in a terminal while it grows; when all went well, the figures on standard output."""
     start = time.perf_counter()
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=str(out), file=sys.stderr, mininterval=0.5) as bar:
+    looks = dict(unit="B", unit_scale=True, mininterval=0.5, leave=False)
+    with tqdm(total=num_bytes, desc=str(out), file=sys.stderr, disable=not sys.stderr.isatty(), **looks) as bar:
         yield bar
     seconds = time.perf_counter() - start
     gigabytes = num_bytes / 1e9
