@@ -50,7 +50,13 @@ def page() -> str:
 def table(parser: argparse.ArgumentParser) -> list[str]:
     rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
     for action in parser._actions:
-        text = (action.help or "").removesuffix(" (default: %(default)s)").replace("%%", "%").replace("|", "\\|")
+        text = (
+            (action.help or "")
+            .removesuffix(" (default: %(default)s)")
+            .removesuffix("; default: %(default)s")
+            .replace("%%", "%")
+            .replace("|", "\\|")
+        )
         values = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
         rows.append(f"| `{action.option_strings[0]}` | {shown(action.default)} | {text}.{values} |".replace("..", "."))
     return rows

@@ -1,13 +1,13 @@
 """ReAlign: text embeddings moved onto the distribution of image embeddings, so that text can stand in for images.
 
-    rsa-megatron realign fit --images SOURCE --texts SOURCE --out FOLDER              from existing embeddings
-    rsa-megatron realign fit --encoder HF --data DATA [--text-data DATA] --out FOLDER      embedded and stored first
-    torchrun --nproc-per-node N -m rsa_megatron realign fit ...                                 ranks share the rows
-    rsa-megatron realign transform --operator FOLDER --texts SOURCE --out x.npy       rows to rows
+    rsa-megatron realign fit --images SOURCE --texts SOURCE --out FOLDER                 from existing embeddings
+    rsa-megatron realign fit --encoder HF --data DATA [--text-data DATA] --out FOLDER    embedded and stored first
+    torchrun --nproc-per-node N -m rsa_megatron realign fit ...                          ranks share the rows
+    rsa-megatron realign transform --operator FOLDER --texts SOURCE --out x.npy          rows to rows
     rsa-megatron realign transform --operator FOLDER --encoder HF --data SHARDS --side text --out SHARDS2
     rsa-megatron realign transform --encoder HF --data SHARDS --side image --out SHARDS2
     rsa-megatron realign transform [--operator FOLDER] --texts|--images SOURCE [--keys IDS] --data DATA --out SHARDS2
-    rsa-megatron realign report ...                                                   a page of figures of two sets
+    rsa-megatron realign report ...                                                      a page of figures of two sets
 
 SOURCE: FOLDER[:LAYER] of features stored by this command or rsa-megatron measure, x.npy, x.safetensors[:TENSOR]. HF: a CLIP,
 SigLIP or SigLIP2 model. DATA: as for rsa-megatron measure; for texts also LLaVA's records without images, or a .txt with

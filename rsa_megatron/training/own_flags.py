@@ -13,7 +13,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the training script's own flags."""
     group = parser.add_argument_group("LLaVA with RSA")
     group.add_argument(
-        "--model", default="demo", help="architecture, or a Hugging Face folder; sets the model's Megatron arguments"
+        "--model",
+        default="demo",
+        help="architecture, or a Hugging Face folder; sets the model's Megatron arguments; default: %(default)s",
     )
     group.add_argument(
         "--stage", default="1", help="training stage: revision, 1, 1.5 or 2; sets the run's Megatron arguments"
@@ -49,15 +51,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="in a single pass over the data, skip each reader's last samples that do not fill a micro-batch, "
         "and the last iterations for which not every rank has data",
     )
-    group.add_argument("--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples")
+    group.add_argument(
+        "--shuffle-buffer-size", type=int, default=1000, help="Energon's, in samples; default: %(default)s"
+    )
     packing_arguments.add_arguments(group)
     group.add_argument(
         "--mutual-knn-samples",
         type=int,
         default=1000,
-        help="validation pairs for mutual-knn at each evaluation; 0: none",
+        help="validation pairs for mutual-knn at each evaluation; 0: none; default: %(default)s",
     )
-    group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours")
+    group.add_argument("--mutual-knn-k", type=int, default=10, help="neighbours; default: %(default)s")
     group.add_argument(
         "--eval-metrics",
         nargs="+",
