@@ -1,11 +1,10 @@
 """Make training data from what you have, and look at it.
 
-    rsa-megatron data pack SOURCE --out DIR --rsa          Energon shards; --data-path DIR
-    rsa-megatron data link SOURCE --out DIR --images ROOT  images stay where they are;
-                                                                           --data-path DIR/mixture.yaml
-    rsa-megatron data show PATH --index 3 --tokenizer TOKENIZER --stage 1.5
-    rsa-megatron data show PATH --packed 0 --tokenizer TOKENIZER --stage 1.5     a packed row
-    rsa-megatron data fill PATH --tokenizer TOKENIZER --stage 1.5                how full packed rows would be
+    rsa-megatron data pack SOURCE --out DIR --rsa                               Energon shards: --data-path DIR
+    rsa-megatron data link SOURCE --out DIR --images ROOT                       images stay where they are: --data-path DIR/mixture.yaml
+    rsa-megatron data show PATH --index 3 --tokenizer TOKENIZER --stage 1.5     one sample
+    rsa-megatron data show PATH --packed 0 --tokenizer TOKENIZER --stage 1.5    a packed row
+    rsa-megatron data fill PATH --tokenizer TOKENIZER --stage 1.5               how full packed rows would be
 
 SOURCE: records with conversations, messages or captions in JSON, JSONL or parquet (one file, or a folder of them), or in a
 .csv or .tsv; LLaVA-OneVision's YAML of such files; a folder of images with a text file beside each, or with a metadata.jsonl
@@ -20,6 +19,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -160,9 +160,7 @@ def make(args) -> None:
 def write_folder(args, source: Source, held_out: set[int], unfinished: Path, settings: dict) -> tuple[Figures, int]:
     """Write the folder, or what a killed run has left to write, and give it its name; return its figures and number of shards."""
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    atomic.make_folder(unfinished)
-    atomic.remove_unfinished_files(unfinished)  # those of a killed run
-    state = read_state(unfinished, settings)
+    state = open_unfinished(unfinished, settings)
     figures = Figures(tokenizer, state.get("figures"))
     write(source, held_out, unfinished, settings, state, figures, args.num_workers)
     if not figures.splits["train"]:
@@ -171,7 +169,7 @@ def write_folder(args, source: Source, held_out: set[int], unfinished: Path, set
             first = json.loads(file.readline() or '{"reason": "all are held out by --val"}')
         raise ValueError(
             f"{args.source}: no sample for training can be used ({'; '.join(figures.list_skipped())}); the first: "
-            f"{first['reason']}; see {skipped}; then remove {unfinished}"
+            f"{first['reason']}; see {skipped}"
         )
     if args.command == "pack":
         index_shards(unfinished, subflavors={"rsa": args.rsa}, num_workers=args.num_workers)
@@ -218,13 +216,18 @@ def is_finished(folder: Path, settings: dict) -> bool:
     return True
 
 
-def read_state(folder: Path, settings: dict) -> dict:
-    """Read what a killed run wrote last."""
+def open_unfinished(folder: Path, settings: dict) -> dict:
+    """Make the folder, or open a killed run's; return what that wrote last. One that holds no sample yet is begun anew."""
     path = folder / "state.json"
-    if not path.is_file():
+    state = json.loads(path.read_text()) if path.is_file() else {}
+    if state and not state.get("figures", {}).get("splits", {}).get("train"):
+        shutil.rmtree(folder)  # whatever flags it was started with: they may be what was wrong
+        state = {}
+    atomic.make_folder(folder)
+    atomic.remove_unfinished_files(folder)
+    if not state:
         write_state(folder, {"settings": settings})
         return {}
-    state = json.loads(path.read_text())
     check_settings(folder, state["settings"], settings)
     return state
 

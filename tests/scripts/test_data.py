@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import tarfile
 import time
@@ -329,8 +330,9 @@ def test_what_is_finished_stays_and_other_settings_are_rejected(tmp_path, capsys
     with pytest.raises(SystemExit, match="out was started with rsa False, this run has True: name another --out"):
         run("link", source, tmp_path / "out", *flags, "--rsa")
     (tmp_path / "out").rename(tmp_path / "begun.unfinished")
+    settings = json.loads((tmp_path / "begun.unfinished" / "summary.json").read_text())["settings"]
     (tmp_path / "begun.unfinished" / "state.json").write_text(
-        json.dumps({"settings": json.loads((tmp_path / "begun.unfinished" / "summary.json").read_text())["settings"]})
+        json.dumps({"settings": settings, "figures": {"splits": {"train": 6}}})
     )
     with pytest.raises(SystemExit, match="begun.unfinished was started with val 0, this run has 2"):
         run("link", source, tmp_path / "begun", *flags[:2], "--val", 2)
@@ -338,6 +340,40 @@ def test_what_is_finished_stays_and_other_settings_are_rejected(tmp_path, capsys
     (tmp_path / "mine" / "thesis.tex").write_text("!")
     with pytest.raises(SystemExit, match="mine already exists and was not written by this command"):
         run("link", source, tmp_path / "mine", *flags)
+
+
+def test_flags_that_left_no_sample_may_be_corrected(tmp_path):
+    write_source(tmp_path, 6)
+    image = next(path for path in (tmp_path / "images").rglob("*") if path.is_file())
+    name = str(image.relative_to(tmp_path / "images"))
+    source = tmp_path / "captions.json"
+    source.write_text(json.dumps([{"image": name, "caption": "a cat"}] * 4))
+    for wrong in (tmp_path / "empty", tmp_path / "elsewhere"):
+        wrong.mkdir()
+        with pytest.raises(SystemExit, match="no sample for training can be used.*missing image"):
+            run("pack", source, tmp_path / "out", "--images", wrong, "--val", 0)
+    run("pack", source, tmp_path / "out", "--images", tmp_path / "images", "--val", 0)
+    assert not (tmp_path / "out.unfinished").exists() and not (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
+def test_tars_that_are_there_are_indexed_unasked_by_the_command_that_pack_names(tmp_path):
+    from click.testing import CliRunner
+    from megatron.energon.tools.prepare import command
+
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number:05d}.tar", "w") as tar:
+            member = tarfile.TarInfo(f"{number}.txt")
+            member.size = 5
+            tar.addfile(member, io.BytesIO(b"a cat"))
+    with pytest.raises(SystemExit, match="once they are indexed: `energon prepare ") as end:
+        run("pack", tmp_path, tmp_path / "out")
+    words = re.search("`(.*)`", str(end.value))[1].split()
+    done = CliRunner().invoke(command, words[2:], input="")
+    assert done.exit_code == 0, done.output
+    parts = yaml.safe_load((tmp_path / ".nv-meta" / "split.yaml").read_text())["split_parts"]
+    assert (parts["train"], parts["val"]) == (["00000.tar"], ["00001.tar"])
+    with pytest.raises(SystemExit, match="is a prepared data set: --data-path"):
+        run("pack", tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ FORMATS = "JSON, JSONL, parquet, a .csv or .tsv, LLaVA-OneVision's .yaml, or a f
 YAML_SUFFIXES = (".yaml", ".yml")
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _YAML = re.compile(r"^(?:datasets|__module__|__class__|splits)\s*:", re.MULTILINE)
+#: Indexes a folder of tars without a question: the last tenth of them, at least one, is the split val.
+INDEX_TARS = "energon prepare --non-interactive --sample-type CrudeWebdataset --split-ratio 9,1,0"
 # What a file begins with that is none of the formats, at which byte, and what would do.
 _OTHERS = (
     (0, b"PK\x03\x04", "a zip archive: unpack it, and name what was in it"),
-    (257, b"ustar", "a tar: index its folder by `energon prepare`, or unpack it"),
+    (257, b"ustar", f"a tar: index its folder by `{INDEX_TARS} FOLDER`, or unpack it"),
     (0, b"ARROW1", "an Arrow file: save the data set by to_parquet, or to_json"),
     (0, b"\xff\xff\xff\xff", "an Arrow stream: save the data set by to_parquet, or to_json"),
     (0, b"\x89HDF", "an HDF5 file: save its records as JSONL"),

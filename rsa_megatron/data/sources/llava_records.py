@@ -21,7 +21,7 @@ import yaml
 from rsa_megatron.data.media_names import IMAGE_SUFFIXES
 from rsa_megatron.data.records import CAPTION_PROMPT
 from rsa_megatron.data.sources import json_files
-from rsa_megatron.data.sources.file_forms import FORMATS, tell_form
+from rsa_megatron.data.sources.file_forms import FORMATS, INDEX_TARS, tell_form
 from rsa_megatron.data.sources.folder_files import (
     choose_split,
     choose_tables,
@@ -109,7 +109,7 @@ def _describe_folder(path: Path) -> str:
         file.name for file in path.iterdir() if file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".yaml")
     )
     if any(path.glob("*.tar")):
-        return f"{needs}; tars are indexed by `energon prepare`"
+        return f"{needs}; its tars can be trained on as they are, once they are indexed: `{INDEX_TARS} {path}`"
     return f"{needs}; or name a file in it, such as {path / files[0]}" if files else needs
 
 

@@ -138,7 +138,7 @@ def test_records_are_read_one_at_a_time(name, root, tmp_path):
         ("d.json", json.dumps({"train": [{"a": 1}], "val": [{"a": 2}]}), "holds several lists of records (train, val); save the records"),
         ("d.json", json.dumps({"a": 1, "b": "x"}), "is an object with a, b; save the records"),
         ("d.jsonl", b"PK\x03\x04....", "is a zip archive: unpack it"),
-        ("d.tar", b"\0" * 257 + b"ustar", "is a tar: index its folder by `energon prepare`"),
+        ("d.tar", b"\0" * 257 + b"ustar", "is a tar: index its folder by `energon prepare --non-interactive"),
         ("d.arrow", b"ARROW1..", "is an Arrow file: save the data set by to_parquet"),
         ("d.jsonl", "\ufeff{}".encode("utf-16-le"), "is text in UTF-16: save it as UTF-8"),
         ("d.json", b"\x89PNG", "is a picture: name the file or folder that says what is in it"),
