@@ -28,6 +28,7 @@ from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, print_once
 from rsa_megatron.recipes import recipe, unpack
 from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu, packing_arguments
+from rsa_megatron.training.checkpoint_faults import check_whole
 from rsa_megatron.training.data_arguments import check_data_path, explain_lone_pairs, set_one_epoch
 from rsa_megatron.training.embedding_arguments import set_image_embeddings
 from rsa_megatron.training.flag_checks import check_flags
@@ -56,6 +57,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         if is_same_folder(args.load, args.save):
             args.load = args.save  # however it is written
         console.end_at_signals(args)
+        console.choose_log_of_failure(args)
         weights = take_weights_of_another_stage(args)
         goes_back = check_save(args)
         check_arguments(args)
@@ -222,6 +224,7 @@ def check_arguments(args) -> None:
             f"--{named.replace('_', '-')} {getattr(args, named)}: no {TRACKER} there; name the "
             "folder that --save or hf-to-megatron has written"
         )
+    check_whole(args)
     check_model(args)
 
 

@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import training
 
 from rsa_megatron.ranks import print_once
+from rsa_megatron.screen import Explained
 from rsa_megatron.training.checkpoint_faults import explain_unreadable
 from rsa_megatron.training.learning_rates import peak_rates
 from rsa_megatron.training.run_folder import read_tracker
@@ -151,8 +152,10 @@ def _read_state(args) -> dict | None:
     ):  # that this process reads alone: the ranks do not know each other yet
         try:
             state = dist_checkpointing.load_common_state_dict(folder)
-        except Exception as error:
-            raise ValueError(explain_unreadable(args.load, error)) from error
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # as torch's CheckpointException is
+            raise Explained(explain_unreadable(args, error)) from error
     return state if {"args", "opt_param_scheduler"} <= state.keys() else None
 
 
