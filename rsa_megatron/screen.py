@@ -227,20 +227,26 @@ def _end_with_exception(kind: type, error: BaseException, trace) -> None:
 
 def _describe(kind: type, error: BaseException) -> str:
     """Return what an exception says, in a line: of one from a data worker, what it said there."""
-    said = " ".join(_take_out_of_worker(kind, str(error)).split())
-    if kind.__name__ in _SENTENCES:
-        return said
-    return f"{kind.__name__}{': ' * bool(said)}{said[:300]}"
+    if kind.__name__ not in _SENTENCES:
+        said = " ".join(_take_out_of_worker(kind, str(error)).split())
+        return f"{kind.__name__}{': ' * bool(said)}{said[:300]}"
+    while isinstance(error.__cause__, kind):  # Energon raises it again, in words of its own around it
+        error = error.__cause__
+    return " ".join(_take_out_of_worker(kind, str(error)).split())
 
 
 def _take_out_of_worker(kind: type, said: str) -> str:
-    """Return what an exception said in a data worker; torch makes one of it whose text is the worker's traceback."""
+    """Return what an exception of this kind said first in a data worker; torch makes one of it whose text is the worker's traceback."""
     if not re.match(r"Caught \w+ in .*\.\nOriginal Traceback", said):
         return said
-    # After the last frame, whose lines are indented: "module.Name: what it says".
-    last = re.split(r"^  File .*\n(?: .*\n)*", said, flags=re.MULTILINE)[-1].strip()
-    name, colon, rest = last.partition(": ")
-    return rest if colon and name.rpartition(".")[2] == kind.__name__ else last
+    # Each ends after its last frame, whose lines are indented, in "module.Name: what it says".
+    tracebacks = re.split(r"\n\n(?:The above exception was|During handling of the above).*\n\n", said)
+    ends = [re.split(r"^  File .*\n(?: .*\n)*", each, flags=re.MULTILINE)[-1].strip() for each in tracebacks]
+    for end in ends if kind.__name__ in _SENTENCES else reversed(ends):
+        name, colon, text = end.partition(": ")
+        if colon and name.rpartition(".")[2] == kind.__name__:
+            return text
+    return ends[-1]
 
 
 def _is_first_to_fail() -> bool:
