@@ -234,7 +234,7 @@ def test_another_schedule_is_taken_where_it_is_plain_and_asked_about_where_not(d
         "--vision-lr: 0.0005 there, 0.0001 here": ("--vision-lr", "1e-4"),
         # What follows from another length needs no decision.
         "samples of warm-up [^;]* there, 12.8 here; set": ("--train-iters", 8, "--lr-warmup-fraction", 0.2),
-        "--lr: 0.001 there, 0.0005 here; set": ("--train-iters", 9, "--lr", "5e-4"),
+        "--lr: 0.001 there, 0.003 here; set": ("--train-iters", 9, "--lr", "3e-3"),
     }
     load = ("--load", stopped_at_2, *SCHEDULE)
     remedies = f"; set them back, or take this run's with {OVERRIDE}, or the checkpoint's with {USE_CHECKPOINT}"
