@@ -186,7 +186,7 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_one_line(start, demo, tm
     )
     assert f"{remedy}; the traceback is in {save}/logs/rank-0.log" in line
     # A file that is missing or cut off is seen before anything is read.
-    resume = ("--load", save, "--save", save, "--model", "demo")
+    resume = ("--load", save, "--save", save, "--model", "demo", "--micro-batch-size", 4)
     faults = {
         f"__0_0.distcp has {len(whole) // 2:,} of its {len(whole):,} bytes{remedy}": lambda: data.write_bytes(
             whole[: len(whole) // 2]
