@@ -10,11 +10,16 @@ redirected.
 
 An exception that nobody caught is shown as one line, by the rank that failed first on its node; its traceback is in the log. So is
 Ctrl-C while modules are imported.
+
+The line that a run ends with comes after torchrun's report, so that it is the last one. torchrun may be gone by then, and with it, under
+Slurm or in a container, all that has been started with it: so the line also stands in the report itself, as the cause of the failure.
 """
 
 import atexit
 import contextlib
+import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -29,14 +34,19 @@ from typing import IO
 _screen: tuple[int, int] | None = None
 #: where these lead: a file without a name until the run is known to begin, or fails
 _log: IO[bytes] | None = None
+#: where the log of a run that fails before `move_log` is kept; None: with the temporary files
+_preferred_log: Path | None = None
 
 #: whether an exception ended this process: then a temporary log stays
 _has_failed = False
 
 #: Seconds that a rank which lost another one leaves it to say why.
 _PATIENCE = 3.0
+#: What a rank says that ends because of another one, and knows no more.
+ANOTHER_RANK = "another rank says why"
 #: What torch.distributed says on the ranks that another one has left.
 _LOST_ANOTHER = (
+    ANOTHER_RANK,
     "Connection closed by peer",
     "Connection reset",
     "Broken pipe",
@@ -48,6 +58,10 @@ _LOST_ANOTHER = (
 
 class Explained(Exception):
     """An exception whose text says all that a person needs, and has another as its cause."""
+
+
+#: Exceptions that are shown without their names, and whole: FatalSampleError is Energon's for a fault of the data.
+_SENTENCES = ("Explained", "FatalSampleError")
 
 
 def begin() -> None:
@@ -78,6 +92,12 @@ def move_log(path: Path) -> None:
     file.flush()
     _redirect(file)
     _log = file
+
+
+def prefer_log(path: Path) -> None:
+    """Keep the log in the file `path` should the run fail before its log has a name."""
+    global _preferred_log
+    _preferred_log = path
 
 
 def name_log() -> str:
@@ -121,11 +141,26 @@ def show_from_handler(line: str) -> None:
 def show_last(line: str) -> None:
     """Write the line that a run ends with on the standard error, and into the log.
 
-    torchrun ends with a report of its own, of some twenty lines: the line comes after it, from a process that waits for that.
+    torchrun ends with a report of its own, of some twenty lines: the line comes after it, from a process that waits for that. It may
+    come after torchrun's end too, where nobody may read it any more: the report has it as well.
     """
+    _report_to_torchrun(line.removeprefix("error: "))
     _log_line(line, sys.stderr)
     if _screen:
         _write_last(_screen[1], line)
+
+
+def _report_to_torchrun(line: str) -> None:
+    """Leave the line where torchrun looks for why a rank has failed, in torch.distributed.elastic's format; its report shows it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file or os.path.exists(file):
+        return
+    said = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError):
+        # Under its name only when it is whole: torchrun does not survive half of one.
+        unfinished = f"{file}.unfinished"
+        Path(unfinished).write_text(json.dumps(said))
+        os.replace(unfinished, file)
 
 
 def _write_last(descriptor: int, line: str) -> None:
@@ -189,13 +224,36 @@ def _end_with_exception(kind: type, error: BaseException, trace) -> None:
     if is_ctrl_c:
         text = "stopped by SIGINT"
     else:
-        said = " ".join(str(error).split())
-        text = said if kind is Explained else f"{kind.__name__}{': ' * bool(said)}{said[:300]}"
-        text = f"error: {text}; the traceback is in {_get_named_log()}"
+        text = f"error: {_describe(kind, error)}; the traceback is in {_get_named_log()}"
+        said = str(error)
         if any(words in said for words in _LOST_ANOTHER):
             time.sleep(_PATIENCE)
     if _is_first_to_fail():
         show_last(text)
+
+
+def _describe(kind: type, error: BaseException) -> str:
+    """Return what an exception says, in a line: of one from a data worker, what it said there."""
+    if kind.__name__ not in _SENTENCES:
+        said = " ".join(_take_out_of_worker(kind, str(error)).split())
+        return f"{kind.__name__}{': ' * bool(said)}{said[:300]}"
+    while isinstance(error.__cause__, kind):  # Energon raises it again, in words of its own around it
+        error = error.__cause__
+    return " ".join(_take_out_of_worker(kind, str(error)).split())
+
+
+def _take_out_of_worker(kind: type, said: str) -> str:
+    """Return what an exception of this kind said first in a data worker; torch makes one of it whose text is the worker's traceback."""
+    if not re.match(r"Caught \w+ in .*\.\nOriginal Traceback", said):
+        return said
+    # Each ends after its last frame, whose lines are indented, in "module.Name: what it says".
+    tracebacks = re.split(r"\n\n(?:The above exception was|During handling of the above).*\n\n", said)
+    ends = [re.split(r"^  File .*\n(?: .*\n)*", each, flags=re.MULTILINE)[-1].strip() for each in tracebacks]
+    for end in ends if kind.__name__ in _SENTENCES else reversed(ends):
+        name, colon, text = end.partition(": ")
+        if colon and name.rpartition(".")[2] == kind.__name__:
+            return text
+    return ends[-1]
 
 
 def _is_first_to_fail() -> bool:
@@ -219,9 +277,13 @@ def _remove_after_success(name: str) -> None:
 
 
 def _get_named_log() -> str:
-    """Return the log's file; what has no name gets one, in the folder of temporary files."""
+    """Return the log's file; what has no name gets that of `prefer_log`, or one in the folder of temporary files."""
     if isinstance(_log.name, str):
         return _log.name
+    if _preferred_log:
+        with contextlib.suppress(OSError):
+            move_log(_preferred_log)
+            return str(_preferred_log)
     descriptor, name = tempfile.mkstemp(prefix="rsa-megatron-", suffix=".log")
     os.close(descriptor)
     move_log(Path(name))

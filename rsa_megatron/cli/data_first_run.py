@@ -1,7 +1,10 @@
 """A command that trains on what `rsa-megatron data` has written at the first try, however little it is."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from rsa_megatron.example_files import EXAMPLES
 
 #: `make demo` writes it, and examples/demo/prepare_data.py
 TOKENIZER = "demo/tokenizer"
@@ -9,7 +12,7 @@ MICRO_BATCH_SIZE = 4
 
 
 def format_first_run(data: Path, counts: Mapping[str, int], *, takes_part: bool) -> str:
-    """Format a short run of the demo's model on one process, with the validation that the split allows.
+    """Format a short run of the demo's model on one process, with the validation that the split allows; first what makes its tokenizer.
 
     Args:
         counts: samples of the splits train and val.
@@ -32,4 +35,7 @@ def format_first_run(data: Path, counts: Mapping[str, int], *, takes_part: bool)
     if not takes_part:
         flags[-1] += " --rsa-weight 0"
     command = " \\\n            ".join(["torchrun --nproc-per-node 1 -m rsa_megatron.training", *flags])
+    if not Path(TOKENIZER).is_dir():
+        script = os.path.relpath(EXAMPLES / "demo" / "prepare_data.py")
+        command = f"python {script} --out {Path(TOKENIZER).parent} --kinds texts  # the demo's tokenizer, once\n        {command}"
     return f"        {command}"

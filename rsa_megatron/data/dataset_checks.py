@@ -16,6 +16,11 @@ from rsa_megatron.data.mixture_checks import check_mixture
 from rsa_megatron.data.rsa_flag import read_rsa_flag
 from rsa_megatron.data.typed_samples import check_type
 
+_REMEDY = (
+    "name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
+    ".yaml of such folders, all of which must exist"
+)
+
 
 def check_data(path: str, splits: Iterable[str], *, num_readers: int, micro_batch_size: int) -> None:
     """Raise ValueError, naming file and remedy, unless the data sets behind `path` are whole, and large enough.
@@ -163,6 +168,8 @@ def _load_split(path: str, split: str) -> LoadedDatasetList:
     Raises:
         ValueError: one is not there, has a key that nothing reads or samples of a type that is not read; names file and remedy.
     """
+    if "://" not in path and not Path(path).exists():
+        raise ValueError(f"--data-path {path}: it does not exist; {_REMEDY}")
     config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     try:
         check_mixture(path, [split])
@@ -202,8 +209,6 @@ def _load(path: str, split: str) -> list[LoadedDataset]:
 
 
 def _suggest_remedy(path: str, split: str, error: str) -> str:
-    if "://" not in path and not Path(path).exists():
-        return "; it does not exist"
     if Path(path, "mixture.yaml").is_file():
         return f"; name {Path(path, 'mixture.yaml')}"
     if "unknown key" in error or ".nv-meta/dataset.yaml" in error:
@@ -220,7 +225,4 @@ def _suggest_remedy(path: str, split: str, error: str) -> str:
             "; hold samples out for validation (rsa-megatron data pack --val), or disable evaluation (--eval-iters 0 "
             "--mutual-knn-samples 0)"
         )
-    return (
-        "; name a folder that rsa-megatron data pack has written or `energon prepare` has been run on, or a MetadatasetV2 "
-        ".yaml of such folders, all of which must exist"
-    )
+    return f"; {_REMEDY}"

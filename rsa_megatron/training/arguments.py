@@ -22,12 +22,14 @@ from rsa_megatron import megatron_on_cpu, screen
 from rsa_megatron.data.conversation import check_tokenizer
 from rsa_megatron.hooks.isolated_captions import check_settings
 from rsa_megatron.hooks.layer_hooks import layer_number
+from rsa_megatron.models.folder_kinds import explain_hf_folder
 from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.plugin import RSAPlugin
 from rsa_megatron.ranks import exit_with_error, exit_with_own_error, print_once
 from rsa_megatron.recipes import recipe, unpack
 from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu, packing_arguments
+from rsa_megatron.training.checkpoint_faults import check_whole
 from rsa_megatron.training.data_arguments import check_data_path, explain_lone_pairs, set_one_epoch
 from rsa_megatron.training.embedding_arguments import set_image_embeddings
 from rsa_megatron.training.flag_checks import check_flags
@@ -56,6 +58,7 @@ def parse(rsa: RSAPlugin, settings: dict | None = None, *, reads_data: bool = Tr
         if is_same_folder(args.load, args.save):
             args.load = args.save  # however it is written
         console.end_at_signals(args)
+        console.choose_log_of_failure(args)
         weights = take_weights_of_another_stage(args)
         goes_back = check_save(args)
         check_arguments(args)
@@ -166,6 +169,8 @@ def add_arguments(parser, rsa: RSAPlugin, settings: dict | None):
         parser.set_defaults(train_iters=None)
     if known.lr_warmup_iters or known.lr_warmup_samples:
         parser.set_defaults(lr_warmup_fraction=None)
+    # (Recipes have an interval too.)
+    parser.set_defaults(unused_save_interval=None if known.save else known.save_interval)
     known, _ = parser.parse_known_args()
     check_flags(parser, known)
     parser.set_defaults(**packing_arguments.make_defaults(known))
@@ -188,15 +193,8 @@ def set_default_tokenizer(parser, known) -> None:
         raise ValueError("--tokenizer-model is missing: name a folder with a tokenizer in Hugging Face format")
     if not known.tokenizer_model:
         parser.set_defaults(tokenizer_model=str(found))
-    elif is_missing_folder(known.tokenizer_model):
-        raise ValueError(
-            f"--tokenizer-model {known.tokenizer_model}: there is no such folder; name one with a tokenizer in Hugging Face format"
-        )
-
-
-def is_missing_folder(name: str) -> bool:
-    """Return whether a name can only be a folder's, not one of the Hugging Face Hub, and there is none."""
-    return not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1)
+    else:
+        load_tokenizer(known)  # before Megatron does, whose words are about the Hugging Face Hub
 
 
 def check_arguments(args) -> None:
@@ -217,11 +215,15 @@ def check_arguments(args) -> None:
             layer_number(layer, side.num_layers, named="--mutual-knn-layers")
     # --load with --save's folder is a run that goes on if there is something to go on from.
     named = "load" if args.load and args.load != args.save else "pretrained_checkpoint"
-    if getattr(args, named) and not has_checkpoint(args):
+    folder = getattr(args, named)
+    if folder and not has_checkpoint(args):
+        flag = f"--{named.replace('_', '-')}"
+        remedy = f"rsa-megatron convert hf-to-megatron --hf {folder} --out MEGATRON makes one of it"
         raise ValueError(
-            f"--{named.replace('_', '-')} {getattr(args, named)}: no {TRACKER} there; name the "
-            "folder that --save or hf-to-megatron has written"
+            explain_hf_folder(f"{flag} ", folder, remedy)
+            or f"{flag} {folder}: no {TRACKER} there; name the folder that --save or hf-to-megatron has written"
         )
+    check_whole(args)
     check_model(args)
 
 

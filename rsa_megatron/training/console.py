@@ -69,12 +69,23 @@ def open_log(args) -> None:
     """
     if not screen.is_redirected():
         return
-    if args.save and not args.skip_train:
-        log = Path(args.save, "logs", f"rank-{get_rank()}.log")
+    log = _choose_log(args)
+    if log:
         screen.move_log(log)
     else:
         log = screen.name_log()
     print_once(f"log: {log} (Megatron's settings and what else is printed; --verbose shows it here)")
+
+
+def choose_log_of_failure(args) -> None:
+    """As soon as --save is known: the traceback of a run that fails before `open_log` belongs there too, where there is a run already."""
+    log = _choose_log(args)
+    if log and not args.dry_run and log.parent.is_dir():
+        screen.prefer_log(log)
+
+
+def _choose_log(args) -> Path | None:
+    return Path(args.save, "logs", f"rank-{get_rank()}.log") if args.save and not args.skip_train else None
 
 
 def end_at_signals(args) -> None:

@@ -67,8 +67,14 @@ def format_table(args, architecture: Architecture) -> str:
     return "\n".join([*lines, f"{'all':<12}{sum(totals.values()):>16,}  {trained:,} are trained"])
 
 
-def explain_warmup(args) -> list[str]:
-    """Return a line on what a log would have look like a fault: with a warm-up from 0 the first iteration has rate 0."""
+def explain_warmup(args, resumed: int | None) -> list[str]:
+    """Return a line on what a log would have look like a fault: with a warm-up from 0 the first iteration has rate 0.
+
+    Args:
+        resumed: the iteration that the run goes on from; where the schedule goes on too, it has begun before.
+    """
+    if resumed and not args.no_load_optim:
+        return []
     length, warmup = (
         (args.lr_decay_iters or args.train_iters, args.lr_warmup_iters)
         if args.train_iters
@@ -79,7 +85,9 @@ def explain_warmup(args) -> list[str]:
     if args.skip_train or not warmup or args.lr_warmup_init:
         return []
     count, unit = math.ceil(warmup), "iteration" if args.train_iters else "sample"
-    return [f"warm-up of {count} {unit}{'s' * (count > 1)}: the rates begin at 0, and iteration 1 changes no weight"]
+    return [
+        f"warm-up of {count} {unit}{'s' * (count > 1)}: the rates begin at 0, and iteration {(resumed or 0) + 1} changes no weight"
+    ]
 
 
 class LearningRates:

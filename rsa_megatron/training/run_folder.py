@@ -198,10 +198,13 @@ def check_save(args) -> str | None:
 
 def find_start(args) -> int | None:
     """Return the iteration of the checkpoint in --save that this run resumes; None where it resumes none."""
+    return find_resumed(args) if args.save and args.load == args.save else None
+
+
+def find_resumed(args) -> int | None:
+    """Return the iteration that this run goes on from, whatever folder it saves to; None where it begins at 0."""
     reached = read_tracker(args.load)
-    if not args.save or args.load != args.save or args.finetune or not (reached or "").isdecimal():
-        return None
-    if args.override_ckpt_iteration is not None:
+    if args.finetune or args.override_ckpt_iteration is not None or not (reached or "").isdecimal():
         return None
     return args.ckpt_step or int(reached)
 
@@ -213,9 +216,7 @@ def explain_nothing_left(args) -> str | None:
     """
     if args.skip_train or args.step_batch_size_schedule:  # with which the number of iterations is not known yet
         return None
-    start = find_start(args)
-    if start is None and args.load != args.save and not args.finetune and (reached := read_tracker(args.load)):
-        start = args.ckpt_step or (int(reached) if reached.isdecimal() else None)
+    start = find_resumed(args)
     count = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     if start is None or start < count or "finished" not in run_of(args.load):
         return None

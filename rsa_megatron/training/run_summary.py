@@ -1,13 +1,16 @@
 """What runs, said before it runs: model, loss, layout, data, and what is trained. --dry-run ends after it."""
 
+import dataclasses
+
 from rsa_megatron.config import RSAConfig
 from rsa_megatron.models.architectures import Architecture
 from rsa_megatron.training import learning_rates, packing_arguments
-from rsa_megatron.training.run_folder import AT_THE_END
+from rsa_megatron.training.run_folder import AT_THE_END, find_resumed
 
 
 def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
     """Format the run's settings in a dozen lines; Megatron's own list of them has four hundred."""
+    resumed = find_resumed(args)
     return "\n".join(
         [
             f"model {args.model}, stage {args.stage}: {_format_precision(args)}, {args.transformer_impl} layers, rows of up to "
@@ -17,10 +20,11 @@ def format_run(args, rsa: RSAConfig, architecture: Architecture) -> str:
             f"{args.global_batch_size} {_name_rows(args)}; {_format_length(args)}",
             *([packing_arguments.format_packing(args)] if args.packing_buffer_size else []),
             *([f"data: {args.data_path[0]}"] if args.data_path else []),
-            *([f"checkpoints: {_format_saving(args)}"] if args.save and not args.skip_train else []),
+            *([] if args.skip_train else [f"checkpoints: {_format_saving(args)}"]),
+            *([f"resumes {args.load} at iteration {resumed}"] if resumed and not args.skip_train else []),
             f"RSA: {_format_rsa(args, rsa)}",
             learning_rates.format_table(args, architecture),
-            *learning_rates.explain_warmup(args),
+            *learning_rates.explain_warmup(args, resumed),
             f"word embeddings: {architecture.vocab_size:,} rows, and {args.padded_vocab_size - architecture.vocab_size:,} of "
             "padding, not counted",
         ]
@@ -62,6 +66,9 @@ def _format_length(args) -> str:
 
 
 def _format_saving(args) -> str:
+    if not args.save:
+        interval = args.unused_save_interval
+        return "none, as there is no --save" + f" (--save-interval {interval} does nothing)" * bool(interval)
     if args.save_interval == AT_THE_END:
         return f"{args.save}, at the end alone (--save-interval N: every N iterations too)"
     return f"{args.save}, every {args.save_interval} iterations and at the end"
@@ -71,9 +78,15 @@ def _format_rsa(args, rsa: RSAConfig) -> str:
     if not rsa.weight:
         return "off (weight 0)"
     if args.packing_buffer_size:
-        return f"the pairs of {args.data_parallel_size} packed row(s) (DP) a kernel; {rsa}"
-    num_pairs = args.micro_batch_size * args.data_parallel_size
-    return f"up to {num_pairs} pairs a kernel (micro-batch x DP); {rsa}"
+        pairs = f"the pairs of {args.data_parallel_size} packed row(s) (DP) a kernel"
+    else:
+        pairs = f"up to {args.micro_batch_size * args.data_parallel_size} pairs a kernel (micro-batch x DP)"
+    changed = [
+        f"{field.name.replace('_', '-')} {getattr(rsa, field.name)}"
+        for field in dataclasses.fields(rsa)
+        if field.name != "weight" and getattr(rsa, field.name) != field.default
+    ]
+    return "; ".join([f"weight {rsa.weight:g}", pairs, *changed])
 
 
 def _name_rows(args) -> str:

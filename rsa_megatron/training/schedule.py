@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import training
 
 from rsa_megatron.ranks import print_once
+from rsa_megatron.screen import Explained
 from rsa_megatron.training.checkpoint_faults import explain_unreadable
 from rsa_megatron.training.learning_rates import peak_rates
 from rsa_megatron.training.run_folder import read_tracker
@@ -37,6 +38,7 @@ _FLAGS = {
     "vision_lr": "--vision-lr",
     "projector_lr": "--projector-lr",
 }
+_OF_SAMPLES = ("seq_length", "template", "label_style", "image_aspect_ratio", "image_grids")
 _RATES = ("lr", "min_lr", "vision_lr", "projector_lr")
 
 
@@ -74,6 +76,8 @@ def settle_schedule(args) -> str | None:
             "optimizer cannot be loaded then; set it back, or add --no-load-optim (the weights go on; optimizer and schedule begin anew)"
         )
     _check_units(args, then_args)
+    if other_samples := _explain_other_samples(args, then_args):
+        print_once(other_samples)
     then = state["opt_param_scheduler"]
     then, now = ({**values, **vars(of)} for values, of in ((then, then_args), (now, args)))
     differences = {name: (then[name], now[name]) for name in _FLAGS if name in then and then[name] != now[name]}
@@ -81,7 +85,7 @@ def settle_schedule(args) -> str | None:
         return None
     if differences.get("end_wd") == differences.get("start_wd"):
         differences.pop("end_wd", None)  # --weight-decay is both
-    said = "; ".join(f"{_FLAGS[name]}: {a} there, {b} here" for name, (a, b) in differences.items())
+    said = _format_differences(differences)
     if args.use_checkpoint_opt_param_scheduler:
         for name in _RATES:
             setattr(args, name, getattr(then_args, name))
@@ -90,9 +94,11 @@ def settle_schedule(args) -> str | None:
         _check_groups(args, then_args, said)
         args.rates_in_checkpoint = then_args
         return f"schedule: this run's (--override-opt_param-scheduler), not the checkpoint's: {said}"
-    if not _is_another_length(differences, args, then_args):
+    of_length = _find_lengths(differences, args, then_args)
+    if differences.keys() - of_length:  # what follows from another length needs no decision
+        asked = _format_differences({name: two for name, two in differences.items() if name not in of_length})
         raise ValueError(
-            f"--load {args.load}: its schedule is another than this run's: {said}; set them back, or take this run's with "
+            f"--load {args.load}: its schedule is another than this run's: {asked}; set them back, or take this run's with "
             "--override-opt_param-scheduler, or the checkpoint's with --use-checkpoint-opt_param-scheduler"
         )
     args.override_opt_param_scheduler = True
@@ -151,8 +157,10 @@ def _read_state(args) -> dict | None:
     ):  # that this process reads alone: the ranks do not know each other yet
         try:
             state = dist_checkpointing.load_common_state_dict(folder)
-        except Exception as error:
-            raise ValueError(explain_unreadable(args.load, error)) from error
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # as torch's CheckpointException is
+            raise Explained(explain_unreadable(args, error)) from error
     return state if {"args", "opt_param_scheduler"} <= state.keys() else None
 
 
@@ -166,12 +174,33 @@ def _make_schedule(args) -> dict:
         vars(args).update(before)
 
 
-def _is_another_length(differences: dict, args, then) -> bool:
-    """Whether all that differs follows from how many iterations, or samples, the run is to have."""
-    follows = _LENGTHS
-    if args.lr_warmup_fraction is not None and args.lr_warmup_fraction == then.lr_warmup_fraction:
-        follows = _LENGTHS | {"lr_warmup_steps"}
-    return bool(_LENGTHS & differences.keys()) and differences.keys() <= follows
+def _find_lengths(differences: dict, args, then) -> set[str]:
+    """Find which differences follow from how many iterations, or samples, the run is to have."""
+    follows = _LENGTHS & differences.keys()
+    if follows and args.lr_warmup_fraction is not None and args.lr_warmup_fraction == then.lr_warmup_fraction:
+        follows = follows | {"lr_warmup_steps"}
+    return follows
+
+
+def _format_differences(differences: dict[str, tuple]) -> str:
+    def form(value) -> str:
+        return f"{value:.10g}" if isinstance(value, float) else str(value)  # 28.799999999999997 is 28.8
+
+    return "; ".join(f"{_FLAGS[name]}: {form(a)} there, {form(b)} here" for name, (a, b) in differences.items())
+
+
+def _explain_other_samples(args, then) -> str | None:
+    """Return a line where the same data gives other samples than before: a run may go on so, but not unseen."""
+    names = [name for name in _OF_SAMPLES if hasattr(then, name) and getattr(then, name) != getattr(args, name)]
+    if args.packing_buffer_size and "seq_length" in names:
+        names.remove("seq_length")  # a packed row's: loader_state.py refuses another, as rows would be others
+    if not names:
+        return None
+    said = "; ".join(
+        f"--{name.replace('_', '-')}: {getattr(then, name)} there, {getattr(args, name)} here" for name in names
+    )
+    cut = "longer samples are cut elsewhere" if names == ["seq_length"] else "samples are encoded in another way"
+    return f"--load {args.load}: {said}; from here on {cut} than before"
 
 
 def _check_groups(args, then, said: str) -> None:

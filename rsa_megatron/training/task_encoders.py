@@ -1,6 +1,7 @@
 """The task encoders of a run's data, from its arguments; and the architecture and the tokenizer, which they need as others do."""
 
 import functools
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
@@ -54,7 +55,18 @@ def architecture_of(args) -> Architecture:
 
 @functools.cache
 def _tokenizer(path: str):
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of transformers, huggingface_hub or tokenizers, whose words are about the Hub
+        remedy = "name a folder with a tokenizer in Hugging Face format"
+        if not Path(path).is_dir():
+            only_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1
+            elsewhere = "" if only_a_folder else ", and the Hugging Face Hub does not give one of that name"
+            raise ValueError(f"--tokenizer-model {path}: there is no such folder{elsewhere}; {remedy}") from error
+        if not any(Path(path, name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+            raise ValueError(f"--tokenizer-model {path}: there is no tokenizer_config.json in it; {remedy}") from error
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"--tokenizer-model {path}: its tokenizer cannot be loaded ({said}); {remedy}") from error
 
 
 def load_tokenizer(args):

@@ -233,7 +233,7 @@ GIVEN = [
         "--pipeline-model-parallel-size 2 --num-layers 3",
         "--pipeline-model-parallel-size 2 does not divide the decoder's 3",
     ),
-    ("--tokenizer-model /nowhere", "--tokenizer-model /nowhere: there is no such folder; name one with a tokenizer in"),
+    ("--tokenizer-model /nowhere", "--tokenizer-model /nowhere: there is no such folder; name a folder with a"),
     ("--save /nowhere --save-interval -1", "--save-interval -1: it is 0 or more"),
     (
         "--save /nowhere --save-retain-interval 3",

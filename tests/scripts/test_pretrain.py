@@ -91,6 +91,12 @@ def test_dry_run_prints_what_would_run_and_stops_without_a_file(demo, tmp_path):
         "tests",
         "--wandb-save-dir",
         str(tmp_path),
+        "--save-interval",
+        "7",
+        "--rsa-distance",
+        "cosine",
+        "--lr-warmup-iters",
+        "1",
         "--trainable",
         "projector",
         "vision",
@@ -108,7 +114,12 @@ def test_dry_run_prints_what_would_run_and_stops_without_a_file(demo, tmp_path):
         rf"^all +{sum(counts.values()):,}  {counts['vision'] + counts['projector']:,} are trained$", output, re.M
     )
     assert "word embeddings: 1,024 rows, and 512 of padding, not counted" in output
-    assert "RSAConfig(weight=0.01" in output and "layout: 2 rank(s), DP 1, TP 2\n" in output
+    assert "\ncheckpoints: none, as there is no --save (--save-interval 7 does nothing)\n" in output
+    assert re.search(
+        r"^RSA: weight 0.01; up to \d+ pairs a kernel \(micro-batch x DP\); distance cosine$", output, re.M
+    )
+    assert "iteration 1 changes no weight" in output and "resumes" not in output
+    assert "layout: 2 rank(s), DP 1, TP 2\n" in output
     assert "iteration        1" not in output and not list(tmp_path.iterdir())
 
 

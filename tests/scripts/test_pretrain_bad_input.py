@@ -115,7 +115,16 @@ BAD_FLAGS = [
     (["--image-grids", "2x2", "3"], "error: argument --image-grids: 3 is no grid of ROWSxCOLUMNS, such as 2x3"),
     (["--label-style", "mine"], "error: argument --label-style: invalid choice: 'mine'"),
     (["--stage", "7"], "error: --stage 7: no such recipe; there is revision, 1, 1.5, 2"),
-    (["--data-path", "/nowhere"], "error: --data-path /nowhere, split 'train': .*it does not exist"),
+    (
+        ["--data-path", "/nowhere"],
+        "error: --data-path /nowhere: it does not exist; name a folder that rsa-megatron data",
+    ),
+    (["--data-path", "data/nowhere"], "error: --data-path data/nowhere: it does not exist; name a folder that"),
+    (
+        ["--tokenizer-model", "no where"],
+        "error: --tokenizer-model no where: there is no such folder, and the Hugging Face Hub does not give one of that name; name a",
+    ),
+    (["--tokenizer-model", "/"], "error: --tokenizer-model /: there is no tokenizer_config.json in it; name a folder"),
     (
         ["--load", "/nowhere"],
         "error: --load /nowhere: no latest_checkpointed_iteration.txt there; name the folder that --save",
@@ -198,6 +207,10 @@ def test_a_hugging_face_folder_of_another_kind_is_one_line(demo, tmp_path):
 
 def test_what_does_not_go_with_a_hugging_face_folder_is_one_line(demo, tmp_path):
     hf = tiny_hf.write(tmp_path / "hf", demo / "tokenizer", tied=True)
+    assert (
+        f"error: --pretrained-checkpoint {hf} is a Hugging Face folder, not a Megatron checkpoint; rsa-megatron convert hf-to-megatron "
+        f"--hf {hf} --out" in script.error_line(1, demo, "--pretrained-checkpoint", hf)
+    )
     flags = ("--model", hf, "--tokenizer-model", hf)
     for change in (("--rotary-base", 10000), ("--num-layers", 2), ("--norm-epsilon", "1e-5")):
         assert "its sizes are those of its config.json; leave out the flags" in script.error_line(

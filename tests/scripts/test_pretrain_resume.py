@@ -220,19 +220,21 @@ OVERRIDE, USE_CHECKPOINT = "--override-opt_param-scheduler", "--use-checkpoint-o
 def test_another_schedule_is_taken_where_it_is_plain_and_asked_about_where_not(demo, stopped_at_2):
     differs = {
         "--lr: 0.001 there, 0.002 here": ("--lr", "2e-3"),
-        "--min-lr: 0.0 there, 0.0001 here": ("--min-lr", "1e-4"),
+        "--min-lr: 0 there, 0.0001 here": ("--min-lr", "1e-4"),
         "--lr-decay-style: linear there, cosine here": ("--lr-decay-style", "cosine"),
-        r"--weight-decay \(--start-weight-decay\): 0.0 there, 0.1 here;": ("--weight-decay", 0.1),
-        "--end-weight-decay: 0.0 there, 0.1 here; --weight-decay-incr-style: constant there, linear here": (
+        r"--weight-decay \(--start-weight-decay\): 0 there, 0.1 here;": ("--weight-decay", 0.1),
+        "--end-weight-decay: 0 there, 0.1 here; --weight-decay-incr-style: constant there, linear here": (
             "--weight-decay-incr-style",
             "linear",
             "--start-weight-decay",
             0,
         )
         + ("--end-weight-decay", 0.1),
-        r"samples of warm-up .*: 4.8\d* there, 9.6\d* here": ("--lr-warmup-fraction", 0.2),
+        r"samples of warm-up .*: 4.8 there, 9.6 here;": ("--lr-warmup-fraction", 0.2),
         "--vision-lr: 0.0005 there, 0.0001 here": ("--vision-lr", "1e-4"),
-        "samples of warm-up .* there, .* here; samples of decay": ("--train-iters", 8, "--lr-warmup-fraction", 0.2),
+        # What follows from another length needs no decision.
+        "samples of warm-up [^;]* there, 12.8 here; set": ("--train-iters", 8, "--lr-warmup-fraction", 0.2),
+        "--lr: 0.001 there, 0.003 here; set": ("--train-iters", 9, "--lr", "3e-3"),
     }
     load = ("--load", stopped_at_2, *SCHEDULE)
     remedies = f"; set them back, or take this run's with {OVERRIDE}, or the checkpoint's with {USE_CHECKPOINT}"
@@ -282,6 +284,12 @@ def test_the_schedule_that_is_said_to_be_taken_is_the_one_that_is_followed(demo,
     def rates(*change) -> tuple[str, dict[int, tuple[float, float]]]:
         outputs = script.run(2, demo, *load, *change)
         (said,) = re.findall(r"^schedule: .*", "".join(outputs), re.M)
+        assert "".join(outputs).count(f"resumes {folder} at iteration 2\n") == 1
+        assert "changes no weight" not in "".join(outputs)
+        other_samples = (
+            f"--load {folder}: --seq-length: 128 there, 120 here; from here on longer samples are cut elsewhere"
+        )
+        assert "".join(outputs).count(other_samples) == ("--seq-length" in change)
         figures = script.iterations(outputs)
         # Megatron prints the rate of the step to come, ours is that of the step taken; the second line is the mean of two.
         return said, {
@@ -301,7 +309,7 @@ def test_the_schedule_that_is_said_to_be_taken_is_the_one_that_is_followed(demo,
         assert found[i] == pytest.approx((rate, of_vision * 2), rel=1e-5, abs=1e-12)  # six digits are printed
     if optimizer:
         return
-    said, found = rates("--train-iters", 8)
+    said, found = rates("--train-iters", 8, "--seq-length", 120)
     assert said.startswith("schedule: this run's, not the checkpoint's: iterations: 6 there, 8 here")
     for i, (rate, of_vision) in decayed(1e-3, 8).items():
         assert found[i] == pytest.approx((rate, of_vision / 2), rel=1e-5, abs=1e-12)

@@ -43,7 +43,7 @@ def test_a_run_by_hand_can_be_looked_at_first(folder, preloaded_python):
     (command,) = re.findall(r"^    (torchrun (?:.*\\\n)*.*--dry-run)$", section, re.MULTILINE)
     result = run(command, folder, preloaded_python)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "RSAConfig(weight=0.001" in result.stdout
+    assert "RSA: weight 0.001; up to " in result.stdout
 
 
 def run(commands: str, folder, preloaded_python):

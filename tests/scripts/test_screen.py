@@ -1,9 +1,11 @@
 """What a person sees of a training run under torchrun: few lines before the first iteration, one line at the end of a run that failed."""
 
 import contextlib
+import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from megatron.energon.errors import FatalSampleError
+from torch._utils import ExceptionWrapper
 
+from rsa_megatron import screen
 from tests.support import processes, script
 from tests.support.environment import ROOT
 
@@ -132,6 +137,8 @@ def test_an_error_is_the_last_line_once_and_no_log_is_left(start, tmp_path, monk
     shown, _ = run.communicate(timeout=120)
     assert run.returncode == 1 and shown.count("error: ") == 1
     assert shown.splitlines()[-1] == "error: unrecognized arguments: --no-such-flag"
+    # And where torchrun's end is the end of all: in its own report.
+    assert re.search(r"Root Cause .*\n(?:.*\n){0,6}  traceback : unrecognized arguments: --no-such-flag\n=+\n", shown)
     assert not list(tmp_path.glob("rsa-megatron-*"))
 
 
@@ -149,7 +156,7 @@ def test_a_traceback_is_in_the_log_and_its_last_line_on_the_screen(start, tmp_pa
     assert re.search(r"Traceback .*\nIsADirectoryError: ", open(log).read().replace("[rank1]: ", ""), re.DOTALL)
 
 
-def test_a_checkpoint_that_cannot_be_read_or_written_is_one_line(start, tmp_path, preloaded_python, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_or_written_is_one_line(start, demo, tmp_path, preloaded_python, monkeypatch):
     save = tmp_path / "run"
     flags = f"--save {save} --load {save} --save-interval 1 --lr-decay-iters 9"
     python = sys.executable
@@ -166,15 +173,95 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_one_line(start, tmp_path
     assert f"--save {save}: the checkpoint of iteration 3 could not be written (" in line
     assert "); that of iteration 2 is whole; the traceback is in " in line
     monkeypatch.setattr(sys, "executable", preloaded_python)
+    shutil.rmtree(save / "iter_0000003", ignore_errors=True)
     (data,) = (save / "iter_0000002").glob("__0_0.distcp")
-    os.truncate(data, data.stat().st_size // 2)
+    whole = data.read_bytes()
+    data.write_bytes(bytes(len(whole)))
     run = start(1, f"--train-iters 3 {flags}")
     shown, _ = run.communicate(timeout=60)
     (line,) = re.findall(r"^error: .*", shown, re.MULTILINE)
+    remedy = "; that of iteration 1 is whole: --ckpt-step 1 goes on from there"
     assert (
-        f"--load {save}: its checkpoint cannot be loaded (" in line
-        and "; --ckpt-step takes another (there are 1); " in line
+        f"--load {save}: its checkpoint of iteration 2 cannot be loaded (" in line and "CheckpointException" not in line
     )
+    assert f"{remedy}; the traceback is in {save}/logs/rank-0.log" in line
+    # A file that is missing or cut off is seen before anything is read.
+    resume = ("--load", save, "--save", save, "--model", "demo", "--micro-batch-size", 4)
+    faults = {
+        f"__0_0.distcp has {len(whole) // 2:,} of its {len(whole):,} bytes{remedy}": lambda: data.write_bytes(
+            whole[: len(whole) // 2]
+        ),
+        f"__0_0.distcp is missing{remedy}": data.unlink,
+        f".metadata is missing{remedy}": (save / "iter_0000002" / ".metadata").unlink,
+        "metadata.json is missing; there is no other that is whole: restore its files": lambda: [
+            file.unlink() for file in save.glob("iter_*/metadata.json")
+        ],
+    }
+    for expected, damage in faults.items():
+        damage()
+        (line,) = script.parse_errors(demo, [resume], world_size=1)
+        assert line.startswith(
+            f"error: --load {save}: its checkpoint of iteration 2 is damaged: iter_0000002/{expected}"
+        )
+
+
+def test_what_a_checkpoint_could_not_be_written_for_is_said_in_plain_words(tmp_path):
+    """What each rank has of it: the first one the error itself, the others an exception of no rank."""
+    full, of_another, of_another_on_a_full_disk, unknown = processes.run(explain_failed_saves, 1, str(tmp_path))[0]
+    assert "(no space left on device; " in full and "(no space left on device; " in of_another_on_a_full_disk
+    assert "(another rank says why; " in of_another and "(RuntimeError: it broke; " in unknown
+
+
+def explain_failed_saves(folder: str) -> list[str]:
+    from types import SimpleNamespace
+
+    from torch.distributed.checkpoint import CheckpointException
+
+    from rsa_megatron.training import checkpoint_faults
+
+    checkpoint_faults.get_args = lambda: SimpleNamespace(save=folder)
+
+    def explain(failures: dict) -> str:
+        return checkpoint_faults.explain_save(3, CheckpointException("write", failures))
+
+    full = explain({0: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None)})
+    said = [full, explain({})]
+    unknown = explain({1: (RuntimeError("it broke"), None)})
+    checkpoint_faults._FULL = float("inf")
+    return [*said, explain({}), unknown]
+
+
+@pytest.mark.parametrize("is_in_worker", [True, False], ids=["data worker", "rank"])
+def test_what_a_data_worker_said_is_shown_and_not_its_traceback(is_in_worker):
+    def skip():
+        try:
+            raise KeyError("image")
+        except KeyError:
+            raise FatalSampleError("100 samples in a row were skipped; the last: a: b")
+
+    def read_as_energon_does():
+        try:
+            skip()
+        except FatalSampleError as error:
+            raise FatalSampleError("Sample StoredSample(...) failed") from error
+
+    def fail():
+        raise RuntimeError("one\ntwo: three")
+
+    for read, expected in (
+        (read_as_energon_does, "100 samples in a row were skipped; the last: a: b"),
+        (fail, "RuntimeError: one two: three"),
+        (lambda: {}["key"], "KeyError: 'key'"),
+    ):
+        try:
+            try:
+                read()
+            except Exception:
+                if not is_in_worker:
+                    raise
+                ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+        except Exception as error:
+            assert screen._describe(type(error), error) == expected
 
 
 def test_a_tracker_that_names_no_checkpoint_is_one_line(demo, tmp_path):

@@ -1,10 +1,22 @@
 """The command that `rsa-megatron data` prints fits what was written, however little."""
 
 import re
+from pathlib import Path
 
+import prepare_data
 import pytest
 
-from rsa_megatron.cli.data_first_run import format_first_run
+from rsa_megatron.cli.data_first_run import TOKENIZER, format_first_run
+
+
+def test_what_makes_the_tokenizer_is_there_until_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counts = {"train": 8, "val": 0}
+    first, *_ = format_first_run("data", counts, takes_part=True).splitlines()
+    python, made_by, *flags = first.partition("#")[0].split()
+    assert python == "python" and Path(made_by).is_file() and prepare_data.parse(flags).out == Path("demo")
+    Path(TOKENIZER).mkdir(parents=True)
+    assert format_first_run("data", counts, takes_part=True).split()[0] == "torchrun"
 
 
 def flag(command: str, name: str) -> int:
