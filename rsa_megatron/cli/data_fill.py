@@ -34,7 +34,7 @@ class Lengths:
     positions: list[int] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    #: those that are longer than the row: the text is cut, or what is left could not be trained on
+    #: those that are longer than the row, or than the model's positions: the text is cut, or what is left could not be trained on
     truncated: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -109,7 +109,9 @@ def read(args, settings: EncoderSettings, whole: Lengths, rows: list[Lengths]) -
     copies = args.rsa_text_source == "caption"
 
     def make(lengths: Lengths) -> PackingTaskEncoder:
-        return settings.make_packing_encoder(lengths.row_length, lengths.max_tiles, copies_captions=copies)
+        return settings.make_packing_encoder(
+            lengths.row_length, lengths.max_tiles, copies_captions=copies, truncates=lengths is not whole
+        )
 
     unusable, whole_encoder, encoders = Counter(), make(whole), [make(lengths) for lengths in rows]
     samples = training_samples(args.path, seed=args.seed)
@@ -122,7 +124,7 @@ def read(args, settings: EncoderSettings, whole: Lengths, rows: list[Lengths]) -
             continue
         whole.add(sample)
         for lengths, encoder in zip(rows, encoders):
-            fits = whole.positions[-1] <= lengths.row_length
+            fits = whole.positions[-1] <= min(lengths.row_length, encoder.max_sequence_length + 1)
             lengths.add(sample if fits else encoder.preencode_sample(stored))
     progress.close()
     return unusable

@@ -81,11 +81,16 @@ class EncoderSettings:
         return count_row_tiles(self.recipe | {"seq_length": row_length}, self.architecture).default
 
     def make_packing_encoder(
-        self, row_length: int, max_tiles: int, *, copies_captions: bool = False
+        self, row_length: int, max_tiles: int, *, copies_captions: bool = False, truncates: bool = True
     ) -> PackingTaskEncoder:
-        """Make the one that packs rows; what it skips it counts, and does not print."""
+        """Make the one that packs rows; what it skips it counts, and does not print.
+
+        Args:
+            truncates: whether a sample has at most the model's positions, as in training, where the row may be longer.
+        """
+        longest = min(row_length, self.architecture.decoder.max_position_embeddings) if truncates else row_length
         return PackingTaskEncoder(
-            **self._get_arguments() | {"max_sequence_length": row_length, "say_skipped": False},
+            **self._get_arguments() | {"max_sequence_length": longest, "say_skipped": False},
             row_length=row_length,
             max_tiles_per_row=max_tiles,
             copies_captions=copies_captions,

@@ -118,8 +118,8 @@ def _check_batch(args) -> None:
     data_parallel_size = args.world_size // math.prod(get_parallel_sizes(args).values())
     micro, whole = args.micro_batch_size, args.global_batch_size
     if args.packing_buffer_size and not args.eval_global_batch_size and (args.eval_micro_batch_size or micro):
-        # As many samples as a step has rows, in whole micro-batches.
-        size = (args.eval_micro_batch_size or micro) * data_parallel_size
+        # As many samples as a step has rows, in whole micro-batches, and of these as many as interleaved stages take at a time.
+        size = (args.eval_micro_batch_size or micro) * data_parallel_size * _count_interleaved(args)
         args.eval_global_batch_size = -(-(whole or size) // size) * size
     if not whole or not micro or args.decrease_batch_size_if_needed:
         return
@@ -133,6 +133,16 @@ def _check_batch(args) -> None:
             f"--eval-global-batch-size {whole} is not a multiple of --eval-micro-batch-size {micro} x DP {data_parallel_size}: change one of "
             "the three (without these flags they are those of training)"
         )
+
+
+def _count_interleaved(args) -> int:
+    """Count the micro-batches of which interleaved pipeline stages need a multiple; 1 without them."""
+    is_interleaved = args.pipeline_model_parallel_size > 1 and (
+        args.num_virtual_stages_per_pipeline_rank
+        or args.num_layers_per_virtual_pipeline_stage
+        or args.pipeline_model_parallel_layout
+    )
+    return (args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size) if is_interleaved else 1
 
 
 def _check_schedule(args) -> None:
