@@ -133,10 +133,18 @@ def _check_batch(args) -> None:
             f"--eval-global-batch-size {whole} is not a multiple of --eval-micro-batch-size {micro} x DP {data_parallel_size}: change one of "
             "the three (without these flags they are those of training)"
         )
+    sizes = {"--global-batch-size": (args.global_batch_size, args.micro_batch_size)} if not args.skip_train else {}
+    sizes |= {"--eval-global-batch-size": (whole, micro)} if args.eval_iters else {}
+    for flag, (whole, micro) in sizes.items():
+        num_micro_batches, least = whole // (micro * data_parallel_size), _count_interleaved(args)
+        if num_micro_batches < least:
+            raise ValueError(
+                f"{flag} {whole} is {num_micro_batches} micro-batch(es) a rank, and interleaved pipeline stages take {least} at a time: raise it"
+            )
 
 
 def _count_interleaved(args) -> int:
-    """Count the micro-batches of which interleaved pipeline stages need a multiple; 1 without them."""
+    """Count the micro-batches that interleaved pipeline stages take at a time; 1 without them."""
     is_interleaved = args.pipeline_model_parallel_size > 1 and (
         args.num_virtual_stages_per_pipeline_rank
         or args.num_layers_per_virtual_pipeline_stage
