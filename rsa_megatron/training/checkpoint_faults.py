@@ -63,7 +63,7 @@ def check_whole(args) -> None:
 
 def find_fault(checkpoint: Path) -> str | None:
     """Name the first file of a torch_dist checkpoint that is missing or shorter than what lies in it; None where all are whole."""
-    if not any(checkpoint.glob("*.distcp")) and not (checkpoint / ".metadata").is_file():
+    if not any(any(checkpoint.glob(name)) for name in ("metadata.json", ".metadata", "*.distcp")):
         return None  # of Megatron's older format, or not there
     named = checkpoint.name
     for name in ("metadata.json", ".metadata"):

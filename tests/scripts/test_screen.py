@@ -192,9 +192,10 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_one_line(start, demo, tm
             whole[: len(whole) // 2]
         ),
         f"__0_0.distcp is missing{remedy}": data.unlink,
-        f".metadata is missing{remedy}": (save / "iter_0000002" / ".metadata").unlink,
+        f".metadata is missing{remedy}": (save / "iter_0000002" / ".metadata").unlink,  # no file of data is left
         "metadata.json is missing; there is no other that is whole: restore its files": lambda: [
-            file.unlink() for file in save.glob("iter_*/metadata.json")
+            data.write_bytes(whole),
+            *(file.unlink() for file in save.glob("iter_*/metadata.json")),
         ],
     }
     for expected, damage in faults.items():
