@@ -38,7 +38,7 @@ def buffer_size(text: str) -> int:
 
 
 def make_defaults(args) -> dict:
-    """Make the defaults of Megatron's arguments that packing sets; a flag that contradicts one is seen in check_packing.
+    """Make the defaults of Megatron's arguments that packing sets; a micro-batch that contradicts them is seen in check_packing.
 
     Args:
         args: as the recipe and the command line have them.

@@ -168,6 +168,15 @@ GIVEN = [
         "--eval-global-batch-size 8 is not a multiple of --eval-micro-batch-size 3 x DP 2: change one of the three",
     ),
     ("--packing-buffer-size 8 --packing-max-tiles 5 --image-aspect-ratio anyres --micro-batch-size 1", ""),
+    (
+        "--packing-buffer-size 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --eval-micro-batch-size 4 "
+        "--eval-global-batch-size 4",
+        "--eval-global-batch-size 4 is 1 micro-batch(es) a rank, and interleaved pipeline stages take 2 at a time: raise it",
+    ),
+    (
+        "--packing-buffer-size 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --eval-micro-batch-size 8",
+        "",  # evaluations of 16 samples, though a step has 8 rows
+    ),
     ("--packing-buffer-size 8 --eval-micro-batch-size 3", ""),  # evaluations of 12 samples
     ("--packing-buffer-size 8 --calculate-per-token-loss --decrease-batch-size-if-needed", ""),
     ("--num-layer 2", "unrecognized arguments: --num-layer 2; did you mean --num-layers?"),

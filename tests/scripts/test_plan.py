@@ -140,7 +140,7 @@ def test_rejected_layouts_are_counted_and_printed(capsys):
         ("--model demo --stage 1 --gpus 8 --mean-tiles 0", "--mean-tiles 0"),
         ("--model demo --stage revision --gpus 8 --mean-length 0", "--mean-length 0"),
         ("--model llava-ov-7b --stage 1.5 --gpus 5", "--gpus 4 does, or pass another --global-batch-size"),
-        ("--model llava-ov-7b --stage 1.5 --gpus 16383", "--gpus 14336 does, or pass another --global-batch-size"),
+        ("--model llava-ov-7b --stage 1.5 --gpus 16383", "--gpus 10752 does, or pass another --global-batch-size"),
         ("--model llava-ov-7b --stage 2 --gpus 1", "the smallest is TP 1, PP 1, DP 1, micro-batch 1, recompute full"),
     ],
 )
