@@ -10,7 +10,7 @@ from tests import megatron_flags
 from tests.support import processes, script
 
 
-def refuse_each() -> dict:
+def refuse_each(tokenizer: str) -> dict:
     """Parse once; then give each argument another value than its default, and ask."""
     import argparse
     import copy
@@ -23,7 +23,7 @@ def refuse_each() -> dict:
     from tests.support import tiny
 
     tiny.register()
-    sys.argv = ["pretrain_llava_rsa.py", "--model", "tiny", "--tokenizer-model", "none"]
+    sys.argv = ["pretrain_llava_rsa.py", "--model", "tiny", "--tokenizer-model", tokenizer]
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     flags = {action.dest: action.option_strings[0] for action in reversed(parser._actions) if action.dest != "help"}
     arguments.add_arguments(parser, RSAPlugin(), None)
@@ -73,8 +73,8 @@ def refuse_each() -> dict:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    return processes.run(refuse_each, 1)[0]
+def found(demo) -> dict:
+    return processes.run(refuse_each, 1, str(demo / "tokenizer"))[0]
 
 
 def names_of(families) -> list[str]:
@@ -170,11 +170,11 @@ GIVEN = [
     ("--packing-buffer-size 8 --packing-max-tiles 5 --image-aspect-ratio anyres --micro-batch-size 1", ""),
     (
         "--packing-buffer-size 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --eval-micro-batch-size 4 "
-        "--eval-global-batch-size 4",
+        "--eval-global-batch-size 4 --eval-iters 1",
         "--eval-global-batch-size 4 is 1 micro-batch(es) a rank, and interleaved pipeline stages take 2 at a time: raise it",
     ),
     (
-        "--packing-buffer-size 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --eval-micro-batch-size 8",
+        "--packing-buffer-size 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --eval-micro-batch-size 8 --eval-iters 1",
         "",  # evaluations of 16 samples, though a step has 8 rows
     ),
     ("--packing-buffer-size 8 --eval-micro-batch-size 3", ""),  # evaluations of 12 samples
