@@ -227,9 +227,9 @@ def test_without_transformer_engine_its_layers_are_no_default(capsys):
 
 @pytest.fixture
 def lengths(tmp_path):
-    """Measured samples as `rsa-megatron data fill --out` writes them: short and long ones, one longer than a row."""
+    """Measured samples as `rsa-megatron data fill --out` writes them: long and short ones, one longer than a row."""
     short, long = [1000] * 300, [6000] * 99
-    content = {"positions": [*short, *long, 9000], "tiles": [1] * 300 + [5] * 100}
+    content = {"positions": [*long, 9000, *short], "tiles": [5] * 100 + [1] * 300}
     (tmp_path / "lengths.json").write_text(json.dumps(content | {"data": "captions", "stage": "1.5"}))
     return str(tmp_path / "lengths.json")
 

@@ -41,7 +41,7 @@ def test_assumed_samples_are_as_long_as_those_that_the_recipes_were_chosen_by(st
     # Of 4000 draws; their standard deviation is about 1000 and 2200.
     assert sum(positions) / len(positions) == pytest.approx(mean, rel=0.03)
     figures = packing.pack("x", positions, tiles, "llava-ov-7b", stage, row_length)
-    assert figures["fill_padded"] == pytest.approx(padded, rel=0.03) and figures["fill"] > 0.94
+    assert figures["fill_padded"] == pytest.approx(padded, rel=0.03) and figures["fill"] > 0.92
 
 
 def test_only_what_a_sample_would_have_alone_is_counted(monkeypatch):
