@@ -69,7 +69,7 @@ def preloaded_benchmarks(preloaded_python_without_megatron, monkeypatch) -> None
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "tests/unit/" in item.path.as_posix():
+        if "tests/unit/" in item.path.as_posix() and not item.get_closest_marker("slow"):
             item.add_marker("check")
 
 

@@ -14,6 +14,8 @@ import pytest
 from rsa_megatron.cli import main
 from tests.support.plot_lines import GOOD, VERBS
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     *("data pack", "data link", "data show", "plan", "measure", *(f"plot {verb}" for verb in VERBS)),
     *("realign fit", "realign transform", "realign report"),

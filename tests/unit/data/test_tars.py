@@ -73,38 +73,43 @@ def test_a_medium_in_the_json_beside_a_text_leaves_the_sample_out(encoder, tmp_p
     assert "its field video names a medium that is not read" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "parts, named",
-    [
-        ({"heic": PICTURE}, ".heic"),
-        ({"mp4": b"a film"}, ".mp4"),
-        ({"jpg": PICTURE, "wav": b"a sound"}, ".wav"),
-        ({"left.jpg": PICTURE}, ".left.jpg"),
-        ({"img": PICTURE}, ".img"),
-        ({"jpg": PICTURE, "MASK.PNG": PICTURE}, ".mask.png"),
-    ],
-)
-def test_a_medium_that_is_not_read_leaves_the_sample_out_by_name(encoder, demo, tmp_path, caplog, capsys, parts, named):
+UNREAD = {
+    "heic": ({"heic": PICTURE}, ".heic"),
+    "mp4": ({"mp4": b"a film"}, ".mp4"),
+    "wav": ({"jpg": PICTURE, "wav": b"a sound"}, ".wav"),
+    "left": ({"left.jpg": PICTURE}, ".left.jpg"),
+    "img": ({"img": PICTURE}, ".img"),
+    "mask": ({"jpg": PICTURE, "MASK.PNG": PICTURE}, ".mask.png"),
+}
+
+
+def test_a_medium_that_is_not_read_leaves_the_sample_out_by_name(encoder, demo, tmp_path, caplog, capsys):
     """Text alone, which it would otherwise be trained on."""
-    text = CONVERSATION.replace(b"<image>\\n", b"") if "jpg" not in parts else CONVERSATION
-    folder = tars.write(
-        tmp_path / "data", {"bad": {"json": text, **parts}, "good": {"jpg": PICTURE, "json": CONVERSATION}}
-    )
-    assert list(tars.read(folder, encoder, 2)) == ["good"]
-    (line,) = {record.message for record in caplog.records if record.message.startswith("skipped sample bad ")}
-    assert f"it has media that are not read, {named}: rename or convert" in line and "part_filter: [json" in line
+    stored = {"good": {"jpg": PICTURE, "json": CONVERSATION}}
+    for key, (parts, _) in UNREAD.items():
+        text = CONVERSATION.replace(b"<image>\\n", b"") if "jpg" not in parts else CONVERSATION
+        stored[key] = {"json": text, **parts}
+    folder = tars.write(tmp_path / "data", stored)
+    assert list(tars.read(folder, encoder, len(stored))) == ["good"]
+    lines = {}
+    for key, (_, named) in UNREAD.items():
+        (line,) = {record.message for record in caplog.records if record.message.startswith(f"skipped sample {key} ")}
+        assert f"it has media that are not read, {named}: rename or convert" in line and "part_filter: [json" in line
+        lines[key] = line
     # show gives the same line (of one of each kind: it takes two seconds), and measure counts the sample by it.
-    if named in (".heic", ".img"):
-        with pytest.raises(SystemExit, match="error: skipped sample bad .*not read") as shown:
-            main(["show", str(folder), "--tokenizer", str(demo / "tokenizer"), "--part", "val"])
-        assert str(shown.value) == f"error: {line}"
-    if named != ".img":  # whose bytes alone say what it is
-        assert open_pairs(folder).left_out == {f"that cannot be used (medium not read: part {named})": 1}
-    # The remedy that it names.
+    for key in ("heic", "img"):
+        index = str(list(stored).index(key))
+        with pytest.raises(SystemExit, match=f"error: skipped sample {key} .*not read") as shown:
+            main(["show", str(folder), "--tokenizer", str(demo / "tokenizer"), "--part", "val", "--index", index])
+        assert str(shown.value) == f"error: {lines[key]}"
+    left_out = {f"that cannot be used (medium not read: part {named})": 1 for _, named in UNREAD.values()}
+    assert open_pairs(folder).left_out.items() >= {item for item in left_out.items() if ".img)" not in item[0]}
+    # The remedy that the line names, of each alone.
     settings = yaml.safe_load((folder / ".nv-meta" / "dataset.yaml").read_text())
-    kept = line.rpartition("part_filter: [")[2].partition("]")[0].split(", ")
-    (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(settings | {"part_filter": kept}))
-    assert "bad" in tars.read(folder, encoder, 2)
+    for key, line in lines.items():
+        kept = line.rpartition("part_filter: [")[2].partition("]")[0].split(", ")
+        (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(settings | {"part_filter": kept}))
+        assert key in tars.read(folder, encoder, len(stored))
 
 
 def test_one_part_in_two_cases_is_named(encoder, tmp_path, caplog):

@@ -16,6 +16,8 @@ from rsa_megatron.realign.realign import ReAlign, normalise_rows
 from tests.support import tiny_backbones
 from tests.support.realign_runs import NUM_PAIRS, _opened, error, read_back, rows, run
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def by_hand(clip, shards) -> dict[str, dict[str, tuple]]:
