@@ -254,7 +254,8 @@ class CountedTurns(turns.Turns):
         return {"tokens": tokens}
 
     def _read(self, data_iterator):
-        for batch in data_iterator:
+        while True:  # Megatron's iterator gives batches to next() alone
+            batch = next(data_iterator)
             # A packed sequence has its last token as well, which elsewhere is a label alone.
             last_tokens = 0 if batch.sequence_lengths is None else len(batch.sequence_lengths)
             self._tokens += int(batch.row_lengths.sum()) - last_tokens
