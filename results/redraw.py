@@ -15,6 +15,7 @@ RESULTS = Path(__file__).resolve().parent
 for name in ("demo", "reproduce", "revision"):
     sys.path.insert(0, str(RESULTS.parent / "examples" / name))
 
+import plot_packing
 import plot_runs
 import plot_stages
 import revision_results
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     plot.main(["gap", str(RESULTS / "gap-demo.jsonl"), "--out", str(out / "gap-demo")])
     save(out / "demo", plot_runs.draw, plot_runs.read_drawn(RESULTS / "demo.jsonl"), kinds=("png",))
     save(out / "demo-stages", plot_stages.draw, *plot_stages.read_drawn(RESULTS / "demo-stages.jsonl"), kinds=("png",))
+    save(
+        out / "demo-packing", plot_packing.draw, plot_packing.read_drawn(RESULTS / "demo-packing.jsonl"), kinds=("png",)
+    )
     lines = [json.loads(text) for text in (RESULTS / "revision.jsonl").read_text().splitlines()]
     save(out / "revision", revision_results.draw, lines)
 
