@@ -31,7 +31,7 @@ import turns
 from demo_run import ROOT
 
 from rsa_megatron.anyres import ImageLayout, choose_grid
-from rsa_megatron.data.packing import pack_rows
+from rsa_megatron.data.packing import pack_buffers
 from rsa_megatron.data.row_fill import measure_fill
 from rsa_megatron.models.architectures import get_architecture
 from rsa_megatron.planning.most_tiles import count_row_tiles
@@ -173,9 +173,8 @@ def pack(name: str, positions: list[int], tiles: list[int], model: str, stage: s
     keys = [str(number) for number in range(len(positions))]
     figures = measure_fill(positions, tiles, keys, row_length=row_length, max_tiles=max_tiles, buffer_size=_BUFFER)
     start = time.thread_time()
-    for first in range(0, len(positions), _BUFFER):
-        buffer = slice(first, first + _BUFFER)
-        pack_rows(positions[buffer], tiles[buffer], keys[buffer], row_length, max_tiles)
+    for _ in pack_buffers(positions, tiles, keys, row_length, max_tiles, _BUFFER):
+        pass
     seconds = (time.thread_time() - start) / len(positions)
     return dict(
         data=name,

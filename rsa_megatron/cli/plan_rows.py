@@ -48,15 +48,13 @@ def read_rows(args, packs: bool, *, varies: bool) -> Rows:
     args.mean_length, args.mean_tiles = sum(positions) / len(positions), sum(tiles) / len(tiles)
     if not packs:
         return Rows([Row.of_samples(*sample) for sample in zip(zip(positions), zip(tiles))])
-    from rsa_megatron.data.packing import pack_rows
+    from rsa_megatron.data.packing import pack_buffers
 
-    rows = []
-    for first in range(0, len(positions), args.packing_buffer_size):
-        lengths, of_buffer = (values[first : first + args.packing_buffer_size] for values in (positions, tiles))
-        keys = [str(number) for number in range(first, first + len(lengths))]
-        for members in pack_rows(lengths, of_buffer, keys, args.seq_length, args.packing_max_tiles):
-            rows.append(Row.of_samples([lengths[i] for i in members], [of_buffer[i] for i in members]))
-    return Rows(rows)
+    keys = [str(number) for number in range(len(positions))]
+    packed = pack_buffers(
+        positions, tiles, keys, args.seq_length, args.packing_max_tiles, buffer_size=args.packing_buffer_size
+    )
+    return Rows([Row.of_samples([positions[i] for i in row], [tiles[i] for i in row]) for row in packed])
 
 
 def read_lengths(path: Path, seq_length: int) -> tuple[list[int], list[int]]:

@@ -15,7 +15,7 @@ drawn from.
 import bisect
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def pack_rows(
@@ -54,6 +54,21 @@ def pack_rows(
         tiles_left[row] -= tiles[sample]
         bisect.insort(by_room, (room - lengths[sample], row))
     return sorted(rows, key=lambda row: _hash([keys[sample] for sample in row]))
+
+
+def pack_buffers(
+    lengths: Sequence[int],
+    tiles: Sequence[int],
+    keys: Sequence[str],
+    row_length: int,
+    max_tiles: float,
+    buffer_size: int,
+) -> Iterator[list[int]]:
+    """Yield the rows of samples that go through a packing buffer in their order, as those of a data worker do; as `pack_rows` gives them."""
+    for first in range(0, len(lengths), buffer_size):
+        buffer = slice(first, first + buffer_size)
+        for row in pack_rows(lengths[buffer], tiles[buffer], keys[buffer], row_length, max_tiles):
+            yield [first + sample for sample in row]
 
 
 def _hash(keys: list[str]) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rsa_megatron.data.packing import pack_rows
+from rsa_megatron.data.packing import pack_buffers
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,7 @@ def measure_fill(
     """
     if not positions:
         raise ValueError(f"no sample fits a row of {row_length} positions")
-    num_rows = 0
-    for first in range(0, len(positions), buffer_size):
-        buffer = slice(first, first + buffer_size)
-        num_rows += len(pack_rows(positions[buffer], tiles[buffer], keys[buffer], row_length, max_tiles))
+    num_rows = sum(1 for _ in pack_buffers(positions, tiles, keys, row_length, max_tiles, buffer_size))
     # A sample alone is a position shorter: its last token is a label alone.
     alone = sum(positions) - len(positions)
     return RowFill(
