@@ -1,5 +1,8 @@
 """The training split as Energon gives it, and how many iterations one pass over it takes."""
 
+import contextlib
+import io
+
 from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_train_dataset
 
 from rsa_megatron.data.cookers import cook
@@ -34,10 +37,12 @@ def count_epoch_iterations(
     return min(of_rank) // num_micro_batches if drop_last else -(-max(of_rank) // num_micro_batches)
 
 
-def count_epoch_samples(path: str) -> int:
-    """Count the samples of one pass over the training split behind `path`, each as often as it is repeated."""
-    config = WorkerConfig(rank=0, world_size=1, num_workers=1)
-    return build_train_dataset(path, CountingEncoder(), config, 1, None, one_epoch=True, drop_last=False).len_worker(0)
+def count_epoch_samples(path: str, num_readers: int = 1) -> list[int]:
+    """Count the samples that each reader reads in one pass over the training split behind `path`, each as often as it is repeated."""
+    config = WorkerConfig(rank=0, world_size=1, num_workers=num_readers)
+    with contextlib.redirect_stdout(io.StringIO()):  # Energon says how it divides the data
+        dataset = build_train_dataset(path, CountingEncoder(), config, 1, None, one_epoch=True, drop_last=False)
+    return [dataset.len_worker(reader) for reader in range(num_readers)]
 
 
 class CountingEncoder(DefaultTaskEncoder):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron.energon import WorkerConfig, get_loader, stateless
 from megatron.energon.flavors import Sample
 
-from rsa_megatron.data.epoch_length import CountingEncoder, build_train_dataset
+from rsa_megatron.data.epoch_length import build_train_dataset, count_epoch_samples
 from rsa_megatron.data.packed_task_encoder import BufferedSample, PackingTaskEncoder
 from rsa_megatron.data.random_generators import keep_generators
 
@@ -80,7 +80,7 @@ def count_epoch_rows(
         return iter(get_loader(dataset))
 
     with keep_generators():
-        shares = _count_samples(path, num_readers)
+        shares = count_epoch_samples(path, num_readers)
         if sum(shares) <= most_samples:
             rows = [sum(1 for _ in read(reader)) for reader in range(num_readers)]
             of_rank = [sum(rows[first : first + readers_of_rank]) for first in range(0, num_readers, readers_of_rank)]
@@ -96,14 +96,6 @@ def count_epoch_rows(
     most = max(sum(shares[first : first + readers_of_rank]) for first in range(0, num_readers, readers_of_rank))
     bound = most * num_rows / num_read * (1.02 + 4 / math.sqrt(most)) + readers_of_rank  # whose last rows are not full
     return EpochRows(math.ceil(bound), sum(shares), num_read, num_read / num_rows)
-
-
-def _count_samples(path: str, num_readers: int) -> list[int]:
-    """Count the samples that each reader reads."""
-    config = WorkerConfig(rank=0, world_size=1, num_workers=num_readers)
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = build_train_dataset(path, CountingEncoder(), config, 1, None, one_epoch=True, drop_last=False)
-    return [dataset.len_worker(reader) for reader in range(num_readers)]
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ from rsa_megatron.models.folder_kinds import explain_hf_folder
 from rsa_megatron.models.hf_config import find_architecture, is_model_folder
 from rsa_megatron.models.layer_specs import LOCAL_ARGUMENTS, layer_specs
 from rsa_megatron.plugin import RSAPlugin
-from rsa_megatron.ranks import exit_with_error, exit_with_own_error, print_once
+from rsa_megatron.ranks import exit_with_error, exit_with_own_error, get_rank, print_once
 from rsa_megatron.recipes import recipe, unpack
 from rsa_megatron.training import ON_CPU, console, learning_rates, megatron_patches, mfu, packing_arguments
 from rsa_megatron.training.checkpoint_faults import check_whole
@@ -223,7 +223,8 @@ def check_arguments(args) -> None:
             explain_hf_folder(f"{flag} ", folder, remedy)
             or f"{flag} {folder}: no {TRACKER} there; name the folder that --save or hf-to-megatron has written"
         )
-    check_whole(args)
+    if get_rank() == 0:  # it reads the size of each file
+        check_whole(args)
     check_model(args)
 
 

@@ -37,7 +37,7 @@ def check_data_path(args, rsa_weight: float) -> None:
 def explain_lone_pairs(args, rsa: RSAConfig) -> str | None:
     """Return a warning where a pair of image and caption has no other to be compared with, so that the RSA loss is always 0.
 
-    (A packed row has pairs enough by itself.)
+    (How many packed rows have is seen in training alone, which warns of a log interval without any.)
     """
     most = args.micro_batch_size * args.data_parallel_size if rsa.scope == "micro-batch" else args.global_batch_size
     if args.skip_train or not rsa.weight or most > 1 or args.packing_buffer_size:
@@ -95,7 +95,7 @@ def set_one_epoch(args) -> None:
             "--global-batch-size or leave out --drop-last"
         )
     if get_rank() == 0:
-        print_once(f"one pass over the data: {_format_pass(args, count_epoch_samples(args.data_path[0]))}")
+        print_once(f"one pass over the data: {_format_pass(args, sum(count_epoch_samples(args.data_path[0])))}")
 
 
 def _format_pass(args, num_samples: int) -> str:

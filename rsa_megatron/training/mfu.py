@@ -3,8 +3,8 @@
     mfu = model FLOPs of all ranks / (seconds * peak FLOP/s of all devices)
 
 Model FLOPs are planning/flops.py's, of what each micro-batch really held: its tiles, and its rows up to their own lengths (of a
-packed row, those of its sequences: attention takes the squares of these, not of the row's). So padding, recomputation, the RSA loss, pipeline bubbles, waiting for data, for other ranks and for the optimizer all show
-as utilisation that is missing; evaluations and the writing of checkpoints, which Megatron's own "elapsed time per
+packed row, those of its sequences: attention takes the squares of these, not of the row's). So padding, recomputation, the RSA
+loss, pipeline bubbles, waiting for data, for other ranks and for the optimizer all show as utilisation that is missing; evaluations and the writing of checkpoints, which Megatron's own "elapsed time per
 iteration" leaves out, are left out. The peak is the device's rate of dense bf16 products without sparsity (with --fp8, too).
 A CPU's cores are shared by its ranks and with others: it has none but what --peak-tflops says, and without that no mfu.
 
