@@ -83,7 +83,7 @@ def stage_1_5() -> dict:
         STAGE=1.5 DATA=data/stage1_5.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1 OUT=runs/stage1_5 \\
             sbatch --nodes 24 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 2 --sequence-parallel
 
-    4M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 2750 positions, 2.9 of them a packed row, one row a rank and
+    4M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 2750 positions, 2.8 of them a packed row, one row a rank and
     step); 51 GiB each. On 8 of them the same flags need 62 GiB.
     """
     return stage_1() | dict(
@@ -95,7 +95,7 @@ def stage_1_5() -> dict:
         seq_length=8192,  # LLaVA-OneVision's model_max_length is 32768
         packing_buffer_size=1000,
         micro_batch_size=1,
-        global_batch_size=96,  # rows, of about 275 samples; divides over 2, 4, 8, 16, 32, 48 and 96 ranks
+        global_batch_size=96,  # rows, of about 270 samples; divides over 2, 4, 8, 16, 32, 48 and 96 ranks
         eval_iters=25,  # of 96 samples each: evaluation's rows are not packed
         lr=1e-5,
         vision_lr=2e-6,
@@ -108,7 +108,7 @@ def stage_2() -> dict:
         STAGE=2 DATA=data/stage2.yaml MODEL=llava-ov-7b TOKENIZER=CONVERTED/hf PRETRAINED=runs/stage1_5 OUT=runs/stage2 \\
             sbatch --nodes 24 examples/slurm/multi_node.sbatch --tensor-model-parallel-size 4 --sequence-parallel
 
-    3.2M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 3450 positions, 4.6 of them a packed row); 44 GiB each. On 8 of
+    3.2M samples. 192 A100 of 80 GB: about 6 hours for the 7B (samples of 3450 positions, 4.5 of them a packed row); 44 GiB each. On 8 of
     them the same flags need 54 GiB.
     """
     return stage_1_5() | dict(

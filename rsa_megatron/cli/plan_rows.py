@@ -6,7 +6,7 @@ from pathlib import Path
 from rsa_megatron.planning.rows import Row, Rows
 
 # Of a packed row's positions, those that are samples', where their lengths vary and are not measured (AnyRes).
-FILL = 0.96
+FILL = 0.95
 
 
 def check_row_flags(args, packs: bool) -> None:
